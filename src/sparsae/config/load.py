@@ -1,0 +1,228 @@
+"""How the settings of a run are put together: defaults < preset < method < file < command line.
+
+Every layer is a tree of given keys. They are merged key by key, and where each key came from is remembered, so that a
+refusal can name the file or the option to mend. The `topology` section belongs to one rule: naming another rule starts
+it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
+from sparsae.config.schema import Config, Section
+from sparsae.config.text import annotated, dump, read_yaml
+from sparsae.errors import InputError
+
+__all__ = ["annotated", "dump", "json_schema", "methods", "presets", "resolve"]
+
+Tree = dict[str, Any]
+
+_LARGEST_FILE = 1_000_000  # bytes; a longer one is somebody's corpus
+_DEFAULT = Config()
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the presets that ship with the package."""
+    return _shipped("presets")
+
+
+def methods() -> tuple[str, ...]:
+    """Names of the methods that ship with the package."""
+    return _shipped("methods")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a settings file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def resolve(
+    file: Path | None = None,
+    preset: str | None = None,
+    method: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    options: Mapping[str, tuple[str, object]] | None = None,
+) -> Config:
+    """The settings of a run.
+
+    A file may name its `preset:` and `method:`; the arguments win over those. The file's other keys stay, except where
+    they only repeat the preset or method that is being replaced, and except its `topology` when the method is: so a
+    run's own config.yaml can be run again with another method.
+
+    Args:
+        file: YAML file, or None.
+        preset, method: names that win over the file's; None: the file's, or else `demo` and `sparsae`.
+        overrides: `section.key=value`, the value in YAML.
+        options: command line options that stand for one key each: {"--steps": ("training.steps", 20)}.
+
+    Raises:
+        InputError: one line that names the key, where it was given, what is wrong and what would be right.
+    """
+    own = _read_file(file) if file else {}
+    own_preset, own_method = _name(own, "preset", str(file)), _name(own, "method", str(file))
+    layers = _Layers()
+    layers.add_names(preset or own_preset or _DEFAULT.preset, method or own_method or _DEFAULT.method)
+    if (own_preset and own_preset != layers.tree["preset"]) or (own_method and own_method != layers.tree["method"]):
+        replaced = _Layers()
+        replaced.add_names(own_preset or _DEFAULT.preset, own_method or _DEFAULT.method)
+        if own_method and own_method != layers.tree["method"]:
+            own.pop("topology", None)
+        own = _without(own, replaced.config().model_dump(mode="json"))
+    layers.add(own, str(file))
+    for override in overrides:
+        layers.add(_parse_override(override), "--set")
+    for option, (key, value) in (options or {}).items():
+        layers.add(_nested(key.split("."), value), option)
+    return layers.config()
+
+
+class _Layers:
+    """Layers merged so far: the keys that were given and, for each, where."""
+
+    def __init__(self) -> None:
+        self.tree: Tree = {}
+        self.origins: dict[Keys, str] = {}
+
+    def add_names(self, preset: str, method: str) -> None:
+        for kind, name in (("preset", preset), ("method", method)):
+            if name not in _shipped(f"{kind}s"):
+                raise InputError(f"no {kind} {shown(name)}; {nearest(name, _shipped(f'{kind}s'))}")
+            text = (resources.files("sparsae.config") / f"{kind}s" / f"{name}.yaml").read_text("utf-8")
+            self.add(read_yaml(text, f"{kind} {name}"), f"{kind} {name}")
+        self.tree |= {"preset": preset, "method": method}
+
+    def add(self, given: Tree, origin: str) -> None:
+        self._merge(self.tree, given, Config, (), origin)
+
+    def _merge(self, tree: Tree, given: Tree, section: type[Section], path: Keys, origin: str) -> None:
+        for name, value in given.items():
+            keys = (*path, name)
+            field = section.model_fields.get(name)
+            if field is None:
+                raise InputError(f"{origin}: {unknown_key(keys, section.model_fields, _all_keys(Config, ()))}")
+            variants = _variants(field)
+            if not variants:
+                tree[name] = value
+                self.origins.pop(keys, None)  # so that the origins stay in the order of the layers
+                self.origins[keys] = origin
+                continue
+            if not isinstance(value, dict):
+                raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
+            inner = tree.setdefault(name, {})
+            if field.discriminator is not None:
+                inner = tree[name] = self._of_one_rule(inner, value, variants, keys, origin)
+                self._merge(inner, value, variants[inner["rule"]], keys, origin)
+            else:
+                self._merge(inner, value, variants[""], keys, origin)
+
+    def _of_one_rule(self, tree: Tree, given: Tree, rules: dict[str, type[Section]], keys: Keys, origin: str) -> Tree:
+        current = tree.get("rule", _DEFAULT.topology.rule)
+        rule = given.get("rule", current)
+        if not isinstance(rule, str) or rule not in rules:
+            raise InputError(f"{origin}: {dotted(keys)}.rule: no rule {shown(rule)}; {nearest(str(rule), rules)}")
+        if rule == current:
+            return {**tree, "rule": rule}
+        self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
+        return {"rule": rule}
+
+    def config(self) -> Config:
+        try:
+            return Config.model_validate(self.tree)
+        except ValidationError as errors:
+            error = errors.errors(include_url=False)[0]
+            head, rest = error["loc"][:1], error["loc"][1:]
+            if rest and Config.model_fields[str(head[0])].discriminator is not None:
+                rest = rest[1:]  # pydantic puts the rule's name into the location
+            raise InputError(explain(error, (*head, *rest), self.origins)) from None
+
+
+def _variants(field: FieldInfo) -> dict[str, type[Section]]:
+    """Sections that a field may hold: none for a plain value, one under "", or one a rule under the rule's name."""
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        return {"": field.annotation}
+    if field.discriminator is not None:
+        return {cls.model_fields["rule"].default: cls for cls in get_args(field.annotation)}
+    return {}
+
+
+def _all_keys(section: type[Section], path: Keys) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        variants = _variants(field)
+        if not variants:
+            yield dotted((*path, name))
+        for inner in variants.values():
+            yield from _all_keys(inner, (*path, name))
+
+
+def _shipped(folder: str) -> tuple[str, ...]:
+    files = (resources.files("sparsae.config") / folder).iterdir()
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
+
+
+def _read_file(file: Path) -> Tree:
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise InputError(f"{file}: cannot read these settings: {error.strerror}; give a YAML file") from None
+    if len(content) > _LARGEST_FILE:
+        raise InputError(f"{file}: too long for settings; give a YAML file of at most {_LARGEST_FILE:,} bytes")
+    try:
+        tree = read_yaml(content.decode("utf-8-sig"), str(file))
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not text in UTF-8; give a YAML file") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: must hold sections (key: value), not {shown(tree)}")
+    return tree
+
+
+def _name(tree: Tree, kind: str, origin: str) -> str | None:
+    """Takes the preset's or method's name out of a file's tree."""
+    if kind not in tree:
+        return None
+    name = tree.pop(kind)
+    names = _shipped(f"{kind}s")
+    if not isinstance(name, str) or name not in names:
+        raise InputError(f"{origin}: {kind}: no {kind} {shown(name)}; {nearest(str(name), names)}")
+    return name
+
+
+def _without(tree: Tree, repeated: Mapping[str, Any]) -> Tree:
+    """The tree without the leaves that say what `repeated` says."""
+    kept: Tree = {}
+    for key, value in tree.items():
+        same = repeated.get(key)
+        if isinstance(value, dict) and isinstance(same, dict):
+            kept[key] = _without(value, same)
+        elif key not in repeated or value != same:
+            kept[key] = value
+    return kept
+
+
+def _parse_override(override: str) -> Tree:
+    key, equals, text = override.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names):
+        raise InputError(f"--set: must be section.key=value, such as training.steps=100, not {shown(override)}")
+    if not text.strip():
+        raise InputError(f"--set: {key}: no value after '='; write null for none")
+    if names in (["preset"], ["method"]):
+        raise InputError(f"--set: {key}: cannot be set this way; use --{key} NAME")
+    return _nested(names, read_yaml(text, f"--set: {key}"))
+
+
+def _nested(names: Sequence[str], value: object) -> Tree:
+    tree: Any = value
+    for name in reversed(names):
+        tree = {name: tree}
+    return tree

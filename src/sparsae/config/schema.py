@@ -1,0 +1,375 @@
+"""Every setting of a run, with its default, its range and one line of explanation.
+
+One class a section; the hyper-parameters of the method carry the symbols of the method page (docs/method.md). Nothing
+here imports torch, so that a wrong key is named in well under a second. The defaults are those of the preset `demo`
+with the method `sparsae`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+# YAML has lists where these want tuples; their entries stay as strict as everything else.
+Shares = Annotated[tuple[Share, Share], Field(strict=False)]
+Counts = Annotated[tuple[Count, Count], Field(strict=False)]
+
+TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys, other types ("yes" for true, 1.0 for 1) and NaN are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The architecture, built by `transformers` with new weights."""
+
+    family: Literal["gpt2", "llama"] = Field(default="gpt2", description="architecture")
+    layers: Count = Field(default=4, description="transformer blocks")
+    heads: Count = Field(default=4, description="attention heads a block")
+    kv_heads: Count | None = Field(default=None, description="key and value heads (llama); null: as many as heads")
+    width: Count = Field(default=256, description="model width d")
+    mlp_width: Count | None = Field(
+        default=None, description="hidden width of the MLP; null: 4 d (gpt2), 8/3 d in 64s (llama)"
+    )
+    context: Annotated[int, Field(ge=2)] = Field(default=256, description="longest sequence, in tokens")
+    vocab_size: Count | None = Field(default=None, description="entries of the embedding; null: the tokenizer's")
+    tie_embeddings: bool = Field(default=True, description="the output head shares the embedding's weights")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="dropout probability (gpt2)")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _family_has_it(self) -> Self:
+        if self.family == "gpt2" and self.kv_heads is not None:
+            raise ValueError("kv_heads is for llama; with gpt2 it must be null")
+        if self.family == "llama" and self.dropout:
+            raise ValueError("dropout is for gpt2; with llama it must be 0")
+        if self.family == "llama" and self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} / heads {self.heads} must be even for llama's rotary positions")
+        return self
+
+
+class DataConfig(Section):
+    """The text, the tokenizer and where their prepared form is kept."""
+
+    source: Text = Field(
+        default="stdlib",
+        description="stdlib (Python's own source), path or glob of .txt/.py/.md/.jsonl[.xz|.gz|.zst]/.parquet, hf:NAME",
+    )
+    validation_source: Text | None = Field(
+        default=None, description="validation text; null: a share of the documents of source"
+    )
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.02, description="share of the documents held out when validation_source is null"
+    )
+    text_field: Text = Field(default="text", description="field of a JSON, parquet or hf row that holds the text")
+    max_documents: Count | None = Field(default=None, description="read only so many documents; null: all")
+    tokenizer: Text = Field(
+        default="train", description="train (byte-level BPE on the text), a tokenizer.json, or a directory"
+    )
+    tokenizer_vocab: Annotated[int, Field(ge=257)] = Field(
+        default=4096, description="entries of a tokenizer trained here"
+    )
+    cache: Text | None = Field(
+        default=None, description="where prepared data is kept; null: $SPARSAE_CACHE or ~/.cache/sparsae"
+    )
+
+
+class SparsityConfig(Section):
+    """How many connections exist, and where the first ones lie."""
+
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.9, description="share of the sparsified layers' weights that do not exist; 0: a dense model"
+    )
+    budget: Literal["uniform", "er", "erk"] = Field(
+        default="erk", description="how density spreads over layers (er: Erdos-Renyi, erk: with kernel sizes)"
+    )
+    unit: Counts = Field(default=(1, 1), description="rows and columns of a unit: [1, 1] single weights, [4, 4] blocks")
+    min_density: Share | None = Field(
+        default=None, description="k_min: no layer below this density; null: a quarter of the model's"
+    )
+    max_density: Share | None = Field(
+        default=None, description="k_max: no layer above this density; null: 4 times the model's, at most 1"
+    )
+    head_min_density: Share = Field(
+        default=0.0, description="no attention head's slice below this density; 0: no floor"
+    )
+    include: list[Text] = Field(
+        default=[], description="names (globs) of layers to sparsify; empty: every linear layer"
+    )
+    exclude: list[Text] = Field(default=[], description="names (globs) of layers to leave dense")
+    sparsify_head: bool = Field(default=False, description="sparsify the output head too (only where it is not tied)")
+    backend: Text = Field(default="auto", description="kernels: auto, or a backend by name (reference)")
+
+    @model_validator(mode="after")
+    def _bounds_hold(self) -> Self:
+        low, high = self.density_bounds
+        density = 1.0 - self.sparsity
+        if not low - TOLERANCE <= density <= high + TOLERANCE:
+            raise ValueError(
+                f"bounds [{low:g}, {high:g}] cannot hold density {density:g}: "
+                "min_density must be at most, max_density at least it"
+            )
+        if self.head_min_density > density + TOLERANCE:
+            raise ValueError(
+                f"head_min_density {self.head_min_density:g} must be at most the model's density {density:g}"
+            )
+        return self
+
+    @property
+    def density_bounds(self) -> tuple[float, float]:
+        """(k_min, k_max) as densities, defaults filled in."""
+        density = 1.0 - self.sparsity
+        low = density / 4 if self.min_density is None else self.min_density
+        high = min(1.0, 4 * density) if self.max_density is None else self.max_density
+        return low, high
+
+
+class StaticConfig(Section):
+    """The topology that was drawn first stays."""
+
+    rule: Literal["static"] = Field(default="static", description="static: the first topology stays")
+
+
+class ProxyConfig(Section):
+    """P = w1 CE + w2 diversity - w3 activity; lower is better."""
+
+    loss_weight: NonNegative = Field(
+        default=1.0, description="w1, weight of the cross entropy on the micro-batch (nats)"
+    )
+    diversity_weight: NonNegative = Field(
+        default=0.01, description="w2, weight of the deviation of densities over layers and heads"
+    )
+    activity_weight: NonNegative = Field(
+        default=0.005, description="w3, weight of the mean gradient norm of the layers"
+    )
+    standardize: bool = Field(default=False, description="standardize each component by its running mean and deviation")
+    anneal: Literal["none", "linear", "cosine"] = Field(
+        default="none", description="how w2 and w3 go to 0 over the run"
+    )
+    activity: Literal["candidate", "training", "moments"] = Field(
+        default="candidate",
+        description="gradient norms come from the candidate's backward pass, the last training step, or Adam's moments",
+    )
+
+
+class MicroBatchConfig(Section):
+    """The held-out sequences that score candidates; all candidates of one update see the same ones."""
+
+    mode: Literal["static", "resampled", "pooled"] = Field(
+        default="resampled", description="one batch for the run, a new one an update, or one of a pool"
+    )
+    sequences: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="sequences in a micro-batch")
+    pool: Count = Field(default=8, description="micro-batches in the pool (pooled)")
+
+
+class ResetConfig(Section):
+    """Conditional global resets: a candidate that is a large jump."""
+
+    probability: Share = Field(default=0.0, description="p_reset, probability that a candidate is a global reset")
+    reshuffle: Shares = Field(default=(0.05, 0.10), description="share of the connections that a reshuffle moves")
+    redraw: Share = Field(
+        default=0.5, description="probability that a reset is a new Erdos-Renyi topology instead of a reshuffle"
+    )
+    patience: Count = Field(
+        default=5, description="updates without a better micro-batch perplexity before resets become likelier"
+    )
+    boosted_probability: Share = Field(default=0.0, description="p_reset while boosted")
+    boosted_updates: Count = Field(default=2, description="updates that a boost lasts")
+
+
+class AdaptationConfig(Section):
+    """lambda and p_mutate follow recent success."""
+
+    enabled: bool = Field(default=False, description="let success shrink, and stagnation grow, lambda and p_mutate")
+    patience: Count = Field(default=2, description="updates in a row of the same outcome before they move")
+    factor: Annotated[float, Field(gt=1.0)] = Field(
+        default=1.25, description="factor by which p_mutate moves; lambda moves by 1"
+    )
+    candidates: Counts = Field(default=(2, 5), description="range of lambda")
+    mutation_rate: Shares = Field(default=(0.001, 0.01), description="range of p_mutate")
+
+
+class BurnInConfig(Section):
+    """Gradient steps for regrown weights after a change."""
+
+    steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="N_burn_in, gradient steps after an accepted change; 0: none"
+    )
+    multiplier: Positive = Field(
+        default=1.5, description="learning rate of new connections in terms of the base learning rate"
+    )
+    scope: Literal["new", "all"] = Field(
+        default="all", description="what moves: only new connections, or everything with the multiplier on the new"
+    )
+
+
+class EvolutionConfig(Section):
+    """The (1+lambda) or (1,lambda) evolution strategy over topologies."""
+
+    rule: Literal["evolution"] = Field(default="evolution", description="evolution: search by an evolution strategy")
+    every: Count | None = Field(default=None, description="K, steps between updates; null: a twentieth of the run")
+    start: Share = Field(default=0.0, description="share of the run before the first update")
+    stop: Share = Field(default=0.9, description="share of the run after which the topology stays")
+    candidates: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="lambda, candidates an update")
+    selection: Literal["elitist", "comma"] = Field(
+        default="comma",
+        description="whether the current topology competes (elitist) or the best candidate always replaces it (comma)",
+    )
+    proposer: Literal["uniform", "layerwise", "guided", "shift"] = Field(
+        default="guided",
+        description="random swaps over the model or per layer, guided by size and gradient, or shifts between layers",
+    )
+    mutation_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.3, description="p_mutate, share of connections a candidate moves"
+    )
+    mutation_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="how p_mutate goes from start to stop"
+    )
+    drop_temperature: NonNegative = Field(
+        default=1.0, description="Gumbel noise on 2 log|w| when a guided proposal drops; 0: smallest first"
+    )
+    grow_temperature: NonNegative = Field(
+        default=0.0, description="Gumbel noise on 2 log|g| when a guided proposal grows; 0: largest first"
+    )
+    sample_ratio: Positive = Field(
+        default=1.0, description="gamma, sampled inactive positions a guided proposal sees, in terms of nnz"
+    )
+    initialization: Literal["zero", "kaiming_uniform"] = Field(default="zero", description="values of new connections")
+    redraws: Count = Field(default=20, description="draws before a candidate that keeps leaving the bounds is given up")
+    proxy: ProxyConfig = ProxyConfig()
+    micro_batch: MicroBatchConfig = MicroBatchConfig()
+    reset: ResetConfig = ResetConfig()
+    adaptation: AdaptationConfig = AdaptationConfig()
+    burn_in: BurnInConfig = BurnInConfig()
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        if self.start >= self.stop:
+            raise ValueError(f"start {self.start:g} must come before stop {self.stop:g}")
+        for name, (low, high) in {
+            "reset.reshuffle": self.reset.reshuffle,
+            "adaptation.candidates": self.adaptation.candidates,
+            "adaptation.mutation_rate": self.adaptation.mutation_rate,
+        }.items():
+            if low > high:
+                raise ValueError(f"{name} [{low:g}, {high:g}] must be given lowest first")
+        return self
+
+
+RuleConfig = Annotated[StaticConfig | EvolutionConfig, Field(discriminator="rule")]
+
+
+class TeacherConfig(Section):
+    """Self-distillation from an average of the student: loss = CE + alpha KL(teacher || student)."""
+
+    enabled: bool = Field(default=True, description="keep a teacher and learn from it")
+    alpha: NonNegative = Field(default=0.1, description="weight of the KL term")
+    beta: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.999, description="decay of the average, a step")
+    storage: Literal["union", "masked", "dense"] = Field(
+        default="masked",
+        description="what the teacher remembers: dropped weights as they fade, only active ones, or everything",
+    )
+    tolerance: NonNegative = Field(
+        default=1e-8, description="a dropped weight leaves a union teacher once its magnitude is below this"
+    )
+    warmup: Literal["fraction", "validation"] = Field(
+        default="fraction",
+        description="no KL until a share of the steps has passed, or until validation improves past a threshold",
+    )
+    warmup_fraction: Share = Field(default=0.25, description="share of the steps without KL (fraction)")
+    warmup_improvement: Positive = Field(
+        default=0.5, description="nats under the untrained validation loss that end the warm-up (validation)"
+    )
+    ramp: bool = Field(default=True, description="let the decay grow with the steps: min(beta, (1 + t) / (10 + t))")
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: Count = Field(default=250, description="optimizer steps")
+    batch_size: Count = Field(default=8, description="sequences in one forward pass")
+    accumulation: Count = Field(default=1, description="forward passes an optimizer step")
+    learning_rate: Positive = Field(default=2e-3, description="peak learning rate")
+    final_learning_rate: Share = Field(default=0.1, description="last learning rate as a share of the peak")
+    warmup: Share = Field(default=0.1, description="share of the steps over which the learning rate rises")
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.9, description="AdamW's first decay")
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.95, description="AdamW's second decay")
+    epsilon: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegative = Field(
+        default=0.1, description="decoupled weight decay of matrices and active connections"
+    )
+    clip: Positive | None = Field(default=1.0, description="largest gradient norm; null: no clipping")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the arithmetic, by autocast; parameters stay float32"
+    )
+    device: Text = Field(default="auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
+    threads: Count | None = Field(default=None, description="CPU threads; null: torch's choice")
+    compile: bool = Field(default=False, description="run the model through torch.compile")
+    loss_chunk: Count = Field(default=1024, description="tokens whose logits exist at a time")
+    validate_every: Count | None = Field(
+        default=None, description="steps between validations; null: a tenth of the run"
+    )
+    validation_sequences: Count = Field(default=64, description="held-out sequences a validation reads")
+    log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl and of the progress display")
+    checkpoint_every: Count | None = Field(
+        default=None, description="steps between checkpoints; null: only at the end or when stopped"
+    )
+    keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
+
+
+class TrackingConfig(Section):
+    """Trackers beside metrics.jsonl; each needs its extra installed."""
+
+    project: Text = Field(default="sparsae", description="project name given to the trackers")
+    tensorboard: bool = Field(default=False, description="write TensorBoard events into the run directory")
+    trackio: bool = Field(default=False, description="log to trackio")
+    wandb: bool = Field(default=False, description="log to Weights & Biases (WANDB_MODE=offline works)")
+    sample_prompt: Text | None = Field(
+        default=None, description="prompt of the sample in the report; null: the start of a held-out text"
+    )
+    sample_tokens: Count = Field(default=120, description="tokens of the sample in the report")
+
+
+class Config(Section):
+    """A whole run."""
+
+    preset: str = Field(default="demo", description="the model and run that these settings started from")
+    method: str = Field(default="sparsae", description="the named method that topology and teacher started from")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="fixes everything that is random")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    topology: RuleConfig = EvolutionConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    training: TrainingConfig = TrainingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _head_is_free(self) -> Self:
+        if self.sparsity.sparsify_head and self.model.tie_embeddings:
+            raise ValueError("sparsity.sparsify_head needs a head of its own: set model.tie_embeddings to false")
+        return self
+
+    @model_validator(mode="after")
+    def _dense_is_dense(self) -> Self:
+        if self.method == "dense" and self.sparsity.sparsity:
+            raise ValueError(
+                "method dense needs sparsity.sparsity 0; for a sparse model that keeps its topology: static"
+            )
+        return self

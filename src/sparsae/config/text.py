@@ -1,0 +1,137 @@
+"""The YAML that settings are written in: a small strict dialect, read and written by one pair of functions.
+
+YAML 1.1 turns `yes` into true, `010` into 8 and `1:30` into 90, and leaves `1e-3` a string. Here only `true` and
+`false` are booleans, numbers are decimal (`1e-3` is one), keys are text and given once, and there are no tags.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+import yaml
+
+from sparsae.config.schema import Config, Section
+from sparsae.errors import InputError
+
+_PLAIN = {  # tag -> (what a plain scalar must look like, its possible first characters)
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+class _Reader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML declares it so
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+
+class _Writer(yaml.SafeDumper):
+    pass
+
+
+def _construct_mapping(reader: _Reader, node: yaml.MappingNode) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = reader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+        if key in result:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+        result[key] = reader.construct_object(value_node, deep=True)
+    return result
+
+
+def _construct_bool(reader: _Reader, node: yaml.ScalarNode) -> bool:
+    return str(node.value).lower() == "true"
+
+
+def _construct_int(reader: _Reader, node: yaml.ScalarNode) -> int:
+    try:
+        return int(node.value)
+    except ValueError:  # thousands of digits
+        raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark) from None
+
+
+def _construct_float(reader: _Reader, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _refuse_tag(reader: _Reader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(None, None, f"tag {node.tag} is not allowed", node.start_mark)
+
+
+for _tag, (_pattern, _first) in _PLAIN.items():
+    _Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+for _tag, _constructor in {
+    "null": lambda reader, node: None,
+    "bool": _construct_bool,
+    "int": _construct_int,
+    "float": _construct_float,
+    "str": lambda reader, node: node.value,
+    "seq": lambda reader, node: [reader.construct_object(entry, deep=True) for entry in node.value],
+    "map": _construct_mapping,
+}.items():
+    _Reader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
+_Reader.add_constructor(None, _refuse_tag)
+
+
+def _represent_text(writer: _Writer, value: str) -> yaml.ScalarNode:
+    """Quotes what our dialect would read as something else, and keeps every string on one line."""
+    looks_otherwise = any(re.fullmatch(pattern, value) for pattern, _ in _PLAIN.values())
+    style = '"' if looks_otherwise or value.splitlines() != [value] else None
+    return writer.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Writer.add_representer(str, _represent_text)
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """The value of one YAML document; `origin` names it in the InputError that anything unreadable raises."""
+    try:
+        return yaml.load(text, Loader=_Reader)
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise InputError(f"{origin}: {where}not YAML that settings can have: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{origin}: nested too deeply") from None
+
+
+def dump(config: Config) -> str:
+    """The settings as plain YAML, every key included; `resolve` reads it back to an equal Config."""
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Writer, sort_keys=False, width=math.inf, allow_unicode=True
+    )
+
+
+def annotated(config: Config) -> str:
+    """The settings as YAML, each with its explanation and choices; `resolve` reads it back to an equal Config."""
+    return "\n".join(["# Every setting of this run, as resolved.", *_annotated_lines(config, "")]) + "\n"
+
+
+def _annotated_lines(section: Section, indent: str) -> list[str]:
+    lines = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            lines.append(f"{indent}{name}:  # {(value.__doc__ or '').splitlines()[0]}")
+            lines.extend(_annotated_lines(value, indent + "  "))
+        else:
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            explained = f"{field.description}; one of {', '.join(choices)}" if len(choices) > 1 else field.description
+            lines.append(f"{indent}{name}: {inline(value)}  # {explained}")
+    return lines
+
+
+def inline(value: Any) -> str:
+    """A scalar or a list as YAML on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.dump([plain], Dumper=_Writer, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.strip()[1:-1]  # inside brackets, a scalar is quoted wherever it must be

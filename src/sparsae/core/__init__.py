@@ -1,0 +1,1 @@
+"""What everything above is made of: values and pure functions, without `torch.nn` and without input or output."""

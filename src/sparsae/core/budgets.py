@@ -1,0 +1,74 @@
+"""How many units each layer gets, so that the model has exactly k.
+
+A budget gives each layer a relative density: 1 (`uniform`), (n_out + n_in) / (n_out n_in) (`er`, Erdos-Renyi: Mocanu et
+al., 2018, SET), or the same with every dimension of the kernel in numerator and denominator (`erk`: Evci et al., 2020,
+RigL; for linear layers it equals `er`). Layer l gets clip(epsilon * relative_l * units_l, low_l, high_l), with the one
+epsilon for which these sum to k: a layer that saturates leaves its surplus to the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sparsae.errors import InputError
+
+BUDGETS = ("uniform", "er", "erk")
+
+
+def relative_density(budget: str, shape: Sequence[int]) -> float:
+    """Density of a layer up to a factor common to all; shape is (out, in, kernel dimensions...)."""
+    match budget:
+        case "uniform":
+            return 1.0
+        case "er":
+            return sum(shape[:2]) / math.prod(shape[:2])
+        case "erk":
+            return sum(shape) / math.prod(shape)
+    raise InputError(f"unknown budget '{budget}': use one of {', '.join(BUDGETS)}")
+
+
+def allocate(relative: Sequence[float], bounds: Sequence[tuple[int, int]], units: Sequence[int], k: int) -> list[int]:
+    """Units of each layer, summing to exactly k, each within its (low, high).
+
+    relative: densities up to a common factor. Fractions are rounded by the largest remainder, the earlier layer first
+    where they tie. Raises InputError where the bounds cannot hold k.
+    """
+    least, most = sum(low for low, _ in bounds), sum(high for _, high in bounds)
+    if not least <= k <= most:
+        raise InputError(
+            f"the layers' bounds hold between {least} and {most} units, not the {k} asked for: "
+            "widen sparsity.min_density / sparsity.max_density"
+        )
+
+    def shares(epsilon: float) -> list[float]:
+        return [
+            min(max(epsilon * r * n, low), high)
+            for r, n, (low, high) in zip(relative, units, bounds, strict=True)
+        ]
+
+    floor, ceiling = 0.0, max(high / (r * n) for r, n, (_, high) in zip(relative, units, bounds, strict=True))
+    for _ in range(200):
+        middle = (floor + ceiling) / 2
+        if sum(shares(middle)) < k:
+            floor = middle
+        else:
+            ceiling = middle
+    exact = shares(ceiling)
+    counts = [max(low, math.floor(share)) for share, (low, _) in zip(exact, bounds, strict=True)]
+    # Floating-point sums can leave a floor one unit high or low: hand out, or take back, what is missing.
+    while (missing := k - sum(counts)) != 0:
+        sign = 1 if missing > 0 else -1
+        movable = [
+            i for i, (low, high) in enumerate(bounds) if (counts[i] < high if sign > 0 else counts[i] > low)
+        ]
+        movable.sort(key=lambda i: sign * (counts[i] - exact[i]))
+        for i in movable[: abs(missing)]:
+            counts[i] += sign
+    return counts
+
+
+def density_bounds(units: int, low: float, high: float) -> tuple[int, int]:
+    """(k_min, k_max) in units of a layer for densities [low, high]; at least one unit."""
+    k_min = max(1, math.ceil(low * units - 1e-9))
+    return k_min, max(k_min, min(units, math.floor(high * units + 1e-9)))

@@ -1,0 +1,192 @@
+"""Which connections of a weight exist.
+
+A weight of shape (out, in) is cut into a grid of *units*: single weights, or b_out x b_in blocks. A `Topology` is the
+sorted set of the units that are active. Units are numbered down the columns of the grid, flat = column * grid_rows + row,
+so that the values of one input feature lie together (the order in which a backward pass produces their gradients).
+
+Nothing here ever builds anything of the size of the grid, but for `to_mask`, which is for people and tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """The active units of a weight.
+
+    shape: (out, in) of the weight, in features. unit: (b_out, b_in). indices: (count,) sorted, unique flat unit numbers,
+    int32 where they fit, else int64. The constructor trusts its arguments; `from_indices` checks them.
+    """
+
+    shape: tuple[int, int]
+    indices: Tensor
+    unit: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def from_indices(cls, shape: tuple[int, int], indices: Tensor, unit: tuple[int, int] = (1, 1)) -> Topology:
+        """A checked topology from flat unit numbers in any order.
+
+        Raises ValueError where the unit does not divide the shape, or where an index is out of range or repeated.
+        """
+        units = grid_size(shape, unit)
+        ordered = indices.to(torch.int64).sort().values
+        if ordered.numel() and (int(ordered[0]) < 0 or int(ordered[-1]) >= units):
+            raise ValueError(f"unit indices must lie in [0, {units}), got [{int(ordered[0])}, {int(ordered[-1])}]")
+        if bool((ordered[1:] == ordered[:-1]).any()):
+            raise ValueError("unit indices must be unique")
+        return cls(shape, ordered.to(index_dtype(units)), unit)
+
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], count: int, rng: torch.Generator, unit: tuple[int, int] = (1, 1)
+    ) -> Topology:
+        """`count` units drawn uniformly without replacement."""
+        units = grid_size(shape, unit)
+        return cls(shape, sample_distinct(units, count, rng).to(index_dtype(units)), unit)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of units."""
+        return self.shape[0] // self.unit[0], self.shape[1] // self.unit[1]
+
+    @property
+    def units(self) -> int:
+        """Units of the whole grid, active or not."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def count(self) -> int:
+        """Active units."""
+        return self.indices.numel()
+
+    @property
+    def nnz(self) -> int:
+        """Active weights."""
+        return self.count * self.unit[0] * self.unit[1]
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are active."""
+        return self.count / self.units
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of the values of the active units: (nnz,) or (count, b_out, b_in)."""
+        return (self.count,) if self.unit == (1, 1) else (self.count, *self.unit)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(count,) grid row of each active unit."""
+        return self.indices % self.grid[0]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(count,) grid column of each active unit."""
+        return self.indices // self.grid[0]
+
+    def positions(self, units: Tensor) -> Tensor:
+        """Where the given active units stand in `indices`; ValueError for a unit that is not active."""
+        units = units.to(self.indices.dtype)
+        found = torch.searchsorted(self.indices, units)
+        if units.numel() and not bool(self.contains(units).all()):
+            raise ValueError("not every given unit is active")
+        return found
+
+    def contains(self, units: Tensor) -> Tensor:
+        """(n,) bool: which of the given flat unit numbers are active."""
+        units = units.to(self.indices.dtype)
+        if not self.count:
+            return torch.zeros_like(units, dtype=torch.bool)
+        found = torch.searchsorted(self.indices, units).clamp_(max=self.count - 1)
+        return self.indices[found] == units
+
+    def sample_inactive(self, n: int, rng: torch.Generator) -> Tensor:
+        """n inactive units, drawn uniformly without replacement, sorted.
+
+        The r-th inactive unit is r plus the number of active units before it, which a search in (indices - rank) gives:
+        O((nnz + n) log) and no more memory. Raises ValueError where fewer than n are inactive.
+        """
+        return self.inactive_at(sample_distinct(self.units - self.count, n, rng))
+
+    def inactive_at(self, ranks: Tensor) -> Tensor:
+        """The inactive units of the given ranks among all inactive ones."""
+        ranks = ranks.to(self.indices.device, torch.int64)
+        gaps = self.indices.to(torch.int64) - torch.arange(self.count, device=self.indices.device)
+        return (ranks + torch.searchsorted(gaps, ranks, right=True)).to(self.indices.dtype)
+
+    def replace(self, drop: Tensor, grow: Tensor) -> tuple[Topology, Tensor]:
+        """Without the active units `drop` and with the inactive units `grow`.
+
+        Returns the new topology and, for each of its units, the position of the same unit in this one, or -1 for a grown
+        unit: (count,) int64. Raises ValueError where a dropped unit is not active, a grown one is, or one is repeated.
+        """
+        grow = grow.to(self.indices.device, self.indices.dtype).sort().values
+        if grow.numel() and (bool(self.contains(grow).any()) or bool((grow[1:] == grow[:-1]).any())):
+            raise ValueError("a grown unit is already active or given twice")
+        keep = torch.ones(self.count, dtype=torch.bool, device=self.indices.device)
+        keep[self.positions(drop)] = False
+        kept_at = keep.nonzero().squeeze(1)
+        if self.count - kept_at.numel() != drop.numel():
+            raise ValueError("a dropped unit is given twice")
+        kept = self.indices[kept_at]
+        # Two sorted lists are merged by each element's rank in the other.
+        at_kept = torch.arange(kept.numel(), device=kept.device) + torch.searchsorted(grow, kept)
+        at_grown = torch.arange(grow.numel(), device=kept.device) + torch.searchsorted(kept, grow)
+        indices = torch.empty(kept.numel() + grow.numel(), dtype=self.indices.dtype, device=kept.device)
+        indices[at_kept] = kept
+        indices[at_grown] = grow
+        source = torch.full((indices.numel(),), -1, dtype=torch.int64, device=kept.device)
+        source[at_kept] = kept_at
+        return Topology(self.shape, indices, self.unit), source
+
+    def to(self, device: torch.device | str) -> Topology:
+        """The same topology with its indices on another device."""
+        return Topology(self.shape, self.indices.to(device), self.unit)
+
+    def to_mask(self) -> Tensor:
+        """The (out, in) boolean mask: for people and tests."""
+        rows, columns = self.grid
+        mask = torch.zeros(rows * columns, dtype=torch.bool, device=self.indices.device)
+        mask[self.indices.long()] = True
+        mask = mask.view(columns, rows).T
+        return mask.repeat_interleave(self.unit[0], 0).repeat_interleave(self.unit[1], 1)
+
+
+def grid_size(shape: tuple[int, int], unit: tuple[int, int]) -> int:
+    """Units of a weight; ValueError where the unit does not divide the shape."""
+    if shape[0] % unit[0] or shape[1] % unit[1]:
+        raise ValueError(f"a unit of {unit[0]}x{unit[1]} does not divide a weight of {shape[0]}x{shape[1]}")
+    return (shape[0] // unit[0]) * (shape[1] // unit[1])
+
+
+def index_dtype(units: int) -> torch.dtype:
+    """int32 where every unit number of the grid fits, else int64."""
+    return torch.int32 if units <= 2**31 - 1 else torch.int64
+
+
+def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
+    """n distinct numbers of [0, population), uniform over all such sets, sorted: (n,) int64 on the CPU.
+
+    Draws are repeated until n distinct ones are there and surplus ones are removed at random, so time and memory are O(n)
+    however large the population is. Raises ValueError for n > population.
+    """
+    if not 0 <= n <= population:
+        raise ValueError(f"cannot draw {n} distinct units of {population}")
+    if 4 * n >= population:
+        return torch.randperm(population, generator=rng)[:n].sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < n:
+        more = torch.randint(population, (n - drawn.numel() + n // 4 + 8,), generator=rng)
+        drawn = torch.cat([drawn, more]).unique()
+    surplus = drawn.numel() - n
+    if surplus:
+        keep = torch.ones(drawn.numel(), dtype=torch.bool)
+        keep[torch.randperm(drawn.numel(), generator=rng)[:surplus]] = False
+        drawn = drawn[keep]
+    return drawn

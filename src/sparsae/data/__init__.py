@@ -1,0 +1,21 @@
+"""From text to batches: sources, tokenizer, prepared shards, windows."""
+
+from sparsae.data.batches import Batches, evenly_spaced
+from sparsae.data.corpus import Corpus, Progress, prepare, tokenize_text
+from sparsae.data.sources import documents
+from sparsae.data.tokenizer import Tokenizer, load_or_train, load_tokenizer
+from sparsae.data.unigram import unigram_perplexity
+
+__all__ = [
+    "Batches",
+    "Corpus",
+    "Progress",
+    "Tokenizer",
+    "documents",
+    "evenly_spaced",
+    "load_or_train",
+    "load_tokenizer",
+    "prepare",
+    "tokenize_text",
+    "unigram_perplexity",
+]

@@ -1,0 +1,186 @@
+"""One reader for each form of text: whole files, JSON lines (compressed too), parquet, Hugging Face streams.
+
+Each turns every way in which its input can be wrong into one InputError that names the file and the place.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsae.errors import InputError
+
+_EXTRA = "pip install 'sparsae[data]'"
+_ROWS = 256
+_CHUNK = 2**18
+_OPEN: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def whole_file(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark."""
+    try:
+        return decoded(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
+
+
+def decoded(path: Path) -> str:
+    """As `whole_file`, but raises UnicodeDecodeError where the file is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def json_lines(path: Path, text_field: str) -> Iterator[str]:
+    """The field `text_field` of every line's JSON object; blank lines are passed over."""
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not UTF-8; convert the file to UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not a JSON object: {error}") from None
+        yield from _text_of(row, text_field, where)
+
+
+def parquet_rows(path: Path, text_field: str) -> Iterator[str]:
+    """The column `text_field` of a parquet file, read one row group at a time."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow: {_EXTRA}") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise InputError(f"{path}: {_no_field(text_field, names)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield from _text_of({text_field: value}, text_field, f"{path}: row {row}")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 in field {text_field!r}") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
+
+
+def streamed_rows(name: str, configuration: str | None, split: str, text_field: str) -> Iterator[str]:
+    """The field `text_field` of the rows of a dataset on the Hugging Face Hub, streamed."""
+    source = f"hf:{name}"
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{source}: reading it needs the library datasets: {_EXTRA}") from None
+    try:
+        with _quiet_hub():
+            rows = iter(datasets.load_dataset(name, configuration, split=split, streaming=True))
+            number = 0
+            while (row := next(rows, None)) is not None:
+                number += 1
+                yield from _text_of(row, text_field, f"{source}: row {number}")
+    except ConnectionError:
+        raise InputError(
+            f"{source}: the Hugging Face Hub cannot be reached; check the network or give a file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be read: {_first_line(error)}") from None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        if path.suffix == ".zst":
+            yield from _lines_of(_zstandard_chunks(path))
+        else:
+            with _OPEN.get(path.suffix, open)(path, "rb") as file:
+                yield from file
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}: damaged compressed file: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _zstandard_chunks(path: Path) -> Iterator[bytes]:
+    """The content of a .zst file of one frame or several; raises EOFError where the last one is cut short.
+
+    The library's own stream reader ends a truncated file in silence.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"{path}: reading .zst needs zstandard: {_EXTRA}") from None
+    frame = None
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(chunk)
+                except zstandard.ZstdError as error:
+                    raise InputError(f"{path}: damaged compressed file: {error}") from None
+                chunk = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def _lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for chunk in chunks:
+        *ended, last = chunk.split(b"\n")
+        for line in ended:
+            yield b"".join((*rest, line))
+            rest = []
+        rest.append(last)
+    yield b"".join(rest)
+
+
+def _text_of(row: Any, text_field: str, where: str) -> Iterator[str]:
+    """The text of one row: one string, or none where the field is null."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a {type(row).__name__}, not a JSON object with the field {text_field!r}")
+    if text_field not in row:
+        raise InputError(f"{where}: {_no_field(text_field, list(row))}")
+    text = row[text_field]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise InputError(f"{where}: field {text_field!r} is of type {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: field {text_field!r} holds half of a surrogate pair, not Unicode text") from None
+    yield text
+
+
+def _no_field(text_field: str, names: list[str]) -> str:
+    present = ", ".join(map(str, names[:8])) or "none"
+    return f"no field {text_field!r} (there are: {present}); name the field with data.text_field"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The Hub's client logs every retry; without a network one line of ours says it all."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,130 @@
+"""The teacher: an exponential moving average of the student, over active weights only.
+
+    W_T <- beta W_T + (1 - beta) (W_S * M)          over all positions,
+
+so that a dropped connection fades instead of vanishing. With "union" storage this is exact without a dense matrix: the
+teacher's topology is the student's and what was dropped and has not yet faded below a tolerance. "masked" forgets what the
+student drops; "dense" keeps every position.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.schema import TeacherConfig
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.sparsify import densify
+from sparsae.surgery import TeacherLayer
+
+
+class Teacher:
+    """A model that follows the student. `model` is it, without gradients; `layers` what it keeps of sparse layers."""
+
+    def __init__(self, student: nn.Module, config: TeacherConfig) -> None:
+        """Starts as a copy of the student. Sparse layers share the student's index tensors until they diverge."""
+        self.config = config
+        self.model = _copy_sharing_indices(student)
+        self.model.requires_grad_(False).eval()
+        if config.storage == "dense":
+            densify(self.model)
+            self.model.requires_grad_(False)
+        self.layers = {
+            name: TeacherLayer(self.model.get_submodule(name), config.storage, config.tolerance)
+            for name in sparse_layers(student)
+        }
+
+    def decay(self, step: int) -> float:
+        """beta at a step counted from 0; with a ramp min(beta, (1 + t) / (10 + t))."""
+        return min(self.config.beta, (1 + step) / (10 + step)) if self.config.ramp else self.config.beta
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, step: int) -> None:
+        """One step of the average, after the optimizer's."""
+        beta = self.decay(step)
+        sparse = sparse_layers(student)
+        owned = {id(layer.values) for layer in sparse.values()}
+        shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
+        teacher_parameters = dict(self.model.named_parameters())
+        torch._foreach_lerp_(
+            [teacher_parameters[name].data for name, _ in shared], [p.data for _, p in shared], 1.0 - beta
+        )
+        for name, layer in sparse.items():
+            self._update_layer(self.layers[name], layer, beta)
+        for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=False):
+            if mine.is_floating_point():
+                mine.copy_(theirs)
+
+    def reconnect(self, student: nn.Module) -> None:
+        """After both models were loaded: mark what the student has active, and share its index tensors where equal."""
+        for name, layer in sparse_layers(student).items():
+            kept = self.layers[name]
+            if isinstance(kept.module, SparseLinear):
+                mine, theirs = kept.module.topology, layer.topology
+                if mine.count == theirs.count:
+                    kept.module.set_topology(theirs, kept.module.values.data)
+                    kept.active = None
+                else:
+                    kept.active = theirs.contains(mine.indices)
+
+    @staticmethod
+    def _update_layer(kept: TeacherLayer, layer: SparseLinear, beta: float) -> None:
+        module = kept.module
+        if not isinstance(module, SparseLinear):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            dense = layer.dense_weight()
+            weight.lerp_(dense.T if layer.conv1d else dense, 1.0 - beta)
+        elif kept.active is None:
+            module.values.data.lerp_(layer.values.data, 1.0 - beta)
+        else:
+            faded = module.values.data.mul_(beta)
+            faded[kept.active] = faded[kept.active].add_(layer.values.data, alpha=1.0 - beta)
+
+
+class WarmUp:
+    """When the KL term begins: after a share of the steps, or when validation improves past a threshold."""
+
+    def __init__(self, config: TeacherConfig, steps: int) -> None:
+        self._config = config
+        self._steps = steps
+        self._first_loss: float | None = None
+        self.over_by_validation = False
+
+    def alpha(self, step: int) -> float:
+        """Weight of the KL term at a step counted from 0; 0 during the warm-up."""
+        if self._config.warmup == "fraction":
+            over = step >= self._config.warmup_fraction * self._steps
+        else:
+            over = self.over_by_validation
+        return self._config.alpha if over else 0.0
+
+    def observe(self, validation_loss: float) -> None:
+        """Take note of a validation loss (nats); the first one is the untrained model's."""
+        if self._first_loss is None:
+            self._first_loss = validation_loss
+        if validation_loss <= self._first_loss - self._config.warmup_improvement:
+            self.over_by_validation = True
+
+    def state(self) -> dict[str, float | bool | None]:
+        """For checkpoints."""
+        return {"first_loss": self._first_loss, "over_by_validation": self.over_by_validation}
+
+    def restore(self, state: dict[str, float | bool | None]) -> None:
+        """From a checkpoint."""
+        first = state["first_loss"]
+        self._first_loss = None if first is None else float(first)
+        self.over_by_validation = bool(state["over_by_validation"])
+
+
+def _copy_sharing_indices(student: nn.Module) -> nn.Module:
+    # Index tensors are immutable, so a copy may share them: a teacher over the same units costs its values only.
+    memo = {id(layer.indices): layer.indices for layer in sparse_layers(student).values()}
+    teacher = copy.deepcopy(student, memo)
+    for name, layer in sparse_layers(student).items():
+        twin = teacher.get_submodule(name)
+        assert isinstance(twin, SparseLinear)
+        twin.set_topology(layer.topology, twin.values.data)
+    return teacher

@@ -1,0 +1,1 @@
+"""The three numerical primitives of a sparse layer, the backends that compute them, and their place in autograd."""

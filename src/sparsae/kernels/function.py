@@ -1,0 +1,126 @@
+"""The sparse product as one differentiable operator over all backends.
+
+It is a registered custom operator with a fake kernel, so that `torch.compile` sees one opaque node and no graph break.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.registry import BACKENDS
+
+
+@torch.library.custom_op("sparsae::linear", mutates_args=())
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    derived: list[Tensor],
+    out_features: int,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    """Y = X W^T + b. x: (..., in); values: (nnz,) or (count, b_out, b_in), with x's dtype; returns (..., out)."""
+    layout = _layout(values, indices, derived, out_features, in_features)
+    y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features))
+    if bias is not None:
+        y_TO += bias
+    return y_TO.view(*x.shape[:-1], out_features)
+
+
+@sparse_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    derived: list[Tensor],
+    out_features: int,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("sparsae::linear_backward", mutates_args=())
+def sparse_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    derived: list[Tensor],
+    out_features: int,
+    in_features: int,
+    backend: str,
+    needs_x: bool,
+    needs_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dX, gradient of the values); one that is not needed comes back empty."""
+    layout = _layout(values, indices, derived, out_features, in_features)
+    dy_TO = dy.reshape(-1, out_features)
+    dx = dy.new_empty(0)
+    if needs_x:
+        dx = BACKENDS[backend].spmm_t(values, layout, dy_TO).view(*dy.shape[:-1], in_features)
+    dvalues = dy.new_empty(0)
+    if needs_values:
+        dvalues = BACKENDS[backend].sddmm(dy_TO, x.reshape(-1, in_features), layout)
+    return dx, dvalues
+
+
+@sparse_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    derived: list[Tensor],
+    out_features: int,
+    in_features: int,
+    backend: str,
+    needs_x: bool,
+    needs_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        dy.new_empty(*dy.shape[:-1], in_features) if needs_x else dy.new_empty(0),
+        values.new_empty(values.shape) if needs_values else dy.new_empty(0),
+    )
+
+
+def _layout(
+    values: Tensor, indices: Tensor, derived: list[Tensor], out_features: int, in_features: int
+) -> Layout:
+    unit = (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
+    return Layout((out_features, in_features), unit, indices, derived)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, indices, derived, ctx.out_features, ctx.in_features, ctx.backend = inputs
+    # The input is only needed for the gradient of the values, the indices always.
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values, indices, *derived)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    x, values, indices, *derived = ctx.saved_tensors
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    dx, dvalues = torch.ops.sparsae.linear_backward(
+        dy, x, values, indices, derived, ctx.out_features, ctx.in_features, ctx.backend, needs_x, needs_values
+    )
+    dbias = dy.reshape(-1, ctx.out_features).sum(0) if needs_bias else None
+    return (
+        dx if needs_x else None,
+        dvalues if needs_values else None,
+        dbias,
+        None,
+        [None] * len(derived),
+        None,
+        None,
+        None,
+    )
+
+
+sparse_linear.register_autograd(_backward, setup_context=_setup_context)

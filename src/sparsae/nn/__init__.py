@@ -1,0 +1,1 @@
+"""Sparse layers, and the way of a model into them and out again."""

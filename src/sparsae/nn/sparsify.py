@@ -1,0 +1,221 @@
+"""A model's linear layers into sparse ones, and back."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.core.budgets import allocate, density_bounds, relative_density
+from sparsae.core.heads import HeadLayout
+from sparsae.core.randomness import generator
+from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
+from sparsae.errors import InputError
+from sparsae.nn.linear import SparseLinear
+
+# Values for a new layer: (name, topology, generator) -> tensor of topology.values_shape.
+Initializer = Callable[[str, Topology, torch.Generator], Tensor]
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float = 0.9,
+    *,
+    budget: str = "erk",
+    unit: tuple[int, int] = (1, 1),
+    min_density: float = 0.0,
+    max_density: float = 1.0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    sparsify_head: bool = False,
+    heads: Mapping[str, HeadLayout] | None = None,
+    head_min_density: float = 0.0,
+    initializer: Initializer | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+) -> nn.Module:
+    """Replace the linear layers of `model`, in place, by sparse ones with a random topology; returns the model.
+
+    `nn.Linear` and transformers' `Conv1D` are replaced; embeddings, norms, tied weights and (unless `sparsify_head`) the
+    output head stay dense. `include` / `exclude` are globs over module names. Exactly round((1 - sparsity) * units) units of
+    `unit` = (b_out, b_in) weights are active over the whole model, shared out by `budget` ("uniform", "er", "erk") with
+    every layer's density inside [min_density, max_density], and every head of a layer that `heads` describes at least at
+    head_min_density. Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be
+    given for a layer on the meta device, whose dense weight never exists).
+
+    Raises InputError for a sparsity outside [0, 1), a unit that does not divide a layer, patterns that match nothing, and
+    bounds that cannot hold the budget.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
+    targets = linear_layers(model, include, exclude, sparsify_head)
+    if not targets:
+        raise InputError("no linear layer to sparsify: sparsity.include / sparsity.exclude leave none")
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    counts = layer_counts(shapes, sparsity, budget, unit, (min_density, max_density))
+    for name, module in targets.items():
+        rng = generator(seed, "topology", name)
+        topology = initial_topology(shapes[name], counts[name], unit, rng, (heads or {}).get(name), head_min_density)
+        _replace(model, name, _sparse_twin(name, module, topology, initializer, backend, seed))
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace the sparse layers of `model`, in place, by dense ones with the same function; returns the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            _replace(model, name, _dense_twin(module))
+    return model
+
+
+def layer_counts(
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: float,
+    budget: str,
+    unit: tuple[int, int],
+    densities: tuple[float, float],
+) -> dict[str, int]:
+    """Active units of each layer, exactly round((1 - sparsity) * units) in all.
+
+    Raises InputError where the unit does not divide a layer or the bounds cannot hold the budget.
+    """
+    for name, shape in shapes.items():
+        if shape[0] % unit[0] or shape[1] % unit[1]:
+            raise InputError(
+                f"unit {unit[0]}x{unit[1]} (sparsity.unit) does not divide layer {name} of {shape[0]}x{shape[1]}: "
+                "choose one that does, or leave the layer out with sparsity.exclude"
+            )
+    units = [grid_size(shape, unit) for shape in shapes.values()]
+    bounds = [density_bounds(n, *densities) for n in units]
+    relative = [relative_density(budget, shape) for shape in shapes.values()]
+    return dict(zip(shapes, allocate(relative, bounds, units, round((1.0 - sparsity) * sum(units))), strict=True))
+
+
+def initial_topology(
+    shape: tuple[int, int],
+    count: int,
+    unit: tuple[int, int],
+    rng: torch.Generator,
+    heads: HeadLayout | None,
+    head_min_density: float,
+) -> Topology:
+    """`count` random units; where there is a floor for heads, each head gets its floor first, the rest falls anywhere."""
+    if heads is None or head_min_density == 0.0:
+        return Topology.random(shape, count, rng, unit)
+    block = unit[0] if heads.axis == "out" else unit[1]
+    if heads.size % block:
+        raise InputError(f"a block of {block} features crosses attention heads of {heads.size}: sparsity.unit must divide them")
+    rows, columns = shape[0] // unit[0], shape[1] // unit[1]
+    width = heads.size // block
+    grid = (width, columns) if heads.axis == "out" else (rows, width)
+    floor = math.ceil(head_min_density * grid[0] * grid[1])
+    groups = heads.groups(*shape)
+    if floor * groups > count:
+        raise InputError(
+            f"head_min_density {head_min_density:g} needs {floor * groups} units where the layer has {count}: lower it"
+        )
+    chosen = []
+    for group in range(groups):
+        local = sample_distinct(grid[0] * grid[1], floor, rng)
+        row, column = local % grid[0], local // grid[0]
+        if heads.axis == "out":
+            row = row + group * width
+        else:
+            column = column + group * width
+        chosen.append(column * rows + row)
+    floors = Topology(shape, torch.cat(chosen).sort().values.to(index_dtype(rows * columns)), unit)
+    grown = floors.sample_inactive(count - floors.count, rng)
+    return floors.replace(floors.indices[:0], grown)[0]
+
+
+def linear_layers(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), with_head: bool = False
+) -> dict[str, nn.Module]:
+    """The layers that `sparsify` replaces, by name in the model's order."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) and not with_head else None
+    found = {}
+    for name, module in model.named_modules():
+        if not _is_linear(module) or module is head or owners[id(module.weight)] > 1:
+            continue
+        wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
+        if wanted and not any(fnmatchcase(name, pattern) for pattern in exclude):
+            found[name] = module
+    return found
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of an `nn.Linear` or a `Conv1D`."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    return (columns, rows) if _is_conv1d(module) else (rows, columns)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # Without importing transformers: a model that has a Conv1D has imported it.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and type(module) is transformers.Conv1D
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Subclasses of nn.Linear may read their weight in ways of their own.
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _sparse_twin(
+    name: str, module: nn.Module, topology: Topology, initializer: Initializer | None, backend: str, seed: int
+) -> SparseLinear:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    conv1d = _is_conv1d(module)
+    if initializer is not None:
+        values = initializer(name, topology, generator(seed, "values", name))
+        if not weight.is_meta:
+            values = values.to(weight.device, weight.dtype)
+            topology = topology.to(weight.device)
+    elif weight.is_meta:
+        raise ValueError(f"layer {name} is on the meta device: its values need an initializer")
+    else:
+        topology = topology.to(weight.device)
+        values = _active_values((weight.T if conv1d else weight).detach(), topology)
+    return SparseLinear(
+        topology, values, None if bias is None else bias.detach().clone(), backend=backend, conv1d=conv1d
+    )
+
+
+def _active_values(weight: Tensor, topology: Topology) -> Tensor:
+    (b_out, b_in), (rows, columns) = topology.unit, topology.grid
+    blocks = weight.reshape(rows, b_out, columns, b_in)
+    row, column = topology.rows.long(), topology.columns.long()
+    return blocks[row, :, column, :].reshape(topology.values_shape)
+
+
+def _dense_twin(layer: SparseLinear) -> nn.Module:
+    weight, bias = layer.dense_weight(), layer.bias
+    dense: nn.Module
+    if layer.conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.T.contiguous()
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().clone())
+    return dense
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    if not name:
+        raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)

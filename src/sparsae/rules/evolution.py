@@ -1,0 +1,199 @@
+"""Topology search by a (1+lambda) or (1,lambda) evolution strategy.
+
+Every K steps lambda candidates are proposed, scored on one micro-batch by the composite proxy (`proxy.py`) and compared,
+with the current topology (elitist) or among themselves (comma). A candidate is now and then a global reset, more often
+after a plateau; lambda and p_mutate follow recent success.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsae.config.schema import EvolutionConfig
+from sparsae.core.schedules import decayed
+from sparsae.core.topology import Topology
+from sparsae.errors import InputError
+from sparsae.rules.base import Candidate, Decision, Need, Observation, Rule, Score
+from sparsae.rules.proposers import PROPOSERS, keeps_bounds, reset, samples
+from sparsae.rules.proxy import Running, combine
+
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class EvolutionState:
+    """What the strategy remembers: its own parameters, outcomes in a row, the plateau, and the components' statistics."""
+
+    candidates: int
+    mutation_rate: float
+    successes: int = 0
+    failures: int = 0
+    best_cross_entropy: float | None = None
+    stagnant_updates: int = 0
+    boosted_left: int = 0
+    running: Running = Running()
+
+
+class Evolution(Rule[EvolutionState]):
+    """The evolution strategy; its proposer, selection, adaptation and resets are chosen by the configuration."""
+
+    def __init__(self, config: EvolutionConfig) -> None:
+        self.config = config
+        self.initialization = config.initialization
+        self.burn_in = config.burn_in
+        needs: set[Need] = set()
+        if config.proposer == "guided":
+            needs.add("gradient_at")
+        if self._compares():
+            needs.add("micro_batch_score")
+            activity: dict[str, Need] = {
+                "candidate": "candidate_gradient",
+                "training": "gradient",
+                "moments": "moments",
+            }
+            if config.proxy.activity_weight > 0:
+                needs.add(activity[config.proxy.activity])
+        self.needs = frozenset(needs)
+
+    def initial_state(self) -> EvolutionState:
+        config = self.config
+        if not config.adaptation.enabled:
+            return EvolutionState(config.candidates, config.mutation_rate)
+        return EvolutionState(
+            _clamp(config.candidates, config.adaptation.candidates),
+            _clamp(config.mutation_rate, config.adaptation.mutation_rate),
+        )
+
+    def state_from_dict(self, data: Mapping[str, Any]) -> EvolutionState:
+        running = data["running"]
+        running = Running(running["count"], tuple(running["mean"]), tuple(running["square"]))
+        return EvolutionState(**{**data, "running": running})
+
+    def due(self, step: int, steps: int) -> bool:
+        every = self.config.every or max(1, steps // 20)
+        return step % every == 0 and self.config.start * steps < step < steps and step <= self.config.stop * steps
+
+    def sample(
+        self, topologies: Mapping[str, Topology], state: EvolutionState, rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        return samples(topologies, self.config.sample_ratio, rng) if "gradient_at" in self.needs else {}
+
+    def ask(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> list[Candidate]:
+        return [self._draw(observation, state, rng) for _ in range(state.candidates)]
+
+    def tell(
+        self,
+        candidates: Sequence[Candidate],
+        scores: Sequence[Score | None],
+        current: Score | None,
+        state: EvolutionState,
+        progress: float,
+    ) -> tuple[Decision, EvolutionState]:
+        if current is None:
+            chosen = next((i for i, candidate in enumerate(candidates) if candidate.rejected is None), None)
+            return Decision(chosen), state
+        running = state.running.including([current, *(score for score in scores if score is not None)])
+        now = combine(current, self.config.proxy, running, progress)
+        values = tuple(
+            None if score is None else combine(score, self.config.proxy, running, progress) for score in scores
+        )
+        # min() takes the first of equals, so ties go to the lowest index on every rank.
+        ranked = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
+        best = min(ranked, default=None)
+        improved = best is not None and best[0] < now
+        chosen = best[1] if best is not None and (improved or self.config.selection == "comma") else None
+        state = dataclasses.replace(state, running=running)
+        state = self._adapted(self._after_plateau(state, current.cross_entropy), improved)
+        return Decision(chosen, values, now), state
+
+    def telemetry(self, state: EvolutionState, progress: float) -> dict[str, float]:
+        return {
+            "candidates_count": state.candidates,
+            "mutation_rate": self.mutation_rate(state, progress),
+            "reset_probability": self.reset_probability(state),
+        }
+
+    def without_scores(self) -> Rule[EvolutionState]:
+        if "micro_batch_score" not in self.needs:
+            return self
+        if self.config.selection != "comma":
+            raise InputError(
+                f"selection '{self.config.selection}' (topology.selection) compares losses: give Sparsifier a score function"
+            )
+        quiet = {"adaptation": {"enabled": False}, "reset": {"probability": 0.0, "boosted_probability": 0.0}}
+        plain = {**self.config.model_dump(), "candidates": 1}
+        for section, values in quiet.items():
+            plain[section] = {**plain[section], **values}
+        return Evolution(EvolutionConfig.model_validate(plain))
+
+    def mutation_rate(self, state: EvolutionState, progress: float) -> float:
+        """p_mutate in force: the state's, times the schedule between start and stop."""
+        span = (progress - self.config.start) / (self.config.stop - self.config.start)
+        return state.mutation_rate * decayed(self.config.mutation_schedule, min(max(span, 0.0), 1.0))
+
+    def reset_probability(self, state: EvolutionState) -> float:
+        """p_reset in force: boosted for a few updates after a plateau."""
+        reset = self.config.reset
+        return reset.boosted_probability if state.boosted_left else reset.probability
+
+    def _compares(self) -> bool:
+        config = self.config
+        alone = config.candidates == 1 and not config.adaptation.enabled
+        resets = config.reset.probability > 0 or config.reset.boosted_probability > 0
+        return config.selection == "elitist" or not alone or resets
+
+    def _draw(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> Candidate:
+        count = max(1, round(self.mutation_rate(state, observation.progress) * observation.count))
+        is_reset = float(torch.rand((), generator=rng)) < self.reset_probability(state)
+        candidate = None
+        for _ in range(self.config.redraws):
+            if is_reset:
+                name, swap = reset(observation, self.config, rng)
+            else:
+                name = self.config.proposer
+                swap = PROPOSERS[name](observation, count, self.config, rng)
+            if keeps_bounds(observation.layers, swap):
+                return Candidate(swap, name)
+            candidate = Candidate(swap, name, rejected="bounds")
+        assert candidate is not None
+        return candidate
+
+    def _after_plateau(self, state: EvolutionState, cross_entropy: float) -> EvolutionState:
+        """The micro-batch perplexity of the current topology decides; perplexity is monotone in the cross entropy."""
+        if state.best_cross_entropy is None or cross_entropy < state.best_cross_entropy:
+            return dataclasses.replace(
+                state, best_cross_entropy=cross_entropy, stagnant_updates=0, boosted_left=max(0, state.boosted_left - 1)
+            )
+        stagnant = state.stagnant_updates + 1
+        if stagnant >= self.config.reset.patience:
+            return dataclasses.replace(state, stagnant_updates=0, boosted_left=self.config.reset.boosted_updates)
+        return dataclasses.replace(state, stagnant_updates=stagnant, boosted_left=max(0, state.boosted_left - 1))
+
+    def _adapted(self, state: EvolutionState, improved: bool) -> EvolutionState:
+        """Improvement `patience` times in a row shrinks lambda and p_mutate; as much stagnation grows them."""
+        adaptation = self.config.adaptation
+        if not adaptation.enabled:
+            return state
+        successes, failures = (state.successes + 1, 0) if improved else (0, state.failures + 1)
+        if max(successes, failures) < adaptation.patience:
+            return dataclasses.replace(state, successes=successes, failures=failures)
+        step, factor = (-1, 1 / adaptation.factor) if improved else (1, adaptation.factor)
+        return dataclasses.replace(
+            state,
+            candidates=_clamp(state.candidates + step, adaptation.candidates),
+            mutation_rate=_clamp(state.mutation_rate * factor, adaptation.mutation_rate),
+            successes=0,
+            failures=0,
+        )
+
+
+def _clamp(value: Number, bounds: tuple[Number, Number]) -> Number:
+    return min(max(value, bounds[0]), bounds[1])

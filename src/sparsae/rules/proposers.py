@@ -1,0 +1,166 @@
+"""Mutation operators: each makes one swap from an observation.
+
+`count` is the number of units to move over the whole model, k * p_mutate. A proposer does not look at the bounds: a
+candidate that leaves them is redrawn by the strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from sparsae.config.schema import EvolutionConfig
+from sparsae.core.topology import Topology, sample_distinct
+from sparsae.rules.base import LayerView, Observation, unit_magnitude
+from sparsae.surgery import Swap
+
+Proposer = Callable[[Observation, int, EvolutionConfig, torch.Generator], Swap]
+
+
+def uniform(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+    """`count` active units of the whole model go, `count` inactive ones come, all uniformly."""
+    topologies = {name: view.topology for name, view in observation.layers.items()}
+    inactive = {name: topology.units - topology.count for name, topology in topologies.items()}
+    count = min(count, sum(inactive.values()))
+    active = {name: topology.count for name, topology in topologies.items()}
+    drop = _ranks_by_layer(sample_distinct(sum(active.values()), count, rng), active)
+    grow = _ranks_by_layer(sample_distinct(sum(inactive.values()), count, rng), inactive)
+    return Swap(
+        {name: _at(topologies[name], ranks) for name, ranks in drop.items()},
+        {name: topologies[name].inactive_at(ranks) for name, ranks in grow.items()},
+    )
+
+
+def layerwise(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+    """Uniform within each layer, whose number of active units stays."""
+    drop, grow = {}, {}
+    for name, n in _shares(observation, count).items():
+        topology = observation.layers[name].topology
+        drop[name] = _at(topology, sample_distinct(topology.count, n, rng))
+        grow[name] = topology.sample_inactive(n, rng)
+    return Swap(drop, grow)
+
+
+def guided(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+    """Per layer: small weights go, with tempered chance, and the largest gradients of a sample of inactive units come.
+
+    Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units, with G
+    standard Gumbel noise. At tau_d = 1 this draws without replacement with odds 1 / w^2.
+    """
+    drop, grow = {}, {}
+    for name, n in _shares(observation, count).items():
+        view = observation.layers[name]
+        assert view.sample is not None and view.sample_gradient is not None
+        n = min(n, view.sample.numel())
+        weakest = _keys(unit_magnitude(view.values), config.drop_temperature, rng)
+        strongest = _keys(unit_magnitude(view.sample_gradient), config.grow_temperature, rng)
+        drop[name] = _at(view.topology, weakest.topk(n, largest=False, sorted=False).indices)
+        grow[name] = view.sample.to(strongest.device)[strongest.topk(n, sorted=False).indices]
+    return Swap(drop, grow)
+
+
+def shift(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+    """Density moves between layers: the layers that lose and those that gain are weighted at random (flat Dirichlet)."""
+    views = observation.layers
+    drops = _random_split(count, {name: view.topology.count for name, view in views.items()}, rng)
+    grows = _random_split(sum(drops.values()), {n: v.topology.units - v.topology.count for n, v in views.items()}, rng)
+    missing = sum(drops.values()) - sum(grows.values())
+    for name in drops:
+        back = min(drops[name], missing)
+        drops[name] -= back
+        missing -= back
+    return Swap(
+        {name: _at(views[name].topology, sample_distinct(views[name].topology.count, n, rng)) for name, n in drops.items()},
+        {name: views[name].topology.sample_inactive(n, rng) for name, n in grows.items()},
+    )
+
+
+def reset(observation: Observation, config: EvolutionConfig, rng: torch.Generator) -> tuple[str, Swap]:
+    """A large jump: a reshuffle of 5-10 % of each layer, or a new Erdos-Renyi topology with the layers' counts."""
+    if float(torch.rand((), generator=rng)) >= config.reset.redraw:
+        low, high = config.reset.reshuffle
+        share = low + (high - low) * float(torch.rand((), generator=rng))
+        return "reshuffle", layerwise(observation, round(share * observation.count), config, rng)
+    drop, grow = {}, {}
+    for name, view in observation.layers.items():
+        now = view.topology
+        new = Topology.random(now.shape, now.count, rng, now.unit).to(now.indices.device)
+        drop[name] = now.indices[~new.contains(now.indices)]
+        grow[name] = new.indices[~now.contains(new.indices)]
+    return "redraw", Swap(drop, grow)
+
+
+PROPOSERS: dict[str, Proposer] = {"uniform": uniform, "layerwise": layerwise, "guided": guided, "shift": shift}
+
+
+def samples(
+    topologies: Mapping[str, Topology], ratio: float, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """gamma * count inactive units of each layer, uniformly (the subset of guided stochastic exploration)."""
+    return {
+        name: topology.sample_inactive(min(round(ratio * topology.count), topology.units - topology.count), rng)
+        for name, topology in topologies.items()
+    }
+
+
+def _shares(observation: Observation, count: int) -> dict[str, int]:
+    """`count` over the layers in proportion to their active units, by cumulative rounding; at most what is inactive."""
+    total, before, shares = observation.count, 0, {}
+    for name, view in observation.layers.items():
+        after = before + view.topology.count
+        n = round(count * after / total) - round(count * before / total)
+        shares[name] = min(n, view.topology.count, view.topology.units - view.topology.count)
+        before = after
+    return {name: n for name, n in shares.items() if n}
+
+
+def _keys(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
+    keys = 2 * magnitude.double().log()
+    if temperature:
+        # -log(-log U) with U in (0, 1); log 0 of a zero magnitude stays -inf: such a unit is always the first to go.
+        noise = torch.rand(keys.shape, generator=rng, dtype=torch.float64).clamp_(min=1e-300)
+        keys += temperature * -(-noise.log()).log().to(keys.device)
+    return keys
+
+
+def _at(topology: Topology, positions: Tensor) -> Tensor:
+    return topology.indices[positions.to(topology.indices.device)]
+
+
+def _ranks_by_layer(ranks: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Sorted ranks over all layers end to end, as ranks within each layer."""
+    ends = torch.tensor(list(sizes.values())).cumsum(0)
+    cuts = torch.searchsorted(ranks, ends)
+    split, start, offset = {}, 0, 0
+    for name, cut, end in zip(sizes, cuts.tolist(), ends.tolist(), strict=True):
+        if cut > start:
+            split[name] = ranks[start:cut] - offset
+        start, offset = cut, end
+    return split
+
+
+def _random_split(count: int, sizes: Mapping[str, int], rng: torch.Generator) -> dict[str, int]:
+    """`count` over layers by flat Dirichlet weights times their size, none above its size."""
+    weights = -torch.log(torch.rand(len(sizes), generator=rng, dtype=torch.float64).clamp_(min=1e-300))
+    weights *= torch.tensor(list(sizes.values()), dtype=torch.float64)
+    shares = (count * weights / weights.sum().clamp(min=1e-300)).floor().long().tolist()
+    split = {name: min(share, size) for (name, size), share in zip(sizes.items(), shares, strict=True)}
+    left = count - sum(split.values())
+    for name, size in sizes.items():
+        more = min(left, size - split[name])
+        split[name] += more
+        left -= more
+    return split
+
+
+def keeps_bounds(views: Mapping[str, LayerView], swap: Swap) -> bool:
+    """Whether every touched layer stays inside its bounds and above its heads' floors after a swap."""
+    for name in swap.count_changes():
+        view = views[name]
+        empty = view.topology.indices[:0]
+        after, _ = view.topology.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
+        if not view.keeps_bounds(after):
+            return False
+    return True

@@ -1,0 +1,165 @@
+"""The one place that changes which connections exist.
+
+A `Swap` says which units go and which come. `plan` works out what each layer looks like afterwards; a plan can be tried
+(`preview`) and carried out (`commit`). Values, optimizer state and teacher move together: what stays keeps everything, what
+goes is gone, and what comes starts from its initialization with a state of zeros, its own step count included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.core.topology import Topology
+from sparsae.nn.linear import SparseLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """A proposed change over the whole model: flat unit numbers to drop and to grow, by layer, as many in all."""
+
+    drop: Mapping[str, Tensor]
+    grow: Mapping[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """Units that move."""
+        return sum(units.numel() for units in self.drop.values())
+
+    def count_changes(self) -> dict[str, int]:
+        """Change of each touched layer's number of active units."""
+        names = list(dict.fromkeys([*self.drop, *self.grow]))
+        return {name: _size(self.grow, name) - _size(self.drop, name) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One layer before and after: `source` is each new unit's old position, -1 for a grown one; values are the new ones."""
+
+    before: Topology
+    after: Topology
+    source: Tensor
+    values: Tensor
+
+    @property
+    def grown(self) -> Tensor:
+        """(count,) bool over the new units."""
+        return self.source < 0
+
+
+@dataclass(eq=False)
+class TeacherLayer:
+    """What the teacher keeps of one sparse layer.
+
+    storage "masked": a sparse layer over the student's topology; "union": one over the student's topology and the units
+    dropped before that have not yet faded, with `active` marking the student's (None: all are); "dense": a dense layer.
+    """
+
+    module: nn.Module
+    storage: str
+    tolerance: float
+    active: Tensor | None = None
+
+    def follow(self, change: Change) -> None:
+        """Take over the student's new topology. A unit that the teacher has no memory of starts at zero."""
+        module = self.module
+        if not isinstance(module, SparseLinear):
+            return
+        if self.storage == "masked":
+            module.set_topology(change.after, remap(module.values.data, change.source))
+            return
+        union, student = module.topology, change.after
+        magnitude = module.values.data.abs().reshape(union.count, -1).amax(1) if union.count else module.values.data
+        forgotten = ~student.contains(union.indices) & (magnitude < self.tolerance)
+        new = student.indices[~union.contains(student.indices)]
+        after, source = union.replace(union.indices[forgotten], new)
+        if after.count == student.count:
+            after, self.active = student, None
+        else:
+            self.active = student.contains(after.indices)
+        module.set_topology(after, remap(module.values.data, source))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A swap worked out for the layers that it touches."""
+
+    layers: Mapping[str, SparseLinear]
+    changes: dict[str, Change] = field(default_factory=dict)
+
+    @contextmanager
+    def preview(self) -> Iterator[None]:
+        """The model as it would be, with optimizer and teacher untouched; everything is as before afterwards."""
+        before = {name: (self.layers[name].topology, self.layers[name].values.data) for name in self.changes}
+        try:
+            for name, change in self.changes.items():
+                self.layers[name].set_topology(change.after, change.values)
+            yield
+        finally:
+            for name, (topology, values) in before.items():
+                self.layers[name].set_topology(topology, values)
+
+    def commit(self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None) -> None:
+        """Carry the swap out: values, every optimizer state tensor of the parameter's shape, and the teacher."""
+        for name, change in self.changes.items():
+            layer = self.layers[name]
+            if optimizer is not None and layer.values in optimizer.state:
+                shape = layer.values.shape
+                state = optimizer.state[layer.values]
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == shape:
+                        state[key] = remap(value, change.source)
+            layer.set_topology(change.after, change.values)
+            if teacher is not None:
+                teacher[name].follow(change)
+
+
+def plan(layers: Mapping[str, SparseLinear], swap: Swap, initialization: str, rng: torch.Generator) -> Plan:
+    """Work out a swap; grown values by `initialization` ("zero" or "kaiming_uniform") from `rng`.
+
+    Raises ValueError where as many units do not come as go, where a dropped unit is not active, and where a grown one is.
+    """
+    dropped, grown = swap.size, sum(units.numel() for units in swap.grow.values())
+    if dropped != grown:
+        raise ValueError(f"a swap drops {dropped} units and grows {grown}: the model's nnz would change")
+    changes = {}
+    for name in swap.count_changes():
+        layer = layers[name]
+        before = layer.topology
+        empty = before.indices[:0]
+        after, source = before.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
+        values = remap(layer.values.data, source)
+        if initialization == "kaiming_uniform":
+            is_new = source < 0
+            values[is_new] = kaiming_uniform(after, rng).to(values.device, values.dtype)[is_new.cpu()]
+        elif initialization != "zero":
+            raise ValueError(f"unknown initialization '{initialization}': use zero or kaiming_uniform")
+        changes[name] = Change(before, after, source, values)
+    return Plan(layers, changes)
+
+
+def remap(tensor: Tensor, source: Tensor) -> Tensor:
+    """A tensor over old units carried to new ones: `source` is each new unit's old position, -1 gives zeros."""
+    if not tensor.shape[0]:
+        return tensor.new_zeros(source.numel(), *tensor.shape[1:])
+    carried = tensor.index_select(0, source.clamp(min=0))
+    carried[source < 0] = 0
+    return carried
+
+
+def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
+    """U(-b, b) with b = sqrt(6 / fan_in) of the active fan-in of each output (He et al., 2015), for every active unit."""
+    (b_out, b_in), rows = topology.unit, topology.rows.long().cpu()
+    fan_in = torch.bincount(rows, minlength=topology.grid[0])[rows] * b_in
+    bound = math.sqrt(6.0) / fan_in.to(torch.float32).sqrt()
+    uniform = torch.rand(topology.values_shape, generator=rng) * 2 - 1
+    return uniform * bound.view(-1, *[1] * (uniform.dim() - 1))
+
+
+def _size(units: Mapping[str, Tensor], name: str) -> int:
+    return units[name].numel() if name in units else 0

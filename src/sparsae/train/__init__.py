@@ -1,0 +1,1 @@
+"""Training: the loop, its state and the directory of a run."""

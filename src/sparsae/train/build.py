@@ -1,0 +1,95 @@
+"""From a resolved configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.schema import Config, ModelConfig, SparsityConfig
+from sparsae.core.heads import HeadLayout
+from sparsae.core.topology import Topology
+from sparsae.errors import InputError
+from sparsae.models import attention_heads, build_model, initial_std, materialize
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.sparsify import Initializer, sparsify
+
+
+def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
+    """The model of a run with new weights. The weights of the layers that are sparsified never exist densely."""
+    model = build_model(config.model, vocab_size, eos_id, device="meta")
+    if config.sparsity.sparsity > 0:
+        low, high = config.sparsity.density_bounds
+        sparsify(
+            model,
+            config.sparsity.sparsity,
+            budget=config.sparsity.budget,
+            unit=config.sparsity.unit,
+            min_density=low,
+            max_density=high,
+            include=config.sparsity.include,
+            exclude=config.sparsity.exclude,
+            sparsify_head=config.sparsity.sparsify_head,
+            heads=head_layouts(model, config),
+            head_min_density=config.sparsity.head_min_density,
+            initializer=_initializer(config.model),
+            backend=config.sparsity.backend,
+            seed=config.seed,
+        )
+        for layer in sparse_layers(model).values():
+            layer.values.data = layer.values.data.to(device)
+            layer.indices = layer.indices.to(device)
+    materialize(model, config.seed, device)
+    return model
+
+
+def head_layouts(model: nn.Module, config: Config) -> dict[str, HeadLayout]:
+    """The attention heads of the model's linear layers, by module name."""
+    patterns: Mapping[str, HeadLayout] = attention_heads(config.model)
+    return {
+        name: layout
+        for name, _ in model.named_modules()
+        for pattern, layout in patterns.items()
+        if fnmatchcase(name, pattern)
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises InputError for a device that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"training.device '{name}' is no device: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"training.device '{name}' is not there: {torch.cuda.device_count()} CUDA devices found")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"training.device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def _initializer(config: ModelConfig) -> Initializer:
+    """N(0, std^2 / density): a sparse layer's outputs start with the variance of the dense layer's.
+
+    With density d an output sums d times as many terms, so the weights of those that exist are 1 / sqrt(d) larger.
+    """
+
+    def draw(name: str, topology: Topology, rng: torch.Generator) -> Tensor:
+        std = initial_std(config, name) / topology.density**0.5
+        return torch.randn(topology.values_shape, generator=rng) * std
+
+    return draw
+
+
+def has_sparse_layers(model: nn.Module) -> bool:
+    """Whether there is any topology to search."""
+    return any(isinstance(module, SparseLinear) for module in model.modules())
+
+
+def bounds_config(config: SparsityConfig) -> dict[str, float]:
+    """The bounds as the keyword arguments of `SparsifierConfig`."""
+    low, high = config.density_bounds
+    return {"min_density": low, "max_density": high, "head_min_density": config.head_min_density}

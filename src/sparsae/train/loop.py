@@ -1,0 +1,342 @@
+"""The training loop. It knows batches, a loss, an optimizer, a Sparsifier and a teacher, and no method by name."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.schema import Config
+from sparsae.core.accounting import FlopCounter
+from sparsae.core.randomness import derive_seed
+from sparsae.core.schedules import cosine_with_warmup
+from sparsae.data.batches import Batches
+from sparsae.distill import Teacher, WarmUp
+from sparsae.errors import InputError
+from sparsae.losses import LossParts, language_model_loss
+from sparsae.models import decoder_and_head
+from sparsae.nn.linear import sparse_layers
+from sparsae.train.costs import RunCosts
+from sparsae.train.memory import peak_bytes, state_bytes
+from sparsae.train.progress import Display
+from sparsae.train.rundir import MetricsWriter
+from sparsae.train.sparsifier import Sparsifier
+from sparsae.train.trackers import Trackers
+
+
+class Stopwatch:
+    """Seconds by part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count the enclosed time as `part`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM, so that the step in progress ends and is saved; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle both signals while inside; only the main thread may."""
+        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Trainer:
+    """One run from its present step to its end; `state` and `restore` carry it over a stop."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sparsifier: Sparsifier | None,
+        teacher: Teacher | None,
+        batches: Batches,
+        validation: Tensor,
+        costs: RunCosts,
+        metrics: MetricsWriter,
+        trackers: Trackers,
+        display: Display,
+        device: torch.device,
+    ) -> None:
+        self.config, self.settings = config, config.training
+        self.model, self.optimizer, self.sparsifier, self.teacher = model, optimizer, sparsifier, teacher
+        self.batches, self.validation, self.costs = batches, validation, costs
+        self.metrics, self.trackers, self.display, self.device = metrics, trackers, display, device
+        self.step = self.updates = self.accepted = 0
+        self.flops = FlopCounter()
+        self.watch = Stopwatch()
+        self.warmup = WarmUp(config.teacher, self.settings.steps)
+        self.validation_loss = self.untrained_loss = math.nan
+        self.teacher_loss: float | None = None
+        self.state_bytes: dict[str, int] = {}
+        self._sums = {"cross_entropy": 0.0, "distillation": 0.0, "loss": 0.0, "steps": 0}
+        self._compiled = torch.compile(decoder_and_head(model)[0]) if self.settings.compile else None
+        self._window = (time.perf_counter(), 0)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens so far."""
+        return self.step * self.tokens_per_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.settings.batch_size * self.settings.accumulation * self.config.model.context
+
+    def run(self, stop: StopRequest, save: Any) -> bool:
+        """Train until the last step (True) or until a stop is requested (False); `save()` writes a checkpoint."""
+        steps = self.settings.steps
+        self.display.begin(self.step, steps)
+        if self.step == 0:
+            self._validate()
+            if self.sparsifier:
+                self._record(self.sparsifier.search.initial_row())
+        self._window = (time.perf_counter(), self.step)
+        while self.step < steps and stop.signal is None:
+            with self.watch.of("train"):
+                self._train_step()
+            if self.step % self._validate_every == 0 or self.step == steps:
+                self._validate()
+            every = self.settings.checkpoint_every
+            if every and self.step % every == 0 and self.step < steps:
+                save()
+        self.display.close()
+        save()
+        return self.step == steps
+
+    def score(self, batch: Tensor) -> Tensor:
+        """Mean cross entropy of the model on a micro-batch."""
+        return self._loss(batch, alpha=0.0).total
+
+    @property
+    def _validate_every(self) -> int:
+        return self.settings.validate_every or max(1, self.settings.steps // 10)
+
+    def _train_step(self) -> None:
+        step, settings = self.step, self.settings
+        rate = settings.learning_rate * cosine_with_warmup(
+            step, settings.steps, settings.warmup, settings.final_learning_rate
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        alpha = self.warmup.alpha(step) if self.teacher else 0.0
+        self.model.train()
+        if self.config.model.dropout:
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        for micro in range(settings.accumulation):
+            batch = self._to_device(self.batches.at(step * settings.accumulation + micro))
+            parts = self._loss(batch, alpha)
+            (parts.total / settings.accumulation).backward()
+            self._sums["cross_entropy"] += float(parts.cross_entropy) / settings.accumulation
+            self._sums["distillation"] += float(parts.distillation) / settings.accumulation
+            self._sums["loss"] += float(parts.total.detach()) / settings.accumulation
+        self._sums["steps"] += 1
+        norm = self._clip()
+        burning_in = self.sparsifier is not None and self.sparsifier.burning_in
+        self.costs.count_step(self.flops, self.tokens_per_step, with_teacher=alpha > 0)
+        if self.sparsifier:
+            self.sparsifier.before_step()
+        self.optimizer.step()
+        last = step + 1 == settings.steps
+        if last or not self.state_bytes:
+            self._measure_state()
+        self.step += 1
+        self._follow()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.step % settings.log_every == 0 or last:
+            self._log(rate, norm, burning_in, alpha)
+
+    def _follow(self) -> None:
+        """The teacher's average and the topology's update."""
+        if self.sparsifier is None:
+            if self.teacher:
+                self.teacher.update(self.model, self.step - 1)
+            return
+        with self.watch.of("topology"):
+            update = self.sparsifier.after_step()
+        if update is None:
+            return
+        self.updates += 1
+        self.accepted += update.accepted
+        self.costs.count_update(self.flops, update.cost)
+        self._record(update.row)
+        self.display.topology(self.updates, self.accepted)
+
+    def _loss(self, batch: Tensor, alpha: float) -> LossParts:
+        """batch: (B, context + 1) tokens."""
+        inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            teacher_hidden = teacher_head = None
+            if alpha > 0 and self.teacher:
+                teacher_decoder, teacher_head = decoder_and_head(self.teacher.model)
+                with torch.no_grad():
+                    teacher_hidden = _hidden(teacher_decoder, inputs)
+            decoder, head = decoder_and_head(self.model)
+            watched = self.sparsifier is not None and self.sparsifier.probing
+            # Hooks are not seen by a compiled graph, so watched steps run eagerly.
+            hidden = _hidden(decoder if self._compiled is None or watched else self._compiled, inputs)
+            return language_model_loss(
+                hidden,
+                head,
+                targets,
+                teacher_hidden_TD=teacher_hidden,
+                teacher_head=teacher_head,
+                alpha=alpha,
+                chunk=self.settings.loss_chunk,
+            )
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
+        return norm
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module) -> float:
+        decoder, head = decoder_and_head(model)
+        total, size = 0.0, self.settings.batch_size
+        for rows in self.validation.split(size):
+            batch = self._to_device(rows)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+                parts = language_model_loss(
+                    _hidden(decoder, batch[:, :-1]), head, batch[:, 1:].reshape(-1), chunk=self.settings.loss_chunk
+                )
+            total += float(parts.cross_entropy) * rows.shape[0]
+        return total / self.validation.shape[0]
+
+    def _validate(self) -> None:
+        with self.watch.of("validation"):
+            self.model.eval()
+            self.validation_loss = self._mean_loss(self.model)
+            self.teacher_loss = self._mean_loss(self.teacher.model) if self.teacher else None
+        if self.step == 0:
+            self.untrained_loss = self.validation_loss
+        self.warmup.observe(self.validation_loss)
+        row = {
+            "kind": "validation",
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": self.validation_loss,
+            "perplexity": perplexity(self.validation_loss),
+            "teacher_loss": self.teacher_loss,
+            "train_flops": self.flops.total,
+            "seconds": sum(self.watch.seconds.values()),
+        }
+        self._record(row)
+        self.display.validation(row)
+        # Validation is not training: it must not slow the tokens per second that are shown.
+        self._window = (time.perf_counter(), self.step)
+
+    def _log(self, rate: float, norm: Tensor, burning_in: bool, alpha: float) -> None:
+        steps = self._sums["steps"]
+        loss = self._sums["loss"] / steps
+        if not math.isfinite(loss):
+            raise InputError(
+                f"training diverged: the loss is {loss} at step {self.step}; lower training.learning_rate "
+                f"(now {self.settings.learning_rate:g}) or set training.clip"
+            )
+        started, first = self._window
+        now = time.perf_counter()
+        row = {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": loss,
+            "cross_entropy": self._sums["cross_entropy"] / steps,
+            "distillation": self._sums["distillation"] / steps if alpha > 0 else None,
+            "learning_rate": rate,
+            "gradient_norm": float(norm),
+            "nnz": self.costs.nnz,
+            "density": self.costs.density,
+            "burn_in": burning_in,
+            "train_flops": self.flops.total,
+            "seconds": sum(self.watch.seconds.values()),
+            "tokens_per_second": (self.step - first) * self.tokens_per_step / (now - started),
+            "peak_memory_bytes": peak_bytes(self.device),
+        }
+        self._sums = dict.fromkeys(self._sums, 0)
+        self._window = (now, self.step)
+        self._record(row)
+        self.display.train(row, self.settings.steps)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.trackers.log(row)
+
+    def _measure_state(self) -> None:
+        """While gradients are alive; the largest that was seen counts, since a union teacher grows."""
+        teacher = self.sparsifier.teacher if self.sparsifier else None
+        now = state_bytes(sparse_layers(self.model), self.optimizer, teacher.layers if teacher else None)
+        if sum(now.values()) >= sum(self.state_bytes.values()):
+            self.state_bytes = now
+
+    def _to_device(self, batch: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of the loop itself, as JSON values."""
+        return {
+            "step": self.step,
+            "updates": self.updates,
+            "accepted": self.accepted,
+            "flops": self.flops.to_dict(),
+            "seconds": self.watch.seconds,
+            "warmup": self.warmup.state(),
+            "sums": self._sums,
+            "untrained_loss": self.untrained_loss,
+            "validation_loss": self.validation_loss,
+            "teacher_loss": self.teacher_loss,
+            "state_bytes": self.state_bytes,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From `state`, after model, optimizer, teacher and Sparsifier were restored."""
+        self.step, self.updates, self.accepted = state["step"], state["updates"], state["accepted"]
+        self.flops = FlopCounter.from_dict(state["flops"])
+        self.watch.seconds = dict(state["seconds"])
+        self.warmup.restore(state["warmup"])
+        self._sums = dict(state["sums"])
+        self.untrained_loss, self.validation_loss = state["untrained_loss"], state["validation_loss"]
+        self.teacher_loss, self.state_bytes = state["teacher_loss"], dict(state["state_bytes"])
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _hidden(decoder: Any, tokens: Tensor) -> Tensor:
+    """(B, T) tokens to (B * T, width) hidden states."""
+    return decoder(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)

@@ -1,0 +1,66 @@
+"""Bytes that training really holds."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.nn.linear import SparseLinear
+from sparsae.surgery import TeacherLayer
+
+# Weight, gradient, two Adam moments and the average of a dense float32 weight.
+DENSE_BYTES_PER_WEIGHT = 20
+
+
+def state_bytes(
+    layers: Mapping[str, SparseLinear],
+    optimizer: torch.optim.Optimizer,
+    teacher: Mapping[str, TeacherLayer] | None,
+) -> dict[str, int]:
+    """Bytes of the sparsified layers' live tensors by part, each storage once; biases are left out, as in a count by weight."""
+    seen: set[int] = set()
+    parts = {
+        "values": [layer.values.detach() for layer in layers.values()],
+        "gradients": [layer.values.grad for layer in layers.values() if layer.values.grad is not None],
+        "optimizer": [
+            value
+            for layer in layers.values()
+            for value in optimizer.state.get(layer.values, {}).values()
+            if isinstance(value, Tensor)
+        ],
+        "indices": [tensor for layer in layers.values() for tensor in (layer.indices, *layer.derived_indices)],
+        "teacher": list(_teacher_tensors(teacher or {})),
+    }
+    return {name: _nbytes(tensors, seen) for name, tensors in parts.items()}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: resident memory, or allocated memory of a CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _teacher_tensors(teacher: Mapping[str, TeacherLayer]) -> Iterable[Tensor]:
+    for kept in teacher.values():
+        if isinstance(kept.module, SparseLinear):
+            yield from (kept.module.values, kept.module.indices, *kept.module.derived_indices)
+        elif isinstance(kept.module, nn.Module) and isinstance(kept.module.weight, Tensor):
+            yield kept.module.weight
+        if kept.active is not None:
+            yield kept.active
+
+
+def _nbytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

@@ -1,0 +1,63 @@
+"""The held-out sequences on which candidates are scored, on the device before they are wanted.
+
+They come from the last quarter of the validation text, of which the reported validation loss never reads: a topology that
+was chosen on a text should not be judged by it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsae.config.schema import MicroBatchConfig
+from sparsae.core.randomness import generator
+from sparsae.data.batches import TokenSequence
+
+SHARE = 0.25
+
+
+class MicroBatches:
+    """`at(step)`: (sequences, context + 1) tokens; a pure function of seed and step."""
+
+    def __init__(
+        self, tokens: TokenSequence, context: int, config: MicroBatchConfig, seed: int, device: torch.device
+    ) -> None:
+        self._tokens, self._context, self._config = tokens, context, config
+        self._seed, self._device = seed, device
+        size = {"static": 1, "pooled": config.pool, "resampled": 0}[config.mode]
+        self._pool = [self._draw(index) for index in range(size)]
+        self._latest: tuple[int, Tensor] | None = None
+
+    def at(self, step: int) -> Tensor:
+        """The micro-batch of the update at `step`; the same one for every candidate."""
+        if self._pool:
+            pick = torch.randint(len(self._pool), (), generator=generator(self._seed, "micro-batch pool", step))
+            return self._pool[int(pick)]
+        if self._latest is None or self._latest[0] != step:
+            self.prefetch(step)
+        assert self._latest is not None
+        return self._latest[1]
+
+    def prefetch(self, step: int) -> None:
+        """Start the copy of a resampled micro-batch to the device."""
+        if not self._pool:
+            self._latest = (step, self._draw(step))
+
+    def _draw(self, index: int) -> Tensor:
+        rng = generator(self._seed, "micro-batch", self._config.mode, index)
+        last = len(self._tokens) - self._context - 1
+        starts = torch.randint(last + 1, (self._config.sequences,), generator=rng).tolist()
+        rows = np.stack([self._tokens[start : start + self._context + 1] for start in starts])
+        batch = torch.from_numpy(rows.astype(np.int64))
+        if self._device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(self._device, non_blocking=True)
+
+
+def split_held_out(tokens: TokenSequence, context: int) -> tuple[TokenSequence, TokenSequence]:
+    """(reported validation, micro-batches); both are the whole text where a quarter of it holds no sequence."""
+    cut = int(len(tokens) * (1 - SHARE))
+    if len(tokens) - cut < context + 1 or cut < context + 1:
+        return tokens, tokens
+    return tokens[:cut], tokens[cut:]

@@ -1,0 +1,102 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_STAGES = {"tokenizer": "training the tokenizer", "tokenize": "tokenizing"}
+
+
+class Display:
+    """Messages, stages with a known or unknown length, and the training line."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._live = self.console.is_terminal and not quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage: str | None = None
+        self._started = (time.monotonic(), 0)
+        self._latest = {"validation": "", "updates": ""}
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def stage(self, name: str, done: int, total: int | None) -> None:
+        """Progress of a preparation stage."""
+        title = _STAGES.get(name, name)
+        if not self._live:
+            if name != self._stage:
+                self.say(f"{title} ...")
+        elif name != self._stage or self._bar is None:
+            self.close()
+            self._open(title, total)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        self._stage = name
+
+    def begin(self, step: int, steps: int) -> None:
+        """Training starts, or goes on, at `step`."""
+        self.close()
+        self._started = (time.monotonic(), step)
+        if self._live:
+            self._open("training", steps)
+
+    def train(self, row: Mapping[str, Any], steps: int) -> None:
+        """A train row of the metrics."""
+        parts = [
+            f"loss {row['cross_entropy']:.3f}",
+            f"KL {row['distillation']:.3f}" if row["distillation"] is not None else "",
+            self._latest["validation"],
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+            f"density {row['density']:.4g}",
+            self._latest["updates"],
+            "burn-in" if row["burn_in"] else "",
+        ]
+        text = " · ".join(part for part in parts if part)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=row["step"], description=text)
+        else:
+            self.say(f"step {row['step']}/{steps} · {text} · ETA {self._eta(row['step'], steps)}")
+
+    def validation(self, row: Mapping[str, Any]) -> None:
+        """A validation row of the metrics."""
+        self._latest["validation"] = f"validation ppl {row['perplexity']:.1f}"
+        teacher = "" if row["teacher_loss"] is None else f", teacher's loss {row['teacher_loss']:.4f}"
+        self.say(f"step {row['step']} · validation loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{teacher}")
+
+    def topology(self, updates: int, accepted: int) -> None:
+        """Updates of the topology so far."""
+        self._latest["updates"] = f"updates {accepted}/{updates}"
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+    def _open(self, title: str, total: int | None) -> None:
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}" if total else "{task.completed:,.0f}"),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=total)
+
+    def _eta(self, step: int, steps: int) -> str:
+        began, first = self._started
+        done = max(1, step - first)
+        seconds = round((time.monotonic() - began) / done * (steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

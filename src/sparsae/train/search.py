@@ -1,0 +1,242 @@
+"""The topology loop: observe, ask, score, tell, surgery. It knows no rule by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.core.heads import HeadLayout
+from sparsae.core.randomness import generator
+from sparsae.nn.linear import SparseLinear
+from sparsae.nn.probe import GradientProbe
+from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
+from sparsae.rules.proxy import activity, diversity, known_gradient_norm
+from sparsae.surgery import Change, Plan, Swap, TeacherLayer, plan
+from sparsae.train.telemetry import TopologyTelemetry
+
+# The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
+ScoreFunction = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """What an update computed: scored topologies, those with a backward pass, and products at sampled units."""
+
+    forwards: int = 0
+    backwards: int = 0
+    probed: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # layer -> (weights, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The outcome of one update: its row for the metrics, what changed, and what it cost."""
+
+    row: dict[str, Any]
+    changes: Mapping[str, Change]
+    cost: SearchCost
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the topology changed hands."""
+        return bool(self.row["accepted"])
+
+
+class TopologySearch:
+    """Runs a rule over the sparse layers of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, SparseLinear],
+        rule: Rule[Any],
+        *,
+        optimizer: torch.optim.Optimizer,
+        teacher: Mapping[str, TeacherLayer] | None,
+        bounds: Mapping[str, tuple[int, int]],
+        heads: Mapping[str, HeadLayout],
+        head_floors: Mapping[str, int],
+        score: ScoreFunction | None,
+        steps: int,
+        seed: int,
+    ) -> None:
+        self.rule = rule
+        self.state = rule.initial_state()
+        self.telemetry = TopologyTelemetry(layers, heads)
+        self._model, self._layers, self._optimizer, self._teacher = model, layers, optimizer, teacher
+        self._bounds, self._heads, self._head_floors = bounds, heads, head_floors
+        self._score = score
+        self._steps, self._seed = steps, seed
+        self._probe: GradientProbe | None = None
+        self._norms: dict[str, float] = {}
+        self._views: dict[str, LayerView] | None = None
+
+    @property
+    def probing(self) -> bool:
+        """Whether the coming backward pass is being watched."""
+        return self._probe is not None
+
+    def arm(self, step: int) -> None:
+        """Before the forward pass of `step` (counted from 1): watch its gradients if the update after it wants them."""
+        self._disarm()
+        if self.rule.due(step, self._steps) and "gradient_at" in self.rule.needs:
+            topologies = {name: layer.topology for name, layer in self._layers.items()}
+            rng = generator(self._seed, "sample", step)
+            self._probe = GradientProbe(self._layers, self.rule.sample(topologies, self.state, rng))
+
+    def capture(self, step: int) -> None:
+        """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
+        if not self.rule.due(step, self._steps):
+            return
+        needs, views = self.rule.needs, {}
+        for name, layer in self._layers.items():
+            gradient = layer.values.grad
+            if gradient is None:
+                gradient = torch.zeros_like(layer.values)
+            self._norms[name] = float(gradient.norm())
+            views[name] = LayerView(
+                layer.topology,
+                layer.values.data,
+                self._bounds[name],
+                self._heads.get(name),
+                self._head_floors.get(name, 0),
+                gradient=gradient.detach().clone() if "gradient" in needs else None,
+                sample=self._probe.units[name] if self._probe else None,
+                sample_gradient=self._sampled_gradient(name) if self._probe else None,
+            )
+        self._views = views
+
+    def update(self, step: int) -> Update | None:
+        """After the optimizer's step: one update of the topology, if it is due."""
+        if self._views is None:
+            return None
+        started = time.perf_counter()
+        views = {name: self._with_moment(name, view) for name, view in self._views.items()}
+        observation = Observation(views, step / self._steps)
+        candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
+        plans = [
+            None if c.rejected is not None else self._plan(c.swap, step, i) for i, c in enumerate(candidates)
+        ]
+        current, scores = None, [None] * len(candidates)
+        in_force = self.rule.telemetry(self.state, observation.progress)
+        if "micro_batch_score" in self.rule.needs:
+            current = self._measure(None, views, step)
+            scores = [None if p is None else self._measure(p, views, step) for p in plans]
+        decision, self.state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
+        changes: Mapping[str, Change] = {}
+        chosen = None if decision.chosen is None else plans[decision.chosen]
+        if chosen is not None:
+            changes = chosen.changes
+            chosen.commit(self._optimizer, self._teacher)
+        cost = self._cost(scores, current)
+        row = {
+            "kind": "topology",
+            "step": step,
+            "accepted": chosen is not None,
+            "chosen": decision.chosen,
+            "candidates": _candidate_rows(candidates, scores, decision),
+            "current": _row("current", 0, current, decision.current, None) if current is not None else None,
+            **in_force,
+            **self.telemetry.row(step, changes, self._norms),
+            "seconds": time.perf_counter() - started,
+        }
+        self._views, self._norms = None, {}
+        self._disarm()
+        return Update(row, changes, cost)
+
+    def initial_row(self) -> dict[str, Any]:
+        """The topology before any update, as a row of the metrics."""
+        return {
+            "kind": "topology",
+            "step": 0,
+            "accepted": False,
+            "chosen": None,
+            "candidates": [],
+            "current": None,
+            **self.rule.telemetry(self.state, 0.0),
+            **self.telemetry.row(0, {}, {}),
+            "seconds": 0.0,
+        }
+
+    def _plan(self, swap: Swap, step: int, index: int) -> Plan:
+        return plan(self._layers, swap, self.rule.initialization, generator(self._seed, "grown values", step, index))
+
+    def _measure(self, candidate: Plan | None, views: Mapping[str, LayerView], step: int) -> Score:
+        assert self._score is not None
+        wants_gradient = "candidate_gradient" in self.rule.needs
+        training = self._model.training
+        self._model.eval()
+        with candidate.preview() if candidate else nullcontext():
+            with torch.set_grad_enabled(wants_gradient):
+                loss = self._score(step)
+            norms = [0.0]
+            if wants_gradient:
+                gradients = torch.autograd.grad(loss, [layer.values for layer in self._layers.values()])
+                norms = [float(gradient.norm()) for gradient in gradients]
+            topologies = {name: layer.topology for name, layer in self._layers.items()}
+        self._model.train(training)
+        known = self.rule.needs & {"gradient", "moments"}
+        if known:
+            source = "training" if "gradient" in known else "moments"
+            changes = candidate.changes if candidate else {}
+            norms = [known_gradient_norm(view, changes.get(name), source) for name, view in views.items()]
+        return Score(float(loss.detach()), diversity(topologies, self._heads), activity(norms))
+
+    def _sampled_gradient(self, name: str) -> Tensor:
+        assert self._probe is not None
+        if name in self._probe.gradients:
+            return self._probe.gradients[name]
+        layer = self._layers[name]
+        return layer.values.new_zeros(self._probe.units[name].numel(), *layer.values.shape[1:])
+
+    def _with_moment(self, name: str, view: LayerView) -> LayerView:
+        values = self._layers[name].values
+        moment = None
+        if "moments" in self.rule.needs:
+            state = self._optimizer.state.get(values, {})
+            moment = next((state[key] for key in ("exp_avg", "momentum_buffer") if state.get(key) is not None), None)
+            if moment is None:
+                moment = torch.zeros_like(values)
+        return LayerView(**{**vars(view), "values": values.data, "moment": moment})
+
+    def _cost(self, scores: list[Score | None], current: Score | None) -> SearchCost:
+        forwards = sum(score is not None for score in [current, *scores])
+        backwards = forwards if "candidate_gradient" in self.rule.needs else 0
+        probed = {}
+        if self._probe:
+            for name, units in self._probe.units.items():
+                b_out, b_in = self._layers[name].unit
+                probed[name] = (units.numel() * b_out * b_in, self._probe.tokens[name])
+        return SearchCost(forwards, backwards, probed)
+
+    def _disarm(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+
+
+def _candidate_rows(
+    candidates: list[Candidate], scores: list[Score | None], decision: Decision
+) -> list[dict[str, Any]]:
+    values = decision.scores or (None,) * len(candidates)
+    return [
+        _row(candidate.proposer, candidate.swap.size, score, value, candidate.rejected)
+        for candidate, score, value in zip(candidates, scores, values, strict=True)
+    ]
+
+
+def _row(proposer: str, swaps: int, score: Score | None, value: float | None, rejected: str | None) -> dict[str, Any]:
+    return {
+        "proposer": proposer,
+        "swaps": swaps,
+        "cross_entropy": score.cross_entropy if score else None,
+        "diversity": score.diversity if score else None,
+        "activity": score.activity if score else None,
+        "score": value,
+        "rejected": rejected,
+    }

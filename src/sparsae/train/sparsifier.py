@@ -1,0 +1,174 @@
+"""Dynamic sparsity in anybody's training loop.
+
+    model = sparsify(model, sparsity=0.9)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10_000))
+    ...
+        loss.backward()
+        sparsifier.before_step()
+        optimizer.step()
+        sparsifier.after_step()
+
+The project's own loop trains through the same object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sparsae.config.schema import EvolutionConfig, RuleConfig, Section, Share, TeacherConfig
+from sparsae.core.budgets import density_bounds
+from sparsae.core.heads import HeadLayout
+from sparsae.distill import Teacher
+from sparsae.errors import InputError
+from sparsae.nn.linear import sparse_layers
+from sparsae.rules import build_rule
+from sparsae.train.burn_in import BurnIn
+from sparsae.train.search import ScoreFunction, TopologySearch, Update
+
+
+class SparsifierConfig(Section):
+    """What a Sparsifier does. The defaults are the method `sparsae` without a teacher."""
+
+    steps: Annotated[int, Field(ge=1)] = Field(description="optimizer steps of the whole training: schedules end there")
+    topology: RuleConfig = EvolutionConfig()
+    teacher: TeacherConfig = TeacherConfig(enabled=False)
+    min_density: Share | None = Field(None, description="k_min of every layer; null: a quarter of the model's density")
+    max_density: Share | None = Field(None, description="k_max of every layer; null: 4 times the model's density")
+    head_min_density: Share = Field(0.0, description="floor of every attention head's density")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Sparsifier:
+    """Searches the topology of a sparsified model while somebody trains it, and keeps its teacher.
+
+    model: a model with `SparseLinear` layers. optimizer: any torch optimizer over its parameters. score: the mean cross
+    entropy (a scalar that autograd can differentiate) of the model on held-out data, given the step; the same data for
+    equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
+
+    Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, or the rule cannot do
+    without scores.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: SparsifierConfig,
+        *,
+        score: ScoreFunction | None = None,
+        heads: Mapping[str, HeadLayout] | None = None,
+    ) -> None:
+        self.config = config
+        self.step = 0
+        self._model, self._optimizer = model, optimizer
+        self._layers = sparse_layers(model)
+        if not self._layers:
+            raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, layer in self._layers.items() if id(layer.values) not in optimized]
+        if missing:
+            raise InputError(
+                f"the optimizer does not have the values of {missing[0]}: build it after sparsify(model, ...)"
+            )
+        rule = build_rule(config.topology)
+        self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
+        rule = rule if score is not None else rule.without_scores()
+        self._burn_in = BurnIn(rule.burn_in, self._layers)
+        heads = {name: layout for name, layout in (heads or {}).items() if name in self._layers}
+        self.search = TopologySearch(
+            model,
+            self._layers,
+            rule,
+            optimizer=optimizer,
+            teacher=self.teacher.layers if self.teacher else None,
+            bounds=self._bounds(),
+            heads=heads,
+            head_floors=self._head_floors(heads),
+            score=score,
+            steps=config.steps,
+            seed=config.seed,
+        )
+        self.search.arm(1)
+
+    @property
+    def burning_in(self) -> bool:
+        """Whether the coming optimizer step is one of burn-in."""
+        return self._burn_in.active
+
+    @property
+    def probing(self) -> bool:
+        """Whether hooks watch the coming backward pass: a compiled model must be left aside for it."""
+        return self.search.probing
+
+    @property
+    def nnz(self) -> int:
+        """Active weights of the sparse layers."""
+        return sum(layer.topology.nnz for layer in self._layers.values())
+
+    def before_step(self) -> None:
+        """Between `loss.backward()` and `optimizer.step()`."""
+        self.search.capture(self.step + 1)
+        self._burn_in.before_step(self._optimizer)
+
+    def after_step(self) -> Update | None:
+        """After `optimizer.step()`: the average, then the topology update if one is due."""
+        self._burn_in.after_step()
+        self.step += 1
+        if self.teacher is not None:
+            self.teacher.update(self._model, self.step - 1)
+        update = self.search.update(self.step)
+        if update is not None and update.accepted:
+            self._burn_in.begin({name: change.grown for name, change in update.changes.items()})
+        self.search.arm(self.step + 1)
+        return update
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that a checkpoint needs beside model, optimizer and teacher: JSON values, and tensors."""
+        plain = {
+            "step": self.step,
+            "rule": dataclasses.asdict(self.search.state),
+            "burn_in_steps_left": self._burn_in.steps_left,
+        }
+        tensors = {f"telemetry.{name}": tensor for name, tensor in self.search.telemetry.state().items()}
+        tensors |= {f"burn_in.{name}": new for name, new in self._burn_in.new.items()}
+        return plain, tensors
+
+    def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """From `state`, after model, optimizer and teacher were restored."""
+        self.step = int(plain["step"])
+        self.search.state = self.search.rule.state_from_dict(plain["rule"])
+        self._burn_in.steps_left = int(plain["burn_in_steps_left"])
+        device = next(iter(self._layers.values())).values.device
+        self._burn_in.new = {name: t.to(device) for name, t in _below(tensors, "burn_in.").items()}
+        self.search.telemetry.restore(_below(tensors, "telemetry."))
+        self.search.arm(self.step + 1)
+
+    def _bounds(self) -> dict[str, tuple[int, int]]:
+        topologies = {name: layer.topology for name, layer in self._layers.items()}
+        density = sum(t.count for t in topologies.values()) / sum(t.units for t in topologies.values())
+        low = density / 4 if self.config.min_density is None else self.config.min_density
+        high = min(1.0, 4 * density) if self.config.max_density is None else self.config.max_density
+        bounds = {}
+        for name, topology in topologies.items():
+            k_min, k_max = density_bounds(topology.units, low, high)
+            # A layer that starts outside may stay where it is, and only come closer.
+            bounds[name] = (min(k_min, topology.count), max(k_max, topology.count))
+        return bounds
+
+    def _head_floors(self, heads: Mapping[str, HeadLayout]) -> dict[str, int]:
+        floors = {}
+        for name, layout in heads.items():
+            topology = self._layers[name].topology
+            floors[name] = math.ceil(self.config.head_min_density * topology.units / layout.groups(*topology.shape))
+        return floors
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

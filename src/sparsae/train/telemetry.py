@@ -1,0 +1,102 @@
+"""What a topology has been through: how far it moved, what it ever visited, how old its connections are.
+
+Kept on the CPU in O(nnz) and O(positions ever active); it is no part of the model's state, and is counted beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsae.core.heads import HeadLayout
+from sparsae.core.topology import Topology
+from sparsae.nn.linear import SparseLinear
+from sparsae.rules.base import head_densities
+from sparsae.surgery import Change, remap
+
+
+class TopologyTelemetry:
+    """Per layer: the initial units, all units ever active, and the step at which each active one was born."""
+
+    def __init__(self, layers: Mapping[str, SparseLinear], heads: Mapping[str, HeadLayout]) -> None:
+        self._layers = layers
+        self._heads = heads
+        self._start = {name: _cpu(layer.topology) for name, layer in layers.items()}
+        self._ever = dict(self._start)
+        self._birth = {name: torch.zeros(t.count, dtype=torch.int32) for name, t in self._start.items()}
+
+    def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> dict[str, Any]:
+        """The telemetry of an update at `step`, after its changes were carried out."""
+        for name, change in changes.items():
+            source = change.source.cpu()
+            birth = remap(self._birth[name], source)
+            birth[source < 0] = step
+            self._birth[name] = birth
+            ever, now = self._ever[name], _cpu(change.after)
+            self._ever[name] = ever.replace(ever.indices[:0], now.indices[~ever.contains(now.indices)])[0]
+        nnz = sum(layer.topology.nnz for layer in self._layers.values())
+        swapped = {name: int(change.grown.sum()) for name, change in changes.items()}
+        ages = step - torch.cat(list(self._birth.values())).double()
+        return {
+            "nnz": nnz,
+            "swaps": sum(swapped.values()),
+            "hamming_start": self._share_not_in_start(),
+            "hamming_last": sum(swapped.values()) / sum(layer.topology.count for layer in self._layers.values()),
+            "itop_rate": sum(t.count for t in self._ever.values()) / sum(t.units for t in self._ever.values()),
+            "age": {"mean": float(ages.mean()), "median": float(ages.median()), "max": float(ages.max())},
+            "layers": {
+                name: self._layer_row(name, layer, swapped.get(name, 0), gradient_norms.get(name))
+                for name, layer in self._layers.items()
+            },
+        }
+
+    def _layer_row(self, name: str, layer: SparseLinear, swaps: int, norm: float | None) -> dict[str, Any]:
+        topology = layer.topology
+        rows, columns = topology.grid
+        heads = self._heads.get(name)
+        return {
+            "nnz": topology.nnz,
+            "units": math.prod(topology.shape),
+            "density": topology.density,
+            "swaps": swaps,
+            "gradient_activity": norm,
+            "dead_outputs": topology.unit[0] * (rows - topology.rows.unique().numel()),
+            "dead_inputs": topology.unit[1] * (columns - topology.columns.unique().numel()),
+            "head_densities": None if heads is None else [round(d, 6) for d in head_densities(topology, heads).tolist()],
+        }
+
+    def _share_not_in_start(self) -> float:
+        gone, total = 0, 0
+        for name, layer in self._layers.items():
+            now = _cpu(layer.topology)
+            gone += int((~self._start[name].contains(now.indices)).sum())
+            total += now.count
+        return gone / total
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """For checkpoints."""
+        return {
+            **{f"start.{name}": topology.indices for name, topology in self._start.items()},
+            **{f"ever.{name}": topology.indices for name, topology in self._ever.items()},
+            **{f"birth.{name}": birth for name, birth in self._birth.items()},
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """From a checkpoint."""
+        for name, layer in self._layers.items():
+            shape, unit = layer.topology.shape, layer.unit
+            self._start[name] = Topology(shape, state[f"start.{name}"], unit)
+            self._ever[name] = Topology(shape, state[f"ever.{name}"], unit)
+            self._birth[name] = state[f"birth.{name}"]
+
+
+def _cpu(topology: Topology) -> Topology:
+    return topology.to("cpu")

@@ -1,0 +1,66 @@
+"""TensorBoard, trackio and Weights & Biases behind one call: numbers of the metrics rows, under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sparsae.config.schema import TrackingConfig
+from sparsae.errors import InputError
+
+Sink = Callable[[dict[str, float], int], None]
+
+
+class Trackers:
+    """Every tracker that was asked for; `log` sends a row of the metrics to each, `close` ends them."""
+
+    def __init__(self, config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -> None:
+        """Raises InputError where a tracker's package is not installed."""
+        self._sinks: list[Sink] = []
+        self._closers: list[Callable[[], Any]] = []
+        if config.tensorboard:
+            writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+            self._sinks.append(
+                lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()] and None
+            )
+            self._closers.append(writer.close)
+        for name, wanted in (("trackio", config.trackio), ("wandb", config.wandb)):
+            if wanted:
+                tracker = _package(name, name)
+                tracker.init(project=config.project, name=run.name, config=dict(settings))
+                self._sinks.append(lambda numbers, step, tracker=tracker: tracker.log(numbers, step=step))
+                self._closers.append(tracker.finish)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """The finite numbers of a metrics row as "kind/name"; nested ones as "kind/name/inner"."""
+        numbers = dict(_numbers(row, str(row["kind"])))
+        for sink in self._sinks:
+            sink(numbers, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush and end."""
+        for close in self._closers:
+            close()
+
+
+def _numbers(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in row.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, Mapping):
+            found += _numbers(value, name)
+        elif isinstance(value, int | float) and key not in ("step", "kind"):
+            found.append((name, float(value)))
+    return found
+
+
+def _package(module: str, extra: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"tracking.{extra} needs a package that is not installed: pip install 'sparsae[{extra}]'"
+        ) from None

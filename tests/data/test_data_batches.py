@@ -1,0 +1,70 @@
+"""Batches are a pure function of the step; an epoch shows everything once."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsae.data.batches import Batches, evenly_spaced
+from sparsae.errors import InputError
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 7), st.integers(5, 90), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+def test_an_epoch_visits_every_window_once_over_all_ranks(context, extra, batch_size, ranks, seed):
+    tokens = np.arange(context + extra)
+    windows = (len(tokens) - 1) // context
+    readers = [Batches(tokens, context, batch_size, seed, rank, ranks) for rank in range(ranks)]
+    steps = 2 * windows // (batch_size * ranks) + 1
+    read = torch.cat([reader.at(step) for step in range(steps) for reader in readers])
+    assert read.dtype == torch.int64
+    assert torch.equal(read - read[:, :1], torch.arange(context + 1).expand_as(read))
+    expected = list(range(0, windows * context, context))
+    for epoch in range(2):
+        assert sorted(read[epoch * windows : (epoch + 1) * windows, 0].tolist()) == expected
+
+
+def test_a_batch_depends_on_the_step_alone():
+    tokens = np.arange(1000)
+    one = Batches(tokens, 10, 4, seed=3)
+    inorder = [one.at(step) for step in range(100)]
+    other = Batches(tokens, 10, 4, seed=3)
+    for step in (99, 0, 57, 3, 98, 24, 25):
+        assert torch.equal(other.at(step), inorder[step])
+    assert not torch.equal(Batches(tokens, 10, 4, seed=4).at(0), inorder[0])
+    assert not torch.equal(torch.cat(inorder[:24]), torch.cat(inorder[25:49]))
+    assert one.at(10**15).shape == (4, 11)
+
+
+def test_ranks_divide_what_one_rank_reads():
+    tokens = np.arange(500)
+    whole = Batches(tokens, 7, 6, seed=0)
+    halves = [Batches(tokens, 7, 3, 0, rank, 2) for rank in range(2)]
+    for step in (0, 5, 40):
+        assert torch.equal(whole.at(step), torch.cat([half.at(step) for half in halves]))
+
+
+def test_a_batch_larger_than_the_corpus_repeats_it():
+    batch = Batches(np.arange(9), 4, 5, seed=0).at(0)
+    assert sorted(batch[:4, 0].tolist()) == [0, 0, 4, 4]
+
+
+def test_evenly_spaced_windows_cover_the_text():
+    tokens = np.arange(101)
+    assert evenly_spaced(tokens, 10, 3)[:, 0].tolist() == [0, 40, 90]
+    assert evenly_spaced(tokens, 10, 1).tolist() == [list(range(11))]
+    everything = evenly_spaced(tokens, 10, 64)
+    assert everything.shape == (10, 11)
+    assert everything[:, 0].tolist() == list(range(0, 100, 10))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(InputError, match="10 tokens are fewer than one window"):
+        Batches(np.arange(10), 10, 1, seed=0)
+    with pytest.raises(InputError, match=r"model.context \+ 1 = 11"):
+        evenly_spaced(np.arange(3), 10, 1)
+    with pytest.raises(ValueError, match="rank 2"):
+        Batches(np.arange(100), 10, 1, 0, rank=2, ranks=2)
+    with pytest.raises(ValueError, match="negative"):
+        Batches(np.arange(100), 10, 1, 0).at(-1)

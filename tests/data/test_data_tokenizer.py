@@ -1,0 +1,117 @@
+"""Tokenizers trained, loaded and saved encode the same, here and in transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsae.data.tokenizer import END_OF_TEXT, load_or_train, load_tokenizer, pieces, train_tokenizer
+from sparsae.errors import InputError
+
+GPT2 = Path("/work/shared/data/gpt2_bpe")
+TEXTS = ["def walk(tree):\n    for child in tree:\n        yield child\n", "the walker walks, the talker talks\n"] * 3
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(TEXTS, 290)
+
+
+def test_training_is_a_function_of_the_text(trained):
+    assert train_tokenizer(iter(TEXTS), 290).hash == trained.hash
+    assert train_tokenizer(TEXTS[:1], 290).hash != trained.hash
+    assert trained.vocab_size == 290
+    assert trained.eos_id == trained.bos_id == trained.raw.token_to_id(END_OF_TEXT)
+
+
+def test_little_text_gives_fewer_entries():
+    assert train_tokenizer(["aa"], 4096).vocab_size == 258
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=60))
+def test_every_text_survives(trained, text):
+    assert trained.decode(trained.encode(text)) == text
+    assert trained.encode_batch([text]) == [trained.encode(text)]
+
+
+def test_special_tokens_cannot_be_written_in_a_text(trained):
+    ids = trained.encode(f"a{END_OF_TEXT}b")
+    assert trained.eos_id not in ids
+    assert trained.decode([*ids, trained.eos_id]) == f"a{END_OF_TEXT}b"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(alphabet="ab  \n\t.'1é", max_size=80), st.integers(1, 20))
+def test_pieces_encode_to_the_same_ids_as_the_whole(trained, text, size):
+    cut = list(pieces(text, size))
+    assert "".join(cut) == text
+    assert [i for ids in trained.encode_batch(cut) for i in ids] == trained.encode(text)
+
+
+def test_saved_and_loaded_again_it_is_the_same(trained, tmp_path):
+    trained.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_or_train(str(path), [], 0)
+        assert (loaded.hash, loaded.eos_id, loaded.vocab_size) == (trained.hash, trained.eos_id, 290)
+
+
+def test_transformers_reads_what_is_saved(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    trained.save(tmp_path)
+    read, wrapped = AutoTokenizer.from_pretrained(tmp_path), trained.to_transformers()
+    for other in (read, wrapped):
+        assert (other.eos_token_id, other.bos_token_id, len(other)) == (trained.eos_id, trained.bos_id, 290)
+        for text in (*TEXTS, "  ünïcode\t\n\n x's"):
+            ids = trained.encode(text)
+            assert other(text)["input_ids"] == ids
+            assert other.decode(ids) == text
+
+
+def test_the_configuration_beside_a_tokenizer_names_the_end(trained, tmp_path):
+    trained.save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 290, "content": "<stop>"})
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    settings_file = tmp_path / "tokenizer_config.json"
+    settings_file.write_text(json.dumps({"eos_token": {"content": "<stop>"}, "bos_token": None}))
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id, loaded.vocab_size) == (290, 290, 291)
+    assert loaded.encode(TEXTS[0]) == trained.encode(TEXTS[0])
+    settings_file.write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config.json: not readable JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_bad_tokenizers_are_named(trained, tmp_path):
+    with pytest.raises(InputError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(InputError, match="no tokenizer here"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"not a tokenizer.json of the tokenizers library"):
+        load_tokenizer(tmp_path)
+    trained.save(tmp_path)
+    raw = (tmp_path / "tokenizer.json").read_text().replace(END_OF_TEXT, "<other>")
+    (tmp_path / "tokenizer.json").write_text(raw)
+    with pytest.raises(InputError, match="no token marks the end of a document"):
+        load_tokenizer(tmp_path)
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "vocab.json").write_text('{"a": 0}')
+    (gpt2 / "merges.txt").write_text("#version: 0.2\nb c\n")
+    with pytest.raises(InputError, match=r"are not GPT-2's"):
+        load_tokenizer(gpt2)
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's vocabulary is not on this machine")
+def test_gpt2():
+    tokenizer = load_tokenizer(GPT2)
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (50257, 50256, 50256)
+    assert tokenizer.decode([15496, 995, 50256]) == "Hello world"

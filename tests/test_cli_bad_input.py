@@ -1,0 +1,120 @@
+"""Bad input: one line on standard error that names what to mend, exit code 2, nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsae.cli import main
+from sparsae.config.load import dump, resolve
+
+# command line (in a directory with the files of `place`) -> words that the one line must have
+CASES: dict[str, list[str]] = {
+    "train missing.yaml": ["missing.yaml", "No such file"],
+    "train folder": ["folder", "directory"],
+    "train binary.yaml": ["binary.yaml", "UTF-8"],
+    "train broken.yaml": ["broken.yaml", "line 3", "not YAML"],
+    "train twice.yaml": ["twice.yaml", "'seed'", "twice"],
+    "train list.yaml": ["list.yaml", "section"],
+    "train unknown.yaml": ["unknown.yaml", "training.learning_rat", "training.learning_rate"],
+    "train --preset gpt2smal": ["gpt2smal", "gpt2-small"],
+    "train --method statix": ["statix", "static"],
+    "train --set training.step=3": ["--set", "training.step", "training.steps"],
+    "train --set training.steps": ["--set", "section.key=value"],
+    "train --set training.steps=": ["--set", "training.steps", "null"],
+    "train --set training.learning_rate=.nan": ["--set", "training.learning_rate", "finite"],
+    "train --set training.learning_rate=-.inf": ["--set", "training.learning_rate", "finite"],
+    "train --set training.learning_rate=0": ["--set", "training.learning_rate", "above 0"],
+    "train --set training.steps=yes": ["--set", "training.steps", "whole number"],
+    "train --set training.compile=on": ["--set", "training.compile", "true or false"],
+    "train --set data.source=null": ["--set", "data.source", "text"],
+    "train --set sparsity.unit=[0,4]": ["--set", "sparsity.unit[0]", "at least 1"],
+    "train --set sparsity.min_density=0.3": ["--set", "min_density", "density 0.1"],
+    "train --set topology.rule=rigll": ["--set", "topology.rule", "evolution"],
+    "train --method static --set topology.every=3": ["--set", "topology.every", "topology.rule"],
+    "train --set model.heads=3": ["--set", "width 256", "heads 3"],
+    "train --sparsity 1": ["--sparsity", "sparsity.sparsity", "below 1"],
+    "train --sparsity nan": ["--sparsity", "finite"],
+    "train --sparsity half": ["--sparsity", "number"],
+    "train --steps 0": ["--steps", "at least 1"],
+    "train --steps 1.5": ["--steps"],
+    "train --seed -1": ["--seed", "at least 0"],
+    "train --stpes 3": ["--stpes", "--steps"],
+    "train a.yaml b.yaml": ["b.yaml"],
+    "train --out run": ["run", "--resume"],
+    "train --out folder": ["folder", "not empty"],
+    "train --out twice.yaml": ["twice.yaml", "is a file"],
+    "train --json folder": ["--json", "folder", "directory"],
+    "train --json none/out.json": ["--json", "none"],
+    "train --print-config --json -": ["--print-config", "--json"],
+    "train --resume run --preset tiny --steps 3": ["--resume", "--preset", "--steps"],
+    "train --resume run --out x": ["--resume", "--out"],
+    "train --resume run twice.yaml": ["--resume", "CONFIG"],
+    "train --resume run --dry-run": ["--resume", "--dry-run"],
+    "trian": ["trian", "train"],
+    "evaluate": ["RUN"],
+    "evaluate run --max-tokens 0": ["--max-tokens", "1"],
+    "evaluate run --json none/x": ["--json", "none"],
+    "generate run": ["--prompt"],
+    "generate run --prompt a --tokens 0": ["--tokens", "1"],
+    "generate run --prompt a --temperature -1": ["--temperature", "0"],
+    "generate run --prompt a --temperature nan": ["--temperature"],
+    "generate run --prompt a --temperature inf": ["--temperature", "finite"],
+    "export run": ["--to"],
+    "export run --to folder": ["folder", "not empty"],
+    "info": ["RUN"],
+    "info missing": ["missing", "no such directory"],
+    "info folder": ["folder", "config.yaml"],
+    "info twice.yaml": ["twice.yaml", "not a directory"],
+    "info damaged": ["summary.json", "damaged"],
+    "info run --json none/x": ["--json", "none"],
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("folder", "run", "damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    for name in ("run", "damaged"):
+        (tmp_path / name / "config.yaml").write_text(dump(resolve()))
+    (tmp_path / "damaged" / "summary.json").write_text('{"nnz": ')
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken.yaml").write_text("training:\n  steps: [1\n")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (tmp_path / "list.yaml").write_text("- seed\n")
+    (tmp_path / "unknown.yaml").write_text("training: {learning_rat: 1.0}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(directory.rglob("*"))}
+
+
+@pytest.mark.parametrize(("command", "words"), CASES.items(), ids=CASES.keys())
+def test_one_line_exit_code_2_and_nothing_written(
+    command: str, words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(place)
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sparsae: error: ")
+    assert err.endswith("\n")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+    assert contents(place) == before
+
+
+def test_a_key_with_a_line_break_is_still_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--set", "training.a\nb=3"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_json_file_without_permission_is_refused_before_any_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root, who runs many tests, may write anywhere
+    assert main(["train", "--json", "out.json"]) == 2
+    assert "no permission" in capsys.readouterr().err

@@ -1,0 +1,210 @@
+"""What each command calls, prints and writes; the modules that need torch are replaced by recorders."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import sparsae
+from sparsae.cli import main
+from sparsae.config import Config
+from sparsae.config.load import dump, resolve
+from sparsae.train.rundir import RunDirectory
+
+SUMMARY = {"preset": "demo", "steps": 20, "validation_loss": float("nan"), "train_flops_by_part": {"student": 7}}
+PLAN = {
+    "parameters_dense": 1000,
+    "parameters": 190,
+    "layers": [{"name": "h.0.attn", "out": 30, "in": 10, "nnz": 30, "density": 0.1}],
+    "train_flops_per_step": 10,
+    "train_flops": 2_000_000_000_000_000,
+    "train_flops_dense_equivalent": 20_000_000_000_000_000,
+    "state_bytes": {"values": 40, "teacher": 40},
+    "state_bytes_dense_equivalent": {"values": 400, "teacher": 400},
+    "expected_seconds": None,
+    "steps": 250,
+    "tokens": 512_000,
+}
+
+
+class Calls(list[tuple[str, tuple[Any, ...]]]):
+    """Calls of the replaced functions, by name."""
+
+    def replace(self, monkeypatch: pytest.MonkeyPatch, module: str, **results: object) -> None:
+        fake = ModuleType(module)
+        for name, result in results.items():
+            setattr(fake, name, self._recorder(name, result))
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    def _recorder(self, name: str, result: object) -> Callable[..., object]:
+        def record(*arguments: object) -> object:
+            self.append((name, arguments))
+            print("chatter of a library")
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        return record
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    monkeypatch.chdir(tmp_path)
+    calls = Calls()
+    calls.replace(monkeypatch, "sparsae.train.run", start=SUMMARY, resume=SUMMARY, plan=PLAN)
+    calls.replace(monkeypatch, "sparsae.evaluate.perplexity", evaluate_run={"loss": 1.5, "tokens": 1234})
+    calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="def f(): pass")
+    calls.replace(monkeypatch, "sparsae.evaluate.export", export_run=None)
+    calls.replace(monkeypatch, "sparsae.report.page", write_report=Path("r/report.html"))
+    return calls
+
+
+class TestTrain:
+    def test_passes_the_resolved_settings_on(self, calls: Calls, tmp_path: Path) -> None:
+        (tmp_path / "my.yaml").write_text("training: {batch_size: 2}")
+        arguments = "train my.yaml --preset tiny --method static --out there --steps 20 --seed 4 --sparsity 0.95"
+        assert main([*arguments.split(), "--set", "training.clip=null", "--set", "training.beta2=0.9"]) == 0
+        overrides = ["training.batch_size=2", "training.clip=null", "training.beta2=0.9", "training.steps=20", "seed=4"]
+        expected = resolve(None, "tiny", "static", [*overrides, "sparsity.sparsity=0.95"])
+        assert calls == [("start", (expected, Path("there"), False))]
+
+    def test_the_first_free_directory_is_taken(self, calls: Calls, tmp_path: Path) -> None:
+        (tmp_path / "runs" / "demo-sparsae-1").mkdir(parents=True)
+        assert main(["train"]) == 0
+        assert main(["train", "--method", "dense"]) == 0
+        assert [call[1][1] for call in calls] == [Path("runs/demo-sparsae-2"), Path("runs/demo-dense-1")]
+
+    def test_resume(self, calls: Calls) -> None:
+        assert main(["train", "--resume", "there"]) == 0
+        assert calls == [("resume", (Path("there"), False))]
+
+    def test_json_alone_on_standard_output(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments in (["train"], ["train", "--resume", "there"], ["train", "--dry-run"]):
+            assert main([*arguments, "--json", "-"]) == 0
+            result = json.loads(capsys.readouterr().out)
+            assert result == (PLAN if "--dry-run" in arguments else {**SUMMARY, "validation_loss": None})
+        assert [call[1][-1] for call in calls[:2]] == [True, True]  # quiet
+
+    def test_json_to_a_file(self, calls: Calls, tmp_path: Path) -> None:
+        assert main(["train", "--json", "out.json"]) == 0
+        assert json.loads((tmp_path / "out.json").read_text())["steps"] == 20
+
+    def test_dry_run_shows_the_plan_and_starts_nothing(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "--dry-run"]) == 0
+        assert [name for name, _ in calls] == ["plan"]
+        out = capsys.readouterr().out
+        assert "h.0.attn" in out
+        assert ["parameters", "190", "1,000", "0.190"] in [line.split() for line in out.splitlines()]
+        assert "training FLOPs" in out
+        assert "2e+15" in out
+        assert "model state, bytes: teacher" in out
+        assert "\x1b" not in out
+
+    def test_print_config_reads_back(self, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "--print-config", "--method", "sparsae-written", "--seed", "7"]) == 0
+        (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+        assert resolve(tmp_path / "again.yaml") == resolve(None, None, "sparsae-written", ["seed=7"])
+        assert calls == []
+
+    def test_every_key_of_the_settings_is_valid_yaml_elsewhere_too(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "--print-config"]) == 0
+        assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)) == Config()
+
+
+class TestOtherCommands:
+    def test_evaluate(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["evaluate", "r", "--data", "books", "--teacher", "--max-tokens", "9"]) == 0
+        assert "1,234" in capsys.readouterr().out
+        assert main(["evaluate", "r", "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"loss": 1.5, "tokens": 1234}
+        assert calls == [
+            ("evaluate_run", (Path("r"), "books", True, 9)),
+            ("evaluate_run", (Path("r"), None, False, None)),
+        ]
+
+    def test_generate(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["--tokens", "5", "--temperature", "0", "--top-k", "3", "--seed", "2", "--teacher"]
+        assert main(["generate", "r", "--prompt", "def", *arguments]) == 0
+        assert calls == [("generate_text", (Path("r"), "def", 5, 0.0, 3, 2, True))]
+        assert capsys.readouterr().out.endswith("def f(): pass\n")
+
+    def test_report(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["report", "r"]) == 0
+        assert calls == [("write_report", (Path("r"),))]
+        assert capsys.readouterr().out.endswith("r/report.html\n")
+
+    def test_export(self, calls: Calls) -> None:
+        assert main(["export", "r", "--to", "there", "--teacher"]) == 0
+        assert calls == [("export_run", (Path("r"), Path("there"), True))]
+
+    def test_info(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = RunDirectory.create(tmp_path / "r")
+        run.config_file.write_text(dump(resolve(None, "tiny")))
+        run.write_json("summary.json", {"nnz": 12345, "seconds_by_part": {"train": 1.5}, "finished": True})
+        assert main(["info", str(run.path)]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["nnz", "12,345"] in lines
+        assert ["seconds_by_part.train", "1.5"] in lines
+        assert ["finished", "yes"] in lines
+        assert main(["info", str(run.path), "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)["preset"] == "tiny"
+
+    def test_version_and_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"sparsae {sparsae.__version__}\n"
+        assert main([]) == 0
+        assert "train" in capsys.readouterr().out
+        assert main(["train", "--help"]) == 0
+        assert "gpt2-medium" in capsys.readouterr().out
+
+    def test_tables_are_rich_on_a_terminal(
+        self, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        assert main(["train", "--dry-run"]) == 0
+        assert "│" in capsys.readouterr().out
+
+
+class TestEndings:
+    def test_ctrl_c_ends_without_a_traceback(self, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+        calls.replace(monkeypatch, "sparsae.train.run", start=KeyboardInterrupt())
+        assert main(["train"]) == 130
+
+    def test_a_fault_of_our_own_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+        calls.replace(monkeypatch, "sparsae.train.run", start=ZeroDivisionError("a bug"))
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            main(["train"])
+
+    def test_a_json_file_is_not_written_after_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, calls: Calls, tmp_path: Path
+    ) -> None:
+        calls.replace(monkeypatch, "sparsae.train.run", start=sparsae.InputError("the corpus is empty"))
+        assert main(["train", "--json", "out.json"]) == 2
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--help"], ["train", "--help"], ["train", "--print-config"], ["train", "--set", "a.b=3"], ["info", "/none"]],
+        ids=" ".join,
+    )
+    def test_torch_is_not_imported(self, arguments: list[str]) -> None:
+        code = (
+            "import sys; from sparsae.cli import main; main(sys.argv[1:]); "
+            "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules); "
+            "sys.exit(str(heavy) if heavy else 0)"
+        )
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+    def test_python_dash_m(self) -> None:
+        result = subprocess.run(
+            [sys.executable, "-m", "sparsae", "train", "--steps", "0"], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == "sparsae: error: --steps: training.steps: must be at least 1, not 0\n"

@@ -1,0 +1,176 @@
+"""The run directory: what it refuses, and files that are whole or not there."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsae.config.load import dump, resolve
+from sparsae.errors import InputError
+from sparsae.train.rundir import MetricsWriter, RunDirectory, describe, to_json, write_atomically
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory.create(tmp_path / "run")
+    run.config_file.write_text(dump(resolve(None, "tiny", "static", ["seed=3"])))
+    return run
+
+
+def save_checkpoint(run: RunDirectory, step: int) -> Path:
+    path = run.checkpoint(step)
+    path.mkdir(parents=True)
+    (path / "state.json").write_text("{}")
+    return path
+
+
+class TestCreate:
+    def test_makes_parents_and_takes_an_empty_directory(self, tmp_path: Path) -> None:
+        assert RunDirectory.create(tmp_path / "a" / "b").path.is_dir()
+        assert RunDirectory.create(tmp_path / "a" / "b").path == tmp_path / "a" / "b"
+
+    def test_refuses_what_is_there(self, tmp_path: Path, run: RunDirectory) -> None:
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "x").write_text("x")
+        with pytest.raises(InputError, match="is a file"):
+            RunDirectory.create(tmp_path / "file")
+        with pytest.raises(InputError, match="is not empty"):
+            RunDirectory.create(tmp_path / "full")
+        with pytest.raises(InputError, match="--resume"):
+            RunDirectory.create(run.path)
+
+    def test_refuses_where_nothing_can_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(InputError, match="cannot make"):
+            RunDirectory.create(tmp_path / "file" / "run")
+
+    def test_refuses_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who runs many tests, may write anywhere
+        with pytest.raises(InputError, match="no permission"):
+            RunDirectory.create(tmp_path)
+
+
+class TestOpen:
+    def test_refuses_what_is_not_a_run(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        for path, complaint in (
+            (tmp_path / "none", "no such directory"),
+            (tmp_path / "file", "not a directory"),
+            (tmp_path, "no config.yaml"),
+        ):
+            with pytest.raises(InputError, match=complaint):
+                RunDirectory.open(path)
+
+    def test_reads_the_settings(self, run: RunDirectory) -> None:
+        config = RunDirectory.open(run.path).config()
+        assert config == resolve(None, "tiny", "static", ["seed=3"])
+
+    def test_names_damaged_settings(self, run: RunDirectory) -> None:
+        run.config_file.write_text("training: {steps: x}")
+        with pytest.raises(InputError, match=r"config\.yaml: training\.steps"):
+            run.config()
+
+
+class TestCheckpoints:
+    def test_the_latest_is_the_highest_whole_one(self, run: RunDirectory) -> None:
+        with pytest.raises(InputError, match="no checkpoint"):
+            run.latest_checkpoint()
+        for step in (9, 100, 20):
+            save_checkpoint(run, step)
+        run.checkpoint(500).mkdir()  # without its state.json: torn
+        (run.checkpoints / ".step-00000900.partial").mkdir()
+        assert run.latest_checkpoint() == run.checkpoints / "step-00000100"
+        assert run.saved_steps() == [9, 20, 100]
+
+
+class TestMetrics:
+    def test_rows_are_there_as_soon_as_they_are_written(self, run: RunDirectory) -> None:
+        assert run.read_metrics() == []
+        with MetricsWriter(run.metrics) as writer:
+            writer.append({"kind": "train", "step": 1, "loss": math.nan, "layers": {"a": [math.inf, 1.5]}})
+            assert run.read_metrics() == [{"kind": "train", "step": 1, "loss": None, "layers": {"a": [None, 1.5]}}]
+        run.append_metrics({"step": 2})
+        assert [row["step"] for row in run.read_metrics()] == [1, 2]
+
+    @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step"\n', "\0\0\0", "12"])
+    def test_a_torn_last_line_is_left_out(self, run: RunDirectory, torn: str) -> None:
+        run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + torn)
+        assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
+        run.truncate_metrics(2)
+        assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+    def test_damage_elsewhere_is_named(self, run: RunDirectory) -> None:
+        run.metrics.write_text('{"step": 1}\nx\n{"step": 3}\n')
+        with pytest.raises(InputError, match=r"metrics\.jsonl: line 2"):
+            run.read_metrics()
+
+    def test_truncating_what_is_not_there_makes_nothing(self, run: RunDirectory) -> None:
+        run.truncate_metrics(3)
+        assert not run.metrics.exists()
+
+    @settings(max_examples=30)
+    @given(steps=st.lists(st.integers(0, 20)), limit=st.integers(0, 20))
+    def test_truncating_keeps_earlier_lines_byte_for_byte(
+        self, tmp_path_factory: pytest.TempPathFactory, steps: list[int], limit: int
+    ) -> None:
+        run = RunDirectory(tmp_path_factory.mktemp("run"))
+        lines = [f'{{"step":  {step}, "loss": 0.10}}\n' for step in steps]
+        run.metrics.write_text("".join(lines))
+        run.truncate_metrics(limit)
+        assert run.metrics.read_text() == "".join(
+            line for line, step in zip(lines, steps, strict=True) if step <= limit
+        )
+
+
+class TestJson:
+    def test_numbers_that_json_lacks_become_null(self) -> None:
+        assert json.loads(to_json({"a": -math.inf, "b": (math.nan, 1), "c": "nan"})) == {
+            "a": None,
+            "b": [None, 1],
+            "c": "nan",
+        }
+
+    def test_a_failed_write_leaves_the_old_file(self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+        run.write_json("summary.json", {"steps": 1})
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(run.summary, "{}")
+        assert json.loads(run.summary.read_text()) == {"steps": 1}
+        assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "summary.json"]
+
+
+class TestDescribe:
+    def test_a_run_that_has_just_begun(self, run: RunDirectory) -> None:
+        known = describe(run.path)
+        assert (known["preset"], known["method"], known["seed"]) == ("tiny", "static", 3)
+        assert (known["steps"], known["steps_planned"], known["checkpoint_step"]) == (0, 2000, None)
+        assert known["finished"] is False
+
+    def test_a_run_without_a_summary_shows_its_latest_metrics(self, run: RunDirectory) -> None:
+        save_checkpoint(run, 10)
+        for step in (10, 20):
+            run.append_metrics({"kind": "train", "step": step, "tokens": step * 8, "nnz": 5})
+            run.append_metrics({"kind": "validation", "step": step, "loss": 1.0 / step, "perplexity": 2.0})
+        known = describe(run.path)
+        assert (known["steps"], known["tokens"], known["nnz"]) == (20, 160, 5)
+        assert (known["validation_loss"], known["checkpoint_step"]) == (0.05, 10)
+
+    def test_a_summary_is_passed_on(self, run: RunDirectory) -> None:
+        run.write_json("summary.json", {"steps": 2000, "finished": True, "validation_loss": 3.2})
+        known = describe(run.path)
+        assert (known["steps"], known["finished"], known["validation_loss"]) == (2000, True, 3.2)
+
+    @pytest.mark.parametrize("content", ["", "[1]", "{", "\x00"])
+    def test_a_damaged_summary_is_named(self, run: RunDirectory, content: str) -> None:
+        run.summary.write_text(content)
+        with pytest.raises(InputError, match=r"summary\.json.*damaged"):
+            describe(run.path)

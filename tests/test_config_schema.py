@@ -1,0 +1,133 @@
+"""The schema, and the presets and methods that ship with the package."""
+
+from collections.abc import Iterator
+
+import pytest
+from pydantic import ValidationError
+
+from sparsae.config import Config, EvolutionConfig, ModelConfig, Section, SparsityConfig, StaticConfig, TrainingConfig
+from sparsae.config.load import json_schema, methods, presets, resolve
+
+
+def sections(section: type[Section]) -> Iterator[type[Section]]:
+    yield section
+    for value in section().__dict__.values():
+        if isinstance(value, Section):
+            yield from sections(type(value))
+
+
+ALL_SECTIONS = [*sections(Config), StaticConfig]
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS, ids=lambda section: section.__name__)
+def test_every_setting_is_explained_on_one_line(section: type[Section]) -> None:
+    assert (section.__doc__ or "").splitlines()[0]
+    for name, field in section.model_fields.items():
+        if not isinstance(getattr(section(), name), Section):
+            assert field.description, name
+            assert "\n" not in field.description
+
+
+def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:
+    assert Config() == resolve()
+    assert (resolve().preset, resolve().method) == ("demo", "sparsae")
+
+
+def test_names_that_ship() -> None:
+    assert set(presets()) == {"demo", "tiny", "gpt2-small", "gpt2-medium", "llama-130m"}
+    assert set(methods()) == {"sparsae", "sparsae-written", "static", "dense"}
+
+
+@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("method", methods())
+def test_every_preset_goes_with_every_method(preset: str, method: str) -> None:
+    config = resolve(None, preset, method)
+    assert (config.preset, config.method) == (preset, method)
+    assert config.data.source == "stdlib"
+    assert config.sparsity.sparsity == (0.0 if method == "dense" else 0.9)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [  # weights of the blocks' linear layers, and of the embeddings, in millions
+        ("demo", (3.1, 1.1)),
+        ("tiny", (10.6, 4.1)),
+        ("gpt2-small", (84.9, 39.4)),
+        ("gpt2-medium", (302.0, 52.5)),
+        ("llama-130m", (84.9, 49.2)),
+    ],
+)
+def test_presets_have_the_sizes_they_are_named_for(preset: str, expected: tuple[float, float]) -> None:
+    config = resolve(None, preset)
+    model, vocabulary = config.model, config.data.tokenizer_vocab
+    mlp = 3 * (model.mlp_width or 0) if model.family == "llama" else 2 * 4 * model.width
+    linear = model.layers * (4 * model.width**2 + mlp * model.width)
+    positions = model.context if model.family == "gpt2" else 0
+    embeddings = (vocabulary * (1 if model.tie_embeddings else 2) + positions) * model.width
+    assert (round(linear / 1e6, 1), round(embeddings / 1e6, 1)) == expected
+
+
+def test_the_written_method_has_its_written_defaults() -> None:
+    config = resolve(None, None, "sparsae-written")
+    search = config.topology
+    assert isinstance(search, EvolutionConfig)
+    assert (search.every, search.start, search.stop, search.candidates) == (500, 0.0, 1.0, 4)
+    assert (search.selection, search.proposer, search.initialization) == ("elitist", "uniform", "kaiming_uniform")
+    assert (search.mutation_rate, search.mutation_schedule) == (0.005, "constant")
+    assert (search.proxy.loss_weight, search.proxy.diversity_weight, search.proxy.activity_weight) == (1.0, 0.01, 0.005)
+    assert (search.proxy.standardize, search.proxy.anneal, search.proxy.activity) == (False, "none", "candidate")
+    assert (search.reset.probability, search.reset.reshuffle, search.reset.patience) == (0.02, (0.05, 0.1), 5)
+    assert (search.reset.boosted_probability, search.reset.boosted_updates) == (0.1, 2)
+    assert search.adaptation.enabled
+    assert (search.burn_in.steps, search.burn_in.multiplier, search.burn_in.scope) == (5, 1.5, "new")
+    teacher = config.teacher
+    assert (teacher.alpha, teacher.beta, teacher.storage, teacher.warmup_fraction) == (0.5, 0.999, "union", 0.05)
+
+
+@pytest.mark.parametrize("method", ["static", "dense"])
+def test_baselines_have_neither_search_nor_teacher(method: str) -> None:
+    config = resolve(None, None, method)
+    assert config.topology == StaticConfig()
+    assert not config.teacher.enabled
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "complaint"),
+    [
+        (ModelConfig, {"width": 256, "heads": 3}, "not a multiple of heads"),
+        (ModelConfig, {"family": "llama", "heads": 4, "kv_heads": 3}, "not a multiple of kv_heads"),
+        (ModelConfig, {"kv_heads": 2}, "kv_heads is for llama"),
+        (ModelConfig, {"family": "llama", "dropout": 0.1}, "dropout is for gpt2"),
+        (ModelConfig, {"family": "llama", "width": 12, "heads": 4}, "must be even"),
+        (SparsityConfig, {"min_density": 0.2}, "cannot hold density 0.1"),
+        (SparsityConfig, {"max_density": 0.05}, "cannot hold density 0.1"),
+        (SparsityConfig, {"head_min_density": 0.2}, "head_min_density"),
+        (EvolutionConfig, {"start": 0.9}, "must come before stop"),
+        (EvolutionConfig, {"reset": {"reshuffle": (0.2, 0.1)}}, "lowest first"),
+        (Config, {"sparsity": {"sparsify_head": True}}, "tie_embeddings"),
+        (Config, {"method": "dense"}, "sparsity.sparsity 0"),
+        (TrainingConfig, {"steps": 3.0}, "valid integer"),
+        (TrainingConfig, {"steps": True}, "valid integer"),
+        (TrainingConfig, {"compile": 1}, "valid boolean"),
+        (TrainingConfig, {"learning_rate": float("nan")}, "finite"),
+        (TrainingConfig, {"stepz": 3}, "Extra inputs"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    section: type[Section], values: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        section.model_validate(values)
+
+
+def test_bounds_equal_to_the_density_hold_despite_rounding() -> None:
+    config = SparsityConfig(sparsity=0.9, min_density=0.1, max_density=0.1)
+    assert config.density_bounds == (0.1, 0.1)
+
+
+def test_the_json_schema_knows_every_section_and_explains_its_keys() -> None:
+    schema = json_schema()
+    assert set(schema["properties"]) == set(Config.model_fields)
+    training = schema["$defs"]["TrainingConfig"]
+    assert training["additionalProperties"] is False
+    assert training["properties"]["steps"]["description"] == "optimizer steps"

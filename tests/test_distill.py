@@ -1,0 +1,112 @@
+"""The teacher: union storage is the dense average, masked storage is what is active."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sparsae.config.schema import TeacherConfig
+from sparsae.core.randomness import generator
+from sparsae.core.topology import sample_distinct
+from sparsae.distill import Teacher, WarmUp
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.sparsify import sparsify
+from sparsae.surgery import Swap, plan
+
+
+def small_model(unit: tuple[int, int] = (1, 1)) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16))
+    return sparsify(model, 0.8, unit=unit, seed=3)
+
+
+def random_swap(layers: dict[str, SparseLinear], seed: int) -> Swap:
+    rng = generator(seed, "swap")
+    drop, grow = {}, {}
+    for name, layer in layers.items():
+        topology = layer.topology
+        n = max(1, topology.count // 5)
+        drop[name] = topology.indices[sample_distinct(topology.count, n, rng)]
+        grow[name] = topology.sample_inactive(n, rng)
+    return Swap(drop, grow)
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+def test_union_equals_dense_over_a_thousand_steps_with_ten_updates(unit: tuple[int, int]) -> None:
+    # In float64, where rounding does not hide what the tolerance leaves out.
+    model = small_model(unit).double()
+    layers = sparse_layers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    teachers = {
+        storage: Teacher(model, TeacherConfig(storage=storage, beta=0.99)) for storage in ("union", "dense", "masked")
+    }
+    tokens = torch.arange(11)
+    rng = generator(0, "targets")
+    masked_differed = False
+    for step in range(1000):
+        optimizer.zero_grad()
+        target = torch.randn(11, 16, generator=rng, dtype=torch.float64)
+        (model(tokens) - target).square().mean().backward()
+        optimizer.step()
+        for teacher in teachers.values():
+            teacher.update(model, step)
+        if step % 100 == 50:
+            made = plan(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
+            made.commit(optimizer)
+            for teacher in teachers.values():
+                for name, change in made.changes.items():
+                    teacher.layers[name].follow(change)
+        if step % 25 == 0:
+            with torch.no_grad():
+                outputs = {storage: teacher.model(tokens) for storage, teacher in teachers.items()}
+            assert float((outputs["union"] - outputs["dense"]).abs().max()) <= 1e-6
+            masked_differed |= float((outputs["masked"] - outputs["dense"]).abs().max()) > 1e-3
+    assert masked_differed
+    for name, layer in layers.items():
+        union = teachers["union"].layers[name].module
+        assert isinstance(union, SparseLinear)
+        assert union.topology.count > layer.topology.count
+        assert bool(union.topology.contains(layer.topology.indices).all())
+
+
+def test_a_fresh_teacher_costs_its_values_only() -> None:
+    model = small_model()
+    teacher = Teacher(model, TeacherConfig())
+    for name, layer in sparse_layers(model).items():
+        module = teacher.layers[name].module
+        assert isinstance(module, SparseLinear)
+        assert module.indices.data_ptr() == layer.indices.data_ptr()
+        assert module.values.data_ptr() != layer.values.data_ptr()
+        assert not module.values.requires_grad
+
+
+def test_average_follows_its_formula_for_every_parameter() -> None:
+    model = small_model()
+    teacher = Teacher(model, TeacherConfig(beta=0.9))
+    before = {name: p.detach().clone() for name, p in teacher.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator(1)))
+    teacher.update(model, 0)
+    student = dict(model.named_parameters())
+    for name, parameter in teacher.model.named_parameters():
+        torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * student[name].detach())
+
+
+def test_ramp_lets_the_decay_grow() -> None:
+    teacher = Teacher(small_model(), TeacherConfig(beta=0.99, ramp=True))
+    assert [teacher.decay(step) for step in (0, 8, 10_000)] == [0.1, 0.5, 0.99]
+
+
+def test_warm_up_by_fraction_and_by_validation() -> None:
+    fraction = WarmUp(TeacherConfig(alpha=0.5, warmup_fraction=0.05), steps=100)
+    assert [fraction.alpha(step) for step in (0, 4, 5, 99)] == [0.0, 0.0, 0.5, 0.5]
+    config = TeacherConfig(alpha=0.5, warmup="validation", warmup_improvement=1.0)
+    validation = WarmUp(config, steps=100)
+    for loss, alpha in ((8.0, 0.0), (7.5, 0.0), (6.9, 0.5), (7.9, 0.5)):
+        validation.observe(loss)
+        assert validation.alpha(50) == alpha
+    again = WarmUp(config, steps=100)
+    again.restore(validation.state())
+    assert again.alpha(0) == 0.5

@@ -1,0 +1,307 @@
+"""The evolution strategy: proposals, bounds, proxy, selection, adaptation, resets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsae.config.schema import EvolutionConfig, StaticConfig
+from sparsae.core.heads import HeadLayout
+from sparsae.core.randomness import generator
+from sparsae.core.topology import Topology
+from sparsae.errors import InputError
+from sparsae.rules import RULES, build_rule
+from sparsae.rules.base import Candidate, LayerView, Observation, Score, head_counts, head_densities
+from sparsae.rules.evolution import Evolution, EvolutionState
+from sparsae.rules.proposers import PROPOSERS, reset
+from sparsae.rules.proxy import Running, combine, diversity, known_gradient_norm
+from sparsae.surgery import Swap, plan
+from sparsae.nn.linear import SparseLinear
+
+
+def observe(seed: int = 0, unit: tuple[int, int] = (1, 1), bounds: tuple[int, int] | None = None) -> Observation:
+    views = {}
+    for index, shape in enumerate([(48, 32), (32, 64), (16, 16)]):
+        rng = generator(seed, index)
+        units = shape[0] * shape[1] // (unit[0] * unit[1])
+        topology = Topology.random(shape, units // 5, rng, unit)
+        sample = topology.sample_inactive(topology.count, rng)
+        views[f"layer{index}"] = LayerView(
+            topology,
+            torch.randn(topology.values_shape, generator=rng),
+            bounds or (1, units),
+            sample=sample,
+            sample_gradient=torch.randn(sample.numel(), *topology.values_shape[1:], generator=rng),
+        )
+    return Observation(views, 0.25)
+
+
+def check_swap(observation: Observation, swap: Swap) -> None:
+    assert swap.size == sum(units.numel() for units in swap.grow.values())
+    for name, view in observation.layers.items():
+        empty = view.topology.indices[:0]
+        drop, grow = swap.drop.get(name, empty), swap.grow.get(name, empty)
+        assert bool(view.topology.contains(drop).all())
+        assert not bool(view.topology.contains(grow).any())
+        assert drop.unique().numel() == drop.numel()
+        assert grow.unique().numel() == grow.numel()
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("name", PROPOSERS)
+@given(st.floats(0.001, 1.0), st.integers(0, 2**32))
+def test_every_proposer_makes_a_swap_that_holds(unit: tuple[int, int], name: str, rate: float, seed: int) -> None:
+    observation = observe(seed % 7, unit)
+    count = max(1, round(rate * observation.count))
+    swap = PROPOSERS[name](observation, count, EvolutionConfig(), generator(seed))
+    check_swap(observation, swap)
+    assert swap.size <= count
+    if rate < 0.5:
+        assert swap.size == count
+
+
+def test_layer_preserving_proposers_keep_each_layers_count() -> None:
+    observation = observe()
+    for name in ("layerwise", "guided"):
+        swap = PROPOSERS[name](observation, 100, EvolutionConfig(), generator(1))
+        assert set(swap.count_changes().values()) == {0}
+    swap = PROPOSERS["shift"](observation, 100, EvolutionConfig(), generator(1))
+    assert any(swap.count_changes().values())
+
+
+def test_guided_without_noise_drops_the_smallest_and_grows_the_largest_gradients() -> None:
+    observation = observe()
+    config = EvolutionConfig(drop_temperature=0.0, grow_temperature=0.0)
+    swap = PROPOSERS["guided"](observation, 120, config, generator(1))
+    for name, view in observation.layers.items():
+        n = swap.drop[name].numel()
+        smallest = view.values.abs().sort().indices[:n]
+        assert set(swap.drop[name].tolist()) == set(view.topology.indices[smallest].tolist())
+        assert view.sample is not None
+        assert view.sample_gradient is not None
+        largest = view.sample_gradient.abs().sort(descending=True).indices[:n]
+        assert set(swap.grow[name].tolist()) == set(view.sample[largest].tolist())
+
+
+def test_tempered_drops_follow_the_inverse_square_of_the_weight() -> None:
+    topology = Topology.from_indices((1, 4), torch.tensor([0, 1]))
+    view = LayerView(
+        topology,
+        torch.tensor([1.0, 2.0]),
+        (1, 4),
+        sample=torch.tensor([2], dtype=torch.int32),
+        sample_gradient=torch.tensor([1.0]),
+    )
+    observation, rng = Observation({"a": view}, 0.0), generator(5)
+    drops = [int(PROPOSERS["guided"](observation, 1, EvolutionConfig(), rng).drop["a"]) for _ in range(2000)]
+    # Odds 1 / w^2: the unit weight goes 4 times out of 5.
+    assert sum(d == 0 for d in drops) / 2000 == pytest.approx(0.8, abs=0.04)
+
+
+def test_zero_weights_are_always_the_first_to_go() -> None:
+    topology = Topology.from_indices((1, 8), torch.arange(4))
+    view = LayerView(
+        topology,
+        torch.tensor([0.0, 1e-3, 5.0, 0.0]),
+        (1, 8),
+        sample=torch.arange(4, 8, dtype=torch.int32),
+        sample_gradient=torch.ones(4),
+    )
+    swap = PROPOSERS["guided"](Observation({"a": view}, 0.0), 2, EvolutionConfig(), generator(0))
+    assert sorted(swap.drop["a"].tolist()) == [0, 3]
+
+
+def test_resets_move_what_they_say() -> None:
+    observation, config = observe(), EvolutionConfig()
+    names, sizes = set(), {"reshuffle": [], "redraw": []}
+    for seed in range(40):
+        name, swap = reset(observation, config, generator(seed))
+        check_swap(observation, swap)
+        assert set(swap.count_changes().values()) == {0}
+        names.add(name)
+        sizes[name].append(swap.size / observation.count)
+    assert names == {"reshuffle", "redraw"}
+    assert all(0.045 <= share <= 0.105 for share in sizes["reshuffle"])
+    # A new topology of density 1/5 shares a fifth of its units with the old one.
+    assert all(0.7 <= share <= 0.9 for share in sizes["redraw"])
+
+
+def test_a_candidate_outside_the_bounds_is_redrawn_and_given_up() -> None:
+    observation = observe()
+    tight = {
+        name: dataclasses.replace(view, bounds=(view.topology.count, view.topology.count))
+        for name, view in observation.layers.items()
+    }
+    rule = Evolution(EvolutionConfig(proposer="uniform", mutation_rate=0.5, candidates=3))
+    candidates = rule.ask(Observation(tight, 0.2), rule.initial_state(), generator(0))
+    assert [candidate.rejected for candidate in candidates] == ["bounds"] * 3
+    decision, _ = rule.tell(candidates, [None] * 3, Score(1.0, 0.0, 0.0), rule.initial_state(), 0.2)
+    assert decision.chosen is None
+    free = rule.ask(observation, rule.initial_state(), generator(0))
+    assert [candidate.rejected for candidate in free] == [None] * 3
+
+
+def test_head_floors_reject() -> None:
+    topology = Topology.from_indices((8, 4), torch.arange(16))
+    heads = HeadLayout("out", 2)
+    assert head_counts(topology, heads).tolist() == [4, 4, 4, 4]
+    assert head_densities(topology, heads).tolist() == [0.5] * 4
+    view = LayerView(topology, torch.ones(16), (1, 32), heads=heads, head_floor=4)
+    assert view.keeps_bounds(topology)
+    moved, _ = topology.replace(topology.indices[:1], torch.tensor([17]))
+    assert head_counts(moved, heads).tolist() == [4 - 1 + 1, 4, 4, 4]
+    moved, _ = topology.replace(topology.indices[:1], torch.tensor([18]))
+    assert not view.keeps_bounds(moved)
+
+
+def score(cross_entropy: float, spread: float = 0.0, active: float = 0.0) -> Score:
+    return Score(cross_entropy, spread, active)
+
+
+def candidates(n: int) -> list[Candidate]:
+    return [Candidate(Swap({}, {}), "uniform") for _ in range(n)]
+
+
+def test_elitist_stays_where_nothing_is_better_and_comma_moves() -> None:
+    for selection, worse, better in (("elitist", None, 1), ("comma", 0, 1)):
+        rule = Evolution(EvolutionConfig(selection=selection))
+        state = rule.initial_state()
+        decision, _ = rule.tell(candidates(2), [score(2.1), score(2.2)], score(2.0), state, 0.5)
+        assert decision.chosen == worse
+        decision, _ = rule.tell(candidates(2), [score(1.9), score(1.8)], score(2.0), state, 0.5)
+        assert decision.chosen == better
+
+
+def test_ties_go_to_the_first_and_nan_never_wins() -> None:
+    rule = Evolution(EvolutionConfig())
+    decision, _ = rule.tell(
+        candidates(3), [score(math.nan), score(1.5), score(1.5)], score(2.0), rule.initial_state(), 0.5
+    )
+    assert decision.chosen == 1
+
+
+def test_proxy_is_the_written_formula() -> None:
+    config = EvolutionConfig().proxy
+    assert combine(score(2.0, 0.5, 3.0), config, Running(), 0.5) == pytest.approx(2.0 + 0.01 * 0.5 - 0.005 * 3.0)
+    annealed = config.model_copy(update={"anneal": "linear"})
+    assert combine(score(2.0, 0.5, 3.0), annealed, Running(), 1.0) == pytest.approx(2.0)
+    half = combine(score(2.0, 0.5, 3.0), annealed, Running(), 0.5)
+    assert half == pytest.approx(2.0 + 0.5 * (0.01 * 0.5 - 0.005 * 3.0))
+
+
+def test_standardized_components_have_mean_zero_and_deviation_one() -> None:
+    rng = generator(0)
+    scores = [Score(*row) for row in (torch.randn(50, 3, generator=rng, dtype=torch.float64) * 3 + 7).tolist()]
+    running = Running().including(scores[:20]).including(scores[20:])
+    columns = torch.tensor([dataclasses.astuple(running.standardized(s)) for s in scores], dtype=torch.float64)
+    torch.testing.assert_close(columns.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(columns.std(0, correction=0), torch.ones(3, dtype=torch.float64))
+    constant = Running().including([score(2.0)] * 3)
+    assert constant.standardized(score(2.0)) == score(0.0)
+
+
+def test_diversity_is_the_deviation_over_layers_and_heads() -> None:
+    a = Topology.from_indices((4, 4), torch.arange(8))
+    b = Topology.from_indices((4, 4), torch.arange(4))
+    heads = {"b": HeadLayout("in", 2)}
+    assert diversity({"a": a, "b": b}, {}) == pytest.approx(0.125)
+    densities = torch.tensor([0.5, 0.5, 0.0])
+    assert diversity({"a": a, "b": b}, heads) == pytest.approx(float(densities.std(correction=0)))
+
+
+def test_known_gradients_count_kept_and_sampled_units() -> None:
+    topology = Topology.from_indices((1, 8), torch.tensor([0, 2, 4]))
+    view = LayerView(
+        topology,
+        torch.ones(3),
+        (1, 8),
+        gradient=torch.tensor([1.0, 2.0, 3.0]),
+        moment=torch.tensor([0.1, 0.2, 0.3]),
+        sample=torch.tensor([1, 5, 7], dtype=torch.int32),
+        sample_gradient=torch.tensor([10.0, 20.0, 30.0]),
+    )
+    layers = {"a": SparseLinear(topology, torch.ones(3))}
+    change = plan(layers, Swap({"a": torch.tensor([0, 2])}, {"a": torch.tensor([3, 5])}), "zero", generator(0)).changes["a"]
+    assert known_gradient_norm(view, None, "training") == pytest.approx(math.sqrt(14))
+    # Unit 4 stays (3), unit 5 was sampled (20), unit 3 was not.
+    assert known_gradient_norm(view, change, "training") == pytest.approx(math.sqrt(9 + 400))
+    assert known_gradient_norm(view, change, "moments") == pytest.approx(0.3)
+
+
+def test_a_plateau_makes_resets_likelier_for_two_updates() -> None:
+    rule = Evolution(EvolutionConfig.model_validate({"reset": {"probability": 0.02, "patience": 5, "boosted_probability": 0.1}}))
+    state, seen = rule.initial_state(), []
+    for cross_entropy in [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.5, 2.5, 1.9]:
+        seen.append(rule.reset_probability(state))
+        _, state = rule.tell(candidates(1), [score(3.0)], score(cross_entropy), state, 0.5)
+    assert seen == [0.02] * 6 + [0.1, 0.1, 0.02]
+
+
+def test_success_shrinks_and_stagnation_grows_the_search() -> None:
+    rule = Evolution(
+        EvolutionConfig.model_validate({"candidates": 4, "mutation_rate": 0.005, "adaptation": {"enabled": True}})
+    )
+    state = rule.initial_state()
+    for _ in range(2):
+        _, state = rule.tell(candidates(1), [score(1.0)], score(2.0), state, 0.5)
+    assert (state.candidates, state.mutation_rate) == (3, pytest.approx(0.004))
+    for _ in range(20):
+        _, state = rule.tell(candidates(1), [score(3.0)], score(2.0), state, 0.5)
+    assert (state.candidates, state.mutation_rate) == (5, 0.01)
+
+
+def test_state_survives_json() -> None:
+    rule = Evolution(EvolutionConfig())
+    _, state = rule.tell(candidates(1), [score(1.25, 0.1, 0.3)], score(2.0), rule.initial_state(), 0.5)
+    restored = rule.state_from_dict(json.loads(json.dumps(dataclasses.asdict(state))))
+    assert restored == state
+    assert isinstance(restored, EvolutionState)
+
+
+def test_due_steps() -> None:
+    rule = Evolution(EvolutionConfig(every=10, start=0.1, stop=0.5))
+    assert [step for step in range(1, 101) if rule.due(step, 100)] == [20, 30, 40, 50]
+    assert sum(Evolution(EvolutionConfig(stop=1.0)).due(step, 1000) for step in range(1, 1001)) == 19
+    assert not build_rule(StaticConfig()).due(1, 2)
+
+
+def test_mutation_rate_follows_its_schedule() -> None:
+    rule = Evolution(EvolutionConfig(mutation_rate=0.3, start=0.0, stop=0.5))
+    state = rule.initial_state()
+    assert rule.mutation_rate(state, 0.0) == pytest.approx(0.3)
+    assert rule.mutation_rate(state, 0.25) == pytest.approx(0.15)
+    assert rule.mutation_rate(state, 0.9) == pytest.approx(0.0)
+
+
+def test_without_scores_comma_takes_its_one_candidate_and_elitist_refuses() -> None:
+    rule = Evolution(EvolutionConfig()).without_scores()
+    assert rule.needs == {"gradient_at"}
+    proposed = rule.ask(observe(), rule.initial_state(), generator(0))
+    assert len(proposed) == 1
+    decision, _ = rule.tell(proposed, [None], None, rule.initial_state(), 0.1)
+    assert decision.chosen == 0
+    with pytest.raises(InputError, match="elitist"):
+        Evolution(EvolutionConfig(selection="elitist")).without_scores()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_keeps_the_contract(name: str) -> None:
+    config = {"static": StaticConfig, "evolution": EvolutionConfig}[name]()
+    rule = RULES[name](config)
+    state = rule.initial_state()
+    assert rule.state_from_dict(json.loads(json.dumps(dataclasses.asdict(state)))) == state
+    observation = observe()
+    first = rule.ask(observation, state, generator(3))
+    again = rule.ask(observation, state, generator(3))
+    assert [c.proposer for c in first] == [c.proposer for c in again]
+    for one, two in zip(first, again, strict=True):
+        check_swap(observation, one.swap)
+        for layer in one.swap.drop:
+            assert torch.equal(one.swap.drop[layer], two.swap.drop[layer])
+    assert all(isinstance(v, int | float) for v in rule.telemetry(state, 0.5).values())
