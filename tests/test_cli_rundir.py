@@ -92,7 +92,7 @@ class TestMetrics:
     def test_rows_are_there_as_soon_as_they_are_written(self, run: RunDirectory) -> None:
         assert run.read_metrics() == []
         with MetricsWriter(run.metrics) as writer:
-            writer.append({"kind": "train", "step": 1, "loss": math.nan, "layers": {"a": [math.inf, 1.5]}})
+            writer.write({"kind": "train", "step": 1, "loss": math.nan, "layers": {"a": [math.inf, 1.5]}})
             assert run.read_metrics() == [{"kind": "train", "step": 1, "loss": None, "layers": {"a": [None, 1.5]}}]
         run.append_metrics({"step": 2})
         assert [row["step"] for row in run.read_metrics()] == [1, 2]

@@ -223,7 +223,7 @@ class EvolutionConfig(Section):
     """The (1+lambda) or (1,lambda) evolution strategy over topologies."""
 
     rule: Literal["evolution"] = Field(default="evolution", description="evolution: search by an evolution strategy")
-    every: Count | None = Field(default=None, description="K, steps between updates; null: a twentieth of the run")
+    every: Count | None = Field(default=None, description="K, steps between updates; null: a twentieth of the run, at least 10")
     start: Share = Field(default=0.0, description="share of the run before the first update")
     stop: Share = Field(default=0.9, description="share of the run after which the topology stays")
     candidates: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="lambda, candidates an update")
@@ -323,7 +323,7 @@ class TrainingConfig(Section):
     compile: bool = Field(default=False, description="run the model through torch.compile")
     loss_chunk: Count = Field(default=1024, description="tokens whose logits exist at a time")
     validate_every: Count | None = Field(
-        default=None, description="steps between validations; null: a tenth of the run"
+        default=None, description="steps between validations; null: a tenth of the run, at least 10"
     )
     validation_sequences: Count = Field(default=64, description="held-out sequences a validation reads")
     log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl and of the progress display")

@@ -78,7 +78,7 @@ class Evolution(Rule[EvolutionState]):
         return EvolutionState(**{**data, "running": running})
 
     def due(self, step: int, steps: int) -> bool:
-        every = self.config.every or max(1, steps // 20)
+        every = self.config.every or max(10, steps // 20)
         return step % every == 0 and self.config.start * steps < step < steps and step <= self.config.stop * steps
 
     def sample(

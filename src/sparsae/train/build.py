@@ -13,7 +13,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, initial_std, materialize
-from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import Initializer, sparsify
 
 
@@ -41,7 +41,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
         for layer in sparse_layers(model).values():
             layer.values.data = layer.values.data.to(device)
             layer.indices = layer.indices.to(device)
-    materialize(model, config.seed, device)
+    materialize(model, config.model, config.seed, device)
     return model
 
 
@@ -82,11 +82,6 @@ def _initializer(config: ModelConfig) -> Initializer:
         return torch.randn(topology.values_shape, generator=rng) * std
 
     return draw
-
-
-def has_sparse_layers(model: nn.Module) -> bool:
-    """Whether there is any topology to search."""
-    return any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 def bounds_config(config: SparsityConfig) -> dict[str, float]:

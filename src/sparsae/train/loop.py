@@ -21,7 +21,7 @@ from sparsae.data.batches import Batches
 from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import InputError
 from sparsae.losses import LossParts, language_model_loss
-from sparsae.models import decoder_and_head
+from sparsae.models import decoder_and_head, hidden_states
 from sparsae.nn.linear import sparse_layers
 from sparsae.train.costs import RunCosts
 from sparsae.train.memory import peak_bytes, state_bytes
@@ -36,15 +36,18 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Count the enclosed time as `part`."""
-        started = time.perf_counter()
+        """Count the enclosed time as `part`, but for what is counted inside it as another part."""
+        started, outer, self._inner = time.perf_counter(), self._inner, 0.0
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+            spent = time.perf_counter() - started
+            self.seconds[part] = self.seconds.get(part, 0.0) + spent - self._inner
+            self._inner = outer + spent
 
 
 class StopRequest:
@@ -139,7 +142,7 @@ class Trainer:
 
     @property
     def _validate_every(self) -> int:
-        return self.settings.validate_every or max(1, self.settings.steps // 10)
+        return self.settings.validate_every or max(10, self.settings.steps // 10)
 
     def _train_step(self) -> None:
         step, settings = self.step, self.settings
@@ -199,11 +202,11 @@ class Trainer:
             if alpha > 0 and self.teacher:
                 teacher_decoder, teacher_head = decoder_and_head(self.teacher.model)
                 with torch.no_grad():
-                    teacher_hidden = _hidden(teacher_decoder, inputs)
+                    teacher_hidden = hidden_states(teacher_decoder, inputs)
             decoder, head = decoder_and_head(self.model)
             watched = self.sparsifier is not None and self.sparsifier.probing
             # Hooks are not seen by a compiled graph, so watched steps run eagerly.
-            hidden = _hidden(decoder if self._compiled is None or watched else self._compiled, inputs)
+            hidden = hidden_states(decoder if self._compiled is None or watched else self._compiled, inputs)
             return language_model_loss(
                 hidden,
                 head,
@@ -229,7 +232,7 @@ class Trainer:
             batch = self._to_device(rows)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
                 parts = language_model_loss(
-                    _hidden(decoder, batch[:, :-1]), head, batch[:, 1:].reshape(-1), chunk=self.settings.loss_chunk
+                    hidden_states(decoder, batch[:, :-1]), head, batch[:, 1:].reshape(-1), chunk=self.settings.loss_chunk
                 )
             total += float(parts.cross_entropy) * rows.shape[0]
         return total / self.validation.shape[0]
@@ -335,8 +338,3 @@ class Trainer:
 def perplexity(loss: float) -> float:
     """exp(loss); infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _hidden(decoder: Any, tokens: Tensor) -> Tensor:
-    """(B, T) tokens to (B * T, width) hidden states."""
-    return decoder(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)

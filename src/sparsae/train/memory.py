@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from sparsae.nn.linear import SparseLinear
 from sparsae.surgery import TeacherLayer
 
-# Weight, gradient, two Adam moments and the average of a dense float32 weight.
-DENSE_BYTES_PER_WEIGHT = 20
-
 
 def state_bytes(
     layers: Mapping[str, SparseLinear],

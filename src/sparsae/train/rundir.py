@@ -85,7 +85,7 @@ class RunDirectory:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one row to metrics.jsonl; keep a `MetricsWriter` open to add many."""
         with MetricsWriter(self.metrics) as writer:
-            writer.append(row)
+            writer.write(row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line that was torn by a crash is left out.
@@ -126,7 +126,7 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         self._stream: IO[str] = path.open("a", encoding="utf-8")
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; numbers that are not finite become null."""
         self._stream.write(to_json(row) + "\n")
         self._stream.flush()

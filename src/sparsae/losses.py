@@ -1,0 +1,156 @@
+"""Cross entropy and distillation over a vocabulary, a chunk of tokens at a time.
+
+    L = CE + alpha KL(teacher || student),    KL = sum_v p_T (log p_T - log p_S),    means over tokens
+
+The logits of student and teacher are (tokens, vocabulary) matrices, the largest tensors of a small model's training. They
+never exist whole: each chunk's logits are computed, turned into a loss and at once into gradients, and forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LossParts(NamedTuple):
+    """Scalars in nats a token: `total` carries the gradient, the two parts do not."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    distillation: Tensor
+
+
+def language_model_loss(
+    hidden_TD: Tensor,
+    head: nn.Module,
+    targets_T: Tensor,
+    *,
+    teacher_hidden_TD: Tensor | None = None,
+    teacher_head: nn.Module | None = None,
+    alpha: float = 0.0,
+    chunk: int = 1024,
+    ignore_index: int = -100,
+) -> LossParts:
+    """L of hidden states (tokens, width) through `head` (any module to (tokens, vocabulary)), `chunk` tokens at a time.
+
+    Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean. Without gradients enabled
+    none are computed. Raises ValueError where alpha > 0 and the teacher is incomplete, or where no target counts.
+    """
+    if alpha > 0 and (teacher_hidden_TD is None or teacher_head is None):
+        raise ValueError("alpha > 0 needs teacher_hidden_TD and teacher_head")
+    if alpha == 0:
+        teacher_hidden_TD = teacher_head = None
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    inputs = _Inputs(head, targets_T, teacher_hidden_TD, teacher_head, alpha, chunk, ignore_index)
+    total, cross_entropy, distillation = _ChunkedLoss.apply(inputs, hidden_TD, *parameters)
+    return LossParts(total, cross_entropy.detach(), distillation.detach())
+
+
+def language_model_loss_reference(
+    hidden_TD: Tensor,
+    head: nn.Module,
+    targets_T: Tensor,
+    *,
+    teacher_hidden_TD: Tensor | None = None,
+    teacher_head: nn.Module | None = None,
+    alpha: float = 0.0,
+    ignore_index: int = -100,
+) -> LossParts:
+    """The same with whole logits: the twin that `language_model_loss` is tested against."""
+    teacher_logits = None
+    if alpha > 0 and teacher_hidden_TD is not None and teacher_head is not None:
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_hidden_TD)
+    return distillation_loss(head(hidden_TD), teacher_logits, targets_T, alpha, ignore_index)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    alpha: float,
+    ignore_index: int = -100,
+) -> LossParts:
+    """L from whole logits (..., vocabulary) and targets (...): for loops that have them. Without teacher, L = CE."""
+    logits, targets = _wide(student_logits.flatten(0, -2)), targets.flatten()
+    cross_entropy = F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    if teacher_logits is None:
+        return LossParts(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach()))
+    counted = targets != ignore_index
+    divergence = F.kl_div(
+        logits[counted].log_softmax(-1),
+        _wide(teacher_logits.detach().flatten(0, -2))[counted].log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return LossParts(cross_entropy + alpha * divergence, cross_entropy.detach(), divergence.detach())
+
+
+class _Inputs(NamedTuple):
+    head: nn.Module
+    targets_T: Tensor
+    teacher_hidden_TD: Tensor | None
+    teacher_head: nn.Module | None
+    alpha: float
+    chunk: int
+    ignore_index: int
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Gradients are taken chunk by chunk in the forward pass, so that nothing of it is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: _Inputs, hidden_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        counted = int((inputs.targets_T != inputs.ignore_index).sum())
+        if not counted:
+            raise ValueError("no target counts: the loss of nothing is not defined")
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
+        grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
+        for start in range(0, hidden_TD.shape[0], inputs.chunk):
+            rows = slice(start, start + inputs.chunk)
+            with torch.set_grad_enabled(bool(wanted)):
+                hidden = hidden_TD[rows].detach().requires_grad_(bool(wanted))
+                cross_entropy, divergence = _chunk_loss(inputs, hidden, rows)
+                if wanted:
+                    leaves = [(hidden, *parameters)[i] for i in wanted]
+                    chunk_grads = torch.autograd.grad(
+                        (cross_entropy + inputs.alpha * divergence) / counted, leaves, allow_unused=True
+                    )
+                    for i, grad in zip(wanted, chunk_grads, strict=True):
+                        target = grads[i]
+                        if grad is not None and target is not None:
+                            (target[rows] if i == 0 else target).add_(grad)
+            sums += torch.stack([cross_entropy.detach(), divergence.detach()])
+        ctx.save_for_backward(*[grad for grad in grads if grad is not None])
+        ctx.wanted, ctx.slots = wanted, 1 + len(parameters)
+        cross_entropy, divergence = (sums / counted).unbind()
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return cross_entropy + inputs.alpha * divergence, cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * ctx.slots
+        for i, grad in zip(ctx.wanted, ctx.saved_tensors, strict=True):
+            found[i] = grad * scale
+        return (None, *found)
+
+
+def _chunk_loss(inputs: _Inputs, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Sums over the chunk's tokens of cross entropy and divergence."""
+    targets = inputs.targets_T[rows]
+    log_p = _wide(inputs.head(hidden)).log_softmax(-1)
+    cross_entropy = F.nll_loss(log_p, targets, ignore_index=inputs.ignore_index, reduction="sum")
+    if inputs.teacher_head is None or inputs.teacher_hidden_TD is None:
+        return cross_entropy, torch.zeros_like(cross_entropy)
+    with torch.no_grad():
+        log_q = _wide(inputs.teacher_head(inputs.teacher_hidden_TD[rows])).log_softmax(-1)
+    divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    return cross_entropy, (divergence * (targets != inputs.ignore_index)).sum()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

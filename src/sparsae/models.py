@@ -1,0 +1,141 @@
+"""GPT-2 and Llama models from `transformers` configurations, with new weights and no downloads.
+
+Models are built on the meta device, where weights have shapes and no storage. Layers that become sparse draw their active
+values directly, so their dense weights never exist; `materialize` then allocates and initializes what stays dense.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.schema import ModelConfig
+from sparsae.core.heads import HeadLayout
+from sparsae.core.randomness import generator
+from sparsae.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# transformers' initializer_range, and GPT-2's own.
+INITIAL_STD = 0.02
+
+
+def build_model(
+    config: ModelConfig, vocab_size: int, eos_id: int, *, device: torch.device | str = "meta"
+) -> PreTrainedModel:
+    """A causal language model for a tokenizer of `vocab_size` entries; on the meta device its weights do not exist yet.
+
+    Raises InputError where model.vocab_size is smaller than the tokenizer's.
+    """
+    size = config.vocab_size or vocab_size
+    if size < vocab_size:
+        raise InputError(
+            f"model.vocab_size is {size}, but the tokenizer has {vocab_size} entries: leave it null or raise it"
+        )
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(_transformers_config(config, size, eos_id), attn_implementation="sdpa")
+
+
+def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
+    # No padding token: its embedding would be frozen at zero, and packed sequences have no padding.
+    special = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
+    if config.family == "gpt2":
+        from transformers import GPT2Config
+
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=config.context,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            n_inner=config.mlp_width or 4 * config.width,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            tie_word_embeddings=config.tie_embeddings,
+            initializer_range=INITIAL_STD,
+            **special,
+        )
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=config.context,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width or 64 * round(8 * config.width / 3 / 64),
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads or config.heads,
+        tie_word_embeddings=config.tie_embeddings,
+        initializer_range=INITIAL_STD,
+        **special,
+    )
+
+
+def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The module whose output has `last_hidden_state`, and the one from hidden states to logits."""
+    return model.base_model, model.get_output_embeddings()  # type: ignore[return-value, operator]
+
+
+def hidden_states(decoder: Any, tokens_BT: Tensor) -> Tensor:
+    """(B * T, width) hidden states of a decoder (compiled or not) for (B, T) tokens."""
+    return decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def attention_heads(config: ModelConfig) -> dict[str, HeadLayout]:
+    """Head layouts of the attention projections, by a glob over module names."""
+    size = config.width // config.heads
+    if config.family == "gpt2":
+        return {"*.attn.c_attn": HeadLayout("out", size), "*.attn.c_proj": HeadLayout("in", size)}
+    outputs = {f"*.self_attn.{name}_proj": HeadLayout("out", size) for name in "qkv"}
+    return {**outputs, "*.self_attn.o_proj": HeadLayout("in", size)}
+
+
+def initial_std(config: ModelConfig, layer: str) -> float:
+    """Standard deviation of a dense linear layer's initial weights: 0.02, GPT-2's residual outputs 0.02 / sqrt(2 L)."""
+    if config.family == "gpt2" and layer.endswith(".c_proj"):
+        return INITIAL_STD / math.sqrt(2 * config.layers)
+    return INITIAL_STD
+
+
+def materialize(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """Allocate and initialize, on `device`, every parameter and buffer that is still on the meta device.
+
+    Norms start at 1, biases at 0, embeddings and linear weights normal, each from its own generator by (seed, name), so no
+    value depends on what else exists. Tied weights stay tied.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                if id(parameter) not in made:
+                    value = _initial(module, name, module_name, parameter.shape, config, seed)
+                    made[id(parameter)] = nn.Parameter(value.to(device))
+                setattr(module, name, made[id(parameter)])
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _recompute_buffers(module, device)
+
+
+def _initial(
+    module: nn.Module, name: str, module_name: str, shape: torch.Size, config: ModelConfig, seed: int
+) -> Tensor:
+    if name == "bias":
+        return torch.zeros(shape)
+    if "Norm" in type(module).__name__:
+        return torch.ones(shape)
+    std = INITIAL_STD if isinstance(module, nn.Embedding) else initial_std(config, module_name)
+    return torch.randn(shape, generator=generator(seed, "weights", f"{module_name}.{name}")) * std
+
+
+def _recompute_buffers(module: nn.Module, device: torch.device) -> None:
+    # Rotary frequencies are functions of the configuration alone: a second instance computes them.
+    with torch.device("cpu"):
+        fresh = type(module)(module.config)  # type: ignore[call-arg]
+    for name, buffer in fresh.named_buffers(recurse=False):
+        module.register_buffer(name, buffer.to(device), persistent=False)

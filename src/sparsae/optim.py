@@ -1,0 +1,118 @@
+"""AdamW that counts steps per weight where connections come and go.
+
+A connection that was regrown has zero moments. Under the layer's old step count its bias correction would be that of a
+long average, and its first update (1 - beta1) / sqrt(1 - beta2) of a fresh start's: 3.2 times too large at (0.9, 0.999).
+With a step of its own it starts as a weight of a new model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.nn.linear import sparse_layers
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    A group with `per_weight_step=True` keeps `state["step"]` as an int32 tensor of the parameter's shape; elsewhere it is
+    a float32 scalar. Other state: "exp_avg", "exp_avg_sq". Parameters without a gradient are left alone.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        per_weight_step: bool = False,
+    ) -> None:
+        """Raises ValueError for settings outside their ranges."""
+        if not lr >= 0 or not eps > 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "per_weight_step": per_weight_step,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                for p in parameters:
+                    self._prepare(p, group["per_weight_step"])
+                self._update(group, parameters)
+        return loss
+
+    def _prepare(self, p: Tensor, per_weight: bool) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros_like(p, dtype=torch.int32) if per_weight else torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
+        (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        steps, averages, squares = (
+            [self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq")
+        )
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        if group["per_weight_step"]:
+            for p, step, average, square in zip(parameters, steps, averages, squares, strict=True):
+                t = step.to(p.dtype)
+                denominator = square.div(1 - beta2**t).sqrt_().add_(eps)
+                p.addcdiv_(average / (1 - beta1**t), denominator, value=-lr)
+            return
+        denominators = torch._foreach_sqrt(squares)
+        counts = [float(step) for step in steps]
+        torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in counts])
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_addcdiv_(parameters, averages, denominators, [-lr / (1 - beta1**t) for t in counts])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, with the dtype of `step` kept, which torch turns into the parameter's."""
+        super().load_state_dict(state_dict)
+        index = [p for group in self.param_groups for p in group["params"]]
+        for i, state in state_dict["state"].items():
+            if "step" in state:
+                place = index[i].device if state["step"].dim() else torch.device("cpu")
+                self.state[index[i]]["step"] = state["step"].detach().clone().to(place)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for `AdamW`: sparse values (decayed, steps per weight), matrices (decayed), vectors (not decayed)."""
+    sparse = {id(layer.values) for layer in sparse_layers(model).values()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    values = [p for p in parameters if id(p) in sparse]
+    matrices = [p for p in parameters if id(p) not in sparse and p.dim() >= 2]
+    vectors = [p for p in parameters if id(p) not in sparse and p.dim() < 2]
+    groups = [
+        {"params": values, "weight_decay": weight_decay, "per_weight_step": True},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,59 @@
+"""The analytic cost of a run as it goes: what each step and each update computes, at the sparsity of that moment."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from sparsae.config.schema import Config, MicroBatchConfig, ModelConfig
+from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
+from sparsae.models import decoder_and_head
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import linear_layers, weight_shape
+from sparsae.train.search import SearchCost
+
+
+class RunCosts:
+    """Counts operations for a model, whose number of active weights no update changes."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.cost = model_cost(model, config.model)
+        self.nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
+        micro: MicroBatchConfig | None = getattr(config.topology, "micro_batch", None)
+        self._scoring_tokens = micro.sequences * config.model.context if micro else 0
+
+    @property
+    def density(self) -> float:
+        """Active share of the sparse layers' weights; 1 where there are none."""
+        return self.nnz / self.cost.sparse_weights if self.cost.sparse_weights else 1.0
+
+    def count_step(self, flops: FlopCounter, tokens: int, with_teacher: bool) -> None:
+        """One optimizer step."""
+        flops.add("student", self.cost.training(self.nnz, tokens))
+        flops.dense_equivalent += self.cost.dense_training(tokens)
+        if with_teacher:
+            # A union teacher's fading weights add to this; they are few, and their number changes with every update.
+            flops.add("teacher", self.cost.forward(self.nnz, tokens))
+
+    def count_update(self, flops: FlopCounter, spent: SearchCost) -> None:
+        """One topology update: scored candidates, and gradients at sampled positions."""
+        plain = spent.forwards - spent.backwards
+        flops.add("search", plain * self.cost.scoring(self.nnz, self._scoring_tokens, with_gradient=False))
+        flops.add("search", spent.backwards * self.cost.scoring(self.nnz, self._scoring_tokens, with_gradient=True))
+        flops.add("dense_gradients", sum(gradient_at(weights, tokens) for weights, tokens in spent.probed.values()))
+
+
+def model_cost(model: nn.Module, config: ModelConfig) -> ModelCost:
+    """From the model's layers; the head counts where it is a dense matrix, tied or not."""
+    sparse = sparse_layers(model)
+    head = decoder_and_head(model)[1]
+    dense = sum(math.prod(weight_shape(module)) for module in linear_layers(model).values())
+    return ModelCost(
+        sparse_weights=sum(math.prod(layer.topology.shape) for layer in sparse.values()),
+        dense_weights=dense,
+        head_weights=0 if head in sparse.values() else math.prod(weight_shape(head)),
+        attention_layers=config.layers,
+        width=config.width,
+        context=config.context,
+    )

@@ -1,0 +1,330 @@
+"""A run from its configuration to its directory: `start`, `resume` and, without doing any of it, `plan`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.load import dump
+from sparsae.config.schema import Config, EvolutionConfig
+from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, estimated_state_bytes
+from sparsae.data import Batches, Corpus, evenly_spaced, load_tokenizer, prepare, unigram_perplexity
+from sparsae.distill import Teacher
+from sparsae.errors import InputError
+from sparsae.nn.linear import sparse_layers
+from sparsae.optim import AdamW, parameter_groups
+from sparsae.train.build import bounds_config, build, choose_device, head_layouts
+from sparsae.train.checkpoint import (
+    keep_newest,
+    load_checkpoint,
+    load_model,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from sparsae.train.costs import RunCosts
+from sparsae.train.loop import StopRequest, Trainer, perplexity
+from sparsae.train.memory import peak_bytes
+from sparsae.train.micro_batch import MicroBatches, split_held_out
+from sparsae.train.progress import Display
+from sparsae.train.rundir import MetricsWriter, RunDirectory, refuse_occupied
+from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.trackers import Trackers
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Everything of a run that exists before its directory does."""
+
+    config: Config
+    device: torch.device
+    corpus: Corpus
+    model: nn.Module
+    optimizer: AdamW
+    batches: Batches
+    validation: Tensor
+    micro_tokens: Any
+
+
+def start(config: Config, out: Path, quiet: bool = False) -> dict[str, Any]:
+    """Train a new run into the directory `out`; returns its summary, also when it was stopped by a signal.
+
+    Raises InputError for anything wrong with the configuration, the data or the directory, before anything is written.
+    """
+    refuse_occupied(out)
+    display = Display(quiet)
+    parts = _prepare(config, display)
+    run = RunDirectory.create(out)
+    run.config_file.write_text(dump(config), encoding="utf-8")
+    parts.corpus.tokenizer.save(run.tokenizer)
+    return _train(parts, run, display, checkpoint=None)
+
+
+def resume(path: Path, quiet: bool = False) -> dict[str, Any]:
+    """Go on with the run in `path` from its newest checkpoint, as if it had never stopped; returns its summary.
+
+    Raises InputError where there is no run or no checkpoint, where either is damaged, or where the run is finished.
+    """
+    run = RunDirectory.open(path)
+    config = run.config()
+    checkpoint = run.latest_checkpoint()
+    if run.saved_steps()[-1] >= config.training.steps:
+        raise InputError(f"{path}: this run is finished: all {config.training.steps} steps are done")
+    load_checkpoint(checkpoint, "model")
+    display = Display(quiet)
+    parts = _prepare(config, display)
+    known = load_tokenizer(run.tokenizer).hash
+    if parts.corpus.tokenizer.hash != known:
+        raise InputError(
+            f"{path}: the tokenizer of data.source is no longer the run's; restore the text that the run began with"
+        )
+    return _train(parts, run, display, checkpoint)
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
+
+    The time is the counted operations over a short measurement of dense float32 products on this machine.
+    """
+    vocab_size = config.data.tokenizer_vocab
+    if config.data.tokenizer != "train":
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    model = build(config, vocab_size, 0, torch.device("cpu"))
+    layers = sparse_layers(model)
+    costs = RunCosts(model, config)
+    training = config.training
+    tokens = training.batch_size * training.accumulation * config.model.context
+    weights, nnz = costs.cost.sparse_weights, costs.nnz
+    units = sum(layer.topology.count for layer in layers.values())
+    index_bytes = max((layer.indices.element_size() for layer in layers.values()), default=4)
+    teacher = config.teacher.storage if config.teacher.enabled else None
+    total = training.steps * costs.cost.training(nnz, tokens)
+    # The reference backend computes densely, whatever the sparsity.
+    computed = training.steps * costs.cost.dense_training(tokens)
+    dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_dense": dense_parameters,
+        "layers": [
+            {
+                "name": name,
+                "out": layer.out_features,
+                "in": layer.in_features,
+                "nnz": layer.topology.nnz,
+                "density": layer.topology.density,
+            }
+            for name, layer in layers.items()
+        ],
+        "train_flops_per_step": costs.cost.training(nnz, tokens),
+        "train_flops": total,
+        "train_flops_dense_equivalent": computed,
+        "state_bytes": estimated_state_bytes(units, nnz, weights, teacher=teacher, index_bytes=index_bytes),
+        "state_bytes_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
+        "expected_seconds": computed / _measured_flops_per_second(config),
+        "steps": training.steps,
+        "tokens": training.steps * tokens,
+    }
+
+
+def _prepare(config: Config, display: Display) -> _Parts:
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    device = choose_device(config.training.device)
+    if config.sparsity.sparsity == 0 and config.topology.rule != "static":
+        raise InputError(
+            f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
+        )
+    corpus = prepare(config.data, display.stage)
+    display.close()
+    context = config.model.context
+    reported, micro = split_held_out(corpus.validation, context)
+    batches = Batches(corpus.train, context, config.training.batch_size, config.seed)
+    validation = evenly_spaced(reported, context, config.training.validation_sequences)
+    model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+    groups = parameter_groups(model, config.training.weight_decay)
+    settings = config.training
+    optimizer = AdamW(
+        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon
+    )
+    return _Parts(config, device, corpus, model, optimizer, batches, validation, micro)
+
+
+def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path | None) -> dict[str, Any]:
+    config, began = parts.config, time.perf_counter()
+    unigram = unigram_perplexity(parts.corpus.train_counts, parts.validation[:, 1:])
+    trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
+    saved_state: dict[str, Any] | None = None
+    if checkpoint is not None:
+        tensors, saved_state = load_checkpoint(checkpoint)
+        load_model(parts.model, tensors["model"])
+        load_optimizer(parts.model, parts.optimizer, tensors["optimizer"])
+        run.truncate_metrics(saved_state["trainer"]["step"])
+    with MetricsWriter(run.metrics) as metrics:
+        trainer = _trainer(parts, metrics, trackers, display)
+        if saved_state is not None:
+            _restore(trainer, tensors, saved_state)
+        display.say(_headline(parts, unigram))
+        previous = float(saved_state["elapsed"]) if saved_state else 0.0
+
+        def save() -> None:
+            with trainer.watch.of("checkpoint"):
+                _save(trainer, run, elapsed=previous + time.perf_counter() - began)
+
+        with StopRequest().listening() as stop:
+            finished = trainer.run(stop, save)
+    trackers.close()
+    summary = _summary(parts, trainer, unigram, finished, previous + time.perf_counter() - began)
+    run.write_json("summary.json", summary)
+    display.say(_closing(summary, run, stopped_by=stop.signal))
+    return summary
+
+
+def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display: Display) -> Trainer:
+    config = parts.config
+    sparsifier, teacher = None, None
+    if sparse_layers(parts.model):
+        micro: MicroBatches | None = None
+        if isinstance(config.topology, EvolutionConfig):
+            micro = MicroBatches(
+                parts.micro_tokens, config.model.context, config.topology.micro_batch, config.seed, parts.device
+            )
+        sparsifier = Sparsifier(
+            parts.model,
+            parts.optimizer,
+            SparsifierConfig(
+                steps=config.training.steps,
+                topology=config.topology,
+                teacher=config.teacher,
+                seed=config.seed,
+                **bounds_config(config.sparsity),
+            ),
+            score=(lambda step: trainer.score(micro.at(step))) if micro else None,
+            heads=head_layouts(parts.model, config),
+        )
+        teacher = sparsifier.teacher
+    elif config.teacher.enabled:
+        teacher = Teacher(parts.model, config.teacher)
+    trainer = Trainer(
+        config,
+        parts.model,
+        parts.optimizer,
+        sparsifier,
+        teacher,
+        parts.batches,
+        parts.validation,
+        RunCosts(parts.model, config),
+        metrics,
+        trackers,
+        display,
+        parts.device,
+    )
+    return trainer
+
+
+def _save(trainer: Trainer, run: RunDirectory, elapsed: float) -> None:
+    tensors = {
+        "model": model_tensors(trainer.model),
+        "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
+    }
+    state: dict[str, Any] = {"trainer": trainer.state(), "elapsed": elapsed}
+    if trainer.sparsifier:
+        state["search"], tensors["search"] = trainer.sparsifier.state()
+    if trainer.teacher:
+        tensors["teacher"] = model_tensors(trainer.teacher.model)
+    save_checkpoint(run.checkpoint(trainer.step), tensors, state)
+    keep_newest(run.checkpoints, trainer.settings.keep_checkpoints)
+
+
+def _restore(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    if trainer.teacher:
+        load_model(trainer.teacher.model, tensors["teacher"])
+        trainer.teacher.reconnect(trainer.model)
+    if trainer.sparsifier:
+        trainer.sparsifier.restore(state["search"], tensors["search"])
+    trainer.restore(state["trainer"])
+
+
+def _summary(
+    parts: _Parts, trainer: Trainer, unigram: float, finished: bool, seconds: float
+) -> dict[str, Any]:
+    config, model, costs = parts.config, parts.model, trainer.costs
+    live = sum(p.numel() for p in model.parameters())
+    nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
+    weights = costs.cost.sparse_weights
+    b_out, b_in = config.sparsity.unit
+    target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
+    training_seconds = trainer.watch.seconds.get("train", 0.0) + trainer.watch.seconds.get("topology", 0.0)
+    return {
+        "preset": config.preset,
+        "method": config.method,
+        "seed": config.seed,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "parameters_dense": live - nnz + weights,
+        "parameters": live,
+        "sparsity": 1.0 - costs.density,
+        "nnz": nnz,
+        "nnz_target": target,
+        "validation_loss": trainer.validation_loss,
+        "validation_perplexity": perplexity(trainer.validation_loss),
+        "teacher_validation_loss": trainer.teacher_loss,
+        "unigram_perplexity": unigram,
+        "untrained_perplexity": perplexity(trainer.untrained_loss),
+        "train_flops": trainer.flops.total,
+        "train_flops_by_part": dict(trainer.flops.parts),
+        "train_flops_dense_equivalent": trainer.flops.dense_equivalent,
+        "state_bytes_sparse_layers": sum(trainer.state_bytes.values()),
+        "state_bytes_by_part": trainer.state_bytes,
+        "state_bytes_sparse_layers_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
+        "telemetry_bytes": trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
+        "peak_memory_bytes": peak_bytes(parts.device),
+        "tokens_per_second": trainer.tokens / training_seconds if training_seconds else None,
+        "topology_updates": trainer.updates,
+        "topology_updates_accepted": trainer.accepted,
+        "seconds": seconds,
+        "seconds_by_part": trainer.watch.seconds,
+        "finished": finished,
+        "device": str(parts.device),
+        "torch": torch.__version__,
+    }
+
+
+def _headline(parts: _Parts, unigram: float) -> str:
+    config, layers = parts.config, sparse_layers(parts.model)
+    nnz = sum(layer.topology.nnz for layer in layers.values())
+    total = sum(p.numel() for p in parts.model.parameters())
+    return (
+        f"{config.preset} · {config.method} · {total:,} parameters exist, {nnz:,} of them in {len(layers)} sparse layers · "
+        f"{len(parts.corpus.train):,} training tokens · a unigram model's perplexity: {unigram:.1f}"
+    )
+
+
+def _closing(summary: dict[str, Any], run: RunDirectory, stopped_by: int | None) -> str:
+    if stopped_by is not None and not summary["finished"]:
+        return f"stopped and saved at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
+    return (
+        f"validation perplexity {summary['validation_perplexity']:.2f} (unigram {summary['unigram_perplexity']:.1f}, "
+        f"untrained {summary['untrained_perplexity']:.1f}) · nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
+        f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
+        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
+    )
+
+
+def _measured_flops_per_second(config: Config) -> float:
+    device = choose_device(config.training.device)
+    dtype = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+    a = torch.ones(1024, 1024, device=device, dtype=dtype)
+    a @ a
+    started, rounds = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < 0.3:
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rounds += 1
+    return rounds * 2 * 1024**3 / elapsed
