@@ -17,7 +17,13 @@ from sparsae.config import Config
 from sparsae.config.load import dump, resolve
 from sparsae.train.rundir import RunDirectory
 
-SUMMARY = {"preset": "demo", "steps": 20, "validation_loss": float("nan"), "train_flops_by_part": {"student": 7}}
+SUMMARY = {
+    "preset": "demo",
+    "steps": 20,
+    "validation_loss": float("nan"),
+    "train_flops_by_part": {"student": 7},
+    "finished": True,
+}
 PLAN = {
     "parameters_dense": 1000,
     "parameters": 190,
@@ -59,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     calls = Calls()
     calls.replace(monkeypatch, "sparsae.train.run", start=SUMMARY, resume=SUMMARY, plan=PLAN)
     calls.replace(monkeypatch, "sparsae.evaluate.perplexity", evaluate_run={"loss": 1.5, "tokens": 1234})
-    calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="def f(): pass")
+    calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="def f(): pass", write_sample=None)
     calls.replace(monkeypatch, "sparsae.evaluate.export", export_run=None)
     calls.replace(monkeypatch, "sparsae.report.page", write_report=Path("r/report.html"))
     return calls
@@ -72,24 +78,39 @@ class TestTrain:
         assert main([*arguments.split(), "--set", "training.clip=null", "--set", "training.beta2=0.9"]) == 0
         overrides = ["training.batch_size=2", "training.clip=null", "training.beta2=0.9", "training.steps=20", "seed=4"]
         expected = resolve(None, "tiny", "static", [*overrides, "sparsity.sparsity=0.95"])
-        assert calls == [("start", (expected, Path("there"), False))]
+        assert calls == [
+            ("start", (expected, Path("there"), False)),
+            ("write_sample", (Path("there"),)),
+            ("write_report", (Path("there"),)),
+        ]
+
+    def test_a_stopped_run_gets_its_report_and_the_exit_code_of_a_stop(
+        self, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls.replace(monkeypatch, "sparsae.train.run", start={**SUMMARY, "finished": False})
+        assert main(["train", "--out", "there", "--json", "summary.json"]) == 130
+        assert [name for name, _ in calls] == ["start", "write_report"]
+        assert json.loads(Path("summary.json").read_text())["finished"] is False
 
     def test_the_first_free_directory_is_taken(self, calls: Calls, tmp_path: Path) -> None:
         (tmp_path / "runs" / "demo-sparsae-1").mkdir(parents=True)
         assert main(["train"]) == 0
         assert main(["train", "--method", "dense"]) == 0
-        assert [call[1][1] for call in calls] == [Path("runs/demo-sparsae-2"), Path("runs/demo-dense-1")]
+        assert [call[1][1] for call in calls if call[0] == "start"] == [
+            Path("runs/demo-sparsae-2"),
+            Path("runs/demo-dense-1"),
+        ]
 
     def test_resume(self, calls: Calls) -> None:
         assert main(["train", "--resume", "there"]) == 0
-        assert calls == [("resume", (Path("there"), False))]
+        assert calls[0] == ("resume", (Path("there"), False))
 
     def test_json_alone_on_standard_output(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         for arguments in (["train"], ["train", "--resume", "there"], ["train", "--dry-run"]):
             assert main([*arguments, "--json", "-"]) == 0
             result = json.loads(capsys.readouterr().out)
             assert result == (PLAN if "--dry-run" in arguments else {**SUMMARY, "validation_loss": None})
-        assert [call[1][-1] for call in calls[:2]] == [True, True]  # quiet
+        assert [call[1][-1] for call in calls if call[0] in ("start", "resume")] == [True, True]  # quiet
 
     def test_json_to_a_file(self, calls: Calls, tmp_path: Path) -> None:
         assert main(["train", "--json", "out.json"]) == 0

@@ -39,7 +39,8 @@ def test_union_equals_dense_over_a_thousand_steps_with_ten_updates(unit: tuple[i
     layers = sparse_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     teachers = {
-        storage: Teacher(model, TeacherConfig(storage=storage, beta=0.99, ramp=False)) for storage in ("union", "dense", "masked")
+        storage: Teacher(model, TeacherConfig(storage=storage, beta=0.99, ramp=False))
+        for storage in ("union", "dense", "masked")
     }
     tokens = torch.arange(11)
     rng = generator(0, "targets")

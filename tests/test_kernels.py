@@ -143,7 +143,7 @@ def test_the_number_of_values_may_change_while_an_old_loss_is_alive() -> None:
 
 def test_unknown_backend_and_refusal_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(InputError, match="unknown backend 'fast'.*reference"):
+    with pytest.raises(InputError, match=r"unknown backend .fast.*reference"):
         choose_backend("fast", (4, 4), (1, 1), cpu)
     reference = BACKENDS["reference"]
     monkeypatch.setattr(type(reference), "refusal", lambda self, unit, device: "it is Sunday")

@@ -16,13 +16,13 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
+from sparsae.nn.linear import SparseLinear
 from sparsae.rules import RULES, build_rule
 from sparsae.rules.base import Candidate, LayerView, Observation, Score, head_counts, head_densities
 from sparsae.rules.evolution import Evolution, EvolutionState
 from sparsae.rules.proposers import PROPOSERS, reset
 from sparsae.rules.proxy import Running, combine, diversity, known_gradient_norm
 from sparsae.surgery import Swap, plan
-from sparsae.nn.linear import SparseLinear
 
 
 def observe(seed: int = 0, unit: tuple[int, int] = (1, 1), bounds: tuple[int, int] | None = None) -> Observation:
@@ -227,7 +227,9 @@ def test_known_gradients_count_kept_and_sampled_units() -> None:
         sample_gradient=torch.tensor([10.0, 20.0, 30.0]),
     )
     layers = {"a": SparseLinear(topology, torch.ones(3))}
-    change = plan(layers, Swap({"a": torch.tensor([0, 2])}, {"a": torch.tensor([3, 5])}), "zero", generator(0)).changes["a"]
+    change = plan(layers, Swap({"a": torch.tensor([0, 2])}, {"a": torch.tensor([3, 5])}), "zero", generator(0)).changes[
+        "a"
+    ]
     assert known_gradient_norm(view, None, "training") == pytest.approx(math.sqrt(14))
     # Unit 4 stays (3), unit 5 was sampled (20), unit 3 was not.
     assert known_gradient_norm(view, change, "training") == pytest.approx(math.sqrt(9 + 400))
@@ -235,7 +237,9 @@ def test_known_gradients_count_kept_and_sampled_units() -> None:
 
 
 def test_a_plateau_makes_resets_likelier_for_two_updates() -> None:
-    rule = Evolution(EvolutionConfig.model_validate({"reset": {"probability": 0.02, "patience": 5, "boosted_probability": 0.1}}))
+    rule = Evolution(
+        EvolutionConfig.model_validate({"reset": {"probability": 0.02, "patience": 5, "boosted_probability": 0.1}})
+    )
     state, seen = rule.initial_state(), []
     for cross_entropy in [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.5, 2.5, 1.9]:
         seen.append(rule.reset_probability(state))

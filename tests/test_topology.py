@@ -19,7 +19,7 @@ def assert_valid(topology: Topology) -> None:
     assert indices.dtype == torch.int32
     assert bool((indices[1:] > indices[:-1]).all())
     if indices.numel():
-        assert 0 <= int(indices[0])
+        assert int(indices[0]) >= 0
         assert int(indices[-1]) < topology.units
 
 

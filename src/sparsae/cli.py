@@ -97,6 +97,8 @@ def train(
             from sparsae.train.run import resume as continue_run
 
             result.update(continue_run(resume, quiet))
+            _finish(resume, result, quiet)
+        _exit_if_stopped(result)
         return
     short = {
         "--steps": ("training.steps", steps),
@@ -129,6 +131,8 @@ def train(
         from sparsae.train.run import start
 
         result.update(start(resolved, directory, quiet))
+        _finish(directory, result, quiet)
+    _exit_if_stopped(result)
 
 
 @app.command()
@@ -218,6 +222,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     print(f"sparsae: error: {' '.join(message.split())}", file=sys.stderr)
     return _EXIT_INPUT
+
+
+def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:
+    """The sample and the report of a run; one that was stopped gets its report only."""
+    from sparsae.report.page import write_report
+
+    if summary["finished"]:
+        from sparsae.evaluate.generation import write_sample
+
+        write_sample(run)
+    page = write_report(run)
+    if not quiet:
+        typer.echo(f"report: {page}", err=True)
+
+
+def _exit_if_stopped(summary: Mapping[str, Any]) -> None:
+    if not summary["finished"]:
+        raise typer.Exit(_EXIT_INTERRUPTED)
 
 
 def _free_directory(name: str) -> Path:

@@ -3,8 +3,8 @@
     W_T <- beta W_T + (1 - beta) (W_S * M)          over all positions,
 
 so that a dropped connection fades instead of vanishing. With "union" storage this is exact without a dense matrix: the
-teacher's topology is the student's and what was dropped and has not yet faded below a tolerance. "masked" forgets what the
-student drops; "dense" keeps every position.
+teacher's topology is the student's and what was dropped and has not yet faded below a tolerance. "masked" forgets
+what the student drops; "dense" keeps every position.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     L = CE + alpha KL(teacher || student),    KL = sum_v p_T (log p_T - log p_S),    means over tokens
 
-The logits of student and teacher are (tokens, vocabulary) matrices, the largest tensors of a small model's training. They
-never exist whole: each chunk's logits are computed, turned into a loss and at once into gradients, and forgotten.
+The logits of student and teacher are (tokens, vocabulary) matrices, the largest tensors of a small model's training.
+They never exist whole: each chunk's logits are computed, turned into a loss and at once into gradients, and
+forgotten.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -44,7 +46,8 @@ def language_model_loss(
     if alpha == 0:
         teacher_hidden_TD = teacher_head = None
     parameters = [p for p in head.parameters() if p.requires_grad]
-    inputs = _Inputs(head, targets_T, teacher_hidden_TD, teacher_head, alpha, chunk, ignore_index)
+    differentiate = torch.is_grad_enabled()
+    inputs = _Inputs(head, targets_T, teacher_hidden_TD, teacher_head, alpha, chunk, ignore_index, differentiate)
     total, cross_entropy, distillation = _ChunkedLoss.apply(inputs, hidden_TD, *parameters)
     return LossParts(total, cross_entropy.detach(), distillation.detach())
 
@@ -91,12 +94,14 @@ def distillation_loss(
 
 class _Inputs(NamedTuple):
     head: nn.Module
-    targets_T: Tensor
-    teacher_hidden_TD: Tensor | None
+    targets: Tensor
+    teacher_hidden: Tensor | None
     teacher_head: nn.Module | None
     alpha: float
     chunk: int
     ignore_index: int
+    # Asked before the Function runs: inside, gradients are always off, and needs_input_grad does not know of no_grad.
+    differentiate: bool
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -104,16 +109,16 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: _Inputs, hidden_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        counted = int((inputs.targets_T != inputs.ignore_index).sum())
+        counted = int((inputs.targets != inputs.ignore_index).sum())
         if not counted:
             raise ValueError("no target counts: the loss of nothing is not defined")
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need and inputs.differentiate]
         sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
         grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
         for start in range(0, hidden_TD.shape[0], inputs.chunk):
             rows = slice(start, start + inputs.chunk)
             with torch.set_grad_enabled(bool(wanted)):
-                hidden = hidden_TD[rows].detach().requires_grad_(bool(wanted))
+                hidden = hidden_TD[rows].detach().requires_grad_(0 in wanted)
                 cross_entropy, divergence = _chunk_loss(inputs, hidden, rows)
                 if wanted:
                     leaves = [(hidden, *parameters)[i] for i in wanted]
@@ -132,6 +137,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return cross_entropy + inputs.alpha * divergence, cross_entropy, divergence
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * ctx.slots
         for i, grad in zip(ctx.wanted, ctx.saved_tensors, strict=True):
@@ -141,13 +147,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _chunk_loss(inputs: _Inputs, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Sums over the chunk's tokens of cross entropy and divergence."""
-    targets = inputs.targets_T[rows]
+    targets = inputs.targets[rows]
     log_p = _wide(inputs.head(hidden)).log_softmax(-1)
     cross_entropy = F.nll_loss(log_p, targets, ignore_index=inputs.ignore_index, reduction="sum")
-    if inputs.teacher_head is None or inputs.teacher_hidden_TD is None:
+    if inputs.teacher_head is None or inputs.teacher_hidden is None:
         return cross_entropy, torch.zeros_like(cross_entropy)
     with torch.no_grad():
-        log_q = _wide(inputs.teacher_head(inputs.teacher_hidden_TD[rows])).log_softmax(-1)
+        log_q = _wide(inputs.teacher_head(inputs.teacher_hidden[rows])).log_softmax(-1)
     divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     return cross_entropy, (divergence * (targets != inputs.ignore_index)).sum()
 

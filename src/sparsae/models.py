@@ -1,7 +1,8 @@
 """GPT-2 and Llama models from `transformers` configurations, with new weights and no downloads.
 
-Models are built on the meta device, where weights have shapes and no storage. Layers that become sparse draw their active
-values directly, so their dense weights never exist; `materialize` then allocates and initializes what stays dense.
+Models are built on the meta device, where weights have shapes and no storage. Layers that become sparse draw their
+active values directly, so their dense weights never exist; `materialize` then allocates and initializes what stays
+dense.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def build_model(
 
 def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
     # No padding token: its embedding would be frozen at zero, and packed sequences have no padding.
-    special = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
+    special: dict[str, Any] = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
     if config.family == "gpt2":
         from transformers import GPT2Config
 
@@ -68,7 +69,7 @@ def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> A
         vocab_size=vocab_size,
         max_position_embeddings=config.context,
         hidden_size=config.width,
-        intermediate_size=config.mlp_width or 64 * round(8 * config.width / 3 / 64),
+        intermediate_size=config.mlp_width or 64 * max(1, round(8 * config.width / 3 / 64)),
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads or config.heads,
@@ -107,8 +108,8 @@ def initial_std(config: ModelConfig, layer: str) -> float:
 def materialize(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
     """Allocate and initialize, on `device`, every parameter and buffer that is still on the meta device.
 
-    Norms start at 1, biases at 0, embeddings and linear weights normal, each from its own generator by (seed, name), so no
-    value depends on what else exists. Tied weights stay tied.
+    Norms start at 1, biases at 0, embeddings and linear weights normal, each from its own generator by (seed, name),
+    so no value depends on what else exists. Tied weights stay tied.
     """
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -116,7 +117,7 @@ def materialize(model: nn.Module, config: ModelConfig, seed: int, device: torch.
             if parameter.is_meta:
                 if id(parameter) not in made:
                     value = _initial(module, name, module_name, parameter.shape, config, seed)
-                    made[id(parameter)] = nn.Parameter(value.to(device))
+                    made[id(parameter)] = nn.Parameter(value.to(device), parameter.requires_grad)
                 setattr(module, name, made[id(parameter)])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _recompute_buffers(module, device)
@@ -136,6 +137,6 @@ def _initial(
 def _recompute_buffers(module: nn.Module, device: torch.device) -> None:
     # Rotary frequencies are functions of the configuration alone: a second instance computes them.
     with torch.device("cpu"):
-        fresh = type(module)(module.config)  # type: ignore[call-arg]
+        fresh = type(module)(module.config)
     for name, buffer in fresh.named_buffers(recurse=False):
         module.register_buffer(name, buffer.to(device), persistent=False)

@@ -1,12 +1,13 @@
 """AdamW that counts steps per weight where connections come and go.
 
 A connection that was regrown has zero moments. Under the layer's old step count its bias correction would be that of a
-long average, and its first update (1 - beta1) / sqrt(1 - beta2) of a fresh start's: 3.2 times too large at (0.9, 0.999).
-With a step of its own it starts as a weight of a new model does.
+long average, and its first update (1 - beta1) / sqrt(1 - beta2) of a fresh start's: 3.2 times too large at (0.9,
+0.999). With a step of its own it starts as a weight of a new model does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,8 +20,8 @@ from sparsae.nn.linear import sparse_layers
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
-    A group with `per_weight_step=True` keeps `state["step"]` as an int32 tensor of the parameter's shape; elsewhere it is
-    a float32 scalar. Other state: "exp_avg", "exp_avg_sq". Parameters without a gradient are left alone.
+    A group with `per_weight_step=True` keeps `state["step"]` as an int32 tensor of the parameter's shape; elsewhere
+    it is a float32 scalar. Other state: "exp_avg", "exp_avg_sq". Parameters without a gradient are left alone.
     """
 
     def __init__(
@@ -82,10 +83,13 @@ class AdamW(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         if group["per_weight_step"]:
+            # One at a time, so that the temporaries are two of the largest parameter's size and not of the whole group's.
             for p, step, average, square in zip(parameters, steps, averages, squares, strict=True):
                 t = step.to(p.dtype)
-                denominator = square.div(1 - beta2**t).sqrt_().add_(eps)
-                p.addcdiv_(average / (1 - beta1**t), denominator, value=-lr)
+                denominator = _bias_correction(t, beta2)
+                torch.div(square, denominator, out=denominator).sqrt_().add_(eps)
+                denominator.mul_(_bias_correction(t, beta1, out=t))
+                p.addcdiv_(average, denominator, value=-lr)
             return
         denominators = torch._foreach_sqrt(squares)
         counts = [float(step) for step in steps]
@@ -94,13 +98,25 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(parameters, averages, denominators, [-lr / (1 - beta1**t) for t in counts])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, with the dtype of `step` kept, which torch turns into the parameter's."""
+        """As in torch, except that nothing is shared with `state_dict`, and a step per weight follows its parameter's device.
+
+        torch keeps the tensors that it is given where their dtype and device fit, and leaves every "step" where it is.
+        """
         super().load_state_dict(state_dict)
-        index = [p for group in self.param_groups for p in group["params"]]
-        for i, state in state_dict["state"].items():
-            if "step" in state:
-                place = index[i].device if state["step"].dim() else torch.device("cpu")
-                self.state[index[i]]["step"] = state["step"].detach().clone().to(place)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for place, p in zip(places, parameters, strict=True):
+            given, state = state_dict["state"].get(place, {}), self.state.get(p, {})
+            for key, value in given.items():
+                if key == "step" and value.dim():
+                    state[key] = value.detach().to(p.device, copy=True)
+                elif state[key] is value:
+                    state[key] = value.detach().clone()
+
+
+def _bias_correction(steps: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
+    """1 - beta^t for steps t >= 1 of any shape, by expm1: the plain difference loses four digits of float32 at 0.999."""
+    return torch.mul(steps, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """The one place that changes which connections exist.
 
 A `Swap` says which units go and which come. `plan` works out what each layer looks like afterwards; a plan can be tried
-(`preview`) and carried out (`commit`). Values, optimizer state and teacher move together: what stays keeps everything, what
-goes is gone, and what comes starts from its initialization with a state of zeros, its own step count included.
+(`preview`) and carried out (`commit`). Values, optimizer state and teacher move together: what stays keeps
+everything, what goes is gone, and what comes starts from its initialization with a state of zeros, its own step count
+included.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Swap:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One layer before and after: `source` is each new unit's old position, -1 for a grown one; values are the new ones."""
+    """One layer before and after; `source` is each new unit's old position, -1 for a grown one."""
 
     before: Topology
     after: Topology
@@ -104,7 +105,9 @@ class Plan:
             for name, (topology, values) in before.items():
                 self.layers[name].set_topology(topology, values)
 
-    def commit(self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None) -> None:
+    def commit(
+        self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None
+    ) -> None:
         """Carry the swap out: values, every optimizer state tensor of the parameter's shape, and the teacher."""
         for name, change in self.changes.items():
             layer = self.layers[name]
@@ -122,7 +125,8 @@ class Plan:
 def plan(layers: Mapping[str, SparseLinear], swap: Swap, initialization: str, rng: torch.Generator) -> Plan:
     """Work out a swap; grown values by `initialization` ("zero" or "kaiming_uniform") from `rng`.
 
-    Raises ValueError where as many units do not come as go, where a dropped unit is not active, and where a grown one is.
+    Raises ValueError where as many units do not come as go, where a dropped unit is not active, and where a grown one
+    is.
     """
     dropped, grown = swap.size, sum(units.numel() for units in swap.grow.values())
     if dropped != grown:
@@ -153,8 +157,8 @@ def remap(tensor: Tensor, source: Tensor) -> Tensor:
 
 
 def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
-    """U(-b, b) with b = sqrt(6 / fan_in) of the active fan-in of each output (He et al., 2015), for every active unit."""
-    (b_out, b_in), rows = topology.unit, topology.rows.long().cpu()
+    """U(-b, b), b = sqrt(6 / active fan-in of the output) (He et al., 2015), for every active unit."""
+    b_in, rows = topology.unit[1], topology.rows.long().cpu()
     fan_in = torch.bincount(rows, minlength=topology.grid[0])[rows] * b_in
     bound = math.sqrt(6.0) / fan_in.to(torch.float32).sqrt()
     uniform = torch.rand(topology.values_shape, generator=rng) * 2 - 1

@@ -223,7 +223,9 @@ class EvolutionConfig(Section):
     """The (1+lambda) or (1,lambda) evolution strategy over topologies."""
 
     rule: Literal["evolution"] = Field(default="evolution", description="evolution: search by an evolution strategy")
-    every: Count | None = Field(default=None, description="K, steps between updates; null: a twentieth of the run, at least 10")
+    every: Count | None = Field(
+        default=None, description="K, steps between updates; null: a twentieth of the run, at least 10"
+    )
     start: Share = Field(default=0.0, description="share of the run before the first update")
     stop: Share = Field(default=0.9, description="share of the run after which the topology stays")
     candidates: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="lambda, candidates an update")

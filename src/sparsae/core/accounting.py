@@ -2,8 +2,8 @@
 
 A product with n active weights costs 2 n operations a token. Attention costs 4 T d a token and layer for sequences of T
 tokens (scores and weighted values, over the whole square: what is masked by causality is counted). Lookups, norms,
-activations, softmaxes, the optimizer and the average, all linear in their tensors, are not counted. A backward pass costs
-twice its forward pass.
+activations, softmaxes, the optimizer and the average, all linear in their tensors, are not counted. A backward pass
+costs twice its forward pass.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def estimated_state_bytes(
 ) -> dict[str, int]:
     """Bytes of float32 model state of sparse layers before any update, by part.
 
-    units, nnz: active units and weights; weights: all positions (what a "dense" teacher keeps). The optimizer is AdamW with
-    a step count a weight. A teacher over the student's own topology shares its indices.
+    units, nnz: active units and weights; weights: all positions (what a "dense" teacher keeps). The optimizer is
+    AdamW with a step count a weight. A teacher over the student's own topology shares its indices.
     """
     return {
         "values": 4 * nnz,

@@ -42,10 +42,7 @@ def allocate(relative: Sequence[float], bounds: Sequence[tuple[int, int]], units
         )
 
     def shares(epsilon: float) -> list[float]:
-        return [
-            min(max(epsilon * r * n, low), high)
-            for r, n, (low, high) in zip(relative, units, bounds, strict=True)
-        ]
+        return [min(max(epsilon * r * n, low), high) for r, n, (low, high) in zip(relative, units, bounds, strict=True)]
 
     floor, ceiling = 0.0, max(high / (r * n) for r, n, (_, high) in zip(relative, units, bounds, strict=True))
     for _ in range(200):
@@ -59,9 +56,7 @@ def allocate(relative: Sequence[float], bounds: Sequence[tuple[int, int]], units
     # Floating-point sums can leave a floor one unit high or low: hand out, or take back, what is missing.
     while (missing := k - sum(counts)) != 0:
         sign = 1 if missing > 0 else -1
-        movable = [
-            i for i, (low, high) in enumerate(bounds) if (counts[i] < high if sign > 0 else counts[i] > low)
-        ]
+        movable = [i for i, (low, high) in enumerate(bounds) if (counts[i] < high if sign > 0 else counts[i] > low)]
         movable.sort(key=lambda i: sign * (counts[i] - exact[i]))
         for i in movable[: abs(missing)]:
             counts[i] += sign

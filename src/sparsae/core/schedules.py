@@ -9,8 +9,8 @@ from typing import Literal
 def cosine_with_warmup(step: int, steps: int, warmup: float, final: float) -> float:
     """Multiplier of the peak at `step` of `steps`, counted from 0.
 
-    With w = warmup * steps: (step + 1) / w while step < w, then final + (1 - final) (1 + cos(pi t)) / 2 with t going from 0
-    to 1 over the remaining steps. Never 0 at the first step.
+    With w = warmup * steps: (step + 1) / w while step < w, then final + (1 - final) (1 + cos(pi t)) / 2 with t going
+    from 0 to 1 over the remaining steps. Never 0 at the first step.
     """
     warm_steps = round(warmup * steps)
     if step < warm_steps:

@@ -1,8 +1,9 @@
 """Which connections of a weight exist.
 
 A weight of shape (out, in) is cut into a grid of *units*: single weights, or b_out x b_in blocks. A `Topology` is the
-sorted set of the units that are active. Units are numbered down the columns of the grid, flat = column * grid_rows + row,
-so that the values of one input feature lie together (the order in which a backward pass produces their gradients).
+sorted set of the units that are active. Units are numbered down the columns of the grid, flat = column * grid_rows +
+row, so that the values of one input feature lie together (the order in which a backward pass produces their
+gradients).
 
 Nothing here ever builds anything of the size of the grid, but for `to_mask`, which is for people and tests.
 """
@@ -20,8 +21,8 @@ from torch import Tensor
 class Topology:
     """The active units of a weight.
 
-    shape: (out, in) of the weight, in features. unit: (b_out, b_in). indices: (count,) sorted, unique flat unit numbers,
-    int32 where they fit, else int64. The constructor trusts its arguments; `from_indices` checks them.
+    shape: (out, in) of the weight, in features. unit: (b_out, b_in). indices: (count,) sorted, unique flat unit
+    numbers, int32 where they fit, else int64. The constructor trusts its arguments; `from_indices` checks them.
     """
 
     shape: tuple[int, int]
@@ -123,8 +124,9 @@ class Topology:
     def replace(self, drop: Tensor, grow: Tensor) -> tuple[Topology, Tensor]:
         """Without the active units `drop` and with the inactive units `grow`.
 
-        Returns the new topology and, for each of its units, the position of the same unit in this one, or -1 for a grown
-        unit: (count,) int64. Raises ValueError where a dropped unit is not active, a grown one is, or one is repeated.
+        Returns the new topology and, for each of its units, the position of the same unit in this one, or -1 for a
+        grown unit: (count,) int64. Raises ValueError where a dropped unit is not active, a grown one is, or one is
+        repeated.
         """
         grow = grow.to(self.indices.device, self.indices.dtype).sort().values
         if grow.numel() and (bool(self.contains(grow).any()) or bool((grow[1:] == grow[:-1]).any())):
@@ -173,8 +175,8 @@ def index_dtype(units: int) -> torch.dtype:
 def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
     """n distinct numbers of [0, population), uniform over all such sets, sorted: (n,) int64 on the CPU.
 
-    Draws are repeated until n distinct ones are there and surplus ones are removed at random, so time and memory are O(n)
-    however large the population is. Raises ValueError for n > population.
+    Draws are repeated until n distinct ones are there and surplus ones are removed at random, so time and memory are
+    O(n) however large the population is. Raises ValueError for n > population.
     """
     if not 0 <= n <= population:
         raise ValueError(f"cannot draw {n} distinct units of {population}")

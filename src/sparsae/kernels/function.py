@@ -91,9 +91,7 @@ def _(
     )
 
 
-def _layout(
-    values: Tensor, indices: Tensor, derived: list[Tensor], out_features: int, in_features: int
-) -> Layout:
+def _layout(values: Tensor, indices: Tensor, derived: list[Tensor], out_features: int, in_features: int) -> Layout:
     unit = (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
     return Layout((out_features, in_features), unit, indices, derived)
 

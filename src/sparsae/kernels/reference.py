@@ -1,8 +1,8 @@
 """Dense arithmetic over sparse storage, on any device.
 
 The values are scattered into one scratch matrix, multiplied by the dense GEMM, and gradients are gathered back: storage
-and optimizer see active units only, arithmetic costs what a dense layer's does. It is the oracle of every other backend,
-and the fast path for unstructured topologies on a GPU.
+and optimizer see active units only, arithmetic costs what a dense layer's does. It is the oracle of every other
+backend, and the fast path for unstructured topologies on a GPU.
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Reference(
 _logged: set[tuple[object, ...]] = set()
 
 
-def choose_backend(
-    name: str, shape: tuple[int, int], unit: tuple[int, int], device: torch.device
-) -> Backend:
+def choose_backend(name: str, shape: tuple[int, int], unit: tuple[int, int], device: torch.device) -> Backend:
     """The backend of that name, or for `auto` the first one that accepts the layer, logged once a layer shape.
 
     Raises InputError for an unknown name, and with the backend's reason where one that was named refuses.

@@ -15,12 +15,13 @@ from sparsae.kernels.registry import choose_backend
 class SparseLinear(nn.Module):
     """y = x W^T + b with W zero outside a topology: takes and returns what `nn.Linear` does.
 
-    values: parameter of shape (nnz,), or (count, b_out, b_in) for blocks, in the order of `topology.indices`. bias: (out,)
-    or None. Under autocast the product is computed in the autocast dtype. `conv1d` remembers that the layer stands for a
-    transformers `Conv1D`, whose dense weight is (in, out).
+    values: parameter of shape (nnz,), or (count, b_out, b_in) for blocks, in the order of `topology.indices`. bias:
+    (out,) or None. Under autocast the product is computed in the autocast dtype. `conv1d` remembers that the layer
+    stands for a transformers `Conv1D`, whose dense weight is (in, out).
     """
 
     indices: Tensor
+    _topology: Topology
 
     def __init__(
         self,
@@ -31,7 +32,7 @@ class SparseLinear(nn.Module):
         backend: str = "auto",
         conv1d: bool = False,
     ) -> None:
-        """Raises ValueError where values or bias do not have the topology's shape, InputError from the backend choice."""
+        """Raises ValueError where values or bias do not have the topology's shape."""
         super().__init__()
         if bias is not None and tuple(bias.shape) != topology.shape[:1]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}, not ({topology.shape[0]},)")
@@ -65,8 +66,8 @@ class SparseLinear(nn.Module):
             raise ValueError(f"values have shape {tuple(values.shape)}, the topology wants {topology.values_shape}")
         self.values.grad = None
         if values.shape != self.values.shape:
-            # A graph that is still referenced keeps the parameter's gradient accumulator, which remembers the old shape;
-            # a passing change of dtype makes autograd forget it.
+            # A graph that is still referenced keeps the parameter's gradient accumulator, which remembers the old
+            # shape; a passing change of dtype makes autograd forget it.
             other = torch.float64 if values.dtype != torch.float64 else torch.float32
             self.values.data = values.new_empty(0, dtype=other)
         self.values.data = values
@@ -78,8 +79,9 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""
         if self._derived is None or self._kernel is None:
-            self._prepare()
-        values, bias = self.values, self.bias
+            self.choose_kernel()
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
@@ -90,7 +92,7 @@ class SparseLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The (out, in) weight with its zeros, a new tensor: for export, people and tests."""
-        weight = self.values.new_zeros(self.topology.grid[::-1] + (self.unit[1], self.unit[0]))
+        weight = self.values.new_zeros((*self.topology.grid[::-1], *self.unit[::-1]))
         flat = weight.view(-1, self.unit[1], self.unit[0])
         flat[self.indices.long()] = self.values.detach().reshape(-1, *self.unit).transpose(1, 2)
         columns, rows = weight.shape[:2]
@@ -104,7 +106,11 @@ class SparseLinear(nn.Module):
             f"density={topology.density:.4g}{unit}, bias={self.bias is not None}"
         )
 
-    def _prepare(self) -> None:
+    def choose_kernel(self) -> None:
+        """Choose the backend and make its index structures, which the first forward pass does otherwise.
+
+        Raises InputError for a backend that does not exist or refuses this layer.
+        """
         backend = choose_backend(self.backend, (self.out_features, self.in_features), self.unit, self.values.device)
         self._derived = backend.derive(self.topology)
         self._kernel = backend.name

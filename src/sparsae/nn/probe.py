@@ -18,8 +18,8 @@ from sparsae.nn.linear import SparseLinear
 class GradientProbe:
     """While open, `gradients[name]` sums the gradients at `units[name]` over all backward passes.
 
-    units: flat unit numbers by layer. gradients: (n,) or (n, b_out, b_in), in the order of the units, in the dtype of the
-    layer's values. `tokens` counts the tokens of the watched backward passes, for the accounting.
+    units: flat unit numbers by layer. gradients: (n,) or (n, b_out, b_in), in the order of the units, in the dtype of
+    the layer's values. `tokens` counts the tokens of the watched backward passes, for the accounting.
     """
 
     def __init__(self, layers: Mapping[str, SparseLinear], units: Mapping[str, Tensor]) -> None:

@@ -40,15 +40,15 @@ def sparsify(
 ) -> nn.Module:
     """Replace the linear layers of `model`, in place, by sparse ones with a random topology; returns the model.
 
-    `nn.Linear` and transformers' `Conv1D` are replaced; embeddings, norms, tied weights and (unless `sparsify_head`) the
-    output head stay dense. `include` / `exclude` are globs over module names. Exactly round((1 - sparsity) * units) units of
-    `unit` = (b_out, b_in) weights are active over the whole model, shared out by `budget` ("uniform", "er", "erk") with
-    every layer's density inside [min_density, max_density], and every head of a layer that `heads` describes at least at
-    head_min_density. Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be
-    given for a layer on the meta device, whose dense weight never exists).
+    `nn.Linear` and transformers' `Conv1D` are replaced; embeddings, norms, tied weights and (unless `sparsify_head`)
+    the output head stay dense. `include` / `exclude` are globs over module names. Exactly round((1 - sparsity) *
+    units) units of `unit` = (b_out, b_in) weights are active over the whole model, shared out by `budget` ("uniform",
+    "er", "erk") with every layer's density inside [min_density, max_density], and every head of a layer that `heads`
+    describes at least at head_min_density. Active positions keep the values of the dense weight; `initializer` draws
+    new ones instead (it must be given for a layer on the meta device, whose dense weight never exists).
 
-    Raises InputError for a sparsity outside [0, 1), a unit that does not divide a layer, patterns that match nothing, and
-    bounds that cannot hold the budget.
+    Raises InputError for a sparsity outside [0, 1), a unit that does not divide a layer, patterns that match nothing,
+    and bounds that cannot hold the budget.
     """
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
@@ -103,12 +103,14 @@ def initial_topology(
     heads: HeadLayout | None,
     head_min_density: float,
 ) -> Topology:
-    """`count` random units; where there is a floor for heads, each head gets its floor first, the rest falls anywhere."""
+    """`count` random units; where heads have a floor, each gets its floor first and the rest falls anywhere."""
     if heads is None or head_min_density == 0.0:
         return Topology.random(shape, count, rng, unit)
     block = unit[0] if heads.axis == "out" else unit[1]
     if heads.size % block:
-        raise InputError(f"a block of {block} features crosses attention heads of {heads.size}: sparsity.unit must divide them")
+        raise InputError(
+            f"a block of {block} features crosses attention heads of {heads.size}: sparsity.unit must divide them"
+        )
     rows, columns = shape[0] // unit[0], shape[1] // unit[1]
     width = heads.size // block
     grid = (width, columns) if heads.axis == "out" else (rows, width)
@@ -154,7 +156,8 @@ def linear_layers(
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of an `nn.Linear` or a `Conv1D`."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    assert isinstance(module.weight, Tensor)
+    rows, columns = module.weight.shape
     return (columns, rows) if _is_conv1d(module) else (rows, columns)
 
 
@@ -173,7 +176,8 @@ def _sparse_twin(
     name: str, module: nn.Module, topology: Topology, initializer: Initializer | None, backend: str, seed: int
 ) -> SparseLinear:
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
     conv1d = _is_conv1d(module)
     if initializer is not None:
         values = initializer(name, topology, generator(seed, "values", name))

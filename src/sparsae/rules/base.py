@@ -1,8 +1,9 @@
 """What a topology rule is.
 
-A rule is hyper-parameters with pure functions over an explicit state and an explicit generator. The loop asks whether an
-update is due, captures just what the rule needs, asks for candidates, has them scored if the rule needs scores, and tells
-the rule the scores; the rule answers with its choice. SET, RigL and their like are rules with one candidate.
+A rule is hyper-parameters with pure functions over an explicit state and an explicit generator. The loop asks whether
+an update is due, captures just what the rule needs, asks for candidates, has them scored if the rule needs scores,
+and tells the rule the scores; the rule answers with its choice. SET, RigL and their like are rules with one
+candidate.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class LayerView:
     """One sparse layer at the moment of an update.
 
     values, gradient (of the last backward pass) and moment (the optimizer's average gradient) have the topology's
-    values_shape; sample holds inactive units and sample_gradient the gradients there. bounds are (k_min, k_max) in units,
-    head_floor the least active units of a head. What the rule did not declare in `needs` is None.
+    values_shape; sample holds inactive units and sample_gradient the gradients there. bounds are (k_min, k_max) in
+    units, head_floor the least active units of a head. What the rule did not declare in `needs` is None.
     """
 
     topology: Topology
@@ -115,9 +116,7 @@ class Rule(ABC, Generic[State]):
     def due(self, step: int, steps: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1, of `steps`."""
 
-    def sample(
-        self, topologies: Mapping[str, Topology], state: State, rng: torch.Generator
-    ) -> dict[str, Tensor]:
+    def sample(self, topologies: Mapping[str, Topology], state: State, rng: torch.Generator) -> dict[str, Tensor]:
         """The inactive units whose gradients the next update wants, by layer ("gradient_at")."""
         return {}
 

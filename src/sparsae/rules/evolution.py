@@ -1,8 +1,8 @@
 """Topology search by a (1+lambda) or (1,lambda) evolution strategy.
 
-Every K steps lambda candidates are proposed, scored on one micro-batch by the composite proxy (`proxy.py`) and compared,
-with the current topology (elitist) or among themselves (comma). A candidate is now and then a global reset, more often
-after a plateau; lambda and p_mutate follow recent success.
+Every K steps lambda candidates are proposed, scored on one micro-batch by the composite proxy (`proxy.py`) and
+compared, with the current topology (elitist) or among themselves (comma). A candidate is now and then a global reset,
+more often after a plateau; lambda and p_mutate follow recent success.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,13 +24,12 @@ from sparsae.rules.base import Candidate, Decision, Need, Observation, Rule, Sco
 from sparsae.rules.proposers import PROPOSERS, keeps_bounds, reset, samples
 from sparsae.rules.proxy import Running, combine
 
-
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class EvolutionState:
-    """What the strategy remembers: its own parameters, outcomes in a row, the plateau, and the components' statistics."""
+    """The strategy's own parameters, outcomes in a row, the plateau, and the components' statistics."""
 
     candidates: int
     mutation_rate: float
@@ -39,7 +38,7 @@ class EvolutionState:
     best_cross_entropy: float | None = None
     stagnant_updates: int = 0
     boosted_left: int = 0
-    running: Running = Running()
+    running: Running = field(default_factory=Running)
 
 
 class Evolution(Rule[EvolutionState]):
@@ -126,10 +125,14 @@ class Evolution(Rule[EvolutionState]):
             return self
         if self.config.selection != "comma":
             raise InputError(
-                f"selection '{self.config.selection}' (topology.selection) compares losses: give Sparsifier a score function"
+                f"selection '{self.config.selection}' (topology.selection) compares losses: "
+                "give Sparsifier a score function"
             )
-        quiet = {"adaptation": {"enabled": False}, "reset": {"probability": 0.0, "boosted_probability": 0.0}}
-        plain = {**self.config.model_dump(), "candidates": 1}
+        quiet: dict[str, dict[str, Any]] = {
+            "adaptation": {"enabled": False},
+            "reset": {"probability": 0.0, "boosted_probability": 0.0},
+        }
+        plain: dict[str, Any] = {**self.config.model_dump(), "candidates": 1}
         for section, values in quiet.items():
             plain[section] = {**plain[section], **values}
         return Evolution(EvolutionConfig.model_validate(plain))

@@ -46,13 +46,14 @@ def layerwise(observation: Observation, count: int, config: EvolutionConfig, rng
 def guided(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
     """Per layer: small weights go, with tempered chance, and the largest gradients of a sample of inactive units come.
 
-    Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units, with G
-    standard Gumbel noise. At tau_d = 1 this draws without replacement with odds 1 / w^2.
+    Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units,
+    with G standard Gumbel noise. At tau_d = 1 this draws without replacement with odds 1 / w^2.
     """
     drop, grow = {}, {}
     for name, n in _shares(observation, count).items():
         view = observation.layers[name]
-        assert view.sample is not None and view.sample_gradient is not None
+        assert view.sample is not None
+        assert view.sample_gradient is not None
         n = min(n, view.sample.numel())
         weakest = _keys(unit_magnitude(view.values), config.drop_temperature, rng)
         strongest = _keys(unit_magnitude(view.sample_gradient), config.grow_temperature, rng)
@@ -62,7 +63,7 @@ def guided(observation: Observation, count: int, config: EvolutionConfig, rng: t
 
 
 def shift(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
-    """Density moves between layers: the layers that lose and those that gain are weighted at random (flat Dirichlet)."""
+    """Density moves between layers: those that lose and those that gain are weighted at random (Dirichlet)."""
     views = observation.layers
     drops = _random_split(count, {name: view.topology.count for name, view in views.items()}, rng)
     grows = _random_split(sum(drops.values()), {n: v.topology.units - v.topology.count for n, v in views.items()}, rng)
@@ -72,7 +73,10 @@ def shift(observation: Observation, count: int, config: EvolutionConfig, rng: to
         drops[name] -= back
         missing -= back
     return Swap(
-        {name: _at(views[name].topology, sample_distinct(views[name].topology.count, n, rng)) for name, n in drops.items()},
+        {
+            name: _at(views[name].topology, sample_distinct(views[name].topology.count, n, rng))
+            for name, n in drops.items()
+        },
         {name: views[name].topology.sample_inactive(n, rng) for name, n in grows.items()},
     )
 
@@ -95,9 +99,7 @@ def reset(observation: Observation, config: EvolutionConfig, rng: torch.Generato
 PROPOSERS: dict[str, Proposer] = {"uniform": uniform, "layerwise": layerwise, "guided": guided, "shift": shift}
 
 
-def samples(
-    topologies: Mapping[str, Topology], ratio: float, rng: torch.Generator
-) -> dict[str, Tensor]:
+def samples(topologies: Mapping[str, Topology], ratio: float, rng: torch.Generator) -> dict[str, Tensor]:
     """gamma * count inactive units of each layer, uniformly (the subset of guided stochastic exploration)."""
     return {
         name: topology.sample_inactive(min(round(ratio * topology.count), topology.units - topology.count), rng)

@@ -41,6 +41,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
         for layer in sparse_layers(model).values():
             layer.values.data = layer.values.data.to(device)
             layer.indices = layer.indices.to(device)
+            layer.choose_kernel()
     materialize(model, config.model, config.seed, device)
     return model
 

@@ -1,7 +1,7 @@
 """Mini-burn-in: the gradient steps after a change, at another learning rate for the new connections.
 
-It works with any optimizer, because it acts on what the optimizer did: each value ends where `before + m (after - before)`
-puts it, with m the multiplier on new connections and, elsewhere, 1 (scope "all") or 0 (scope "new").
+It works with any optimizer, because it acts on what the optimizer did: each value ends where `before + m (after -
+before)` puts it, with m the multiplier on new connections and, elsewhere, 1 (scope "all") or 0 (scope "new").
 """
 
 from __future__ import annotations

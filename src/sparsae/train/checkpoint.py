@@ -1,7 +1,8 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, whole or not at all.
 
 A checkpoint is written into a temporary directory and renamed when every byte is on disk, so a run that dies at any
-moment leaves the last whole one. `state.json` holds the SHA-256 of every other file; a file that does not match is named.
+moment leaves the last whole one. `state.json` holds the SHA-256 of every other file; a file that does not match is
+named.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]
 
 
 def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The named groups of tensors (all, where none is named) and the state; InputError where a file is missing or damaged."""
+    """The named groups of tensors (all, if none is named) and the state; InputError for a missing or damaged file."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         files: dict[str, str] = state["files"]
@@ -80,7 +81,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Into a model of the same architecture, whose topologies may differ. InputError where names or shapes do not fit."""
+    """Into a model of the same architecture, any topologies. InputError where names or shapes do not fit."""
     wanted, given = set(model_tensors(model)), set(tensors)
     if wanted != given:
         name = sorted(wanted ^ given)[0]
@@ -89,7 +90,8 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in model_tensors(model).items():
         if not name.startswith(sparse) and parameter.shape != tensors[name].shape:
             raise InputError(
-                f"the checkpoint does not fit the model: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+                f"the checkpoint does not fit the model: {name} is {tuple(tensors[name].shape)}, "
+                f"not {tuple(parameter.shape)}"
             )
     model.load_state_dict(dict(tensors), strict=False)
 

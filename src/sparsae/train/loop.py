@@ -232,7 +232,10 @@ class Trainer:
             batch = self._to_device(rows)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
                 parts = language_model_loss(
-                    hidden_states(decoder, batch[:, :-1]), head, batch[:, 1:].reshape(-1), chunk=self.settings.loss_chunk
+                    hidden_states(decoder, batch[:, :-1]),
+                    head,
+                    batch[:, 1:].reshape(-1),
+                    chunk=self.settings.loss_chunk,
                 )
             total += float(parts.cross_entropy) * rows.shape[0]
         return total / self.validation.shape[0]

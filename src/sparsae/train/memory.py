@@ -18,7 +18,7 @@ def state_bytes(
     optimizer: torch.optim.Optimizer,
     teacher: Mapping[str, TeacherLayer] | None,
 ) -> dict[str, int]:
-    """Bytes of the sparsified layers' live tensors by part, each storage once; biases are left out, as in a count by weight."""
+    """Bytes of the sparsified layers' live tensors by part, each storage once, biases left out."""
     seen: set[int] = set()
     parts = {
         "values": [layer.values.detach() for layer in layers.values()],

@@ -1,7 +1,7 @@
 """The held-out sequences on which candidates are scored, on the device before they are wanted.
 
-They come from the last quarter of the validation text, of which the reported validation loss never reads: a topology that
-was chosen on a text should not be judged by it.
+They come from the last quarter of the validation text, of which the reported validation loss never reads: a topology
+that was chosen on a text should not be judged by it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsae.config.schema import MicroBatchConfig
 from sparsae.core.randomness import generator
-from sparsae.data.batches import TokenSequence
+from sparsae.data.shards import TokenSequence
 
 SHARE = 0.25
 

@@ -35,7 +35,7 @@ from sparsae.train.micro_batch import MicroBatches, split_held_out
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter, RunDirectory, refuse_occupied
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
-from sparsae.train.trackers import Trackers
+from sparsae.train.trackers import Trackers, check_installed
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +136,7 @@ def _prepare(config: Config, display: Display) -> _Parts:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)
+    check_installed(config.tracking)
     if config.sparsity.sparsity == 0 and config.topology.rule != "static":
         raise InputError(
             f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
@@ -149,9 +150,7 @@ def _prepare(config: Config, display: Display) -> _Parts:
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     groups = parameter_groups(model, config.training.weight_decay)
     settings = config.training
-    optimizer = AdamW(
-        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon
-    )
+    optimizer = AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
     return _Parts(config, device, corpus, model, optimizer, batches, validation, micro)
 
 
@@ -250,9 +249,7 @@ def _restore(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], state: dic
     trainer.restore(state["trainer"])
 
 
-def _summary(
-    parts: _Parts, trainer: Trainer, unigram: float, finished: bool, seconds: float
-) -> dict[str, Any]:
+def _summary(parts: _Parts, trainer: Trainer, unigram: float, finished: bool, seconds: float) -> dict[str, Any]:
     config, model, costs = parts.config, parts.model, trainer.costs
     live = sum(p.numel() for p in model.parameters())
     nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
@@ -300,7 +297,8 @@ def _headline(parts: _Parts, unigram: float) -> str:
     nnz = sum(layer.topology.nnz for layer in layers.values())
     total = sum(p.numel() for p in parts.model.parameters())
     return (
-        f"{config.preset} · {config.method} · {total:,} parameters exist, {nnz:,} of them in {len(layers)} sparse layers · "
+        f"{config.preset} · {config.method} · "
+        f"{total:,} parameters exist, {nnz:,} of them in {len(layers)} sparse layers · "
         f"{len(parts.corpus.train):,} training tokens · a unigram model's perplexity: {unigram:.1f}"
     )
 
@@ -310,7 +308,8 @@ def _closing(summary: dict[str, Any], run: RunDirectory, stopped_by: int | None)
         return f"stopped and saved at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
     return (
         f"validation perplexity {summary['validation_perplexity']:.2f} (unigram {summary['unigram_perplexity']:.1f}, "
-        f"untrained {summary['untrained_perplexity']:.1f}) · nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
+        f"untrained {summary['untrained_perplexity']:.1f}) · "
+        f"nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
         f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
         f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
     )

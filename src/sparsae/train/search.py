@@ -119,10 +119,9 @@ class TopologySearch:
         views = {name: self._with_moment(name, view) for name, view in self._views.items()}
         observation = Observation(views, step / self._steps)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-        plans = [
-            None if c.rejected is not None else self._plan(c.swap, step, i) for i, c in enumerate(candidates)
-        ]
-        current, scores = None, [None] * len(candidates)
+        plans = [None if c.rejected is not None else self._plan(c.swap, step, i) for i, c in enumerate(candidates)]
+        current: Score | None = None
+        scores: list[Score | None] = [None] * len(candidates)
         in_force = self.rule.telemetry(self.state, observation.progress)
         if "micro_batch_score" in self.rule.needs:
             current = self._measure(None, views, step)

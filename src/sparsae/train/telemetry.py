@@ -26,7 +26,7 @@ class TopologyTelemetry:
         self._layers = layers
         self._heads = heads
         self._start = {name: _cpu(layer.topology) for name, layer in layers.items()}
-        self._ever = dict(self._start)
+        self._ever = {name: Topology(t.shape, t.indices.clone(), t.unit) for name, t in self._start.items()}
         self._birth = {name: torch.zeros(t.count, dtype=torch.int32) for name, t in self._start.items()}
 
     def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> dict[str, Any]:
@@ -66,7 +66,9 @@ class TopologyTelemetry:
             "gradient_activity": norm,
             "dead_outputs": topology.unit[0] * (rows - topology.rows.unique().numel()),
             "dead_inputs": topology.unit[1] * (columns - topology.columns.unique().numel()),
-            "head_densities": None if heads is None else [round(d, 6) for d in head_densities(topology, heads).tolist()],
+            "head_densities": None
+            if heads is None
+            else [round(d, 6) for d in head_densities(topology, heads).tolist()],
         }
 
     def _share_not_in_start(self) -> float:

@@ -18,20 +18,23 @@ class Trackers:
     """Every tracker that was asked for; `log` sends a row of the metrics to each, `close` ends them."""
 
     def __init__(self, config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -> None:
-        """Raises InputError where a tracker's package is not installed."""
+        """Starts them. Raises InputError where a tracker's package is not installed."""
         self._sinks: list[Sink] = []
         self._closers: list[Callable[[], Any]] = []
         if config.tensorboard:
             writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
-            self._sinks.append(
-                lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()] and None
-            )
+
+            def write(numbers: dict[str, float], step: int) -> None:
+                for name, number in numbers.items():
+                    writer.add_scalar(name, number, step)
+
+            self._sinks.append(write)
             self._closers.append(writer.close)
         for name, wanted in (("trackio", config.trackio), ("wandb", config.wandb)):
             if wanted:
                 tracker = _package(name, name)
                 tracker.init(project=config.project, name=run.name, config=dict(settings))
-                self._sinks.append(lambda numbers, step, tracker=tracker: tracker.log(numbers, step=step))
+                self._sinks.append(_logger(tracker))
                 self._closers.append(tracker.finish)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -44,6 +47,19 @@ class Trackers:
         """Flush and end."""
         for close in self._closers:
             close()
+
+
+def check_installed(config: TrackingConfig) -> None:
+    """Raises InputError where a tracker that was asked for is not installed, before anything is written."""
+    if config.tensorboard:
+        _package("torch.utils.tensorboard", "tensorboard")
+    for name, wanted in (("trackio", config.trackio), ("wandb", config.wandb)):
+        if wanted:
+            _package(name, name)
+
+
+def _logger(tracker: ModuleType) -> Sink:
+    return lambda numbers, step: tracker.log(numbers, step=step)
 
 
 def _numbers(row: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:

@@ -1,0 +1,1 @@
+"""A trained run put to use: perplexity, generated text, and export to other libraries."""

@@ -1,0 +1,52 @@
+"""A run's model as a Hugging Face directory.
+
+What a target gains: everything that loads transformers models loads this one and computes the same logits. Zeros are
+stored and multiplied like any weight, so nothing becomes smaller or faster by it; the topology lies beside the weights
+for tools that can use it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from sparsae.errors import InputError
+from sparsae.evaluate.loading import load_run
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import densify
+
+
+def export_run(path: Path, to: Path, teacher: bool = False) -> None:
+    """Write the run in `path` to the new directory `to`: model, tokenizer and `topology.safetensors`.
+
+    topology.safetensors holds, for every sparse layer, `NAME.indices` (flat unit numbers down the columns of the grid
+    of units) and its shape and unit in the metadata. Raises InputError for a run that cannot be read, or where `to`
+    cannot be written; then nothing is left behind.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"{to}: is there already; name a new directory")
+    loaded = load_run(path, teacher)
+    layers = sparse_layers(loaded.model)
+    topology = {f"{name}.indices": layer.indices.cpu() for name, layer in layers.items()}
+    layout = {
+        name: f"{layer.out_features}x{layer.in_features} in units of {layer.unit[0]}x{layer.unit[1]}"
+        for name, layer in layers.items()
+    }
+    model = densify(loaded.model)
+    partial = to.with_name(f".{to.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)  # type: ignore[operator]
+        loaded.tokenizer.save(partial)
+        if topology:
+            save_file(topology, partial / "topology.safetensors", metadata=layout)
+        if to.exists():
+            to.rmdir()
+        os.replace(partial, to)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{to}: cannot be written: {error.strerror or error}; name another directory") from None

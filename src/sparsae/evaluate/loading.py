@@ -1,0 +1,51 @@
+"""The model of a run, read back from its newest checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsae.config.schema import Config
+from sparsae.data import Tokenizer, load_tokenizer
+from sparsae.errors import InputError
+from sparsae.nn.sparsify import densify
+from sparsae.train.build import build, choose_device
+from sparsae.train.checkpoint import load_checkpoint, load_model
+from sparsae.train.rundir import RunDirectory
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedRun:
+    """A run's model in evaluation mode on `device`, its tokenizer, and the step that it was saved at."""
+
+    run: RunDirectory
+    config: Config
+    model: nn.Module
+    tokenizer: Tokenizer
+    device: torch.device
+    step: int
+
+
+def load_run(path: Path, teacher: bool = False) -> LoadedRun:
+    """The student, or the teacher, of the run in `path`.
+
+    Raises InputError where there is no run, no checkpoint or no teacher, and where the checkpoint is damaged.
+    """
+    run = RunDirectory.open(path)
+    config = run.config()
+    if teacher and not config.teacher.enabled:
+        raise InputError(f"{path}: this run kept no teacher (teacher.enabled is false): leave out --teacher")
+    checkpoint = run.latest_checkpoint()
+    group = "teacher" if teacher else "model"
+    tensors, state = load_checkpoint(checkpoint, group)
+    tokenizer = load_tokenizer(run.tokenizer)
+    device = choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
+    model = build(config, tokenizer.vocab_size, tokenizer.eos_id, device)
+    if teacher and config.teacher.storage == "dense":
+        densify(model)
+    load_model(model, tensors[group])
+    model.requires_grad_(False).eval()
+    return LoadedRun(run, config, model, tokenizer, device, int(state["trainer"]["step"]))

@@ -1,0 +1,90 @@
+"""Loss, perplexity and bits per byte of a run's model on a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sparsae.data import prepare, tokenize_text
+from sparsae.errors import InputError
+from sparsae.evaluate.loading import LoadedRun, load_run
+from sparsae.losses import language_model_loss
+from sparsae.models import decoder_and_head, hidden_states
+
+
+def evaluate_run(
+    path: Path, data: str | None = None, teacher: bool = False, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """Evaluate the run in `path` on `data` (None: its own held-out text), every token predicted once.
+
+    Windows of the model's context follow each other without overlap. Bits per byte are the total loss over the bytes of
+    UTF-8 that the predicted tokens stand for, which makes models with different tokenizers comparable. Raises
+    InputError for a run or a text that cannot be read.
+    """
+    loaded = load_run(path, teacher)
+    tokens, text_bytes, documents = _text(loaded, data)
+    total = len(tokens)
+    if max_tokens is not None and total > max_tokens:
+        text_bytes = round(text_bytes * max_tokens / total)
+        tokens = tokens[:max_tokens]
+    if len(tokens) < 2:
+        raise InputError(f"{data or 'the held-out text'} has {len(tokens)} tokens: nothing to predict")
+    nats, count = 0.0, 0
+    for inputs, targets in _windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
+        nats += _loss(loaded, inputs, targets) * targets.numel()
+        count += targets.numel()
+    loss = nats / count
+    return {
+        "step": loaded.step,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2.0) / (text_bytes * count / len(tokens)),
+        "tokens": count,
+        "bytes": text_bytes,
+        "documents": documents,
+        "teacher": teacher,
+        "data": data or "held-out text of the run",
+    }
+
+
+def _text(loaded: LoadedRun, data: str | None) -> tuple[npt.NDArray[np.int64], int, int]:
+    if data is not None:
+        return tokenize_text(
+            data,
+            loaded.tokenizer,
+            text_field=loaded.config.data.text_field,
+            vocab_size=loaded.config.model.vocab_size,
+        )
+    corpus = prepare(loaded.config.data)
+    if corpus.tokenizer.hash != loaded.tokenizer.hash:
+        raise InputError("the run's text has changed since it was trained: name a text with --data")
+    return corpus.validation[:], corpus.validation_bytes, int(corpus.manifest["splits"]["validation"]["documents"])
+
+
+def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of whole windows in batches, then of what is left."""
+    whole = (len(tokens) - 1) // context
+    for first in range(0, whole, batch):
+        last = min(first + batch, whole)
+        span = torch.from_numpy(tokens[first * context : last * context + 1].astype(np.int64))
+        yield span[:-1].view(-1, context), span[1:].view(-1, context)
+    if whole * context < len(tokens) - 1:
+        rest = torch.from_numpy(tokens[whole * context :].astype(np.int64))
+        yield rest[None, :-1], rest[None, 1:]
+
+
+@torch.no_grad()
+def _loss(loaded: LoadedRun, inputs: Tensor, targets: Tensor) -> float:
+    decoder, head = decoder_and_head(loaded.model)
+    settings = loaded.config.training
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        hidden = hidden_states(decoder, inputs.to(loaded.device))
+        parts = language_model_loss(hidden, head, targets.flatten().to(loaded.device), chunk=settings.loss_chunk)
+    return float(parts.cross_entropy)

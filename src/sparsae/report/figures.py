@@ -1,0 +1,298 @@
+"""Curves and bars: each function takes a run and gives one figure, or None where the run has nothing to draw in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sparsae.report.data import Candidate, RunData, Topology, Train, number
+from sparsae.report.readable import compact, decimal, percent, tick
+from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, panel
+
+_MARKERS = (("o", "○"), ("^", "△"), ("s", "□"), ("D", "◇"), ("v", "▽"), ("p", "⬠"))
+_SHOWN_UPDATES = 200
+_PART_NAMES = {"dense_gradients": "growth gradients"}
+
+
+def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
+    """Cross entropy of training and validation, the teacher's too, between the losses of trivial models."""
+    curves = {
+        Key("training", "muted"): ([getattr(r, against) for r in run.train], [r.cross_entropy for r in run.train]),
+        Key("validation", "accent"): (
+            [getattr(r, against) for r in run.validation],
+            [r.loss for r in run.validation],
+        ),
+        Key("validation of the teacher", "warm", "dash"): (
+            [getattr(r, against) for r in run.validation],
+            [r.teacher_loss for r in run.validation],
+        ),
+    }
+    curves = {key: (x, y) for key, (x, y) in curves.items() if _any(y)}
+    lines = {"untrained": run.untrained_loss, "unigram": run.unigram_loss}
+    lines = {name: value for name, value in lines.items() if math.isfinite(value)}
+    if not curves:
+        return None
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, "nats per token", x="training FLOPs" if against == "train_flops" else "step")
+        for key, (x, y) in curves.items():
+            width = 1.0 if key.colour == "muted" else 1.5
+            curve(ax, x, y, key.colour, linestyle="--" if key.mark == "dash" else "-", linewidth=width)
+        ax.set_xlim(0, max(max(x) for x, _ in curves.values()) or 1)
+        for name, value in lines.items():
+            ax.axhline(value, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
+            ax.annotate(
+                f"{name} {decimal(value, 3)}",
+                (1, value),
+                (0, 2),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                color=COLOURS["ink"],
+            )
+
+    described = [f"{key.label} from {_ends(y)}" for key, (_, y) in curves.items()]
+    described += [f"{name} model {decimal(value, 3)}" for name, value in lines.items()]
+    unit = "training FLOPs" if against == "train_flops" else "steps"
+    return panel(
+        f"loss-{against.replace('_', '-')}",
+        f"Cross entropy by {unit}",
+        f"Cross entropy in nats per token against {unit}: {'; '.join(described)}.",
+        draw,
+        list(curves),
+        height=3.0,
+    )
+
+
+def training_curve(
+    run: RunData, name: str, title: str, unit: str, value: Callable[[Train], float], *, log: bool = False
+) -> Panel | None:
+    """A quantity of the training rows, burn-in periods shaded."""
+    x, y = [row.step for row in run.train], [value(row) for row in run.train]
+    if not _any(y):
+        return None
+    spans = run.burn_in_spans()
+    positive = log and all(v > 0 for v in y if math.isfinite(v))
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, unit)
+        curve(ax, x, y, "accent", linewidth=1.2)
+        if positive and max(v for v in y if v > 0) > 30 * min(v for v in y if v > 0):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+        elif min(v for v in y if math.isfinite(v)) >= 0:
+            ax.set_ylim(bottom=0)
+        ax.set_xlim(0, max(run.last_step, 1))
+        if spans:
+            ax.broken_barh(
+                [(a, b - a) for a, b in spans],
+                (0, 1),
+                transform=ax.get_xaxis_transform(),
+                facecolor=COLOURS["warm"],
+                alpha=0.25,
+                linewidth=0,
+            )
+
+    keys = [Key("burn-in", "warm", "band")] if spans else []
+    shaded = f" {len(spans)} burn-in periods are shaded." if spans else ""
+    return panel(name, title, f"{title} against steps: from {_ends(y)}.{shaded}", draw, keys)
+
+
+def scores(run: RunData) -> Panel | None:
+    """Every candidate's score less the current topology's, by update; below zero is better."""
+    scored = [u for u in run.updates if u.current is not None and any(map(_scored, u.candidates))]
+    if not scored:
+        return None
+    shown = scored[:: -(-len(scored) // _SHOWN_UPDATES)]
+    proposers = list(dict.fromkeys(c.proposer for u in run.updates for c in u.candidates))
+    marker = {proposer: _MARKERS[i % len(_MARKERS)] for i, proposer in enumerate(proposers)}
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, "score less the current topology's", left=0.58)
+        for proposer in proposers:
+            for taken in (False, True):
+                points = _differences(shown, proposer, taken)
+                face = COLOURS["accent"] if taken else "none"
+                edge = COLOURS["accent"] if taken else COLOURS["muted"]
+                ax.plot(
+                    *zip(*points, strict=True) if points else ((), ()),
+                    linestyle="none",
+                    marker=marker[proposer][0],
+                    markersize=4.5 if taken else 3.5,
+                    markerfacecolor=face,
+                    markeredgecolor=edge,
+                    markeredgewidth=0.8,
+                    zorder=3 if taken else 2,
+                )
+        ax.axhline(0, color=COLOURS["ink"], linewidth=0.8)
+        outside = [u.step for u in shown for c in u.candidates if c.rejected is not None]
+        ax.plot(
+            outside,
+            [0.02] * len(outside),
+            linestyle="none",
+            marker="x",
+            color=COLOURS["warm"],
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+        )
+        ax.set_xlim(0, max(run.last_step, 1))
+        _symmetric_log_if_wide(ax, [d for p in proposers for t in (False, True) for _, d in _differences(shown, p, t)])
+
+    keys = [Key("accepted", "accent", "●"), Key("not taken", "muted", "○"), Key("outside its bounds", "warm", "×")]
+    keys += [Key(proposer, "ink", marker[proposer][1]) for proposer in proposers]
+    accepted = sum(u.accepted for u in run.updates)
+    better = sum(u.best.score < u.current.score for u in scored if u.best and u.current)
+    thinned = f", {len(shown)} of them shown" if len(shown) < len(scored) else ""
+    return panel(
+        "scores",
+        "Candidates against the current topology",
+        f"Score of each candidate less that of the current topology, lower is better, for {len(scored)} updates{thinned}. "
+        f"In {better} of them the best candidate scored below the current topology; {accepted} updates were accepted.",
+        draw,
+        keys,
+        height=3.0,
+    )
+
+
+def component(run: RunData, name: str, title: str, unit: str, value: Callable[[Candidate], float]) -> Panel | None:
+    """One component of the proxy: the current topology, the best candidate and the range of all candidates."""
+    rows = [u for u in run.updates if u.current is not None and u.best is not None]
+    steps = [u.step for u in rows]
+    current = [value(u.current) for u in rows if u.current]
+    best = [value(u.best) for u in rows if u.best]
+    if not _any(best):
+        return None
+    every = [[v for c in u.candidates if math.isfinite(v := value(c))] for u in rows]
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, unit)
+        keep = slice(None, None, -(-len(steps) // _SHOWN_UPDATES))
+        low, high = ([pick(v, default=math.nan) for v in every[keep]] for pick in (min, max))
+        ax.fill_between(steps[keep], low, high, color=COLOURS["accent"], alpha=0.2, linewidth=0)
+        curve(ax, steps, current, "muted", linestyle="--", marker=None, linewidth=1.2)
+        curve(ax, steps, best, "accent")
+        ax.set_xlim(0, max(run.last_step, 1))
+
+    keys = [Key("best candidate", "accent"), Key("all candidates", "accent", "band"), Key("current", "muted", "dash")]
+    text = f"{title} of the best candidate from {_ends(best)}; of the current topology from {_ends(current)}."
+    return panel(name, title, text, draw, keys)
+
+
+def by_update(
+    run: RunData,
+    name: str,
+    title: str,
+    unit: str,
+    lines: Mapping[Key, Callable[[Topology], float]],
+    *,
+    steps: bool = False,
+    initial: bool = True,
+) -> Panel | None:
+    """Quantities that each update records, from zero up; `steps` where they hold until the next update."""
+    rows = run.topologies if initial else run.updates
+    values = {key: [value(row) for row in rows] for key, value in lines.items()}
+    values = {key: y for key, y in values.items() if _any(y)}
+    if not values or not run.updates:
+        return None
+    x = [row.step for row in rows]
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, unit, left=0.58)
+        for key, y in values.items():
+            style = {"drawstyle": "steps-post", "marker": None} if steps and len(x) > 1 else {}
+            curve(ax, x, y, key.colour, linestyle={"dash": "--", "dot": ":"}.get(key.mark, "-"), **style)
+        ax.set_ylim(bottom=0)
+        if not any(v for y in values.values() for v in y if math.isfinite(v)):
+            ax.set_ylim(0, 1)
+        if unit.startswith("share"):
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
+        if all(v == round(v) for y in values.values() for v in y if math.isfinite(v)):
+            ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.set_xlim(0, max(run.last_step, 1))
+
+    text = "; ".join(f"{key.label} from {_ends(y)}" for key, y in values.items())
+    return panel(name, title, f"{title} ({unit}) by update: {text}.", draw, list(values) if len(values) > 1 else [])
+
+
+def bars(name: str, title: str, parts: Mapping[str, float], unit: str, totals: Mapping[str, float]) -> Panel | None:
+    """Horizontal bars, each with its value: the parts, and below them their total and what it is compared with."""
+    rows = [(_PART_NAMES.get(part, part.replace("_", " ")), value, "accent") for part, value in parts.items()]
+    rows += [(label, value, "muted") for label, value in totals.items()]
+    rows = [(label, value, colour) for label, value, colour in rows if math.isfinite(value)]
+    if not rows:
+        return None
+
+    def draw(figure: Figure) -> None:
+        width, height = figure.get_size_inches()
+        left, right = 0.15 + 0.075 * max(len(label) for label, _, _ in rows), 0.95
+        ax = figure.add_axes((left / width, 0.02, (width - left - right) / width, 0.96))
+        y = np.arange(len(rows), dtype=float)
+        y[len(rows) - len(totals) :] += 0.5 if parts else 0.0
+        ax.barh(y, [v for _, v, _ in rows], height=0.62, color=[COLOURS[colour] for *_, colour in rows])
+        for at, (_, value, _) in zip(y, rows, strict=True):
+            ax.annotate(
+                compact(value, unit),
+                (value, at),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                color=COLOURS["ink"],
+            )
+        ax.set_yticks(y, [label for label, _, _ in rows])
+        ax.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        ax.set_xticks([])
+        ax.spines["bottom"].set_visible(False)
+        ax.spines["left"].set_visible(True)
+        ax.set_ylim(y[-1] + 0.6, -0.6)
+        ax.set_xlim(0, max(v for _, v, _ in rows) or 1)
+
+    text = "; ".join(f"{label} {compact(value, unit)}" for label, value, _ in rows)
+    return panel(name, title, f"{title}: {text}.", draw, height=0.3 + 0.24 * len(rows))
+
+
+def part_bars(run: RunData, name: str, title: str, key: str, unit: str, totals: Mapping[str, str]) -> Panel | None:
+    """Bars of a mapping in the summary; `totals` are further keys of it, by label."""
+    parts = run.totals.get(key) or {}
+    return bars(
+        name,
+        title,
+        {part: number(parts, part) for part in parts},
+        unit,
+        {label: number(run.totals, entry) for label, entry in totals.items()},
+    )
+
+
+def _differences(updates: Sequence[Topology], proposer: str, taken: bool) -> list[tuple[int, float]]:
+    return [
+        (u.step, c.score - u.current.score)
+        for u in updates
+        for i, c in enumerate(u.candidates)
+        if u.current is not None and c.proposer == proposer and _scored(c) and (u.accepted and i == u.chosen) == taken
+    ]
+
+
+def _scored(candidate: Candidate) -> bool:
+    return math.isfinite(candidate.score)
+
+
+def _symmetric_log_if_wide(ax: object, differences: Sequence[float]) -> None:
+    """One large jump must not press all other candidates onto the zero line."""
+    sizes = sorted(abs(d) for d in differences if math.isfinite(d) and d)
+    if sizes and sizes[-1] > 20 * sizes[len(sizes) // 2]:
+        ax.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])  # type: ignore[attr-defined]
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))  # type: ignore[attr-defined]
+
+
+def _any(values: Sequence[float]) -> bool:
+    return any(math.isfinite(v) for v in values)
+
+
+def _ends(values: Sequence[float]) -> str:
+    known = [v for v in values if math.isfinite(v)]
+    return f"{compact(known[0])} to {compact(known[-1])}" if known else "nothing"

@@ -1,0 +1,75 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+UNKNOWN = "–"
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+def compact(value: float, unit: str = "") -> str:
+    """Three significant digits with an SI prefix: 8175471177728, "FLOP" -> "8.18 TFLOP". NaN: a dash."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    rounded = float(f"{value:.3g}")
+    power = 0
+    while abs(rounded) >= 1000 and power < len(_PREFIXES) - 1:
+        rounded /= 1000
+        power += 1
+    return f"{_signed(rounded)} {_PREFIXES[power]}{unit}".strip()
+
+
+def tick(value: float) -> str:
+    """An axis label: as `compact`, without the space."""
+    return compact(value).replace(" ", "")
+
+
+def decimal(value: float, digits: int = 4) -> str:
+    """So many significant digits, thousands set apart: 4238.13 -> "4,238"."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    places = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    return f"{value:,.{min(places, 10)}f}".replace("-", "−")
+
+
+def count(value: float) -> str:
+    """A whole number, thousands set apart."""
+    return f"{value:,.0f}".replace("-", "−") if math.isfinite(value) else UNKNOWN
+
+
+def percent(share: float, digits: int = 3) -> str:
+    """A share of one as a percentage."""
+    return f"{share * 100:.{digits}g} %".replace("-", "−") if math.isfinite(share) else UNKNOWN
+
+
+def duration(seconds: float) -> str:
+    """Seconds as the two largest units."""
+    if not math.isfinite(seconds):
+        return UNKNOWN
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Dotted names without the parts that all begin with: transformer.h.0.attn.c_proj -> 0.attn.c_proj."""
+    parts = {name: name.split(".") for name in names}
+    shared = 0
+    if len(parts) > 1:
+        shortest = min(len(split) for split in parts.values()) - 1
+        while shared < shortest and len({split[shared] for split in parts.values()}) == 1:
+            shared += 1
+    return {name: ".".join(split[shared:]) for name, split in parts.items()}
+
+
+def _signed(value: float) -> str:
+    plain = f"{value:.3g}"
+    if "e" in plain:
+        mantissa, exponent = plain.split("e")
+        plain = f"{mantissa}e{int(exponent)}"
+    return plain.replace("-", "−")

@@ -1,0 +1,175 @@
+"""How every figure looks, and how a matplotlib figure becomes SVG that belongs to the page.
+
+Colours are drawn as stand-ins and written as CSS variables, so that one figure is legible on light and on dark paper;
+text stays text, in the page's own typeface. No figure is larger than a few tens of kilobytes: curves are thinned and
+maps are embedded as one small image.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from sparsae.report.readable import tick
+
+Array = NDArray[np.float64]
+
+# Stand-ins, by the CSS variable (style.css) that takes their place; the values only have to differ.
+COLOURS: Final = {
+    "ink": "#010101",
+    "muted": "#010102",
+    "grid": "#010103",
+    "paper": "#010104",
+    "accent": "#010105",
+    "warm": "#010106",
+    "green": "#010107",
+    "purple": "#010108",
+}
+WIDTH: Final = 4.5  # inches; two such figures stand side by side on a desktop, one fills a phone
+POINTS: Final = 400  # of a curve; more than a screen can show
+
+_STYLE: Final = {
+    "svg.fonttype": "none",
+    "text.usetex": False,
+    "text.parse_math": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "text.color": COLOURS["muted"],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.linewidth": 0.7,
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 8.5,
+    "axes.titlecolor": COLOURS["muted"],
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3,
+    "image.interpolation": "none",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a figure's legend; `mark` is "line", "dash", "dot", "band", or a character."""
+
+    label: str
+    colour: str
+    mark: str = "line"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure: its title, what it shows in words (for those who cannot see it), its SVG and its legend."""
+
+    title: str
+    description: str
+    svg: str
+    keys: Sequence[Key] = field(default=())
+
+
+def panel(
+    name: str,
+    title: str,
+    description: str,
+    draw: Callable[[Figure], None],
+    keys: Sequence[Key] = (),
+    height: float = 2.5,
+) -> Panel:
+    """Draw on a new figure of `height` inches; `name` is unique on the page."""
+    with rc_context({**_STYLE, "svg.hashsalt": name}):  # type: ignore[dict-item]
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure)
+        return Panel(title, description, _inline(figure, name), keys)
+
+
+def axes(
+    figure: Figure, unit: str, *, x: str = "step", left: float = 0.5, bottom: float = 0.42, right: float = 0.12
+) -> Axes:
+    """Axes for curves, margins in inches; `unit` of the y axis stands above it, where it reads without turning."""
+    width, height = figure.get_size_inches()
+    top = 0.24
+    ax = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
+    ax.set_title(unit, loc="left", x=(0.02 - left) / (width - left - right), pad=7)
+    ax.set_xlabel(x)
+    ax.grid(axis="y")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    return ax
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
+    """A curve as at most POINTS points, each the mean of as many neighbours; NaN where there is no number in them."""
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    size = -(-len(xs) // POINTS)
+    if size <= 1:
+        return xs, ys
+    starts = np.arange(0, len(xs), size)
+    known = np.isfinite(ys)
+    counts = np.add.reduceat(known.astype(np.float64), starts)
+    sums = np.add.reduceat(np.where(known, ys, 0.0), starts)
+    means = np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
+    return np.add.reduceat(xs, starts) / np.diff([*starts, len(xs)]), means
+
+
+def curve(ax: Axes, x: Sequence[float], y: Sequence[float], colour: str, **options: Any) -> None:
+    """A line; with few points, they are marked, so that even a single one is seen."""
+    xs, ys = thinned(x, y)
+    marker = "o" if np.isfinite(ys).sum() <= 30 else None
+    ax.plot(xs, ys, **{"color": COLOURS[colour], "marker": marker, "markeredgewidth": 0.0, **options})
+
+
+def _inline(figure: Figure, name: str) -> str:
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for pattern, replacement in (
+        (r"<metadata>.*?</metadata>", ""),
+        (r"<style.*?</style>", ""),
+        (r"<defs>\s*</defs>", ""),
+        (r"<!--.*?-->", ""),
+        (r'\sxmlns(:\w+)?="[^"]*"', ""),
+        (r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" focusable="false" aria-hidden="true">'),
+        (r'<g id="[^"]*"', "<g"),
+        (r'\bid="', f'id="{name}-'),
+        (r"url\(#", f"url(#{name}-"),
+        (r'xlink:href="#', f'href="#{name}-'),
+        (r'xlink:href="', 'href="'),
+        (r"font: ([\d.]+px)[^;\"]*", r"font-size: \1"),
+        (r"\s*\n\s*", "\n"),
+    ):
+        svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
+    for variable, stand_in in COLOURS.items():
+        svg = svg.replace(stand_in, f"var(--{variable})")
+    return svg.strip()

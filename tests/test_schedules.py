@@ -1,0 +1,68 @@
+"""Schedules: ends, bounds and monotone parts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsae.core.schedules import cosine_with_warmup, decayed
+
+shares = st.floats(0.0, 1.0)
+kinds: st.SearchStrategy[Literal["constant", "linear", "cosine"]] = st.sampled_from(["constant", "linear", "cosine"])
+
+
+def multipliers(steps: int, warmup: float, final: float) -> list[float]:
+    return [cosine_with_warmup(step, steps, warmup, final) for step in range(steps)]
+
+
+@given(st.integers(1, 300), shares, shares)
+def test_warmup_rises_to_the_peak_and_never_starts_at_zero(steps: int, warmup: float, final: float) -> None:
+    warm = round(warmup * steps)
+    rising = multipliers(steps, warmup, final)[:warm]
+    assert all(later > earlier for earlier, later in pairwise(rising))
+    if warm:
+        assert rising[0] == pytest.approx(1 / warm)
+        assert rising[-1] == 1.0
+
+
+@given(st.integers(1, 300), shares, shares)
+def test_after_the_warmup_it_falls_from_the_peak_to_the_final_share(steps: int, warmup: float, final: float) -> None:
+    falling = multipliers(steps, warmup, final)[round(warmup * steps) :]
+    assert all(later <= earlier for earlier, later in pairwise(falling))
+    assert all(final - 1e-12 <= value <= 1.0 + 1e-12 for value in falling)
+    if len(falling) > 1:
+        assert falling[0] == pytest.approx(1.0)
+        assert falling[-1] == pytest.approx(final)
+
+
+def test_the_middle_of_the_cosine_is_halfway_between_peak_and_final() -> None:
+    # 10 steps of warm-up, then 11 steps: the sixth of them is the middle.
+    assert cosine_with_warmup(15, 21, 10 / 21, 0.2) == pytest.approx(0.6)
+
+
+def test_without_warmup_it_starts_at_the_peak_and_stays_at_the_final_share_past_the_end() -> None:
+    assert cosine_with_warmup(0, 100, 0.0, 0.1) == 1.0
+    assert cosine_with_warmup(500, 100, 0.0, 0.1) == pytest.approx(0.1)
+
+
+@given(kinds, shares, shares)
+def test_decayed_is_bounded_and_does_not_rise(
+    kind: Literal["constant", "linear", "cosine"], one: float, other: float
+) -> None:
+    early, late = sorted((one, other))
+    assert 0.0 <= decayed(kind, late) <= decayed(kind, early) <= 1.0
+
+
+def test_decayed_ends() -> None:
+    assert [decayed(kind, 0.0) for kind in ("constant", "linear", "cosine")] == [1.0, 1.0, 1.0]
+    assert [decayed(kind, 1.0) for kind in ("constant", "linear", "cosine")] == [1.0, 0.0, 0.0]
+    assert [decayed(kind, 0.25) for kind in ("constant", "linear", "cosine")] == pytest.approx([1.0, 0.75, 0.8535534])
+
+
+def test_decayed_names_an_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="'square'.*constant, linear or cosine"):
+        decayed("square", 0.5)  # type: ignore[arg-type]

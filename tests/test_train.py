@@ -1,0 +1,331 @@
+"""Whole runs on a small text: files, accounting, determinism, stopping and resuming, the other commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsae.config import Config
+from sparsae.config.load import resolve
+from sparsae.errors import InputError
+from sparsae.evaluate.export import export_run
+from sparsae.evaluate.generation import generate_text, write_sample
+from sparsae.evaluate.loading import load_run
+from sparsae.evaluate.perplexity import evaluate_run
+from sparsae.nn.linear import sparse_layers
+from sparsae.train.run import plan, resume, start
+
+TIME_FIELDS = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+ISSUE_KEYS = {
+    "preset", "method", "seed", "steps", "tokens", "parameters_dense", "sparsity", "nnz",
+    "nnz_target", "validation_loss", "validation_perplexity", "unigram_perplexity", "untrained_perplexity",
+    "train_flops", "train_flops_by_part", "train_flops_dense_equivalent", "state_bytes_sparse_layers",
+    "state_bytes_sparse_layers_dense_equivalent", "peak_memory_bytes", "tokens_per_second", "topology_updates", "topology_updates_accepted", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few documents with something to learn in them."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(30):
+        lines = [f"item {j} of list {i}: {'abc' * (j % 5)} has {j % 7} parts and {i % 3} colours" for j in range(60)]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def small(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    def make(*overrides: str, method: str = "sparsae", preset: str = "demo") -> Config:
+        cache = tmp_path_factory.getbasetemp() / "cache"
+        settings = [
+            f"data.source={text}", f"data.cache={cache}", "data.tokenizer_vocab=300", "model.layers=2",
+            "model.width=32", "model.heads=2", "model.context=32", "training.steps=20",
+            "training.batch_size=4", "training.log_every=5", "training.validation_sequences=4", "training.device=cpu",
+        ]  # fmt: skip
+        return resolve(None, preset, method, [*settings, *overrides])
+
+    return make
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]
+
+
+def test_a_run_leaves_what_it_promises(small: Callable[..., Config], tmp_path: Path) -> None:
+    config = small("topology.every=4", "training.steps=60")
+    summary = start(config, tmp_path / "run", quiet=True)
+    assert set(summary) >= ISSUE_KEYS
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["finished"]
+    assert summary["nnz"] == summary["nnz_target"]
+    assert summary["validation_perplexity"] < summary["untrained_perplexity"]
+    assert summary["topology_updates"] == summary["topology_updates_accepted"] == 13
+    assert set(summary["train_flops_by_part"]) == {"student", "teacher", "search", "dense_gradients"}
+    assert all(flops > 0 for flops in summary["train_flops_by_part"].values())
+    assert sum(summary["train_flops_by_part"].values()) == summary["train_flops"]
+    assert resolve(tmp_path / "run" / "config.yaml") == config
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, 61, 5))
+    updates = [row for row in rows if row["kind"] == "topology"]
+    assert updates[0]["step"] == 0
+    last = updates[-1]
+    assert last["nnz"] == summary["nnz"]
+    assert 0 < last["hamming_last"] <= last["hamming_start"] <= 1
+    assert summary["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert last["itop_rate"] > 1 - summary["sparsity"]
+    assert len(last["layers"]) == 8
+    attention = last["layers"]["transformer.h.0.attn.c_attn"]
+    assert len(attention["head_densities"]) == 6
+    assert attention["gradient_activity"] > 0
+    assert all(candidate["score"] is not None for candidate in last["candidates"])
+
+
+def test_model_state_at_90_percent_is_a_fifth_of_dense_training(small: Callable[..., Config], tmp_path: Path) -> None:
+    for method in ("sparsae", "sparsae-written"):
+        config = small("topology.every=4", "model.width=64", method=method)
+        summary = start(config, tmp_path / method, quiet=True)
+        ratio = summary["state_bytes_sparse_layers"] / summary["state_bytes_sparse_layers_dense_equivalent"]
+        assert ratio <= 0.20
+        assert set(summary["state_bytes_by_part"]) == {"values", "gradients", "optimizer", "indices", "teacher"}
+        assert summary["state_bytes_by_part"]["values"] == 4 * summary["nnz"]
+        assert summary["state_bytes_by_part"]["gradients"] == 4 * summary["nnz"]
+        assert summary["state_bytes_by_part"]["optimizer"] == 12 * summary["nnz"]
+
+
+@pytest.mark.parametrize("method", ["sparsae", "sparsae-written", "static", "dense"])
+def test_same_seed_same_metrics_and_resume_changes_nothing(
+    small: Callable[..., Config], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = ["topology.every=3"] if method.startswith("sparsae") else []
+    config = small(*extra, method=method)
+    whole = start(config, tmp_path / "whole", quiet=True)
+    # A signal arrives in the middle of step 8: the step ends, is saved, and the run goes on from there.
+    from sparsae.train.loop import Trainer
+
+    step = Trainer._train_step
+
+    def interrupted(self: Trainer) -> None:
+        step(self)
+        if self.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    stopped = start(config, tmp_path / "stopped", quiet=True)
+    assert not stopped["finished"]
+    assert stopped["steps"] == 8
+    monkeypatch.undo()
+    resumed = resume(tmp_path / "stopped", quiet=True)
+    assert resumed["finished"]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
+    assert resumed["validation_loss"] == whole["validation_loss"]
+    assert resumed["train_flops_by_part"] == whole["train_flops_by_part"]
+    model, again = (load_run(tmp_path / name).model for name in ("whole", "stopped"))
+    for (name, one), two in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_another_seed_is_another_run(small: Callable[..., Config], tmp_path: Path) -> None:
+    losses = [start(small(f"seed={seed}"), tmp_path / str(seed), quiet=True)["validation_loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.family=llama", "model.tie_embeddings=false", "sparsity.sparsify_head=true"],
+        ["model.family=llama", "model.heads=4", "model.kv_heads=2", "sparsity.budget=uniform"],
+        ["sparsity.unit=[4,4]", "training.precision=bfloat16"],
+        ["sparsity.unit=[16,16]", "sparsity.sparsity=0.5", "training.accumulation=2"],
+        ["teacher.storage=dense", "sparsity.head_min_density=0.05", "topology.proposer=uniform"],
+        ["teacher.warmup=validation", "teacher.warmup_improvement=0.1", "model.dropout=0.1"],
+        ["topology.micro_batch.mode=static", "topology.proxy.activity=moments", "topology.proxy.standardize=true"],
+        ["topology.micro_batch.mode=pooled", "topology.proxy.activity=training", "topology.proxy.anneal=cosine"],
+        ["topology.selection=elitist", "topology.adaptation.enabled=true", "topology.proposer=shift"],
+        ["sparsity.budget=er", "sparsity.exclude=['*.mlp.*']", "training.clip=null", "sparsity.backend=reference"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_choice_trains(small: Callable[..., Config], tmp_path: Path, overrides: list[str]) -> None:
+    config = small("topology.every=4", "training.steps=12", *overrides)
+    summary = start(config, tmp_path / "run", quiet=True)
+    assert summary["finished"]
+    assert summary["nnz"] == summary["nnz_target"]
+    assert math.isfinite(summary["validation_loss"])
+    assert summary["topology_updates"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_compiled_training_learns_the_same(small: Callable[..., Config], tmp_path: Path) -> None:
+    losses = []
+    for value in ("false", "true"):
+        config = small("training.steps=8", "topology.every=4", f"training.compile={value}", "model.layers=1")
+        losses.append(start(config, tmp_path / value, quiet=True)["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_evaluate_generate_and_export_agree_with_the_run(
+    small: Callable[..., Config], tmp_path: Path, text: Path
+) -> None:
+    run = tmp_path / "run"
+    start(small("training.steps=40"), run, quiet=True)
+    held_out = evaluate_run(run)
+    assert held_out["perplexity"] == pytest.approx(math.exp(held_out["loss"]))
+    again = evaluate_run(run, str(text / "3.txt"))
+    short = evaluate_run(run, str(text / "3.txt"), max_tokens=100)
+    assert short["tokens"] == 99
+    assert again["bits_per_byte"] == pytest.approx(
+        again["loss"] * again["tokens"] / math.log(2) / again["bytes"], rel=1e-2
+    )
+    taught = evaluate_run(run, str(text / "3.txt"), teacher=True)
+    assert taught["loss"] != again["loss"]
+    assert generate_text(run, "item 3", 40, seed=1) == generate_text(run, "item 3", 40, seed=1)
+    assert generate_text(run, "item 3", 8, temperature=0.0).startswith("item 3")
+    write_sample(run)
+    assert set(json.loads((run / "sample.json").read_text())) == {"prompt", "text", "teacher_text"}
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export_run(run, tmp_path / "exported")
+    loaded = load_run(run)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "exported")("item 3 of list 4")["input_ids"]])
+    assert tokens[0].tolist() == loaded.tokenizer.encode("item 3 of list 4")
+    with torch.no_grad():
+        torch.testing.assert_close(exported(tokens).logits, loaded.model(tokens).logits, rtol=1e-5, atol=1e-5)
+    from safetensors.torch import load_file
+
+    topology = load_file(tmp_path / "exported" / "topology.safetensors")
+    layers = sparse_layers(loaded.model)
+    assert {f"{name}.indices" for name in layers} == set(topology)
+    assert all(torch.equal(topology[f"{name}.indices"], layer.indices) for name, layer in layers.items())
+    with pytest.raises(InputError, match="is there already"):
+        export_run(run, tmp_path / "exported")
+
+
+def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path) -> None:
+    config = small()
+    planned = plan(config)
+    summary = start(config, tmp_path / "run", quiet=True)
+    assert sum(layer["nnz"] for layer in planned["layers"]) == summary["nnz"]
+    assert planned["train_flops"] == summary["train_flops_by_part"]["student"]
+    assert planned["train_flops_dense_equivalent"] == summary["train_flops_dense_equivalent"]
+    assert planned["expected_seconds"] > 0
+
+
+def test_checkpoints_are_kept_and_damage_is_named(small: Callable[..., Config], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(small("training.checkpoint_every=5", "training.keep_checkpoints=2"), run, quiet=True)
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step-00000015", "step-00000020"]
+    weights = run / "checkpoints" / "step-00000020" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"damaged: model\.safetensors"):
+        load_run(run)
+    (run / "checkpoints" / "step-00000020" / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"state\.json cannot be read"):
+        evaluate_run(run)
+
+
+def test_trackers_get_the_numbers(small: Callable[..., Config], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    start(small("tracking.tensorboard=true", "training.steps=10"), tmp_path / "run", quiet=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/cross_entropy")] == [5, 10]
+
+
+def test_a_tracker_that_is_missing_is_named(
+    small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'sparsae\[wandb\]'"):
+        start(small("tracking.wandb=true"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.vocab_size=100"], "model.vocab_size is 100"),
+        (["sparsity.unit=[5,5]"], "does not divide layer"),
+        (["sparsity.unit=[32,32]", "sparsity.sparsity=0.99", "sparsity.max_density=0.01"], "bounds"),
+        (["sparsity.include=['nothing.*']"], "no linear layer to sparsify"),
+        (["training.device=cuda:7"], "is not there"),
+        (["training.device=quantum"], "is no device"),
+        (["sparsity.backend=fast"], "unknown backend"),
+        (["sparsity.sparsity=0"], "nothing to swap"),
+        (["model.context=4096"], "fewer than one window"),
+        (["data.source=/nowhere/*.txt"], "/nowhere"),
+        (["data.tokenizer=/nowhere/tokenizer.json"], "/nowhere"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    small: Callable[..., Config], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        start(small(*overrides), tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_what_is_finished_or_absent(small: Callable[..., Config], tmp_path: Path) -> None:
+    start(small(), tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match="is finished"):
+        resume(tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match="no such directory"):
+        resume(tmp_path / "nothing", quiet=True)
+
+
+def test_divergence_is_named(small: Callable[..., Config], tmp_path: Path) -> None:
+    config = small("training.learning_rate=1e30", "training.clip=null", "training.warmup=0")
+    with pytest.raises(InputError, match=r"training diverged.*learning_rate"):
+        start(config, tmp_path / "run", quiet=True)
+
+
+def test_ctrl_c_saves_and_resume_finishes(text: Path, tmp_path: Path) -> None:
+    """The real command, a real signal, the exit code of a stop, and the same end as an unbroken run."""
+    settings = [
+        f"data.source={text}", f"data.cache={tmp_path / 'cache'}", "data.tokenizer_vocab=300", "model.layers=1",
+        "model.width=32", "model.heads=2", "model.context=32", "training.batch_size=2",
+        "training.validation_sequences=4", "tracking.sample_tokens=5", "topology.every=20",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "sparsae", "train", "--steps", "400", "--out", str(tmp_path / "run")]
+    command += [part for setting in settings for part in ("--set", setting)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.exists() or '"kind": "train"' not in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "--resume" in stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsae", "train", "--resume", str(tmp_path / "run"), "--json", "-"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    summary = json.loads(done.stdout)
+    assert summary["finished"]
+    assert summary["steps"] == 400
+    assert (tmp_path / "run" / "report.html").is_file()
