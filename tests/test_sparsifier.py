@@ -335,6 +335,25 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
         assert not bool(layer.topology.contains(probe.units[name]).any())
 
 
+def test_scoring_is_not_watched() -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS["sgd"](model)
+    topology = EvolutionConfig(every=1, candidates=3)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=topology), score=score_of(model))  # type: ignore[arg-type]
+    x = torch.randn(8, 24, generator=generator(1, "x"))
+    (model(x) - x).square().mean().backward()
+    probe = sparsifier.search._probe
+    assert probe is not None
+    seen = {name: gradient.clone() for name, gradient in probe.gradients.items()}
+    sparsifier.before_step()
+    optimizer.step()
+    update = sparsifier.after_step()
+    assert update is not None
+    assert update.cost.backwards == 4
+    assert all(torch.equal(probe.gradients[name], gradient) for name, gradient in seen.items())
+    assert {tokens for _, tokens in update.cost.probed.values()} == {8}
+
+
 def test_head_floors_hold_under_evolution() -> None:
     torch.manual_seed(0)
     heads = {"0": HeadLayout("out", 8)}

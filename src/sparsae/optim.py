@@ -65,7 +65,9 @@ class AdamW(torch.optim.Optimizer):
     def _prepare(self, p: Tensor, per_weight: bool) -> None:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros_like(p, dtype=torch.int32) if per_weight else torch.tensor(0.0)
+            state["step"] = (
+                torch.zeros_like(p, dtype=torch.int32) if per_weight else torch.zeros((), dtype=torch.float32)
+            )
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
 

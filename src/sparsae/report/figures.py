@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -142,21 +143,24 @@ def scores(run: RunData) -> Panel | None:
             clip_on=False,
         )
         ax.set_xlim(0, max(run.last_step, 1))
+        ax.margins(y=0.12)
         _symmetric_log_if_wide(ax, [d for p in proposers for t in (False, True) for _, d in _differences(shown, p, t)])
 
-    keys = [Key("accepted", "accent", "●"), Key("not taken", "muted", "○"), Key("outside its bounds", "warm", "×")]
-    keys += [Key(proposer, "ink", marker[proposer][1]) for proposer in proposers]
+    keys = [Key("accepted", "accent", "●"), Key("not taken", "muted", "○")]
+    if any(c.rejected is not None for u in shown for c in u.candidates):
+        keys.append(Key("outside its bounds", "warm", "×"))
+    if len(proposers) > 1:
+        keys += [Key(proposer, "ink", marker[proposer][1]) for proposer in proposers]
     accepted = sum(u.accepted for u in run.updates)
     better = sum(u.best.score < u.current.score for u in scored if u.best and u.current)
     thinned = f", {len(shown)} of them shown" if len(shown) < len(scored) else ""
     return panel(
         "scores",
         "Candidates against the current topology",
-        f"Score of each candidate less that of the current topology, lower is better, for {len(scored)} updates{thinned}. "
+        f"Score of each candidate less that of the current topology, for {len(scored)} updates{thinned}; lower is better. "
         f"In {better} of them the best candidate scored below the current topology; {accepted} updates were accepted.",
         draw,
         keys,
-        height=3.0,
     )
 
 
@@ -201,15 +205,15 @@ def by_update(
     if not values or not run.updates:
         return None
     x = [row.step for row in rows]
+    if steps:
+        x, values = [*x, run.last_step], {key: [*y, y[-1]] for key, y in values.items()}
 
     def draw(figure: Figure) -> None:
         ax = axes(figure, unit, left=0.58)
         for key, y in values.items():
-            style = {"drawstyle": "steps-post", "marker": None} if steps and len(x) > 1 else {}
+            style = {"drawstyle": "steps-post", "marker": None} if steps else {}
             curve(ax, x, y, key.colour, linestyle={"dash": "--", "dot": ":"}.get(key.mark, "-"), **style)
         ax.set_ylim(bottom=0)
-        if not any(v for y in values.values() for v in y if math.isfinite(v)):
-            ax.set_ylim(0, 1)
         if unit.startswith("share"):
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
         if all(v == round(v) for y in values.values() for v in y if math.isfinite(v)):
@@ -220,7 +224,9 @@ def by_update(
     return panel(name, title, f"{title} ({unit}) by update: {text}.", draw, list(values) if len(values) > 1 else [])
 
 
-def bars(name: str, title: str, parts: Mapping[str, float], unit: str, totals: Mapping[str, float]) -> Panel | None:
+def bars(
+    name: str, title: str, parts: Mapping[str, float], totals: Mapping[str, float], written: Callable[[float], str]
+) -> Panel | None:
     """Horizontal bars, each with its value: the parts, and below them their total and what it is compared with."""
     rows = [(_PART_NAMES.get(part, part.replace("_", " ")), value, "accent") for part, value in parts.items()]
     rows += [(label, value, "muted") for label, value in totals.items()]
@@ -229,7 +235,7 @@ def bars(name: str, title: str, parts: Mapping[str, float], unit: str, totals: M
         return None
 
     def draw(figure: Figure) -> None:
-        width, height = figure.get_size_inches()
+        width = figure.get_figwidth()
         left, right = 0.15 + 0.075 * max(len(label) for label, _, _ in rows), 0.95
         ax = figure.add_axes((left / width, 0.02, (width - left - right) / width, 0.96))
         y = np.arange(len(rows), dtype=float)
@@ -237,7 +243,7 @@ def bars(name: str, title: str, parts: Mapping[str, float], unit: str, totals: M
         ax.barh(y, [v for _, v, _ in rows], height=0.62, color=[COLOURS[colour] for *_, colour in rows])
         for at, (_, value, _) in zip(y, rows, strict=True):
             ax.annotate(
-                compact(value, unit),
+                written(value),
                 (value, at),
                 (4, 0),
                 textcoords="offset points",
@@ -252,19 +258,21 @@ def bars(name: str, title: str, parts: Mapping[str, float], unit: str, totals: M
         ax.set_ylim(y[-1] + 0.6, -0.6)
         ax.set_xlim(0, max(v for _, v, _ in rows) or 1)
 
-    text = "; ".join(f"{label} {compact(value, unit)}" for label, value, _ in rows)
+    text = "; ".join(f"{label} {written(value)}" for label, value, _ in rows)
     return panel(name, title, f"{title}: {text}.", draw, height=0.3 + 0.24 * len(rows))
 
 
-def part_bars(run: RunData, name: str, title: str, key: str, unit: str, totals: Mapping[str, str]) -> Panel | None:
-    """Bars of a mapping in the summary; `totals` are further keys of it, by label."""
+def part_bars(
+    run: RunData, name: str, title: str, key: str, totals: Mapping[str, str], written: Callable[[float], str]
+) -> Panel | None:
+    """Bars of a mapping in the summary; `totals` are further keys of it, by label; `written` puts a number in words."""
     parts = run.totals.get(key) or {}
     return bars(
         name,
         title,
         {part: number(parts, part) for part in parts},
-        unit,
         {label: number(run.totals, entry) for label, entry in totals.items()},
+        written,
     )
 
 
@@ -281,12 +289,12 @@ def _scored(candidate: Candidate) -> bool:
     return math.isfinite(candidate.score)
 
 
-def _symmetric_log_if_wide(ax: object, differences: Sequence[float]) -> None:
+def _symmetric_log_if_wide(ax: Axes, differences: Sequence[float]) -> None:
     """One large jump must not press all other candidates onto the zero line."""
     sizes = sorted(abs(d) for d in differences if math.isfinite(d) and d)
     if sizes and sizes[-1] > 20 * sizes[len(sizes) // 2]:
-        ax.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])  # type: ignore[attr-defined]
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))  # type: ignore[attr-defined]
+        ax.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
 
 
 def _any(values: Sequence[float]) -> bool:

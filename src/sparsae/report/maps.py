@@ -2,24 +2,178 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from sparsae.report.data import Layer, RunData, Topology
+from sparsae.report.data import Layer, RunData
 from sparsae.report.readable import compact, percent, short_names, tick
-from sparsae.report.svg import Array, Panel, panel
+from sparsae.report.svg import COLOURS, Array, Panel, panel
 
 _COLUMNS: Final = 160
 _LABELS: Final = 48  # rows that still have a name each
-# Orange for less, blue for more, and the paper itself for no change: legible on light and dark.
+# Orange for less, blue for more, and the paper itself for no change: legible on light and on dark.
 _CHANGE: Final = LinearSegmentedColormap.from_list(
     "change", [(0.84, 0.42, 0.0, 1.0), (0.84, 0.42, 0.0, 0.0), (0.13, 0.5, 0.8, 0.0), (0.13, 0.5, 0.8, 1.0)]
 )
+
+
+def density(run: RunData) -> Panel | None:
+    """Density of each layer at each step."""
+    values = _through_time(run, lambda layer: layer.density)
+    return _map(run, "density", "Density of each layer", "share of a layer's weights", values, _names(run), percent)
+
+
+def density_change(run: RunData) -> Panel | None:
+    """Density of each layer relative to the first topology; None where no layer's density has moved."""
+    values = _through_time(run, lambda layer: layer.density)
+    if not values.size:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = values / values[:, :1] - 1
+    if not np.nanmax(np.abs(change), initial=0.0) > 1e-3:
+        return None
+    return _map(
+        run,
+        "density-change",
+        "Change since the first step",
+        "relative to the start",
+        change,
+        _names(run),
+        percent,
+        signed=True,
+    )
+
+
+def heads(run: RunData) -> Panel | None:
+    """Density of every attention head's slice of its projections at each step."""
+    names = [name for name in run.layers if run.topologies[0].layers[name].heads]
+    if not names:
+        return None
+    blocks, labels, at = [], [], 0
+    for name in names:
+        size = len(run.topologies[0].layers[name].heads)
+        blocks += [
+            _through_time(run, lambda layer, i=i: layer.heads[i] if i < len(layer.heads) else math.nan, [name])
+            for i in range(size)
+        ]
+        labels.append((at, at + size, short_names(run.layers)[name]))
+        at += size
+    title, unit = "Density of each attention head", "share of a head's weights"
+    return _map(run, "heads", title, unit, np.concatenate(blocks), labels, percent)
+
+
+def gradient_activity(run: RunData) -> Panel | None:
+    """L2 norm of the gradient at each layer's active weights, as each update saw it."""
+    values = _through_time(run, lambda layer: layer.gradient_activity)
+    title, unit = "Gradient activity of each layer", "L2 norm at active weights"
+    return _map(run, "gradient-activity", title, unit, values, _names(run), compact, log=True)
+
+
+def dead_outputs(run: RunData) -> Panel | None:
+    """Share of each layer's outputs without an active weight; None where there never was one."""
+    values = _through_time(run, lambda layer: layer.dead_outputs)
+    if not np.nanmax(values, initial=0.0) > 0:
+        return None
+    title, unit = "Dead outputs of each layer", "rows without an active weight"
+    return _map(run, "dead-outputs", title, unit, values, _names(run), compact)
+
+
+def _names(run: RunData) -> list[tuple[int, int, str]]:
+    return [(i, i + 1, label) for i, label in enumerate(short_names(run.layers).values())]
+
+
+def _through_time(run: RunData, value: Callable[[Layer], float], names: Sequence[str] | None = None) -> Array:
+    """(layers, columns): the value in force in the middle of each of equal spans of steps."""
+    names = run.layers if names is None else names
+    if not names:
+        return np.empty((0, 0))
+    steps = [topology.step for topology in run.topologies]
+    seen = [[value(t.layers[name]) if name in t.layers else math.nan for t in run.topologies] for name in names]
+    middles = (np.arange(_COLUMNS) + 0.5) * max(run.last_step, 1) / _COLUMNS
+    in_force = np.maximum(np.searchsorted(steps, middles, side="right") - 1, 0)
+    return np.asarray(seen, dtype=np.float64)[:, in_force]
+
+
+def _map(
+    run: RunData,
+    name: str,
+    title: str,
+    unit: str,
+    values: Array,
+    labels: Sequence[tuple[int, int, str]],
+    written: Callable[[float], str],
+    *,
+    signed: bool = False,
+    log: bool = False,
+) -> Panel | None:
+    """`labels` name groups of rows, (first, after the last, name)."""
+    if not np.isfinite(values).any():
+        return None
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    norm = _norm(low, high, signed, log and low > 0)
+    rows = len(values)
+    inches = min(8.0, max(1.2, 0.16 * rows if rows == len(labels) else max(0.16 * len(labels), 0.045 * rows)))
+
+    def draw(figure: Figure) -> None:
+        width, height = figure.get_size_inches()
+        left, right, bottom = 0.12 + 0.068 * max(len(label) for *_, label in labels), 0.12, 0.42
+        box = (left / width, bottom / height, (width - left - right) / width, inches / height)
+        ax = figure.add_axes(box)
+        cmap = _CHANGE if signed else "cividis"
+        ax.imshow(values, cmap=cmap, norm=norm, aspect="auto", extent=(0, max(run.last_step, 1), rows, 0))
+        every = -(-len(labels) // _LABELS)
+        shown = labels[::every]
+        ax.set_yticks([(first + end) / 2 for first, end, _ in shown], [label for *_, label in shown], fontsize=7)
+        for first, *_ in labels[1:] if rows > len(labels) else ():
+            ax.axhline(first, color=COLOURS["paper"], linewidth=1.0)
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        _scale(figure, norm, cmap, unit, written, (left, height - 0.36, width - left - right))
+
+    text = f"Heatmap of {rows} rows against steps: {unit}, from {written(low)} to {written(high)}."
+    if rows <= 24 and rows == len(labels):
+        last = ", ".join(f"{label} {written(row[-1])}" for (*_, label), row in zip(labels, values, strict=True))
+        text += f" At the end: {last}."
+    return panel(name, title, text, draw, height=inches + 0.42 + 0.5)
+
+
+def _scale(
+    figure: Figure,
+    norm: Normalize,
+    cmap: LinearSegmentedColormap | str,
+    unit: str,
+    written: Callable[[float], str],
+    place: tuple[float, float, float],
+) -> None:
+    """The colour scale as a bar above the map, `place` (left, bottom, width) in inches: one small image."""
+    width, height = figure.get_size_inches()
+    left, bottom, length = place
+    bar = figure.add_axes(((left + 0.4 * length) / width, bottom / height, 0.6 * length / width, 0.08 / height))
+    gradient = norm.inverse(np.linspace(0, 1, 128))[None, :]
+    bar.imshow(gradient, cmap=cmap, norm=norm, aspect="auto", extent=(0, 1, 0, 1))
+    ends = np.asarray(norm.inverse([0.0, 0.5, 1.0]), dtype=float)
+    bar.set_xticks([0, 0.5, 1], [written(end) for end in ends], fontsize=7)
+    for label, side in zip(bar.get_xticklabels(), ("left", "center", "right"), strict=True):
+        label.set_horizontalalignment(side)
+    bar.tick_params(axis="x", length=0, pad=2, bottom=False, top=False, labelbottom=False, labeltop=True)
+    bar.yaxis.set_major_locator(NullLocator())
+    bar.spines[:].set_visible(False)
+    figure.text(0.02 / width, (bottom + 0.04) / height, unit, va="center")
+
+
+def _norm(low: float, high: float, signed: bool, log: bool) -> Normalize:
+    if signed:
+        reach = max(abs(low), abs(high))
+        return Normalize(-reach, reach)
+    if log and high > 3 * low:
+        return LogNorm(low, high)
+    if high - low < 1e-6 * max(abs(high), 1e-12):
+        return Normalize(min(low, 0.0) or -1.0 if high <= 0 else 0.0, high if high > 0 else 1.0)
+    return Normalize(low, high)

@@ -21,6 +21,11 @@ def compact(value: float, unit: str = "") -> str:
     return f"{_signed(rounded)} {_PREFIXES[power]}{unit}".strip()
 
 
+def in_bytes(value: float) -> str:
+    """Bytes with an SI prefix."""
+    return compact(value, "B")
+
+
 def tick(value: float) -> str:
     """An axis label: as `compact`, without the space."""
     return compact(value).replace(" ", "")

@@ -123,8 +123,8 @@ def axes(
     ax.grid(axis="y")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     return ax
 
 
@@ -166,6 +166,8 @@ def _inline(figure: Figure, name: str) -> str:
         (r"url\(#", f"url(#{name}-"),
         (r'xlink:href="#', f'href="#{name}-'),
         (r'xlink:href="', 'href="'),
+        (r"base64,\s+", "base64,"),
+        (r"font-family: [^;\"]*;? ?", ""),
         (r"font: ([\d.]+px)[^;\"]*", r"font-size: \1"),
         (r"\s*\n\s*", "\n"),
     ):

@@ -124,15 +124,17 @@ class Trainer:
             if self.sparsifier:
                 self._record(self.sparsifier.search.initial_row())
         self._window = (time.perf_counter(), self.step)
-        while self.step < steps and stop.signal is None:
-            with self.watch.of("train"):
-                self._train_step()
-            if self.step % self._validate_every == 0 or self.step == steps:
-                self._validate()
-            every = self.settings.checkpoint_every
-            if every and self.step % every == 0 and self.step < steps:
-                save()
-        self.display.close()
+        every = self.settings.checkpoint_every
+        try:
+            while self.step < steps and stop.signal is None:
+                with self.watch.of("train"):
+                    self._train_step()
+                if self.step % self._validate_every == 0 or self.step == steps:
+                    self._validate()
+                if every and self.step % every == 0 and self.step < steps:
+                    save()
+        finally:
+            self.display.close()
         save()
         return self.step == steps
 
@@ -163,11 +165,11 @@ class Trainer:
             self._sums["distillation"] += float(parts.distillation) / settings.accumulation
             self._sums["loss"] += float(parts.total.detach()) / settings.accumulation
         self._sums["steps"] += 1
-        norm = self._clip()
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
         self.costs.count_step(self.flops, self.tokens_per_step, with_teacher=alpha > 0)
         if self.sparsifier:
             self.sparsifier.before_step()
+        norm = self._clip()
         self.optimizer.step()
         last = step + 1 == settings.steps
         if last or not self.state_bytes:

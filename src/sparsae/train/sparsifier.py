@@ -113,7 +113,7 @@ class Sparsifier:
         return sum(layer.topology.nnz for layer in self._layers.values())
 
     def before_step(self) -> None:
-        """Between `loss.backward()` and `optimizer.step()`."""
+        """After `loss.backward()`, before gradients are clipped and `optimizer.step()`."""
         self.search.capture(self.step + 1)
         self._burn_in.before_step(self._optimizer)
 

@@ -1,0 +1,54 @@
+"""The page of a run: report.html, which needs no network and no script.
+
+matplotlib is imported only once the run was read, so that a run that cannot be reported is refused at once.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from sparsae.errors import InputError
+from sparsae.report.data import RunData, read_run
+from sparsae.train.rundir import RunDirectory, write_atomically
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html of the run in the directory `run`, whole or not at all; returns its path.
+
+    A run that is still going on, was stopped, or never changes its topology is reported as far as it came. Raises
+    InputError where there is no run or no metrics yet, where a file is damaged, or where the page cannot be written.
+    """
+    page = RunDirectory(run).report
+    text = render(read_run(run))
+    try:
+        write_atomically(page, text)
+    except OSError as error:
+        raise InputError(f"{page}: cannot be written: {error.strerror}; free the space or the permission") from None
+    return page
+
+
+def render(run: RunData) -> str:
+    """The page of a run as HTML."""
+    from sparsae.report.sections import body, title
+
+    style = resources.files("sparsae.report").joinpath("style.css").read_text(encoding="utf-8")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="sparsae">
+<link rel="icon" href="data:,">
+<title>{escape(title(run))}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<div class="page">
+{body(run)}
+</div>
+</body>
+</html>
+"""

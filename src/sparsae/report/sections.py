@@ -1,0 +1,382 @@
+"""What the page says: its header, its headline numbers and its sections, each with a sentence on how to read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from html import escape
+from statistics import median
+
+from sparsae import __version__
+from sparsae.config.load import annotated
+from sparsae.report import figures as draw
+from sparsae.report import maps, markup
+from sparsae.report.data import Layer, RunData, Topology, number
+from sparsae.report.markup import Tile
+from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent, short_names
+from sparsae.report.svg import Key
+
+
+def title(run: RunData) -> str:
+    """Preset, method and sparsity."""
+    sparsity = run.config.sparsity.sparsity
+    return f"{run.config.preset} · {run.config.method} · {f'{percent(sparsity)} sparse' if sparsity else 'dense'}"
+
+
+def body(run: RunData) -> str:
+    """Everything inside the page's body."""
+    parts = {
+        "training": ("Training", _training(run)),
+        "density": ("Density", _density(run)),
+        "search": ("Search", _search(run)),
+        "movement": ("Movement", _movement(run)),
+        "cost": ("Cost", _cost(run)),
+        "layers": ("Layers", _layers(run)),
+        "sample": ("Sample", _sample(run)),
+        "settings": ("Settings", _settings(run)),
+    }
+    links = "".join(f'<li><a href="#{name}">{label}</a></li>' for name, (label, _) in parts.items())
+    return "\n".join(
+        [
+            f"<header>\n<h1>{escape(title(run))}</h1>",
+            f'<p class="lead">Training run <code>{escape(run.path.resolve().name)}</code>, seed {run.config.seed}</p>',
+            _state(run),
+            f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>',
+            markup.tiles(_headline(run)),
+            markup.facts(_facts(run)),
+            *(text for _, text in parts.values()),
+            f"</main>\n<footer>Written by sparsae {escape(__version__)} from this run's own metrics.</footer>",
+        ]
+    )
+
+
+def _state(run: RunData) -> str:
+    planned = run.config.training.steps
+    if run.totals and run.totals.get("finished") is not False:
+        return ""
+    if run.totals:
+        text = f"This run was stopped at step {count(number(run.totals, 'steps'))} of {count(planned)}."
+    else:
+        text = (
+            f"This run has no summary: it is going on or was cut off. Shown up to step {count(run.last_step)} of "
+            f"{count(planned)}; totals are known at its end."
+        )
+    return f'<p class="state">{escape(text)}</p>'
+
+
+def _headline(run: RunData) -> list[Tile]:
+    totals = run.totals
+    validated = run.validation[-1] if run.validation else None
+    trained = run.train[-1] if run.train else None
+    references = {"unigram": run.unigram_loss, "untrained": run.untrained_loss}
+    against = [f"{name} {decimal(_exp(loss))}" for name, loss in references.items() if math.isfinite(loss)]
+    teacher = validated.teacher_loss if validated else math.nan
+    nnz = trained.nnz if trained else sum(layer.nnz for layer in _last_layers(run).values()) or math.nan
+    target, flops = number(totals, "nnz_target"), trained.train_flops if trained else math.nan
+    updates, accepted = len(run.updates), sum(update.accepted for update in run.updates)
+    return [
+        Tile(
+            "Validation perplexity",
+            decimal(_exp(validated.loss)) if validated else UNKNOWN,
+            [", ".join(against), f"teacher {decimal(_exp(teacher))}" if math.isfinite(teacher) else ""],
+        ),
+        Tile("Active connections", count(nnz), [_against_target(nnz, target)]),
+        _ratio_tile("Training FLOPs", flops, number(totals, "train_flops_dense_equivalent"), compact),
+        _ratio_tile(
+            "State of sparse layers",
+            number(totals, "state_bytes_sparse_layers"),
+            number(totals, "state_bytes_sparse_layers_dense_equivalent"),
+            in_bytes,
+        ),
+        Tile(
+            "Tokens per second",
+            count(
+                number(totals, "tokens_per_second") if totals else trained.tokens_per_second if trained else math.nan
+            ),
+            [f"{compact(trained.tokens)} tokens" if trained else ""],
+        ),
+        Tile(
+            "Updates accepted",
+            f"{accepted} of {updates}" if updates else "none",
+            ["of the topology" if updates else "the topology stays as drawn"],
+        ),
+    ]
+
+
+def _ratio_tile(label: str, value: float, dense: float, written: Callable[[float], str]) -> Tile:
+    if not math.isfinite(dense) or not dense:
+        return Tile(label, written(value))
+    return Tile(label, written(value), [f"{value / dense:.3f} of dense, {written(dense)}"])
+
+
+def _against_target(nnz: float, target: float) -> str:
+    if not math.isfinite(target):
+        return ""
+    return "exactly the target" if nnz == target else f"target {count(target)}"
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    totals, known = run.totals, []
+    for name, key, written in (
+        ("Parameters", "parameters", count),
+        ("dense", "parameters_dense", count),
+        ("Peak memory", "peak_memory_bytes", in_bytes),
+        ("Time", "seconds", duration),
+    ):
+        if math.isfinite(value := number(totals, key)):
+            known.append((name, written(value)))
+    known.append(("Steps", count(run.last_step)))
+    known += [(name, str(totals[key])) for name, key in (("Device", "device"), ("torch", "torch")) if key in totals]
+    return known
+
+
+def _training(run: RunData) -> str:
+    rates = draw.training_curve
+    return markup.section(
+        "training",
+        "Training",
+        "Lower is better; the dotted lines are an untrained model and one that knows only how frequent each token is. "
+        "By FLOPs, runs of different sparsity can be held against each other.",
+        markup.figures(
+            [
+                draw.loss(run, "step"),
+                draw.loss(run, "train_flops"),
+                rates(run, "learning-rate", "Learning rate", "base rate of the optimizer", lambda r: r.learning_rate),
+                rates(
+                    run, "gradient-norm", "Gradient norm", "L2, before clipping", lambda r: r.gradient_norm, log=True
+                ),
+                rates(
+                    run, "distillation", "Divergence from the teacher", "KL, nats per token", lambda r: r.distillation
+                ),
+                rates(run, "throughput", "Throughput", "tokens per second", lambda r: r.tokens_per_second),
+            ]
+        ),
+    )
+
+
+def _density(run: RunData) -> str:
+    lead = (
+        "One row a layer or head, time from left to right: which share of its possible connections exists. A projection "
+        "that makes queries, keys and values at once has a row for each head of each, in that order."
+    )
+    if not run.layers:
+        return markup.section("density", "Density", lead, markup.paragraph("This run has no sparse layers."))
+    change = maps.density_change(run)
+    still = "" if change else markup.paragraph("Every layer kept the density that it began with.")
+    return markup.section(
+        "density",
+        "Density through time",
+        lead,
+        markup.figures([maps.density(run), change, maps.heads(run)]),
+        still,
+    )
+
+
+def _search(run: RunData) -> str:
+    lead = (
+        "Each update proposes candidates and scores them on held-out text; a mark below the line is a topology that "
+        "scored better than the one in force."
+    )
+    if not run.updates:
+        text = "The topology was never updated in this run."
+        return markup.section("search", "Search by the evolution strategy", lead, markup.paragraph(text))
+    scores = draw.scores(run)
+    return markup.section(
+        "search",
+        "Search by the evolution strategy",
+        lead,
+        "" if scores else markup.paragraph("No candidate was scored: this strategy takes what it proposes."),
+        markup.figures(
+            [
+                scores,
+                draw.component(
+                    run, "cross-entropy", "Cross entropy of the micro-batch", "nats", lambda c: c.cross_entropy
+                ),
+                draw.component(run, "diversity", "Mask diversity", "deviation of densities", lambda c: c.diversity),
+                draw.component(run, "activity", "Mean gradient activity", "L2 norm", lambda c: c.activity),
+            ]
+        ),
+        markup.table(
+            "Candidates by proposer",
+            ["proposer", "proposed", "outside its bounds", "scored", "accepted", "median difference in score"],
+            _proposers(run),
+        ),
+        markup.figures(
+            [
+                update(
+                    run,
+                    "lambda",
+                    "λ",
+                    "candidates an update",
+                    {Key("λ", "accent"): lambda u: u.candidates_count},
+                    steps=True,
+                ),
+                update(
+                    run,
+                    "mutation-rate",
+                    "Mutation rate",
+                    "share of the connections",
+                    {Key("mutation rate", "accent"): lambda u: u.mutation_rate},
+                    steps=True,
+                ),
+                update(
+                    run,
+                    "reset-probability",
+                    "Reset probability",
+                    "per candidate",
+                    {Key("reset probability", "accent"): lambda u: u.reset_probability},
+                    steps=True,
+                ),
+            ],
+            "The strategy's own parameters",
+        ),
+    )
+
+
+def _proposers(run: RunData) -> list[list[str]]:
+    rows = []
+    for proposer in dict.fromkeys(c.proposer for u in run.updates for c in u.candidates):
+        mine = [(u, i, c) for u in run.updates for i, c in enumerate(u.candidates) if c.proposer == proposer]
+        differences = [c.score - u.current.score for u, _, c in mine if u.current]
+        differences = [d for d in differences if math.isfinite(d)]
+        rows.append(
+            [
+                proposer,
+                count(len(mine)),
+                count(sum(c.rejected is not None for *_, c in mine)),
+                count(sum(math.isfinite(c.score) for *_, c in mine)),
+                count(sum(u.accepted and u.chosen == i for u, i, _ in mine)),
+                f"{median(differences):+.2g}".replace("-", "−") if differences else UNKNOWN,
+            ]
+        )
+    return rows
+
+
+def _movement(run: RunData) -> str:
+    lead = (
+        "How far the topology moved: what each update exchanged, how much of the first topology is gone, and which share "
+        "of all positions was ever active (the in-time over-parameterization rate, ITOP)."
+    )
+    if not run.updates:
+        text = "No connection moved." if run.layers else "There are no sparse layers."
+        return markup.section("movement", "Movement", lead, markup.paragraph(text))
+    update = draw.by_update
+    distances = {
+        Key("to the first", "accent"): lambda u: u.hamming_start,
+        Key("to the one before", "warm", "dash"): lambda u: u.hamming_last,
+    }
+    ages = {
+        Key("median", "accent"): lambda u: u.age_median,
+        Key("mean", "warm", "dash"): lambda u: u.age_mean,
+        Key("oldest", "ink", "dot"): lambda u: u.age_max,
+    }
+    dead = maps.dead_outputs(run)
+    return markup.section(
+        "movement",
+        "Movement of the topology",
+        lead,
+        markup.figures(
+            [
+                update(
+                    run,
+                    "swaps",
+                    "Connections exchanged",
+                    "an update",
+                    {Key("swaps", "accent"): lambda u: u.swaps},
+                    initial=False,
+                ),
+                update(run, "hamming", "Distance", "share of active connections", distances),
+                update(
+                    run,
+                    "itop",
+                    "Positions ever active",
+                    "share of all positions",
+                    {Key("ITOP rate", "accent"): lambda u: u.itop_rate},
+                ),
+                update(run, "age", "Age of connections", "steps", ages),
+                maps.gradient_activity(run),
+                dead,
+            ]
+        ),
+        "" if dead else markup.paragraph("No layer ever had an output without an active weight."),
+    )
+
+
+def _cost(run: RunData) -> str:
+    lead = (
+        "Blue bars are parts, grey ones totals. FLOPs are counted analytically; growth gradients are those at inactive "
+        "positions, by which connections are grown; bytes are those of live tensors of the sparse layers."
+    )
+    if not run.totals:
+        text = "Cost by part is known once the run has its summary."
+        return markup.section("cost", "Cost", lead, markup.paragraph(text))
+    dense = {"total": "train_flops", "dense equivalent": "train_flops_dense_equivalent"}
+    state = {
+        "total": "state_bytes_sparse_layers",
+        "dense equivalent": "state_bytes_sparse_layers_dense_equivalent",
+    }
+    return markup.section(
+        "cost",
+        "Cost by part",
+        lead,
+        markup.figures(
+            [
+                draw.part_bars(run, "flops", "Training FLOPs", "train_flops_by_part", dense, compact),
+                draw.part_bars(run, "memory", "State of the sparse layers", "state_bytes_by_part", state, in_bytes),
+                draw.part_bars(run, "seconds", "Time", "seconds_by_part", {"total": "seconds"}, duration),
+            ]
+        ),
+    )
+
+
+def _layers(run: RunData) -> str:
+    lead = (
+        "Each sparse layer at the start and at the end of what was recorded; a dead output has no active weight left."
+    )
+    if not run.layers:
+        return markup.section("layers", "Layers", lead, markup.paragraph("This run has no sparse layers."))
+    first, last, names = run.topologies[0].layers, _last_layers(run), short_names(run.layers)
+    rows = [_layer_row(names[name], first[name], last.get(name, first[name])) for name in run.layers]
+    columns = ["layer", "shape", "connections, first", "last", "density, first", "last", "dead outputs"]
+    if not any(layer.shape for layer in first.values()):
+        columns[1] = "weights if dense"
+    return markup.section("layers", "Layers", lead, markup.table(f"{len(rows)} sparse layers", columns, rows))
+
+
+def _layer_row(name: str, first: Layer, last: Layer) -> list[str]:
+    shape = " × ".join(str(side) for side in first.shape) or count(first.weights)
+    densities = [percent(layer.density) for layer in (first, last)]
+    return [name, shape, count(first.nnz), count(last.nnz), *densities, count(last.dead_outputs)]
+
+
+def _last_layers(run: RunData) -> dict[str, Layer]:
+    return dict(run.topologies[-1].layers) if run.topologies else {}
+
+
+def _sample(run: RunData) -> str:
+    lead = "The prompt is grey; what follows it was drawn from the trained model, token by token."
+    if run.sample is None:
+        text = "This run has no sample; one is drawn when a run finishes."
+        return markup.section("sample", "A sample", lead, markup.paragraph(text))
+    prompt = escape(str(run.sample.get("prompt") or ""))
+    texts = {"Student": run.sample.get("text"), "Teacher": run.sample.get("teacher_text")}
+    blocks = "".join(
+        f'<div class="sample"><h3>{name}</h3><pre><span class="prompt">{prompt}</span>{escape(str(text))}</pre></div>'
+        for name, text in texts.items()
+        if text is not None
+    )
+    return markup.section("sample", "A sample", lead, f'<div class="samples">{blocks}</div>')
+
+
+def _settings(run: RunData) -> str:
+    text = escape(annotated(run.config))
+    return markup.section(
+        "settings",
+        "Settings",
+        "Everything that this run was configured with, its defaults included, each with its explanation.",
+        f"<details><summary>All settings</summary>\n<pre>{text}</pre></details>",
+    )
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

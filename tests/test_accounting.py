@@ -1,0 +1,128 @@
+"""Counted operations against torch's own counter, and bytes against live tensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsae.config.schema import ModelConfig
+from sparsae.core.accounting import (
+    DENSE_BYTES_PER_WEIGHT,
+    PARTS,
+    FlopCounter,
+    ModelCost,
+    estimated_state_bytes,
+    gradient_at,
+)
+from sparsae.core.randomness import generator
+from sparsae.models import build_model
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import sparsify
+from sparsae.optim import AdamW, parameter_groups
+from sparsae.train.costs import model_cost
+from sparsae.train.memory import state_bytes
+
+VOCAB = 96
+FAMILIES = [
+    ModelConfig(family="gpt2", layers=2, heads=2, width=32, context=24),
+    ModelConfig(family="gpt2", layers=1, heads=4, width=32, context=24, tie_embeddings=False),
+    ModelConfig(family="llama", layers=2, heads=4, kv_heads=2, width=32, context=24),
+]
+COST = ModelCost(sparse_weights=1000, dense_weights=50, head_weights=300, attention_layers=2, width=8, context=16)
+
+
+def eager(config: ModelConfig) -> nn.Module:
+    """With attention as plain products, which the counter sees, and without causal halving."""
+    model = build_model(config, VOCAB, 0, device="cpu")
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=["gpt2", "gpt2-free-head", "llama"])
+def test_forward_and_backward_agree_with_torchs_counter(config: ModelConfig) -> None:
+    model, cost = eager(config), model_cost(eager(config), config)
+    batch = torch.randint(0, VOCAB, (3, config.context), generator=generator(0))
+    with FlopCounterMode(display=False) as forward:
+        logits = model(batch, use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    counted, tokens = forward.get_total_flops(), batch.numel()
+    assert cost.forward(0, tokens) == counted
+    assert cost.training(0, tokens) == counted + backward.get_total_flops()
+
+
+def test_a_sparse_model_costs_its_active_weights_and_its_dense_equivalent_all() -> None:
+    config = FAMILIES[0]
+    dense, sparse = model_cost(eager(config), config), model_cost(sparsify(eager(config), 0.75), config)
+    assert dense.sparse_weights == sparse.dense_weights == 0
+    assert sparse.sparse_weights == dense.dense_weights
+    assert sparse.head_weights == dense.head_weights == VOCAB * config.width
+    assert sparse.dense_training(40) == dense.training(0, 40)
+    assert dense.training(0, 40) - sparse.training(sparse.sparse_weights // 4, 40) == 3 * 2 * 40 * (
+        sparse.sparse_weights * 3 // 4
+    )
+
+
+@given(st.integers(0, 1000), st.integers(1, 10_000))
+def test_the_parts_of_a_pass_add_up(nnz: int, tokens: int) -> None:
+    assert COST.linear(nnz, tokens) == 2 * tokens * (nnz + 350)
+    assert COST.attention(tokens) == 4 * 16 * 8 * 2 * tokens
+    assert COST.forward(nnz, tokens) == COST.linear(nnz, tokens) + COST.attention(tokens)
+    assert COST.training(nnz, tokens) == 3 * COST.forward(nnz, tokens)
+    assert COST.scoring(nnz, tokens, with_gradient=False) == COST.forward(nnz, tokens)
+    # Everything but the gradients of dense weights and of the head.
+    assert COST.training(nnz, tokens) - COST.scoring(nnz, tokens, with_gradient=True) == 2 * tokens * 350
+
+
+def test_a_gradient_everywhere_costs_a_dense_product() -> None:
+    assert gradient_at(64 * 32, 10) == 2 * 64 * 32 * 10
+    assert gradient_at(5, 10) == 100
+
+
+def test_the_counter_adds_exactly_and_survives_a_checkpoint() -> None:
+    flops = FlopCounter()
+    for part, amount in zip(PARTS, (10**19, 3, 2**70, 1), strict=True):
+        flops.add(part, amount)
+        flops.add(part, amount)
+    flops.dense_equivalent = 10**21
+    assert flops.total == 2 * (10**19 + 3 + 2**70 + 1)
+    restored = FlopCounter.from_dict(json.loads(json.dumps(flops.to_dict())))
+    assert restored == flops
+    restored.add("search", 1)
+    assert restored.total == flops.total + 1
+
+
+def test_an_unknown_part_is_named() -> None:
+    with pytest.raises(ValueError, match="'optimizer'.*student, teacher, search, dense_gradients"):
+        FlopCounter().add("optimizer", 1)
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+def test_estimated_bytes_are_those_of_live_tensors(unit: tuple[int, int]) -> None:
+    config = FAMILIES[0]
+    model = sparsify(eager(config), 0.9, unit=unit, backend="reference")
+    optimizer = AdamW(parameter_groups(model, 0.1))
+    model(torch.zeros(1, 8, dtype=torch.long)).logits.logsumexp(-1).mean().backward()
+    optimizer.step()
+    layers = sparse_layers(model)
+    units = sum(layer.topology.count for layer in layers.values())
+    nnz = sum(layer.topology.nnz for layer in layers.values())
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    live = state_bytes(layers, optimizer, None)
+    assert estimated_state_bytes(units, nnz, weights, teacher=None) == {name: live.get(name, 0) for name in live}
+
+
+def test_at_ninety_percent_the_state_is_a_seventh_of_a_dense_models() -> None:
+    for teacher in ("union", "masked"):
+        parts = estimated_state_bytes(100, 100, 1000, teacher=teacher)
+        assert parts["teacher"] == 400
+        assert sum(parts.values()) / (DENSE_BYTES_PER_WEIGHT * 1000) == pytest.approx(0.14)
+    assert estimated_state_bytes(100, 100, 1000, teacher="dense")["teacher"] == 4000
+    assert estimated_state_bytes(100, 100, 1000, teacher=None)["teacher"] == 0
+    assert estimated_state_bytes(100, 1600, 10_000, teacher=None, index_bytes=8)["indices"] == 800

@@ -1,0 +1,157 @@
+"""The documentation holds: its code runs, its links lead somewhere, its tables say what the code does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.config.load import methods, presets, resolve
+from sparsae.config.schema import Config
+from sparsae.config.text import inline
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+METHODS = ("sparsae", "sparsae-written")
+
+# What the project promised that summary.json carries at least.
+PROMISED = """
+preset method seed steps tokens parameters_dense sparsity nnz nnz_target validation_loss validation_perplexity
+unigram_perplexity untrained_perplexity train_flops train_flops_by_part train_flops_dense_equivalent
+state_bytes_sparse_layers state_bytes_sparse_layers_dense_equivalent peak_memory_bytes tokens_per_second
+topology_updates topology_updates_accepted seconds
+"""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def code_blocks(page: Path) -> list[tuple[int, str]]:
+    """(line number, text) of each Python block of a page."""
+    text = page.read_text("utf-8")
+    return [
+        (text.count("\n", 0, block.start(2)), block[2])
+        for block in re.finditer(r"^```(python|py)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def table_rows(text: str, header: str) -> list[list[str]]:
+    """The cells of all tables whose header row begins with `header`."""
+    rows: list[list[str]] = []
+    inside = False
+    for line in text.splitlines():
+        if line.startswith(header):
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and not line.startswith("|---"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def first_code(cell: str) -> str:
+    found = re.match(r"`([^`]+)`", cell)
+    assert found, f"no `...` at the start of the cell {cell!r}"
+    return found[1]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Markdown's toc make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)], ids=name_of)
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    for line, source in code_blocks(page):
+        # Blank lines in front give errors the line numbers of the page.
+        exec(compile("\n" * line + source, str(page), "exec"), namespace)
+
+
+def test_the_api_page_has_code() -> None:
+    assert len(code_blocks(ROOT / "docs" / "api.md")) >= 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = prose(page)
+    links = re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    for link in links:
+        if re.match(r"[a-z][a-z0-9+.-]*:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{name_of(page)}: {link} leads nowhere"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{name_of(page)}: {link}: no such heading"
+
+
+def test_the_summary_table_is_the_summary() -> None:
+    from sparsae.train import run
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(run._summary)))
+    written = {
+        key.value
+        for returned in ast.walk(tree)
+        if isinstance(returned, ast.Return) and isinstance(returned.value, ast.Dict)
+        for key in returned.value.keys
+        if isinstance(key, ast.Constant)
+    }
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    documented = [first_code(row[0]) for row in table_rows(text, "| key | meaning")]
+    assert len(documented) == len(set(documented))
+    assert set(documented) == written
+    assert set(PROMISED.split()) <= written
+
+
+def test_presets_and_methods_are_all_explained() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    assert sorted(first_code(row[0]) for row in table_rows(text, "| preset |")) == sorted(presets())
+    assert sorted(first_code(row[0]) for row in table_rows(text, "| method |")) == sorted(methods())
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=METHODS)
+def test_defaults_of_the_method_page_are_those_of_the_methods(column: int) -> None:
+    config = resolve(method=METHODS[column])
+    rows = table_rows((ROOT / "docs" / "method.md").read_text("utf-8"), "| symbol | meaning | setting")
+    assert len(rows) > 50
+    for row in rows:
+        key = first_code(row[2])
+        assert first_code(row[3 + column]) == inline(value_of(config, key)), key
+
+
+def test_the_method_page_names_every_setting_of_the_method() -> None:
+    config = resolve(method="sparsae-written")
+    rows = table_rows((ROOT / "docs" / "method.md").read_text("utf-8"), "| symbol | meaning | setting")
+    named = {first_code(row[2]) for row in rows}
+    wanted = {f"topology.{key}" for key in leaves(config.topology.model_dump())} - {"topology.rule"}
+    wanted |= {f"teacher.{key}" for key in leaves(config.teacher.model_dump())} - {"teacher.enabled"}
+    assert wanted <= named
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def leaves(tree: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}.{inner}" if inner else name
+        for name, value in tree.items()
+        for inner in (leaves(value) if isinstance(value, dict) else [""])
+    ]
