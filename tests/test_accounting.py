@@ -99,7 +99,7 @@ def test_the_counter_adds_exactly_and_survives_a_checkpoint() -> None:
 
 
 def test_an_unknown_part_is_named() -> None:
-    with pytest.raises(ValueError, match="'optimizer'.*student, teacher, search, dense_gradients"):
+    with pytest.raises(ValueError, match=r"'optimizer'.*student, teacher, search, dense_gradients"):
         FlopCounter().add("optimizer", 1)
 
 

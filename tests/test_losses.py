@@ -46,9 +46,8 @@ class Problem:
 
 
 def chunked(p: Problem, alpha: float, chunk: int) -> LossParts:
-    return language_model_loss(
-        p.hidden, p.head, p.targets, teacher_hidden_TD=p.teacher_hidden, teacher_head=p.teacher_head, alpha=alpha, chunk=chunk
-    )  # fmt: skip
+    teacher = {"teacher_hidden_TD": p.teacher_hidden, "teacher_head": p.teacher_head}
+    return language_model_loss(p.hidden, p.head, p.targets, **teacher, alpha=alpha, chunk=chunk)  # type: ignore[arg-type]
 
 
 def whole(p: Problem, alpha: float) -> LossParts:
@@ -152,6 +151,15 @@ def test_frozen_parts_get_no_gradient_and_change_no_other() -> None:
     problem.hidden = problem.hidden.detach()
     weights = torch.autograd.grad(chunked(problem, 0.0, 5).total, list(problem.head.parameters()))
     torch.testing.assert_close(list(weights), expected[1:])
+
+
+def test_the_head_may_go_without_gradients() -> None:
+    problem = Problem()
+    expected = problem.gradients(chunked(problem, 0.0, 5))[0]
+    parts = language_model_loss(problem.hidden, problem.head, problem.targets, chunk=5, head_gradient=False)
+    parts.total.backward()
+    assert all(parameter.grad is None for parameter in problem.head.parameters())
+    torch.testing.assert_close(problem.hidden.grad, expected)
 
 
 class RecordingHead(nn.Linear):

@@ -66,6 +66,16 @@ def test_it_equals_torch_in_float32_from_the_first_step_on(per_weight: bool) -> 
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("per_weight", [False, True])
+def test_updating_all_parameters_together_is_the_same(per_weight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU, where one call updates a whole group.
+    ours, theirs = parameters(), parameters()
+    expected = run(torch.optim.AdamW(theirs, weight_decay=0.1), theirs, range(5), skip=0.3)
+    monkeypatch.setattr("sparsae.optim._batches", lambda together: [together] if together else [])
+    got = run(AdamW(ours, weight_decay=0.1, per_weight_step=per_weight), ours, range(5), skip=0.3)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_groups_of_both_kinds_and_a_changing_rate() -> None:
     ours, theirs = parameters(), parameters()
     mine = AdamW([{"params": ours[:2], "per_weight_step": True}, {"params": ours[2:], "weight_decay": 0.0}], lr=1.0)

@@ -64,5 +64,5 @@ def test_decayed_ends() -> None:
 
 
 def test_decayed_names_an_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="'square'.*constant, linear or cosine"):
+    with pytest.raises(ValueError, match=r"'square'.*constant, linear or cosine"):
         decayed("square", 0.5)  # type: ignore[arg-type]

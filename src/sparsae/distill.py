@@ -53,9 +53,11 @@ class Teacher:
         )
         for name, layer in sparse.items():
             self._update_layer(self.layers[name], layer, beta)
-        for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=False):
-            if mine.is_floating_point():
-                mine.copy_(theirs)
+        theirs = dict(student.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            # Index tensors belong to the topology, which surgery changes.
+            if buffer.is_floating_point():
+                buffer.copy_(theirs[name])
 
     def reconnect(self, student: nn.Module) -> None:
         """After both models were loaded: mark what the student has active, and share its index tensors where equal."""

@@ -35,17 +35,19 @@ def language_model_loss(
     alpha: float = 0.0,
     chunk: int = 1024,
     ignore_index: int = -100,
+    head_gradient: bool = True,
 ) -> LossParts:
     """L of hidden states (tokens, width) through `head` (any module to (tokens, vocabulary)), `chunk` tokens at a time.
 
     Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean. Without gradients enabled
-    none are computed. Raises ValueError where alpha > 0 and the teacher is incomplete, or where no target counts.
+    none are computed; without `head_gradient`, none of the head's parameters. Raises ValueError where alpha > 0 and
+    the teacher is incomplete, or where no target counts.
     """
     if alpha > 0 and (teacher_hidden_TD is None or teacher_head is None):
         raise ValueError("alpha > 0 needs teacher_hidden_TD and teacher_head")
     if alpha == 0:
         teacher_hidden_TD = teacher_head = None
-    parameters = [p for p in head.parameters() if p.requires_grad]
+    parameters = [p for p in head.parameters() if p.requires_grad and head_gradient]
     differentiate = torch.is_grad_enabled()
     inputs = _Inputs(head, targets_T, teacher_hidden_TD, teacher_head, alpha, chunk, ignore_index, differentiate)
     total, cross_entropy, distillation = _ChunkedLoss.apply(inputs, hidden_TD, *parameters)

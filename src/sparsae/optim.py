@@ -56,10 +56,10 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                for p in parameters:
-                    self._prepare(p, group["per_weight_step"])
-                self._update(group, parameters)
+            for p in parameters:
+                self._prepare(p, group["per_weight_step"])
+            for together in _batches(parameters):
+                self._update(group, together)
         return loss
 
     def _prepare(self, p: Tensor, per_weight: bool) -> None:
@@ -85,7 +85,7 @@ class AdamW(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         if group["per_weight_step"]:
-            # One at a time, so that the temporaries are two of the largest parameter's size and not of the whole group's.
+            # One at a time, so that only one parameter's temporaries exist, and not the whole group's.
             for p, step, average, square in zip(parameters, steps, averages, squares, strict=True):
                 t = step.to(p.dtype)
                 denominator = _bias_correction(t, beta2)
@@ -100,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(parameters, averages, denominators, [-lr / (1 - beta1**t) for t in counts])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that nothing is shared with `state_dict`, and a step per weight follows its parameter's device.
+        """As in torch, but nothing is shared with `state_dict`, and a step per weight goes to its parameter's device.
 
         torch keeps the tensors that it is given where their dtype and device fit, and leaves every "step" where it is.
         """
@@ -116,8 +116,15 @@ class AdamW(torch.optim.Optimizer):
                     state[key] = value.detach().clone()
 
 
+def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """What is updated together: one parameter on a CPU, whose cache then holds it throughout; all of them on a GPU."""
+    on_cpu = [p for p in parameters if p.device.type == "cpu"]
+    elsewhere = [p for p in parameters if p.device.type != "cpu"]
+    return [*([p] for p in on_cpu), *([elsewhere] if elsewhere else [])]
+
+
 def _bias_correction(steps: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """1 - beta^t for steps t >= 1 of any shape, by expm1: the plain difference loses four digits of float32 at 0.999."""
+    """1 - beta^t for steps t >= 1 of any shape, by expm1: the plain difference loses float32 digits near beta = 1."""
     return torch.mul(steps, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
 
 

@@ -17,12 +17,13 @@ from sparsae.errors import InputError
 from sparsae.evaluate.loading import LoadedRun, load_run
 from sparsae.losses import language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
+from sparsae.train.micro_batch import split_held_out
 
 
 def evaluate_run(
     path: Path, data: str | None = None, teacher: bool = False, max_tokens: int | None = None
 ) -> dict[str, Any]:
-    """Evaluate the run in `path` on `data` (None: its own held-out text), every token predicted once.
+    """Evaluate the run in `path` on `data` (None: the held-out text of its validation), every token predicted once.
 
     Windows of the model's context follow each other without overlap. Bits per byte are the total loss over the bytes of
     UTF-8 that the predicted tokens stand for, which makes models with different tokenizers comparable. Raises
@@ -65,7 +66,10 @@ def _text(loaded: LoadedRun, data: str | None) -> tuple[npt.NDArray[np.int64], i
     corpus = prepare(loaded.config.data)
     if corpus.tokenizer.hash != loaded.tokenizer.hash:
         raise InputError("the run's text has changed since it was trained: name a text with --data")
-    return corpus.validation[:], corpus.validation_bytes, int(corpus.manifest["splits"]["validation"]["documents"])
+    # The rest has scored candidates: the topology was chosen on it.
+    reported = split_held_out(corpus.validation, loaded.config.model.context)[0][:]
+    size = len(loaded.tokenizer.decode(reported.tolist()).encode())
+    return reported, size, int(np.count_nonzero(reported == loaded.tokenizer.eos_id))
 
 
 def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -88,7 +88,7 @@ def training_curve(
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
         elif min(v for v in y if math.isfinite(v)) >= 0:
-            ax.set_ylim(bottom=0)
+            _from_zero(ax, y)
         ax.set_xlim(0, max(run.last_step, 1))
         if spans:
             ax.broken_barh(
@@ -157,7 +157,7 @@ def scores(run: RunData) -> Panel | None:
     return panel(
         "scores",
         "Candidates against the current topology",
-        f"Score of each candidate less that of the current topology, for {len(scored)} updates{thinned}; lower is better. "
+        f"Score of each candidate less that of the current topology, for {len(scored)} updates{thinned}. "
         f"In {better} of them the best candidate scored below the current topology; {accepted} updates were accepted.",
         draw,
         keys,
@@ -195,25 +195,28 @@ def by_update(
     unit: str,
     lines: Mapping[Key, Callable[[Topology], float]],
     *,
-    steps: bool = False,
+    shape: Literal["line", "steps", "stems"] = "line",
     initial: bool = True,
 ) -> Panel | None:
-    """Quantities that each update records, from zero up; `steps` where they hold until the next update."""
+    """Quantities that each update records, from zero up: "steps" hold until the next update, "stems" are of one alone."""
     rows = run.topologies if initial else run.updates
     values = {key: [value(row) for row in rows] for key, value in lines.items()}
     values = {key: y for key, y in values.items() if _any(y)}
     if not values or not run.updates:
         return None
     x = [row.step for row in rows]
-    if steps:
+    if shape == "steps":
         x, values = [*x, run.last_step], {key: [*y, y[-1]] for key, y in values.items()}
 
     def draw(figure: Figure) -> None:
         ax = axes(figure, unit, left=0.58)
         for key, y in values.items():
-            style = {"drawstyle": "steps-post", "marker": None} if steps else {}
+            style = {"drawstyle": "steps-post", "marker": None} if shape == "steps" else {}
+            if shape == "stems":
+                ax.vlines(x, 0, y, color=COLOURS[key.colour], linewidth=1.5)
+                continue
             curve(ax, x, y, key.colour, linestyle={"dash": "--", "dot": ":"}.get(key.mark, "-"), **style)
-        ax.set_ylim(bottom=0)
+        _from_zero(ax, [v for y in values.values() for v in y])
         if unit.startswith("share"):
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
         if all(v == round(v) for y in values.values() for v in y if math.isfinite(v)):
@@ -295,6 +298,10 @@ def _symmetric_log_if_wide(ax: Axes, differences: Sequence[float]) -> None:
     if sizes and sizes[-1] > 20 * sizes[len(sizes) // 2]:
         ax.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+
+
+def _from_zero(ax: Axes, values: Sequence[float]) -> None:
+    ax.set_ylim(0, 1.06 * max(v for v in values if math.isfinite(v)) or 1)
 
 
 def _any(values: Sequence[float]) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparsae.report.data import Layer, RunData
 from sparsae.report.readable import compact, percent, short_names, tick
@@ -18,25 +17,26 @@ from sparsae.report.svg import COLOURS, Array, Panel, panel
 _COLUMNS: Final = 160
 _LABELS: Final = 48  # rows that still have a name each
 # Orange for less, blue for more, and the paper itself for no change: legible on light and on dark.
+_LESS, _MORE = (0.84, 0.42, 0.0), (0.13, 0.5, 0.8)
 _CHANGE: Final = LinearSegmentedColormap.from_list(
-    "change", [(0.84, 0.42, 0.0, 1.0), (0.84, 0.42, 0.0, 0.0), (0.13, 0.5, 0.8, 0.0), (0.13, 0.5, 0.8, 1.0)]
+    "change", [(0.0, (*_LESS, 1.0)), (0.5, (*_LESS, 0.0)), (0.5, (*_MORE, 0.0)), (1.0, (*_MORE, 1.0))]
 )
 
 
 def density(run: RunData) -> Panel | None:
     """Density of each layer at each step."""
-    values = _through_time(run, lambda layer: layer.density)
+    values = _through_time(run, lambda layer: (layer.density,))
     return _map(run, "density", "Density of each layer", "share of a layer's weights", values, _names(run), percent)
 
 
 def density_change(run: RunData) -> Panel | None:
     """Density of each layer relative to the first topology; None where no layer's density has moved."""
-    values = _through_time(run, lambda layer: layer.density)
+    values = _through_time(run, lambda layer: (layer.density,))
     if not values.size:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         change = values / values[:, :1] - 1
-    if not np.nanmax(np.abs(change), initial=0.0) > 1e-3:
+    if not np.abs(np.nan_to_num(change)).max(initial=0.0) > 1e-3:
         return None
     return _map(
         run,
@@ -52,33 +52,28 @@ def density_change(run: RunData) -> Panel | None:
 
 def heads(run: RunData) -> Panel | None:
     """Density of every attention head's slice of its projections at each step."""
-    names = [name for name in run.layers if run.topologies[0].layers[name].heads]
+    first = run.topologies[0].layers if run.topologies else {}
+    names = [name for name in run.layers if first[name].heads]
     if not names:
         return None
-    blocks, labels, at = [], [], 0
-    for name in names:
-        size = len(run.topologies[0].layers[name].heads)
-        blocks += [
-            _through_time(run, lambda layer, i=i: layer.heads[i] if i < len(layer.heads) else math.nan, [name])
-            for i in range(size)
-        ]
-        labels.append((at, at + size, short_names(run.layers)[name]))
-        at += size
+    ends = np.cumsum([len(first[name].heads) for name in names]).tolist()
+    labels = [(a, b, short_names(run.layers)[name]) for a, b, name in zip([0, *ends], ends, names, strict=False)]
+    values = _through_time(run, lambda layer: layer.heads, names)
     title, unit = "Density of each attention head", "share of a head's weights"
-    return _map(run, "heads", title, unit, np.concatenate(blocks), labels, percent)
+    return _map(run, "heads", title, unit, values, labels, percent)
 
 
 def gradient_activity(run: RunData) -> Panel | None:
     """L2 norm of the gradient at each layer's active weights, as each update saw it."""
-    values = _through_time(run, lambda layer: layer.gradient_activity)
+    values = _through_time(run, lambda layer: (layer.gradient_activity,))
     title, unit = "Gradient activity of each layer", "L2 norm at active weights"
     return _map(run, "gradient-activity", title, unit, values, _names(run), compact, log=True)
 
 
 def dead_outputs(run: RunData) -> Panel | None:
     """Share of each layer's outputs without an active weight; None where there never was one."""
-    values = _through_time(run, lambda layer: layer.dead_outputs)
-    if not np.nanmax(values, initial=0.0) > 0:
+    values = _through_time(run, lambda layer: (layer.dead_outputs,))
+    if not np.nan_to_num(values).max(initial=0.0) > 0:
         return None
     title, unit = "Dead outputs of each layer", "rows without an active weight"
     return _map(run, "dead-outputs", title, unit, values, _names(run), compact)
@@ -88,16 +83,18 @@ def _names(run: RunData) -> list[tuple[int, int, str]]:
     return [(i, i + 1, label) for i, label in enumerate(short_names(run.layers).values())]
 
 
-def _through_time(run: RunData, value: Callable[[Layer], float], names: Sequence[str] | None = None) -> Array:
-    """(layers, columns): the value in force in the middle of each of equal spans of steps."""
+def _through_time(
+    run: RunData, values: Callable[[Layer], Sequence[float]], names: Sequence[str] | None = None
+) -> Array:
+    """(rows, columns): the values of each layer, row after row, as they were in the middle of equal spans of steps."""
     names = run.layers if names is None else names
     if not names:
         return np.empty((0, 0))
     steps = [topology.step for topology in run.topologies]
-    seen = [[value(t.layers[name]) if name in t.layers else math.nan for t in run.topologies] for name in names]
+    seen = [[value for name in names for value in values(topology.layers[name])] for topology in run.topologies]
     middles = (np.arange(_COLUMNS) + 0.5) * max(run.last_step, 1) / _COLUMNS
     in_force = np.maximum(np.searchsorted(steps, middles, side="right") - 1, 0)
-    return np.asarray(seen, dtype=np.float64)[:, in_force]
+    return np.asarray(seen, dtype=np.float64).T[:, in_force]
 
 
 def _map(
@@ -159,12 +156,9 @@ def _scale(
     gradient = norm.inverse(np.linspace(0, 1, 128))[None, :]
     bar.imshow(gradient, cmap=cmap, norm=norm, aspect="auto", extent=(0, 1, 0, 1))
     ends = np.asarray(norm.inverse([0.0, 0.5, 1.0]), dtype=float)
-    bar.set_xticks([0, 0.5, 1], [written(end) for end in ends], fontsize=7)
-    for label, side in zip(bar.get_xticklabels(), ("left", "center", "right"), strict=True):
-        label.set_horizontalalignment(side)
-    bar.tick_params(axis="x", length=0, pad=2, bottom=False, top=False, labelbottom=False, labeltop=True)
-    bar.yaxis.set_major_locator(NullLocator())
-    bar.spines[:].set_visible(False)
+    for at, end, side in zip((0.0, 0.5, 1.0), ends, ("left", "center", "right"), strict=True):
+        bar.text(at, 1.7, written(end), ha=side, va="bottom", fontsize=7)
+    bar.set_axis_off()
     figure.text(0.02 / width, (bottom + 0.04) / height, unit, va="center")
 
 
@@ -175,5 +169,5 @@ def _norm(low: float, high: float, signed: bool, log: bool) -> Normalize:
     if log and high > 3 * low:
         return LogNorm(low, high)
     if high - low < 1e-6 * max(abs(high), 1e-12):
-        return Normalize(min(low, 0.0) or -1.0 if high <= 0 else 0.0, high if high > 0 else 1.0)
+        return Normalize(0.0, high or 1.0)
     return Normalize(low, high)

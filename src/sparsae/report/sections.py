@@ -156,8 +156,8 @@ def _training(run: RunData) -> str:
 
 def _density(run: RunData) -> str:
     lead = (
-        "One row a layer or head, time from left to right: which share of its possible connections exists. A projection "
-        "that makes queries, keys and values at once has a row for each head of each, in that order."
+        "One row a layer or head, time from left to right: which share of its possible connections exists. A "
+        "projection that makes queries, keys and values at once has a row for each head of each, in that order."
     )
     if not run.layers:
         return markup.section("density", "Density", lead, markup.paragraph("This run has no sparse layers."))
@@ -201,36 +201,28 @@ def _search(run: RunData) -> str:
             ["proposer", "proposed", "outside its bounds", "scored", "accepted", "median difference in score"],
             _proposers(run),
         ),
-        markup.figures(
-            [
-                update(
-                    run,
-                    "lambda",
-                    "λ",
-                    "candidates an update",
-                    {Key("λ", "accent"): lambda u: u.candidates_count},
-                    steps=True,
-                ),
-                update(
-                    run,
-                    "mutation-rate",
-                    "Mutation rate",
-                    "share of the connections",
-                    {Key("mutation rate", "accent"): lambda u: u.mutation_rate},
-                    steps=True,
-                ),
-                update(
-                    run,
-                    "reset-probability",
-                    "Reset probability",
-                    "per candidate",
-                    {Key("reset probability", "accent"): lambda u: u.reset_probability},
-                    steps=True,
-                ),
-            ],
-            "The strategy's own parameters",
-        ),
+        _strategy(run),
     )
+
+
+def _strategy(run: RunData) -> str:
+    """The parameters in force: a curve each, or a number where it never moved."""
+    parameters: Mapping[tuple[str, str, str], Callable[[Topology], float]] = {
+        ("lambda", "Candidates (λ)", "an update"): lambda update: update.candidates_count,
+        ("mutation-rate", "Mutation rate", "share of connections"): lambda update: update.mutation_rate,
+        ("reset-probability", "Reset probability", "share of candidates"): lambda update: update.reset_probability,
+    }
+    constant, panels = [], []
+    for (name, label, unit), value in parameters.items():
+        values = {value(update) for update in run.updates if math.isfinite(value(update))}
+        if len(values) == 1:
+            constant.append((f"{label}, constant", compact(values.pop())))
+        elif values:
+            key = Key(label, "accent")
+            panels.append(draw.by_update(run, name, label, unit, {key: value}, shape="steps", initial=False))
+    if not constant and not panels:
+        return ""
+    return "<h3>The strategy's own parameters</h3>\n" + markup.facts(constant) + markup.figures(panels)
 
 
 def _proposers(run: RunData) -> list[list[str]]:
@@ -254,8 +246,8 @@ def _proposers(run: RunData) -> list[list[str]]:
 
 def _movement(run: RunData) -> str:
     lead = (
-        "How far the topology moved: what each update exchanged, how much of the first topology is gone, and which share "
-        "of all positions was ever active (the in-time over-parameterization rate, ITOP)."
+        "How far the topology moved: what each update exchanged, how much of the first topology is gone, and which "
+        "share of all positions was ever active (the in-time over-parameterization rate, ITOP)."
     )
     if not run.updates:
         text = "No connection moved." if run.layers else "There are no sparse layers."
@@ -283,6 +275,7 @@ def _movement(run: RunData) -> str:
                     "Connections exchanged",
                     "an update",
                     {Key("swaps", "accent"): lambda u: u.swaps},
+                    shape="stems",
                     initial=False,
                 ),
                 update(run, "hamming", "Distance", "share of active connections", distances),

@@ -8,6 +8,7 @@ candidate.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,11 @@ class Score:
     cross_entropy: float
     diversity: float
     activity: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every component is a number."""
+        return math.isfinite(self.cross_entropy) and math.isfinite(self.diversity) and math.isfinite(self.activity)
 
 
 @dataclass(frozen=True)

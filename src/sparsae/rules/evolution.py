@@ -99,7 +99,8 @@ class Evolution(Rule[EvolutionState]):
         if current is None:
             chosen = next((i for i, candidate in enumerate(candidates) if candidate.rejected is None), None)
             return Decision(chosen), state
-        running = state.running.including([current, *(score for score in scores if score is not None)])
+        measured = [score for score in (current, *scores) if score is not None and score.is_finite]
+        running = state.running.including(measured)
         now = combine(current, self.config.proxy, running, progress)
         values = tuple(
             None if score is None else combine(score, self.config.proxy, running, progress) for score in scores
@@ -171,7 +172,8 @@ class Evolution(Rule[EvolutionState]):
 
     def _after_plateau(self, state: EvolutionState, cross_entropy: float) -> EvolutionState:
         """The micro-batch perplexity of the current topology decides; perplexity is monotone in the cross entropy."""
-        if state.best_cross_entropy is None or cross_entropy < state.best_cross_entropy:
+        best = state.best_cross_entropy
+        if math.isfinite(cross_entropy) and (best is None or cross_entropy < best):
             return dataclasses.replace(
                 state, best_cross_entropy=cross_entropy, stagnant_updates=0, boosted_left=max(0, state.boosted_left - 1)
             )

@@ -47,7 +47,8 @@ def guided(observation: Observation, count: int, config: EvolutionConfig, rng: t
     """Per layer: small weights go, with tempered chance, and the largest gradients of a sample of inactive units come.
 
     Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units,
-    with G standard Gumbel noise. At tau_d = 1 this draws without replacement with odds 1 / w^2.
+    with G standard Gumbel noise. So the kept units are a draw without replacement with odds |w|^(2 / tau_d), the grown
+    ones with odds |g|^(2 / tau_g) (Gumbel top-k: Kool et al., 2019); at temperature 0 the extremes are taken.
     """
     drop, grow = {}, {}
     for name, n in _shares(observation, count).items():

@@ -32,9 +32,8 @@ class BurnIn:
 
     def begin(self, new: Mapping[str, Tensor]) -> None:
         """After a change: `new` marks the grown units of the changed layers; an earlier burn-in ends."""
-        if self._config.steps:
-            self.steps_left = self._config.steps
-            self.new = {name: grown for name, grown in new.items() if bool(grown.any())}
+        self.new = {name: grown for name, grown in new.items() if bool(grown.any())} if self._config.steps else {}
+        self.steps_left = self._config.steps if self.new else 0
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's step."""

@@ -22,9 +22,10 @@ from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import InputError
 from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
-from sparsae.nn.linear import sparse_layers
+from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.train.costs import RunCosts
 from sparsae.train.memory import peak_bytes, state_bytes
+from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter
 from sparsae.train.sparsifier import Sparsifier
@@ -84,6 +85,7 @@ class Trainer:
         teacher: Teacher | None,
         batches: Batches,
         validation: Tensor,
+        micro_batches: MicroBatches | None,
         costs: RunCosts,
         metrics: MetricsWriter,
         trackers: Trackers,
@@ -92,7 +94,7 @@ class Trainer:
     ) -> None:
         self.config, self.settings = config, config.training
         self.model, self.optimizer, self.sparsifier, self.teacher = model, optimizer, sparsifier, teacher
-        self.batches, self.validation, self.costs = batches, validation, costs
+        self.batches, self.validation, self.micro_batches, self.costs = batches, validation, micro_batches, costs
         self.metrics, self.trackers, self.display, self.device = metrics, trackers, display, device
         self.step = self.updates = self.accepted = 0
         self.flops = FlopCounter()
@@ -101,7 +103,7 @@ class Trainer:
         self.validation_loss = self.untrained_loss = math.nan
         self.teacher_loss: float | None = None
         self.state_bytes: dict[str, int] = {}
-        self._sums = {"cross_entropy": 0.0, "distillation": 0.0, "loss": 0.0, "steps": 0}
+        self._sums = {"cross_entropy": 0.0, "distillation": 0.0, "loss": 0.0, "steps": 0, "taught_steps": 0}
         self._compiled = torch.compile(decoder_and_head(model)[0]) if self.settings.compile else None
         self._window = (time.perf_counter(), 0)
 
@@ -138,9 +140,12 @@ class Trainer:
         save()
         return self.step == steps
 
-    def score(self, batch: Tensor) -> Tensor:
-        """Mean cross entropy of the model on a micro-batch."""
-        return self._loss(batch, alpha=0.0).total
+    def score(self, step: int) -> Tensor:
+        """Mean cross entropy of the model on the micro-batch of the update at `step`."""
+        assert self.micro_batches is not None
+        # A dense head's gradient is nobody's concern here.
+        is_sparse = isinstance(decoder_and_head(self.model)[1], SparseLinear)
+        return self._loss(self.micro_batches.at(step), alpha=0.0, head_gradient=is_sparse).total
 
     @property
     def _validate_every(self) -> int:
@@ -154,6 +159,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         alpha = self.warmup.alpha(step) if self.teacher else 0.0
+        if self.micro_batches and self.sparsifier and self.sparsifier.update_due:
+            self.micro_batches.prefetch(step + 1)
         self.model.train()
         if self.config.model.dropout:
             torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
@@ -161,10 +168,12 @@ class Trainer:
             batch = self._to_device(self.batches.at(step * settings.accumulation + micro))
             parts = self._loss(batch, alpha)
             (parts.total / settings.accumulation).backward()
+            self._require_finite(loss := float(parts.total.detach()))
+            self._sums["loss"] += loss / settings.accumulation
             self._sums["cross_entropy"] += float(parts.cross_entropy) / settings.accumulation
             self._sums["distillation"] += float(parts.distillation) / settings.accumulation
-            self._sums["loss"] += float(parts.total.detach()) / settings.accumulation
         self._sums["steps"] += 1
+        self._sums["taught_steps"] += alpha > 0
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
         self.costs.count_step(self.flops, self.tokens_per_step, with_teacher=alpha > 0)
         if self.sparsifier:
@@ -178,7 +187,7 @@ class Trainer:
         self._follow()
         self.optimizer.zero_grad(set_to_none=True)
         if self.step % settings.log_every == 0 or last:
-            self._log(rate, norm, burning_in, alpha)
+            self._log(rate, norm, burning_in)
 
     def _follow(self) -> None:
         """The teacher's average and the topology's update."""
@@ -196,7 +205,7 @@ class Trainer:
         self._record(update.row)
         self.display.topology(self.updates, self.accepted)
 
-    def _loss(self, batch: Tensor, alpha: float) -> LossParts:
+    def _loss(self, batch: Tensor, alpha: float, head_gradient: bool = True) -> LossParts:
         """batch: (B, context + 1) tokens."""
         inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
@@ -217,6 +226,7 @@ class Trainer:
                 teacher_head=teacher_head,
                 alpha=alpha,
                 chunk=self.settings.loss_chunk,
+                head_gradient=head_gradient,
             )
 
     def _clip(self) -> Tensor:
@@ -247,6 +257,7 @@ class Trainer:
             self.model.eval()
             self.validation_loss = self._mean_loss(self.model)
             self.teacher_loss = self._mean_loss(self.teacher.model) if self.teacher else None
+        self._require_finite(self.validation_loss)
         if self.step == 0:
             self.untrained_loss = self.validation_loss
         self.warmup.observe(self.validation_loss)
@@ -265,23 +276,24 @@ class Trainer:
         # Validation is not training: it must not slow the tokens per second that are shown.
         self._window = (time.perf_counter(), self.step)
 
-    def _log(self, rate: float, norm: Tensor, burning_in: bool, alpha: float) -> None:
-        steps = self._sums["steps"]
-        loss = self._sums["loss"] / steps
+    def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise InputError(
                 f"training diverged: the loss is {loss} at step {self.step}; lower training.learning_rate "
                 f"(now {self.settings.learning_rate:g}) or set training.clip"
             )
+
+    def _log(self, rate: float, norm: Tensor, burning_in: bool) -> None:
+        steps, taught = self._sums["steps"], self._sums["taught_steps"]
         started, first = self._window
         now = time.perf_counter()
         row = {
             "kind": "train",
             "step": self.step,
             "tokens": self.tokens,
-            "loss": loss,
+            "loss": self._sums["loss"] / steps,
             "cross_entropy": self._sums["cross_entropy"] / steps,
-            "distillation": self._sums["distillation"] / steps if alpha > 0 else None,
+            "distillation": self._sums["distillation"] / taught if taught else None,
             "learning_rate": rate,
             "gradient_norm": float(norm),
             "nnz": self.costs.nnz,

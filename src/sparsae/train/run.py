@@ -163,7 +163,8 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
         tensors, saved_state = load_checkpoint(checkpoint)
         load_model(parts.model, tensors["model"])
         load_optimizer(parts.model, parts.optimizer, tensors["optimizer"])
-        run.truncate_metrics(saved_state["trainer"]["step"])
+        # A run that was stopped before its first step writes the rows of step 0 again.
+        run.truncate_metrics(saved_state["trainer"]["step"] or -1)
     with MetricsWriter(run.metrics) as metrics:
         trainer = _trainer(parts, metrics, trackers, display)
         if saved_state is not None:
@@ -187,8 +188,8 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
 def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display: Display) -> Trainer:
     config = parts.config
     sparsifier, teacher = None, None
+    micro: MicroBatches | None = None
     if sparse_layers(parts.model):
-        micro: MicroBatches | None = None
         if isinstance(config.topology, EvolutionConfig):
             micro = MicroBatches(
                 parts.micro_tokens, config.model.context, config.topology.micro_batch, config.seed, parts.device
@@ -203,7 +204,7 @@ def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display:
                 seed=config.seed,
                 **bounds_config(config.sparsity),
             ),
-            score=(lambda step: trainer.score(micro.at(step))) if micro else None,
+            score=(lambda step: trainer.score(step)) if micro else None,
             heads=head_layouts(parts.model, config),
         )
         teacher = sparsifier.teacher
@@ -217,6 +218,7 @@ def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display:
         teacher,
         parts.batches,
         parts.validation,
+        micro,
         RunCosts(parts.model, config),
         metrics,
         trackers,

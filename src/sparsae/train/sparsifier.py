@@ -71,6 +71,8 @@ class Sparsifier:
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
+        for layer in self._layers.values():
+            layer.choose_kernel()
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, layer in self._layers.items() if id(layer.values) not in optimized]
         if missing:
@@ -106,6 +108,11 @@ class Sparsifier:
     def probing(self) -> bool:
         """Whether hooks watch the coming backward pass: a compiled model must be left aside for it."""
         return self.search.probing
+
+    @property
+    def update_due(self) -> bool:
+        """Whether a topology update follows the coming optimizer step."""
+        return self.search.rule.due(self.step + 1, self.config.steps)
 
     @property
     def nnz(self) -> int:

@@ -30,10 +30,11 @@ class Trackers:
 
             self._sinks.append(write)
             self._closers.append(writer.close)
-        for name, wanted in (("trackio", config.trackio), ("wandb", config.wandb)):
+        # W&B keeps its files with the run; trackio has one database of its own for all runs.
+        for name, wanted, places in (("trackio", config.trackio, {}), ("wandb", config.wandb, {"dir": str(run)})):
             if wanted:
                 tracker = _package(name, name)
-                tracker.init(project=config.project, name=run.name, config=dict(settings))
+                tracker.init(project=config.project, name=run.name, config=dict(settings), **places)
                 self._sinks.append(_logger(tracker))
                 self._closers.append(tracker.finish)
 

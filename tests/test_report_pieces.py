@@ -1,0 +1,84 @@
+"""Numbers in words, thinned curves and the records behind the report."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsae.report.data import Candidate, Topology, Train
+from sparsae.report.readable import compact, count, decimal, duration, percent, short_names, tick
+from sparsae.report.svg import POINTS, thinned
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (compact(8_175_471_177_728, "FLOP"), "8.18 TFLOP"),
+        (compact(999_999, "B"), "1 MB"),
+        (compact(0), "0"),
+        (compact(-0.00052), "−0.00052"),
+        (compact(2e-7), "2e-7".replace("-", "−")),
+        (compact(NAN, "B"), "–"),
+        (tick(1_500), "1.5k"),
+        (decimal(4238.134), "4,238"),
+        (decimal(86.654), "86.65"),
+        (decimal(0.0), "0.000"),
+        (decimal(math.inf), "–"),
+        (count(314_573), "314,573"),
+        (percent(0.9), "90 %"),
+        (percent(-0.0512), "−5.12 %"),
+        (duration(0.098), "0.098 s"),
+        (duration(138.3), "2 min 18 s"),
+        (duration(3_725), "1 h 2 min"),
+        (duration(59.99), "60 s"),
+    ],
+)
+def test_numbers_in_words(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def test_names_lose_what_they_share_and_stay_apart() -> None:
+    names = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    assert list(short_names(names).values()) == ["0.attn.c_attn", "1.attn.c_attn"]
+    assert short_names(["a.b"]) == {"a.b": "a.b"}
+    assert short_names(["a", "a.b"]) == {"a": "a", "a.b": "a.b"}
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.just(NAN), min_size=1, max_size=1500))
+def test_thinned_curves_are_short_and_stay_within_their_points(values: list[float]) -> None:
+    x, y = thinned(range(len(values)), values)
+    assert len(x) == len(y) <= POINTS
+    assert (np.diff(x) > 0).all()
+    known = [v for v in values if not math.isnan(v)]
+    assert np.isfinite(y).any() == bool(known)
+    if known:
+        assert min(known) - 1e-6 <= np.nanmin(y) <= np.nanmax(y) <= max(known) + 1e-6
+
+
+def test_a_gap_stays_a_gap() -> None:
+    _, y = thinned(range(POINTS * 2), [NAN] * POINTS + [1.0] * POINTS)
+    assert np.isnan(y[: POINTS // 2]).all()
+    assert (y[POINTS // 2 :] == 1.0).all()
+
+
+def test_missing_numbers_are_nan() -> None:
+    row = Train.of({"step": 3, "cross_entropy": None, "learning_rate": "fast"})
+    assert row.step == 3
+    assert math.isnan(row.cross_entropy)
+    assert math.isnan(row.learning_rate)
+    assert row.burn_in is False
+
+
+def test_the_best_candidate_is_scored() -> None:
+    topology = Topology.of(
+        {"step": 1, "candidates": [{"score": None}, {"score": 2.0}, {"score": 1.0, "proposer": "shift"}]}
+    )
+    assert isinstance(topology.best, Candidate)
+    assert topology.best.proposer == "shift"
+    assert Topology.of({"step": 1, "candidates": [{"score": None}]}).best is None
