@@ -283,6 +283,19 @@ def test_figures_take_the_colours_of_the_page(make_run: Callable[..., Path]) -> 
         assert "font-family" not in drawing
 
 
+def test_figures_of_a_long_run_stay_small(make_run: Callable[..., Path]) -> None:
+    rng, updates = np.random.default_rng(5), topology_rows(np.random.default_rng(4))
+    rows: Rows = []
+    for step in range(0, 8000, 20):
+        rows.append(
+            updates[step // 20 % 17] | {"step": step, "accepted": step > 0, "layers": layer_rows(rng, step / 8000)}
+        )
+        rows.append({"kind": "train", "step": step + 20, "cross_entropy": float(rng.normal(3)), "learning_rate": 1e-3})
+    text, _ = report(make_run(rows, summary=None))
+    assert max(len(svg) for svg in text.split("<svg")[1:]) < 80_000
+    assert "burn-in, 1 in 3 shown" in text
+
+
 def test_the_same_run_gives_the_same_page(make_run: Callable[..., Path]) -> None:
     run = make_run(metric_rows())
     first = write_report(run).read_bytes()

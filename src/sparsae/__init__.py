@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsae.nn.sparsify import densify as densify
     from sparsae.nn.sparsify import sparsify as sparsify
     from sparsae.optim import AdamW as AdamW
+    from sparsae.optim import parameter_groups as parameter_groups
     from sparsae.surgery import Swap as Swap
     from sparsae.train.sparsifier import Sparsifier as Sparsifier
     from sparsae.train.sparsifier import SparsifierConfig as SparsifierConfig
@@ -36,6 +37,7 @@ _HOMES = {
     "Topology": "sparsae.core.topology",
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
+    "parameter_groups": "sparsae.optim",
     "sparsify": "sparsae.nn.sparsify",
 }
 

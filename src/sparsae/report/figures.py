@@ -17,6 +17,8 @@ from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, panel
 
 _MARKERS = (("o", "○"), ("^", "△"), ("s", "□"), ("D", "◇"), ("v", "▽"), ("p", "⬠"))
 _SHOWN_UPDATES = 200
+_SHOWN_CANDIDATES = 500
+_SHOWN_SPANS = 150
 _PART_NAMES = {"dense_gradients": "growth gradients"}
 
 
@@ -33,7 +35,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
             [r.teacher_loss for r in run.validation],
         ),
     }
-    curves = {key: (x, y) for key, (x, y) in curves.items() if _any(y)}
+    curves = {key: (x, y) for key, (x, y) in curves.items() if _any(x) and _any(y)}
     lines = {"untrained": run.untrained_loss, "unigram": run.unigram_loss}
     lines = {name: value for name, value in lines.items() if math.isfinite(value)}
     if not curves:
@@ -44,7 +46,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
         for key, (x, y) in curves.items():
             width = 1.0 if key.colour == "muted" else 1.5
             curve(ax, x, y, key.colour, linestyle="--" if key.mark == "dash" else "-", linewidth=width)
-        ax.set_xlim(0, max(max(x) for x, _ in curves.values()) or 1)
+        ax.set_xlim(0, max(v for x, _ in curves.values() for v in x if math.isfinite(v)) or 1)
         for name, value in lines.items():
             ax.axhline(value, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
             ax.annotate(
@@ -79,6 +81,7 @@ def training_curve(
     if not _any(y):
         return None
     spans = run.burn_in_spans()
+    every = max(1, -(-len(spans) // _SHOWN_SPANS))
     positive = log and all(v > 0 for v in y if math.isfinite(v))
 
     def draw(figure: Figure) -> None:
@@ -92,7 +95,7 @@ def training_curve(
         ax.set_xlim(0, max(run.last_step, 1))
         if spans:
             ax.broken_barh(
-                [(a, b - a) for a, b in spans],
+                [(a, b - a) for a, b in spans[::every]],
                 (0, 1),
                 transform=ax.get_xaxis_transform(),
                 facecolor=COLOURS["warm"],
@@ -100,8 +103,9 @@ def training_curve(
                 linewidth=0,
             )
 
-    keys = [Key("burn-in", "warm", "band")] if spans else []
-    shaded = f" {len(spans)} burn-in periods are shaded." if spans else ""
+    label = "burn-in" if every == 1 else f"burn-in, 1 in {every} shown"
+    keys = [Key(label, "warm", "band")] if spans else []
+    shaded = f" There were {len(spans)} burn-in periods, which are shaded." if spans else ""
     return panel(name, title, f"{title} against steps: from {_ends(y)}.{shaded}", draw, keys)
 
 
@@ -110,12 +114,16 @@ def scores(run: RunData) -> Panel | None:
     scored = [u for u in run.updates if u.current is not None and any(map(_scored, u.candidates))]
     if not scored:
         return None
-    shown = scored[:: -(-len(scored) // _SHOWN_UPDATES)]
+    shown = scored[:: -(-sum(len(u.candidates) for u in scored) // _SHOWN_CANDIDATES)]
     proposers = list(dict.fromkeys(c.proposer for u in run.updates for c in u.candidates))
+    threshold = _linear_up_to(
+        [d for p in proposers for taken in (False, True) for _, d in _differences(shown, p, taken)]
+    )
     marker = {proposer: _MARKERS[i % len(_MARKERS)] for i, proposer in enumerate(proposers)}
 
     def draw(figure: Figure) -> None:
-        ax = axes(figure, "score less the current topology's", left=0.58)
+        scale = f", logarithmic beyond ±{tick(threshold)}" if threshold else ""
+        ax = axes(figure, f"score less the current topology's{scale}", left=0.58)
         for proposer in proposers:
             for taken in (False, True):
                 points = _differences(shown, proposer, taken)
@@ -144,7 +152,9 @@ def scores(run: RunData) -> Panel | None:
         )
         ax.set_xlim(0, max(run.last_step, 1))
         ax.margins(y=0.12)
-        _symmetric_log_if_wide(ax, [d for p in proposers for t in (False, True) for _, d in _differences(shown, p, t)])
+        if threshold:
+            ax.set_yscale("symlog", linthresh=threshold)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
 
     keys = [Key("accepted", "accent", "●"), Key("not taken", "muted", "○")]
     if any(c.rejected is not None for u in shown for c in u.candidates):
@@ -198,7 +208,7 @@ def by_update(
     shape: Literal["line", "steps", "stems"] = "line",
     initial: bool = True,
 ) -> Panel | None:
-    """Quantities that each update records, from zero up: "steps" hold until the next update, "stems" are of one alone."""
+    """Quantities that each update records, from zero up: "steps" hold until the next update, "stems" stand alone."""
     rows = run.topologies if initial else run.updates
     values = {key: [value(row) for row in rows] for key, value in lines.items()}
     values = {key: y for key, y in values.items() if _any(y)}
@@ -292,12 +302,11 @@ def _scored(candidate: Candidate) -> bool:
     return math.isfinite(candidate.score)
 
 
-def _symmetric_log_if_wide(ax: Axes, differences: Sequence[float]) -> None:
-    """One large jump must not press all other candidates onto the zero line."""
-    sizes = sorted(abs(d) for d in differences if math.isfinite(d) and d)
-    if sizes and sizes[-1] > 20 * sizes[len(sizes) // 2]:
-        ax.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+def _linear_up_to(differences: Sequence[float]) -> float | None:
+    """Where a scale must turn logarithmic, lest one large jump press all other candidates onto the zero line."""
+    sizes = sorted(abs(d) for d in differences if d)
+    middle = sizes[len(sizes) // 2] if sizes else math.inf
+    return 10.0 ** round(math.log10(middle)) if sizes and sizes[-1] > 20 * middle else None
 
 
 def _from_zero(ax: Axes, values: Sequence[float]) -> None:

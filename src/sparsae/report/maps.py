@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib import colormaps
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -14,7 +15,9 @@ from sparsae.report.data import Layer, RunData
 from sparsae.report.readable import compact, percent, short_names, tick
 from sparsae.report.svg import COLOURS, Array, Panel, panel
 
-_COLUMNS: Final = 160
+_COLUMNS: Final = 160  # of a map of few rows
+_CELLS: Final = 48_000  # of a map of many, while it has a quarter of these columns
+_LEVELS: Final = 32  # of colour, so that the image compresses well
 _LABELS: Final = 48  # rows that still have a name each
 # Orange for less, blue for more, and the paper itself for no change: legible on light and on dark.
 _LESS, _MORE = (0.84, 0.42, 0.0), (0.13, 0.5, 0.8)
@@ -92,7 +95,8 @@ def _through_time(
         return np.empty((0, 0))
     steps = [topology.step for topology in run.topologies]
     seen = [[value for name in names for value in values(topology.layers[name])] for topology in run.topologies]
-    middles = (np.arange(_COLUMNS) + 0.5) * max(run.last_step, 1) / _COLUMNS
+    columns = min(_COLUMNS, max(_COLUMNS // 4, _CELLS // len(seen[0])))
+    middles = (np.arange(columns) + 0.5) * max(run.last_step, 1) / columns
     in_force = np.maximum(np.searchsorted(steps, middles, side="right") - 1, 0)
     return np.asarray(seen, dtype=np.float64).T[:, in_force]
 
@@ -122,7 +126,7 @@ def _map(
         left, right, bottom = 0.12 + 0.068 * max(len(label) for *_, label in labels), 0.12, 0.42
         box = (left / width, bottom / height, (width - left - right) / width, inches / height)
         ax = figure.add_axes(box)
-        cmap = _CHANGE if signed else "cividis"
+        cmap = (_CHANGE if signed else colormaps["cividis"]).resampled(_LEVELS)
         ax.imshow(values, cmap=cmap, norm=norm, aspect="auto", extent=(0, max(run.last_step, 1), rows, 0))
         every = -(-len(labels) // _LABELS)
         shown = labels[::every]
@@ -144,7 +148,7 @@ def _map(
 def _scale(
     figure: Figure,
     norm: Normalize,
-    cmap: LinearSegmentedColormap | str,
+    cmap: Colormap,
     unit: str,
     written: Callable[[float], str],
     place: tuple[float, float, float],

@@ -33,8 +33,6 @@ COLOURS: Final = {
     "paper": "#010104",
     "accent": "#010105",
     "warm": "#010106",
-    "green": "#010107",
-    "purple": "#010108",
 }
 WIDTH: Final = 4.5  # inches; two such figures stand side by side on a desktop, one fills a phone
 POINTS: Final = 400  # of a curve; more than a screen can show

@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 _STAGES = {"tokenizer": "training the tokenizer", "tokenize": "tokenizing"}
 
@@ -19,7 +21,8 @@ class Display:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self._live = self.console.is_terminal and not quiet
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._line = Text()
+        self._view: Live | None = None
         self._stage: str | None = None
         self._started = (time.monotonic(), 0)
         self._latest = {"validation": "", "updates": ""}
@@ -37,8 +40,7 @@ class Display:
         elif name != self._stage or self._bar is None:
             self.close()
             self._open(title, total)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
+        self._advance(done, total)
         self._stage = name
 
     def begin(self, step: int, steps: int) -> None:
@@ -60,8 +62,9 @@ class Display:
             "burn-in" if row["burn_in"] else "",
         ]
         text = " · ".join(part for part in parts if part)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=row["step"], description=text)
+        if self._bar is not None:
+            self._line.plain = text
+            self._advance(row["step"], steps)
         else:
             self.say(f"step {row['step']}/{steps} · {text} · ETA {self._eta(row['step'], steps)}")
 
@@ -77,23 +80,29 @@ class Display:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
+        if self._view is not None:
+            self._view.stop()
+        self._view = self._bar = None
 
     def _open(self, title: str, total: int | None) -> None:
         self._bar = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}" if total else "{task.completed:,.0f}"),
             TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}" if total else "{task.completed:,.0f}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
+            expand=True,
         )
-        self._bar.start()
-        self._task = self._bar.add_task(title, total=total)
+        self._bar.add_task(title, total=total)
+        # The numbers have a line of their own, so that a narrow terminal cuts neither them nor the bar.
+        self._line = Text()
+        self._view = Live(Group(self._bar, self._line), console=self.console, transient=True)
+        self._view.start()
+
+    def _advance(self, done: int, total: int | None) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
     def _eta(self, step: int, steps: int) -> str:
         began, first = self._started

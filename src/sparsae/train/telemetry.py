@@ -59,6 +59,7 @@ class TopologyTelemetry:
         rows, columns = topology.grid
         heads = self._heads.get(name)
         return {
+            "shape": list(topology.shape),
             "nnz": topology.nnz,
             "units": math.prod(topology.shape),
             "density": topology.density,
