@@ -63,7 +63,8 @@ class Calls(list[tuple[str, tuple[Any, ...]]]):
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.chdir(tmp_path)
     calls = Calls()
-    calls.replace(monkeypatch, "sparsae.train.run", start=SUMMARY, resume=SUMMARY, plan=PLAN)
+    calls.replace(monkeypatch, "sparsae.train.run", start=SUMMARY, resume=SUMMARY)
+    calls.replace(monkeypatch, "sparsae.train.plan", plan=PLAN)
     calls.replace(monkeypatch, "sparsae.evaluate.perplexity", evaluate_run={"loss": 1.5, "tokens": 1234})
     calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="def f(): pass", write_sample=None)
     calls.replace(monkeypatch, "sparsae.evaluate.export", export_run=None)

@@ -14,6 +14,11 @@ from sparsae.errors import InputError
 from sparsae.train.rundir import MetricsWriter, RunDirectory, describe, to_json, write_atomically
 
 
+def append(run: RunDirectory, row: dict[str, object]) -> None:
+    with MetricsWriter(run.metrics) as writer:
+        writer.write(row)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory.create(tmp_path / "run")
@@ -94,7 +99,7 @@ class TestMetrics:
         with MetricsWriter(run.metrics) as writer:
             writer.write({"kind": "train", "step": 1, "loss": math.nan, "layers": {"a": [math.inf, 1.5]}})
             assert run.read_metrics() == [{"kind": "train", "step": 1, "loss": None, "layers": {"a": [None, 1.5]}}]
-        run.append_metrics({"step": 2})
+        append(run, {"step": 2})
         assert [row["step"] for row in run.read_metrics()] == [1, 2]
 
     @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step"\n', "\0\0\0", "12"])
@@ -158,8 +163,8 @@ class TestDescribe:
     def test_a_run_without_a_summary_shows_its_latest_metrics(self, run: RunDirectory) -> None:
         save_checkpoint(run, 10)
         for step in (10, 20):
-            run.append_metrics({"kind": "train", "step": step, "tokens": step * 8, "nnz": 5})
-            run.append_metrics({"kind": "validation", "step": step, "loss": 1.0 / step, "perplexity": 2.0})
+            append(run, {"kind": "train", "step": step, "tokens": step * 8, "nnz": 5})
+            append(run, {"kind": "validation", "step": step, "loss": 1.0 / step, "perplexity": 2.0})
         known = describe(run.path)
         assert (known["steps"], known["tokens"], known["nnz"]) == (20, 160, 5)
         assert (known["validation_loss"], known["checkpoint_step"]) == (0.05, 10)

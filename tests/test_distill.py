@@ -95,6 +95,29 @@ def test_average_follows_its_formula_for_every_parameter() -> None:
         torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * student[name].detach())
 
 
+def test_a_dense_teacher_of_a_model_with_buffers_follows() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=None,
+    )
+    model = sparsify(LlamaForCausalLM(config), 0.5)
+    teacher = Teacher(model, TeacherConfig(storage="dense", beta=0.5, ramp=False))
+    for layer in sparse_layers(model).values():
+        layer.values.data += 1.0
+    teacher.update(model, 0)
+    for name, layer in sparse_layers(model).items():
+        weight = teacher.model.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        torch.testing.assert_close(weight, layer.dense_weight() - 0.5 * layer.topology.to_mask())
+
+
 def test_ramp_lets_the_decay_grow() -> None:
     teacher = Teacher(small_model(), TeacherConfig(beta=0.99, ramp=True))
     assert [teacher.decay(step) for step in (0, 8, 10_000)] == [0.1, 0.5, 0.99]

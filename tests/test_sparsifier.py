@@ -20,6 +20,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.telemetry import TopologyTelemetry
 from tests.test_topology import assert_valid
 
 
@@ -320,8 +321,7 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
     sparsifier = Sparsifier(
         model, optimizer, SparsifierConfig(steps=20, topology=EvolutionConfig(every=1, candidates=1))
     )
-    probe = sparsifier.search._probe
-    assert probe is not None
+    probes = sparsifier.search._probes
     dense = densify(mlp())
     for seed in (1, 2):  # Gradients of two passes add up, as in accumulation.
         x = torch.randn(8, 24, generator=generator(seed, "x"))
@@ -330,9 +330,9 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
     for name, layer in sparse_layers(model).items():
         gradient = dense.get_submodule(name).weight.grad
         assert isinstance(gradient, Tensor)
-        expected = gradient.T.reshape(-1)[probe.units[name].long()]
-        torch.testing.assert_close(probe.gradients[name], expected)
-        assert not bool(layer.topology.contains(probe.units[name]).any())
+        expected = gradient.T.reshape(-1)[probes[name].units.long()]
+        torch.testing.assert_close(probes[name].gradient, expected)
+        assert not bool(layer.topology.contains(probes[name].units).any())
 
 
 def test_scoring_is_not_watched() -> None:
@@ -342,16 +342,91 @@ def test_scoring_is_not_watched() -> None:
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=topology), score=score_of(model))  # type: ignore[arg-type]
     x = torch.randn(8, 24, generator=generator(1, "x"))
     (model(x) - x).square().mean().backward()
-    probe = sparsifier.search._probe
-    assert probe is not None
-    seen = {name: gradient.clone() for name, gradient in probe.gradients.items()}
+    probes = sparsifier.search._probes
+    seen = {name: probe.gradient for name, probe in probes.items()}
+    assert seen
     sparsifier.before_step()
     optimizer.step()
     update = sparsifier.after_step()
     assert update is not None
     assert update.cost.backwards == 4
-    assert all(torch.equal(probe.gradients[name], gradient) for name, gradient in seen.items())
+    assert all(probes[name].gradient is gradient for name, gradient in seen.items())
     assert {tokens for _, tokens in update.cost.probed.values()} == {8}
+
+
+def test_compiled_models_are_probed_and_follow_every_count() -> None:
+    torch._dynamo.reset()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    topology = EvolutionConfig(every=1, candidates=1, stop=1.0)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=topology))
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for step in range(12):
+            x = torch.randn(8, 24, generator=generator(step, "x"))
+            (compiled(x) - x).square().mean().backward()
+            assert all(probe.gradient is not None for probe in sparsifier.search._probes.values())
+            sparsifier.before_step()
+            optimizer.step()
+            sparsifier.after_step()
+            optimizer.zero_grad()
+            layers = sparse_layers(model)
+            # Counts drift as under a rule that moves density between layers.
+            for layer in layers.values():
+                grown = layer.topology.sample_inactive(1, generator(step, "drift"))
+                topology_, _ = layer.topology.replace(layer.indices[:0], grown)
+                layer.set_topology(topology_, torch.randn(topology_.count))
+            sparsifier.search.arm(sparsifier.step + 1)
+            sparsifier.search.telemetry = TopologyTelemetry(layers, {})
+
+
+def test_scoring_gives_every_module_its_own_mode_back() -> None:
+    torch.manual_seed(0)
+    frozen = nn.BatchNorm1d(24).eval()
+    model = nn.Sequential(nn.Linear(24, 24), frozen, nn.Linear(24, 24), nn.Linear(24, 24))
+    model[3].requires_grad_(True)
+    sparsify(model, 0.5)
+    optimizer = OPTIMIZERS["sgd"](model)
+
+    def score(step: int) -> Tensor:
+        assert not model.training
+        return model[2](model[1](model[0](torch.ones(4, 24)))).square().mean()
+
+    topology = EvolutionConfig(every=1, candidates=2)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10, topology=topology), score=score)
+    score_free = model[0](torch.ones(4, 24)).sum()
+    score_free.backward()
+    sparsifier.before_step()
+    optimizer.step()
+    update = sparsifier.after_step()
+    assert update is not None
+    assert model.training
+    assert not frozen.training
+
+
+def test_a_teacher_without_dense_parameters() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)), 0.5)
+    optimizer = OPTIMIZERS["sgd"](model)
+    config = SparsifierConfig(steps=5, topology=StaticConfig(), teacher=TeacherConfig())
+    sparsifier = Sparsifier(model, optimizer, config)
+    model(torch.ones(2, 8)).sum().backward()
+    sparsifier.before_step()
+    optimizer.step()
+    sparsifier.after_step()
+
+
+def test_a_layer_that_starts_outside_its_bounds_keeps_them_over_a_stop() -> None:
+    def make() -> Sparsifier:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 4))
+        sparsify(model, 0.9, budget="erk")
+        config = SparsifierConfig(steps=10, topology=EvolutionConfig(candidates=1), max_density=0.11)
+        return Sparsifier(model, OPTIMIZERS["sgd"](model), config)
+
+    one, two = make(), make()
+    one.search.bounds = dict.fromkeys(one.search.bounds, (1, 7))
+    two.restore(*one.state())
+    assert two.search.bounds == one.search.bounds
 
 
 def test_head_floors_hold_under_evolution() -> None:

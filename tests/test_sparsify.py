@@ -103,10 +103,38 @@ def test_include_and_exclude_choose_by_name() -> None:
 
 
 def test_layers_that_read_their_weight_themselves_are_left_alone() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    sparsify(model, 0.5)
-    assert list(sparse_layers(model)) == ["linear1", "linear2"]
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    model = sparsify(nn.Sequential(encoder, normed, nn.Linear(16, 16)), 0.5)
+    assert list(sparse_layers(model)) == ["2"]
     model(torch.randn(2, 3, 16)).sum().backward()
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 3, 16))
+
+
+def test_a_layer_with_two_names_stays_one_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    model.append(model[0])
+    sparsify(model, 0.5)
+    assert model[0] is model[2]
+    assert isinstance(model[0], SparseLinear)
+    densify(model)
+    assert model[0] is model[2]
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    heads = {"transformer.h.1.attn.c_attn": HeadLayout("out", 8)}
+    model = gpt2()
+    with pytest.raises(InputError, match="head_min_density"):
+        sparsify(model, 0.9, heads=heads, head_min_density=0.3)
+    assert not sparse_layers(model)
+
+
+def test_unsorted_indices_are_refused() -> None:
+    layer = SparseLinear(Topology.from_indices((3, 4), torch.tensor([1, 5, 7])), torch.ones(3))
+    with pytest.raises(ValueError, match="not sorted"):
+        layer.load_state_dict({"values": torch.ones(3), "indices": torch.tensor([5, 1, 7], dtype=torch.int32)})
 
 
 def test_the_same_seed_draws_the_same_topology() -> None:

@@ -19,7 +19,7 @@ OPTIMIZERS = {
     "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
-    "lion-like": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
 }
 
 
@@ -71,7 +71,7 @@ def test_values_and_optimizer_state_follow(name: str, topology: Topology, seed: 
         assert not layer.values.detach()[~was_active].any()
         for key, state in states[n].items():
             now = optimizer.state[layer.values][key]
-            assert now.shape == layer.values.shape
+            assert now.shape[0] == layer.topology.count
             assert not now[~was_active].any()
             if was_active.any():
                 assert torch.equal(now[was_active], state[at])
@@ -123,6 +123,29 @@ def test_blocks_count_their_width_as_fan_in() -> None:
     two, one = (6 / 8) ** 0.5, (6 / 4) ** 0.5
     assert float(values[topology.rows == 0].abs().max()) <= two
     assert float(values[topology.rows == 1].abs().max()) <= one
+
+
+def test_factored_state_over_blocks_follows() -> None:
+    topology = Topology.random((16, 16), 6, generator(0), (4, 4))
+    layers = {"a": SparseLinear(topology, torch.randn(topology.values_shape))}
+    optimizer = torch.optim.Adafactor([layers["a"].values], lr=0.1)
+    layers["a"].values.grad = torch.ones_like(layers["a"].values)
+    optimizer.step()
+    grow = topology.sample_inactive(2, generator(1))
+    made = plan(layers, Swap({"a": topology.indices[[0, 3]]}, {"a": grow}), "zero", generator(0))
+    made.commit(optimizer)
+    grown = made.changes["a"].grown
+    state = optimizer.state[layers["a"].values]
+    assert state["row_var"].shape == (6, 4, 1)
+    for key in ("row_var", "col_var"):
+        assert not state[key][grown].any()
+        assert state[key][~grown].all()
+
+
+def test_no_index_tensor_is_kept_beside_the_indices() -> None:
+    topology = Topology.random((16, 16), 6, generator(0), (4, 4))
+    assert topology.rows.numel() == topology.columns.numel() == 6
+    assert set(vars(topology)) == {"shape", "indices", "unit"}
 
 
 def test_swaps_that_do_not_hold_are_refused() -> None:

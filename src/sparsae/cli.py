@@ -119,7 +119,7 @@ def train(
         return
     if dry_run:
         with _output(json_file) as result:
-            from sparsae.train.run import plan
+            from sparsae.train.plan import plan
 
             result.update(plan(resolved))
         if not quiet:
@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except _UsageError as error:
         message = error.format_message()
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: cannot be read or written: {error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
         return _EXIT_INTERRUPTED
     else:

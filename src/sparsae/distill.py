@@ -40,6 +40,17 @@ class Teacher:
         """beta at a step counted from 0; with a ramp min(beta, (1 + t) / (10 + t))."""
         return min(self.config.beta, (1 + step) / (10 + step)) if self.config.ramp else self.config.beta
 
+    @property
+    def nnz(self) -> int:
+        """Weights that the teacher multiplies by in the layers that are sparse in the student."""
+        count = 0
+        for kept in self.layers.values():
+            module = kept.module
+            weights = module.values if isinstance(module, SparseLinear) else module.weight
+            assert isinstance(weights, Tensor)
+            count += weights.numel()
+        return count
+
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """One step of the average, after the optimizer's."""
@@ -48,9 +59,9 @@ class Teacher:
         owned = {id(layer.values) for layer in sparse.values()}
         shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
         teacher_parameters = dict(self.model.named_parameters())
-        torch._foreach_lerp_(
-            [teacher_parameters[name].data for name, _ in shared], [p.data for _, p in shared], 1.0 - beta
-        )
+        if shared:
+            mine = [teacher_parameters[name].data for name, _ in shared]
+            torch._foreach_lerp_(mine, [p.data for _, p in shared], 1.0 - beta)
         for name, layer in sparse.items():
             self._update_layer(self.layers[name], layer, beta)
         theirs = dict(student.named_buffers())
@@ -77,8 +88,8 @@ class Teacher:
         if not isinstance(module, SparseLinear):
             weight = module.weight
             assert isinstance(weight, Tensor)
-            dense = layer.dense_weight()
-            weight.lerp_(dense.T if layer.conv1d else dense, 1.0 - beta)
+            weight.mul_(beta)
+            layer.add_to_dense(weight.T if layer.conv1d else weight, 1.0 - beta)
         elif kept.active is None:
             module.values.data.lerp_(layer.values.data, 1.0 - beta)
         else:

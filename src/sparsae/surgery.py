@@ -108,14 +108,14 @@ class Plan:
     def commit(
         self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None
     ) -> None:
-        """Carry the swap out: values, every optimizer state tensor of the parameter's shape, and the teacher."""
+        """Carry the swap out: values, every optimizer state tensor that goes by unit, and the teacher."""
         for name, change in self.changes.items():
             layer = self.layers[name]
             if optimizer is not None and layer.values in optimizer.state:
                 shape = layer.values.shape
                 state = optimizer.state[layer.values]
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == shape:
+                    if isinstance(value, Tensor) and _goes_by_unit(value.shape, shape):
                         state[key] = remap(value, change.source)
             layer.set_topology(change.after, change.values)
             if teacher is not None:
@@ -163,6 +163,12 @@ def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
     bound = math.sqrt(6.0) / fan_in.to(torch.float32).sqrt()
     uniform = torch.rand(topology.values_shape, generator=rng) * 2 - 1
     return uniform * bound.view(-1, *[1] * (uniform.dim() - 1))
+
+
+def _goes_by_unit(state: torch.Size, values: torch.Size) -> bool:
+    """Whether a state tensor has an entry a unit: the values' shape, or a factored form of it over blocks."""
+    factored = len(values) == 3 and len(state) == 3 and state[0] == values[0]
+    return state == values or factored
 
 
 def _size(units: Mapping[str, Tensor], name: str) -> int:

@@ -11,7 +11,6 @@ Nothing here ever builds anything of the size of the grid, but for `to_mask`, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,12 +80,12 @@ class Topology:
         """Shape of the values of the active units: (nnz,) or (count, b_out, b_in)."""
         return (self.count,) if self.unit == (1, 1) else (self.count, *self.unit)
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """(count,) grid row of each active unit."""
         return self.indices % self.grid[0]
 
-    @cached_property
+    @property
     def columns(self) -> Tensor:
         """(count,) grid column of each active unit."""
         return self.indices // self.grid[0]

@@ -59,6 +59,11 @@ class Corpus:
         return self.tokenizer.vocab_size
 
     @property
+    def digest(self) -> str:
+        """A hash of everything in it: tokens of both splits, counts and tokenizer."""
+        return sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
+
+    @property
     def validation_tokens(self) -> int:
         return len(self.validation)
 

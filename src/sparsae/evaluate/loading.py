@@ -19,7 +19,8 @@ from sparsae.train.rundir import RunDirectory
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A run's model in evaluation mode on `device`, its tokenizer, and the step that it was saved at."""
+    """A run's model in evaluation mode on `device`, its tokenizer, the step that it was saved at,
+    and the digest of the corpus that it was trained on."""
 
     run: RunDirectory
     config: Config
@@ -27,6 +28,7 @@ class LoadedRun:
     tokenizer: Tokenizer
     device: torch.device
     step: int
+    corpus: str
 
 
 def load_run(path: Path, teacher: bool = False) -> LoadedRun:
@@ -48,4 +50,4 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
         densify(model)
     load_model(model, tensors[group])
     model.requires_grad_(False).eval()
-    return LoadedRun(run, config, model, tokenizer, device, int(state["trainer"]["step"]))
+    return LoadedRun(run, config, model, tokenizer, device, int(state["trainer"]["step"]), state["corpus"])

@@ -64,7 +64,7 @@ def _text(loaded: LoadedRun, data: str | None) -> tuple[npt.NDArray[np.int64], i
             vocab_size=loaded.config.model.vocab_size,
         )
     corpus = prepare(loaded.config.data)
-    if corpus.tokenizer.hash != loaded.tokenizer.hash:
+    if corpus.digest != loaded.corpus:
         raise InputError("the run's text has changed since it was trained: name a text with --data")
     # The rest has scored candidates: the topology was chosen on it.
     reported = split_held_out(corpus.validation, loaded.config.model.context)[0][:]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsae.kernels.backend import Layout
+from sparsae.kernels.probe import open_probe
 from sparsae.kernels.registry import BACKENDS
 
 
@@ -68,7 +69,10 @@ def sparse_linear_backward(
         dx = BACKENDS[backend].spmm_t(values, layout, dy_TO).view(*dy.shape[:-1], in_features)
     dvalues = dy.new_empty(0)
     if needs_values:
-        dvalues = BACKENDS[backend].sddmm(dy_TO, x.reshape(-1, in_features), layout)
+        x_TI = x.reshape(-1, in_features)
+        dvalues = BACKENDS[backend].sddmm(dy_TO, x_TI, layout)
+        if (probe := open_probe(indices)) is not None:
+            probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
     return dx, dvalues
 
 

@@ -8,6 +8,7 @@ backend, and the fast path for unstructured topologies on a GPU.
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from torch import Tensor
 from sparsae.kernels.backend import Backend, Layout
 
 
-class Scratch:
-    """One buffer a device, as large as the largest weight that passed through it, shared by all layers.
+class Scratch(threading.local):
+    """One buffer a device and thread, as large as the largest weight that passed through it, shared by all layers.
 
-    Whoever takes a matrix from it owns it until the next taking.
+    Whoever takes a matrix from it owns it until the next taking in the same thread.
     """
 
     def __init__(self) -> None:
@@ -34,12 +35,8 @@ class Scratch:
             self._buffers[like.device] = buffer
         return buffer[:size].view(like.dtype).view(shape)
 
-    def nbytes(self) -> int:
-        """Bytes held over all devices."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
-
     def buffers(self) -> list[Tensor]:
-        """The buffers themselves, for accounting."""
+        """This thread's buffers."""
         return list(self._buffers.values())
 
 

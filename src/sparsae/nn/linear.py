@@ -92,11 +92,18 @@ class SparseLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The (out, in) weight with its zeros, a new tensor: for export, people and tests."""
-        weight = self.values.new_zeros((*self.topology.grid[::-1], *self.unit[::-1]))
-        flat = weight.view(-1, self.unit[1], self.unit[0])
-        flat[self.indices.long()] = self.values.detach().reshape(-1, *self.unit).transpose(1, 2)
-        columns, rows = weight.shape[:2]
-        return weight.permute(1, 3, 0, 2).reshape(rows * self.unit[0], columns * self.unit[1])
+        weight = self.values.new_zeros(self.out_features, self.in_features)
+        self.add_to_dense(weight, 1.0)
+        return weight
+
+    @torch.no_grad()
+    def add_to_dense(self, weight_OI: Tensor, scale: float) -> None:
+        """Add the values, times `scale`, to their places in a dense (out, in) matrix of any strides, in O(nnz)."""
+        topology, (b_out, b_in) = self.topology, self.unit
+        rows, columns = topology.grid
+        blocks = weight_OI.view(rows, b_out, columns, b_in).transpose(1, 2)
+        values = (self.values.detach() * scale).view(-1, b_out, b_in)
+        blocks.index_put_((topology.rows.long(), topology.columns.long()), values, accumulate=True)
 
     def extra_repr(self) -> str:
         topology = self.topology
@@ -124,6 +131,8 @@ class SparseLinear(nn.Module):
         indices, values = state_dict.get(prefix + "indices"), state_dict.get(prefix + "values")
         if indices is not None and values is not None:
             topology = Topology.from_indices((self.out_features, self.in_features), indices, self.unit)
+            if not torch.equal(topology.indices, indices.to(topology.indices.dtype)):
+                raise ValueError(f"{prefix}indices are not sorted: they are not what a SparseLinear saved")
             device = self.values.device
             self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)

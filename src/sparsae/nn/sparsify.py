@@ -57,18 +57,30 @@ def sparsify(
         raise InputError("no linear layer to sparsify: sparsity.include / sparsity.exclude leave none")
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     counts = layer_counts(shapes, sparsity, budget, unit, (min_density, max_density))
+    if "" in targets:
+        raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
+    # All topologies first: a layer that cannot be made sparse leaves the model as it was.
+    topologies = {
+        name: initial_topology(
+            shapes[name],
+            counts[name],
+            unit,
+            generator(seed, "topology", name),
+            (heads or {}).get(name),
+            head_min_density,
+        )
+        for name in targets
+    }
     for name, module in targets.items():
-        rng = generator(seed, "topology", name)
-        topology = initial_topology(shapes[name], counts[name], unit, rng, (heads or {}).get(name), head_min_density)
-        _replace(model, name, _sparse_twin(name, module, topology, initializer, backend, seed))
+        _replace(model, module, _sparse_twin(name, module, topologies[name], initializer, backend, seed))
     return model
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace the sparse layers of `model`, in place, by dense ones with the same function; returns the model."""
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if isinstance(module, SparseLinear):
-            _replace(model, name, _dense_twin(module))
+            _replace(model, module, _dense_twin(module))
     return model
 
 
@@ -90,9 +102,15 @@ def layer_counts(
                 "choose one that does, or leave the layer out with sparsity.exclude"
             )
     units = [grid_size(shape, unit) for shape in shapes.values()]
+    k = round((1.0 - sparsity) * sum(units))
+    if k < len(units):
+        raise InputError(
+            f"sparsity {sparsity:g} leaves {k} of {sum(units)} units for {len(units)} layers, which need one each: "
+            "lower sparsity.sparsity or choose a smaller sparsity.unit"
+        )
     bounds = [density_bounds(n, *densities) for n in units]
     relative = [relative_density(budget, shape) for shape in shapes.values()]
-    return dict(zip(shapes, allocate(relative, bounds, units, round((1.0 - sparsity) * sum(units))), strict=True))
+    return dict(zip(shapes, allocate(relative, bounds, units, k), strict=True))
 
 
 def initial_topology(
@@ -106,22 +124,12 @@ def initial_topology(
     """`count` random units; where heads have a floor, each gets its floor first and the rest falls anywhere."""
     if heads is None or head_min_density == 0.0:
         return Topology.random(shape, count, rng, unit)
-    block = unit[0] if heads.axis == "out" else unit[1]
-    if heads.size % block:
-        raise InputError(
-            f"a block of {block} features crosses attention heads of {heads.size}: sparsity.unit must divide them"
-        )
+    floor = head_floor(shape, count, unit, heads, head_min_density)
     rows, columns = shape[0] // unit[0], shape[1] // unit[1]
-    width = heads.size // block
+    width = heads.size // (unit[0] if heads.axis == "out" else unit[1])
     grid = (width, columns) if heads.axis == "out" else (rows, width)
-    floor = math.ceil(head_min_density * grid[0] * grid[1])
-    groups = heads.groups(*shape)
-    if floor * groups > count:
-        raise InputError(
-            f"head_min_density {head_min_density:g} needs {floor * groups} units where the layer has {count}: lower it"
-        )
     chosen = []
-    for group in range(groups):
+    for group in range(heads.groups(*shape)):
         local = sample_distinct(grid[0] * grid[1], floor, rng)
         row, column = local % grid[0], local // grid[0]
         if heads.axis == "out":
@@ -134,6 +142,26 @@ def initial_topology(
     return floors.replace(floors.indices[:0], grown)[0]
 
 
+def head_floor(
+    shape: tuple[int, int], count: int, unit: tuple[int, int], heads: HeadLayout, head_min_density: float
+) -> int:
+    """Least active units of a head. Raises InputError where blocks cross heads or `count` cannot hold all floors."""
+    if head_min_density == 0.0:
+        return 0
+    block = unit[0] if heads.axis == "out" else unit[1]
+    if heads.size % block:
+        raise InputError(
+            f"a block of {block} features crosses attention heads of {heads.size}: sparsity.unit must divide them"
+        )
+    groups = heads.groups(*shape)
+    floor = math.ceil(head_min_density * grid_size(shape, unit) / groups)
+    if floor * groups > count:
+        raise InputError(
+            f"head_min_density {head_min_density:g} needs {floor * groups} units where the layer has {count}: lower it"
+        )
+    return floor
+
+
 def linear_layers(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), with_head: bool = False
 ) -> dict[str, nn.Module]:
@@ -144,9 +172,14 @@ def linear_layers(
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) and not with_head else None
+    # torch's own encoder layer reads the weights of its linear layers without calling them.
+    read_directly = {id(c) for m in model.modules() if type(m) is nn.TransformerEncoderLayer for c in m.children()}
     found = {}
     for name, module in model.named_modules():
-        if not _is_linear(module) or module is head or owners[id(module.weight)] > 1:
+        if not _is_linear(module) or module is head or id(module) in read_directly:
+            continue
+        # A weight that is no parameter of its own (weight_norm), or of others too (tied), stays dense.
+        if owners.get(id(module.weight)) != 1:
             continue
         wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
         if wanted and not any(fnmatchcase(name, pattern) for pattern in exclude):
@@ -218,8 +251,10 @@ def _dense_twin(layer: SparseLinear) -> nn.Module:
     return dense
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    if not name:
-        raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, child, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Under every name that the old module has."""
+    for parent in list(model.modules()):
+        # named_children would give a module with two names only once.
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)

@@ -17,12 +17,12 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from sparsae.config.schema import BurnInConfig
+from sparsae.config.schema import BurnInConfig, MicroBatchConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.surgery import Swap
 
-Need = Literal["gradient", "gradient_at", "dense_gradient", "moments", "micro_batch_score", "candidate_gradient"]
+Need = Literal["gradient", "gradient_at", "moments", "micro_batch_score", "candidate_gradient"]
 State = TypeVar("State")
 
 
@@ -102,13 +102,15 @@ class Decision:
 class Rule(ABC, Generic[State]):
     """A topology rule. `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON.
 
-    needs: what has to be captured for it. initialization: values of grown units (see `surgery.plan`). burn_in: the
-    gradient steps after a change.
+    needs: what has to be captured for it; a dense gradient is "gradient_at" with a sample of every inactive unit.
+    micro_batch: the held-out sequences that score its candidates, where it needs scores. initialization: values of
+    grown units (see `surgery.plan`). burn_in: the gradient steps after a change.
     """
 
     needs: frozenset[Need] = frozenset()
     initialization: str = "zero"
     burn_in: BurnInConfig = BurnInConfig(steps=0)
+    micro_batch: MicroBatchConfig | None = None
 
     @abstractmethod
     def initial_state(self) -> State:

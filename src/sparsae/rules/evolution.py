@@ -53,6 +53,7 @@ class Evolution(Rule[EvolutionState]):
             needs.add("gradient_at")
         if self._compares():
             needs.add("micro_batch_score")
+            self.micro_batch = config.micro_batch
             activity: dict[str, Need] = {
                 "candidate": "candidate_gradient",
                 "training": "gradient",
@@ -111,7 +112,9 @@ class Evolution(Rule[EvolutionState]):
         improved = best is not None and best[0] < now
         chosen = best[1] if best is not None and (improved or self.config.selection == "comma") else None
         state = dataclasses.replace(state, running=running)
-        state = self._adapted(self._after_plateau(state, current.cross_entropy), improved)
+        state = self._after_plateau(state, current.cross_entropy)
+        if best is not None:
+            state = self._adapted(state, improved)
         return Decision(chosen, values, now), state
 
     def telemetry(self, state: EvolutionState, progress: float) -> dict[str, float]:

@@ -14,11 +14,34 @@ from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, initial_std, materialize
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import Initializer, sparsify
+from sparsae.nn.sparsify import Initializer, head_floor, layer_counts, linear_layers, sparsify, weight_shape
+
+
+def check(config: Config) -> None:
+    """Refuse settings of model and sparsity that do not fit together, before any text is read.
+
+    Raises InputError.
+    """
+    sparsity = config.sparsity
+    if sparsity.sparsity == 0:
+        if config.topology.rule != "static":
+            raise InputError(
+                f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
+            )
+        return
+    model = build_model(config.model, config.model.vocab_size or 512, 0, device="meta")
+    layers = linear_layers(model, sparsity.include, sparsity.exclude, sparsity.sparsify_head)
+    if not layers:
+        raise InputError("no linear layer to sparsify: sparsity.include / sparsity.exclude leave none")
+    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds)
+    for name, layout in head_layouts(model, config).items():
+        if name in shapes:
+            head_floor(shapes[name], counts[name], sparsity.unit, layout, sparsity.head_min_density)
 
 
 def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
-    """The model of a run with new weights. The weights of the layers that are sparsified never exist densely."""
+    """The model of a run with new weights (none on the meta device); dense ones of sparse layers never exist."""
     model = build_model(config.model, vocab_size, eos_id, device="meta")
     if config.sparsity.sparsity > 0:
         low, high = config.sparsity.density_bounds
@@ -39,10 +62,11 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             seed=config.seed,
         )
         for layer in sparse_layers(model).values():
-            layer.values.data = layer.values.data.to(device)
+            layer.values = nn.Parameter(layer.values.detach().to(device))
             layer.indices = layer.indices.to(device)
             layer.choose_kernel()
-    materialize(model, config.model, config.seed, device)
+    if device.type != "meta":
+        materialize(model, config.model, config.seed, device)
     return model
 
 

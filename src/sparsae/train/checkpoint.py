@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,9 +27,24 @@ FORMAT = 1
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write `tensors` (one safetensors file a group) and `state` (JSON values) as the checkpoint `directory`."""
+    """Write `tensors` (one safetensors file a group) and `state` (JSON values) as the new checkpoint `directory`.
+
+    Raises InputError where it cannot be written; then nothing of it is left.
+    """
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, tensors, state)
+        os.replace(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"checkpoint {directory} cannot be written: {error}; earlier ones are whole: make room and resume"
+        ) from None
+    _sync(directory.parent)
+
+
+def _write(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     temporary.mkdir(parents=True)
     files = {}
     for group, named in tensors.items():
@@ -37,12 +53,8 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]
         files[path.name] = _sha256(path)
     text = json.dumps({"format": FORMAT, "files": files, **state}, allow_nan=False)
     (temporary / "state.json").write_text(text, encoding="utf-8")
-    for path in temporary.iterdir():
+    for path in [*temporary.iterdir(), temporary]:
         _sync(path)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(temporary, directory)
-    _sync(directory.parent)
 
 
 def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -50,6 +62,7 @@ def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, 
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         files: dict[str, str] = state["files"]
+        state["trainer"]["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"checkpoint {directory} is damaged: state.json cannot be read ({error})") from None
     if state.get("format") != FORMAT:

@@ -17,24 +17,22 @@ from sparsae.train.search import SearchCost
 class RunCosts:
     """Counts operations for a model, whose number of active weights no update changes."""
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, micro_batch: MicroBatchConfig | None) -> None:
         self.cost = model_cost(model, config.model)
         self.nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
-        micro: MicroBatchConfig | None = getattr(config.topology, "micro_batch", None)
-        self._scoring_tokens = micro.sequences * config.model.context if micro else 0
+        self._scoring_tokens = micro_batch.sequences * config.model.context if micro_batch else 0
 
     @property
     def density(self) -> float:
         """Active share of the sparse layers' weights; 1 where there are none."""
         return self.nnz / self.cost.sparse_weights if self.cost.sparse_weights else 1.0
 
-    def count_step(self, flops: FlopCounter, tokens: int, with_teacher: bool) -> None:
-        """One optimizer step."""
+    def count_step(self, flops: FlopCounter, tokens: int, teacher_nnz: int | None) -> None:
+        """One optimizer step; `teacher_nnz` weights of the sparse layers are the teacher's, None: it is not asked."""
         flops.add("student", self.cost.training(self.nnz, tokens))
         flops.dense_equivalent += self.cost.dense_training(tokens)
-        if with_teacher:
-            # A union teacher's fading weights add to this; they are few, and their number changes with every update.
-            flops.add("teacher", self.cost.forward(self.nnz, tokens))
+        if teacher_nnz is not None:
+            flops.add("teacher", self.cost.forward(teacher_nnz, tokens))
 
     def count_update(self, flops: FlopCounter, spent: SearchCost) -> None:
         """One topology update: scored candidates, and gradients at sampled positions."""

@@ -24,7 +24,7 @@ from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.train.costs import RunCosts
-from sparsae.train.memory import peak_bytes, state_bytes
+from sparsae.train.memory import state_bytes
 from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter
@@ -104,7 +104,11 @@ class Trainer:
         self.teacher_loss: float | None = None
         self.state_bytes: dict[str, int] = {}
         self._sums = {"cross_entropy": 0.0, "distillation": 0.0, "loss": 0.0, "steps": 0, "taught_steps": 0}
-        self._compiled = torch.compile(decoder_and_head(model)[0]) if self.settings.compile else None
+        self._compiled: Any = None
+        if self.settings.compile:
+            # An update may change a layer's number of values: one graph for all numbers, not one for each.
+            torch._dynamo.config.force_parameter_static_shapes = False
+            self._compiled = torch.compile(decoder_and_head(model)[0], dynamic=None)
         self._window = (time.perf_counter(), 0)
 
     @property
@@ -126,18 +130,20 @@ class Trainer:
             if self.sparsifier:
                 self._record(self.sparsifier.search.initial_row())
         self._window = (time.perf_counter(), self.step)
-        every = self.settings.checkpoint_every
+        every, saved = self.settings.checkpoint_every, self.step if self.step else None
         try:
             while self.step < steps and stop.signal is None:
                 with self.watch.of("train"):
                     self._train_step()
                 if self.step % self._validate_every == 0 or self.step == steps:
                     self._validate()
-                if every and self.step % every == 0 and self.step < steps:
+                if every and self.step % every == 0:
                     save()
+                    saved = self.step
         finally:
             self.display.close()
-        save()
+        if self.step != saved:
+            save()
         return self.step == steps
 
     def score(self, step: int) -> Tensor:
@@ -159,7 +165,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         alpha = self.warmup.alpha(step) if self.teacher else 0.0
-        if self.micro_batches and self.sparsifier and self.sparsifier.update_due:
+        update_due = self.sparsifier is not None and self.sparsifier.update_due
+        if self.micro_batches and update_due:
             self.micro_batches.prefetch(step + 1)
         self.model.train()
         if self.config.model.dropout:
@@ -175,13 +182,13 @@ class Trainer:
         self._sums["steps"] += 1
         self._sums["taught_steps"] += alpha > 0
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
-        self.costs.count_step(self.flops, self.tokens_per_step, with_teacher=alpha > 0)
+        self.costs.count_step(self.flops, self.tokens_per_step, self.teacher.nnz if self.teacher and alpha else None)
         if self.sparsifier:
             self.sparsifier.before_step()
         norm = self._clip()
         self.optimizer.step()
         last = step + 1 == settings.steps
-        if last or not self.state_bytes:
+        if last or update_due or not self.state_bytes:
             self._measure_state()
         self.step += 1
         self._follow()
@@ -215,9 +222,7 @@ class Trainer:
                 with torch.no_grad():
                     teacher_hidden = hidden_states(teacher_decoder, inputs)
             decoder, head = decoder_and_head(self.model)
-            watched = self.sparsifier is not None and self.sparsifier.probing
-            # Hooks are not seen by a compiled graph, so watched steps run eagerly.
-            hidden = hidden_states(decoder if self._compiled is None or watched else self._compiled, inputs)
+            hidden = hidden_states(decoder if self._compiled is None else self._compiled, inputs)
             return language_model_loss(
                 hidden,
                 head,
@@ -258,6 +263,8 @@ class Trainer:
             self.validation_loss = self._mean_loss(self.model)
             self.teacher_loss = self._mean_loss(self.teacher.model) if self.teacher else None
         self._require_finite(self.validation_loss)
+        if self.teacher_loss is not None:
+            self._require_finite(self.teacher_loss)
         if self.step == 0:
             self.untrained_loss = self.validation_loss
         self.warmup.observe(self.validation_loss)
@@ -302,7 +309,6 @@ class Trainer:
             "train_flops": self.flops.total,
             "seconds": sum(self.watch.seconds.values()),
             "tokens_per_second": (self.step - first) * self.tokens_per_step / (now - started),
-            "peak_memory_bytes": peak_bytes(self.device),
         }
         self._sums = dict.fromkeys(self._sums, 0)
         self._window = (now, self.step)

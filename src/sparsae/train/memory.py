@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparsae.nn.linear import SparseLinear
 from sparsae.surgery import TeacherLayer
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def state_bytes(
@@ -35,10 +39,21 @@ def state_bytes(
     return {name: _nbytes(tensors, seen) for name, tensors in parts.items()}
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` start from now, so that it does not report the preparation of the text (Linux, CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists() and os.access(_CLEAR, os.W_OK):
+        _CLEAR.write_text("5")
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: resident memory, or allocated memory of a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return 1024 * int(fields["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

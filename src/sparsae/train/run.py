@@ -1,7 +1,10 @@
-"""A run from its configuration to its directory: `start`, `resume` and, without doing any of it, `plan`."""
+"""A run from its configuration to its directory: `start` and `resume`."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.load import dump
-from sparsae.config.schema import Config, EvolutionConfig
-from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, estimated_state_bytes
-from sparsae.data import Batches, Corpus, evenly_spaced, load_tokenizer, prepare, unigram_perplexity
+from sparsae.config.schema import Config
+from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
+from sparsae.data import Batches, Corpus, evenly_spaced, prepare, unigram_perplexity
 from sparsae.distill import Teacher
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW, parameter_groups
-from sparsae.train.build import bounds_config, build, choose_device, head_layouts
+from sparsae.rules import build_rule
+from sparsae.train.build import bounds_config, build, check, choose_device, head_layouts
 from sparsae.train.checkpoint import (
     keep_newest,
     load_checkpoint,
@@ -30,10 +34,10 @@ from sparsae.train.checkpoint import (
 )
 from sparsae.train.costs import RunCosts
 from sparsae.train.loop import StopRequest, Trainer, perplexity
-from sparsae.train.memory import peak_bytes
+from sparsae.train.memory import forget_peak, peak_bytes
 from sparsae.train.micro_batch import MicroBatches, split_held_out
 from sparsae.train.progress import Display
-from sparsae.train.rundir import MetricsWriter, RunDirectory, refuse_occupied
+from sparsae.train.rundir import MetricsWriter, RunDirectory, read_json, refuse_occupied
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from sparsae.train.trackers import Trackers, check_installed
 
@@ -58,12 +62,21 @@ def start(config: Config, out: Path, quiet: bool = False) -> dict[str, Any]:
     Raises InputError for anything wrong with the configuration, the data or the directory, before anything is written.
     """
     refuse_occupied(out)
+    config = _with_absolute_paths(config)
     display = Display(quiet)
     parts = _prepare(config, display)
+    existed = out.exists()
     run = RunDirectory.create(out)
-    run.config_file.write_text(dump(config), encoding="utf-8")
-    parts.corpus.tokenizer.save(run.tokenizer)
-    return _train(parts, run, display, checkpoint=None)
+    try:
+        run.config_file.write_text(dump(config), encoding="utf-8")
+        parts.corpus.tokenizer.save(run.tokenizer)
+        return _train(parts, run, display, checkpoint=None)
+    except InputError:
+        if not run.saved_steps():
+            # Nothing was trained that could be gone on with: leave the place as it was.
+            for path in [run.path] if not existed else list(run.path.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def resume(path: Path, quiet: bool = False) -> dict[str, Any]:
@@ -74,62 +87,19 @@ def resume(path: Path, quiet: bool = False) -> dict[str, Any]:
     run = RunDirectory.open(path)
     config = run.config()
     checkpoint = run.latest_checkpoint()
-    if run.saved_steps()[-1] >= config.training.steps:
+    if run.summary.exists() and read_json(run.summary).get("finished"):
         raise InputError(f"{path}: this run is finished: all {config.training.steps} steps are done")
-    load_checkpoint(checkpoint, "model")
+    _, state = load_checkpoint(checkpoint, "model")
+    if config.training.threads is None:
+        # The order of sums, and so the last bit, can depend on the number of threads.
+        torch.set_num_threads(state["threads"])
     display = Display(quiet)
     parts = _prepare(config, display)
-    known = load_tokenizer(run.tokenizer).hash
-    if parts.corpus.tokenizer.hash != known:
+    if parts.corpus.digest != state["corpus"]:
         raise InputError(
-            f"{path}: the tokenizer of data.source is no longer the run's; restore the text that the run began with"
+            f"{path}: the text of data.source has changed since the run began; restore it, or start a new run"
         )
     return _train(parts, run, display, checkpoint)
-
-
-def plan(config: Config) -> dict[str, Any]:
-    """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
-
-    The time is the counted operations over a short measurement of dense float32 products on this machine.
-    """
-    vocab_size = config.data.tokenizer_vocab
-    if config.data.tokenizer != "train":
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    model = build(config, vocab_size, 0, torch.device("cpu"))
-    layers = sparse_layers(model)
-    costs = RunCosts(model, config)
-    training = config.training
-    tokens = training.batch_size * training.accumulation * config.model.context
-    weights, nnz = costs.cost.sparse_weights, costs.nnz
-    units = sum(layer.topology.count for layer in layers.values())
-    index_bytes = max((layer.indices.element_size() for layer in layers.values()), default=4)
-    teacher = config.teacher.storage if config.teacher.enabled else None
-    total = training.steps * costs.cost.training(nnz, tokens)
-    # The reference backend computes densely, whatever the sparsity.
-    computed = training.steps * costs.cost.dense_training(tokens)
-    dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "parameters_dense": dense_parameters,
-        "layers": [
-            {
-                "name": name,
-                "out": layer.out_features,
-                "in": layer.in_features,
-                "nnz": layer.topology.nnz,
-                "density": layer.topology.density,
-            }
-            for name, layer in layers.items()
-        ],
-        "train_flops_per_step": costs.cost.training(nnz, tokens),
-        "train_flops": total,
-        "train_flops_dense_equivalent": computed,
-        "state_bytes": estimated_state_bytes(units, nnz, weights, teacher=teacher, index_bytes=index_bytes),
-        "state_bytes_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
-        "expected_seconds": computed / _measured_flops_per_second(config),
-        "steps": training.steps,
-        "tokens": training.steps * tokens,
-    }
 
 
 def _prepare(config: Config, display: Display) -> _Parts:
@@ -137,17 +107,19 @@ def _prepare(config: Config, display: Display) -> _Parts:
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)
     check_installed(config.tracking)
-    if config.sparsity.sparsity == 0 and config.topology.rule != "static":
-        raise InputError(
-            f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
-        )
+    check(config)
     corpus = prepare(config.data, display.stage)
     display.close()
     context = config.model.context
     reported, micro = split_held_out(corpus.validation, context)
     batches = Batches(corpus.train, context, config.training.batch_size, config.seed)
     validation = evenly_spaced(reported, context, config.training.validation_sequences)
+    if reported is micro and config.topology.rule != "static":
+        display.say(
+            "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
+        )
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+    forget_peak(device)
     groups = parameter_groups(model, config.training.weight_decay)
     settings = config.training
     optimizer = AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
@@ -157,7 +129,6 @@ def _prepare(config: Config, display: Display) -> _Parts:
 def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path | None) -> dict[str, Any]:
     config, began = parts.config, time.perf_counter()
     unigram = unigram_perplexity(parts.corpus.train_counts, parts.validation[:, 1:])
-    trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
     saved_state: dict[str, Any] | None = None
     if checkpoint is not None:
         tensors, saved_state = load_checkpoint(checkpoint)
@@ -165,7 +136,9 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
         load_optimizer(parts.model, parts.optimizer, tensors["optimizer"])
         # A run that was stopped before its first step writes the rows of step 0 again.
         run.truncate_metrics(saved_state["trainer"]["step"] or -1)
-    with MetricsWriter(run.metrics) as metrics:
+        run.summary.unlink(missing_ok=True)
+    trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
+    with contextlib.closing(trackers), MetricsWriter(run.metrics) as metrics:
         trainer = _trainer(parts, metrics, trackers, display)
         if saved_state is not None:
             _restore(trainer, tensors, saved_state)
@@ -174,11 +147,10 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
 
         def save() -> None:
             with trainer.watch.of("checkpoint"):
-                _save(trainer, run, elapsed=previous + time.perf_counter() - began)
+                _save(trainer, run, parts.corpus.digest, elapsed=previous + time.perf_counter() - began)
 
         with StopRequest().listening() as stop:
             finished = trainer.run(stop, save)
-    trackers.close()
     summary = _summary(parts, trainer, unigram, finished, previous + time.perf_counter() - began)
     run.write_json("summary.json", summary)
     display.say(_closing(summary, run, stopped_by=stop.signal))
@@ -189,11 +161,10 @@ def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display:
     config = parts.config
     sparsifier, teacher = None, None
     micro: MicroBatches | None = None
+    rule = build_rule(config.topology)
     if sparse_layers(parts.model):
-        if isinstance(config.topology, EvolutionConfig):
-            micro = MicroBatches(
-                parts.micro_tokens, config.model.context, config.topology.micro_batch, config.seed, parts.device
-            )
+        if rule.micro_batch:
+            micro = MicroBatches(parts.micro_tokens, config.model.context, rule.micro_batch, config.seed, parts.device)
         sparsifier = Sparsifier(
             parts.model,
             parts.optimizer,
@@ -219,7 +190,7 @@ def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display:
         parts.batches,
         parts.validation,
         micro,
-        RunCosts(parts.model, config),
+        RunCosts(parts.model, config, rule.micro_batch),
         metrics,
         trackers,
         display,
@@ -228,12 +199,17 @@ def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display:
     return trainer
 
 
-def _save(trainer: Trainer, run: RunDirectory, elapsed: float) -> None:
+def _save(trainer: Trainer, run: RunDirectory, corpus: str, elapsed: float) -> None:
     tensors = {
         "model": model_tensors(trainer.model),
         "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
     }
-    state: dict[str, Any] = {"trainer": trainer.state(), "elapsed": elapsed}
+    state: dict[str, Any] = {
+        "trainer": trainer.state(),
+        "corpus": corpus,
+        "threads": torch.get_num_threads(),
+        "elapsed": elapsed,
+    }
     if trainer.sparsifier:
         state["search"], tensors["search"] = trainer.sparsifier.state()
     if trainer.teacher:
@@ -243,12 +219,30 @@ def _save(trainer: Trainer, run: RunDirectory, elapsed: float) -> None:
 
 
 def _restore(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    wanted = {"teacher": trainer.teacher, "search": trainer.sparsifier}
+    for name, part in wanted.items():
+        if (part is not None) != (name in tensors):
+            raise InputError(f"config.yaml and the checkpoint disagree about {name}: undo the change to config.yaml")
     if trainer.teacher:
         load_model(trainer.teacher.model, tensors["teacher"])
         trainer.teacher.reconnect(trainer.model)
     if trainer.sparsifier:
         trainer.sparsifier.restore(state["search"], tensors["search"])
     trainer.restore(state["trainer"])
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """A run must be resumable from any directory."""
+    data = config.data
+    paths = {"source": data.source, "validation_source": data.validation_source, "tokenizer": data.tokenizer}
+    paths["cache"] = data.cache
+    keep = ("stdlib", "train")
+    absolute = {
+        key: os.path.abspath(Path(path).expanduser())
+        for key, path in paths.items()
+        if path is not None and path not in keep and not path.startswith("hf:")
+    }
+    return config.model_copy(update={"data": data.model_copy(update=absolute)})
 
 
 def _summary(parts: _Parts, trainer: Trainer, unigram: float, finished: bool, seconds: float) -> dict[str, Any]:
@@ -315,17 +309,3 @@ def _closing(summary: dict[str, Any], run: RunDirectory, stopped_by: int | None)
         f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
         f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
     )
-
-
-def _measured_flops_per_second(config: Config) -> float:
-    device = choose_device(config.training.device)
-    dtype = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
-    a = torch.ones(1024, 1024, device=device, dtype=dtype)
-    a @ a
-    started, rounds = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < 0.3:
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        rounds += 1
-    return rounds * 2 * 1024**3 / elapsed

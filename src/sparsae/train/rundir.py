@@ -82,11 +82,6 @@ class RunDirectory:
             raise InputError(f"{self.path}: this run has no checkpoint yet; train it first")
         return self.checkpoint(steps[-1])
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Adds one row to metrics.jsonl; keep a `MetricsWriter` open to add many."""
-        with MetricsWriter(self.metrics) as writer:
-            writer.write(row)
-
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line that was torn by a crash is left out.
 

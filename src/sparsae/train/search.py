@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
+from sparsae.kernels.probe import Probe
 from sparsae.nn.linear import SparseLinear
-from sparsae.nn.probe import GradientProbe
 from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
 from sparsae.rules.proxy import activity, diversity, known_gradient_norm
 from sparsae.surgery import Change, Plan, Swap, TeacherLayer, plan
@@ -69,33 +69,29 @@ class TopologySearch:
         self.state = rule.initial_state()
         self.telemetry = TopologyTelemetry(layers, heads)
         self._model, self._layers, self._optimizer, self._teacher = model, layers, optimizer, teacher
-        self._bounds, self._heads, self._head_floors = bounds, heads, head_floors
+        self.bounds = dict(bounds)
+        self._heads, self._head_floors = heads, head_floors
         self._score = score
         self._steps, self._seed = steps, seed
-        self._probe: GradientProbe | None = None
+        self._probes: dict[str, Probe] = {}
         self._norms: dict[str, float] = {}
         self._views: dict[str, LayerView] | None = None
 
-    @property
-    def probing(self) -> bool:
-        """Whether the coming backward pass is being watched."""
-        return self._probe is not None
-
     def arm(self, step: int) -> None:
-        """Before the forward pass of `step` (counted from 1): watch its gradients if the update after it wants them."""
-        self._disarm()
+        """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients."""
+        self._close_probes()
+        self._probes = {}
         if self.rule.due(step, self._steps) and "gradient_at" in self.rule.needs:
             topologies = {name: layer.topology for name, layer in self._layers.items()}
             rng = generator(self._seed, "sample", step)
-            self._probe = GradientProbe(self._layers, self.rule.sample(topologies, self.state, rng))
+            samples = self.rule.sample(topologies, self.state, rng)
+            self._probes = {name: Probe(self._layers[name].indices, units) for name, units in samples.items()}
 
     def capture(self, step: int) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
         if not self.rule.due(step, self._steps):
             return
-        if self._probe is not None:
-            # The passes that score candidates are not to be watched.
-            self._probe.close()
+        self._close_probes()
         needs, views = self.rule.needs, {}
         for name, layer in self._layers.items():
             gradient = layer.values.grad
@@ -105,12 +101,12 @@ class TopologySearch:
             views[name] = LayerView(
                 layer.topology,
                 layer.values.data,
-                self._bounds[name],
+                self.bounds[name],
                 self._heads.get(name),
                 self._head_floors.get(name, 0),
                 gradient=gradient.detach().clone() if "gradient" in needs else None,
-                sample=self._probe.units[name] if self._probe else None,
-                sample_gradient=self._sampled_gradient(name) if self._probe else None,
+                sample=self._probes[name].units if name in self._probes else None,
+                sample_gradient=self._sampled_gradient(name) if name in self._probes else None,
             )
         self._views = views
 
@@ -122,24 +118,27 @@ class TopologySearch:
         views = {name: self._with_moment(name, view) for name, view in self._views.items()}
         observation = Observation(views, step / self._steps)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-        plans = [None if c.rejected is not None else self._plan(c.swap, step, i) for i, c in enumerate(candidates)]
         current: Score | None = None
         scores: list[Score | None] = [None] * len(candidates)
         in_force = self.rule.telemetry(self.state, observation.progress)
         if "micro_batch_score" in self.rule.needs:
             current = self._measure(None, views, step)
-            scores = [None if p is None else self._measure(p, views, step) for p in plans]
+            # One plan at a time: the chosen one is made again, from the same generator.
+            scores = [
+                None if c.rejected is not None else self._measure(self._plan(c.swap, step, i), views, step)
+                for i, c in enumerate(candidates)
+            ]
         decision, self.state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
         changes: Mapping[str, Change] = {}
-        chosen = None if decision.chosen is None else plans[decision.chosen]
-        if chosen is not None:
-            changes = chosen.changes
+        if decision.chosen is not None:
+            chosen = self._plan(candidates[decision.chosen].swap, step, decision.chosen)
             chosen.commit(self._optimizer, self._teacher)
+            changes = chosen.changes
         cost = self._cost(scores, current)
         row = {
             "kind": "topology",
             "step": step,
-            "accepted": chosen is not None,
+            "accepted": decision.chosen is not None,
             "chosen": decision.chosen,
             "candidates": _candidate_rows(candidates, scores, decision),
             "current": _row("current", 0, current, decision.current, None) if current is not None else None,
@@ -147,8 +146,7 @@ class TopologySearch:
             **self.telemetry.row(step, changes, self._norms),
             "seconds": time.perf_counter() - started,
         }
-        self._views, self._norms = None, {}
-        self._disarm()
+        self._views, self._norms, self._probes = None, {}, {}
         return Update(row, changes, cost)
 
     def initial_row(self) -> dict[str, Any]:
@@ -171,17 +169,15 @@ class TopologySearch:
     def _measure(self, candidate: Plan | None, views: Mapping[str, LayerView], step: int) -> Score:
         assert self._score is not None
         wants_gradient = "candidate_gradient" in self.rule.needs
-        training = self._model.training
-        self._model.eval()
-        with candidate.preview() if candidate else nullcontext():
+        with candidate.preview() if candidate else nullcontext(), _evaluating(self._model):
             with torch.set_grad_enabled(wants_gradient):
                 loss = self._score(step)
             norms = [0.0]
             if wants_gradient:
-                gradients = torch.autograd.grad(loss, [layer.values for layer in self._layers.values()])
-                norms = [float(gradient.norm()) for gradient in gradients]
+                values = [layer.values for layer in self._layers.values()]
+                gradients = torch.autograd.grad(loss, values, allow_unused=True)
+                norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
             topologies = {name: layer.topology for name, layer in self._layers.items()}
-        self._model.train(training)
         known = self.rule.needs & {"gradient", "moments"}
         if known:
             source = "training" if "gradient" in known else "moments"
@@ -190,11 +186,11 @@ class TopologySearch:
         return Score(float(loss.detach()), diversity(topologies, self._heads), activity(norms))
 
     def _sampled_gradient(self, name: str) -> Tensor:
-        assert self._probe is not None
-        if name in self._probe.gradients:
-            return self._probe.gradients[name]
-        layer = self._layers[name]
-        return layer.values.new_zeros(self._probe.units[name].numel(), *layer.values.shape[1:])
+        """Zeros for a layer that took no part in the backward pass."""
+        probe, values = self._probes[name], self._layers[name].values
+        if probe.gradient is None:
+            return values.new_zeros(probe.units.numel(), *values.shape[1:])
+        return probe.gradient.to(values.dtype)
 
     def _with_moment(self, name: str, view: LayerView) -> LayerView:
         values = self._layers[name].values
@@ -210,16 +206,26 @@ class TopologySearch:
         forwards = sum(score is not None for score in [current, *scores])
         backwards = forwards if "candidate_gradient" in self.rule.needs else 0
         probed = {}
-        if self._probe:
-            for name, units in self._probe.units.items():
-                b_out, b_in = self._layers[name].unit
-                probed[name] = (units.numel() * b_out * b_in, self._probe.tokens[name])
+        for name, probe in self._probes.items():
+            b_out, b_in = self._layers[name].unit
+            probed[name] = (probe.units.numel() * b_out * b_in, probe.tokens)
         return SearchCost(forwards, backwards, probed)
 
-    def _disarm(self) -> None:
-        if self._probe is not None:
-            self._probe.close()
-            self._probe = None
+    def _close_probes(self) -> None:
+        for probe in self._probes.values():
+            probe.close()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own mode given back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _candidate_rows(

@@ -14,7 +14,6 @@ The project's own loop trains through the same object.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -28,6 +27,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.distill import Teacher
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import head_floor
 from sparsae.rules import build_rule
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.search import ScoreFunction, TopologySearch, Update
@@ -83,7 +83,7 @@ class Sparsifier:
         self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
         rule = rule if score is not None else rule.without_scores()
         self._burn_in = BurnIn(rule.burn_in, self._layers)
-        heads = {name: layout for name, layout in (heads or {}).items() if name in self._layers}
+        heads = {name: layout for name, layout in (heads or {}).items() if self._fits(name, layout)}
         self.search = TopologySearch(
             model,
             self._layers,
@@ -103,11 +103,6 @@ class Sparsifier:
     def burning_in(self) -> bool:
         """Whether the coming optimizer step is one of burn-in."""
         return self._burn_in.active
-
-    @property
-    def probing(self) -> bool:
-        """Whether hooks watch the coming backward pass: a compiled model must be left aside for it."""
-        return self.search.probing
 
     @property
     def update_due(self) -> bool:
@@ -142,6 +137,7 @@ class Sparsifier:
             "step": self.step,
             "rule": dataclasses.asdict(self.search.state),
             "burn_in_steps_left": self._burn_in.steps_left,
+            "bounds": {name: list(bounds) for name, bounds in self.search.bounds.items()},
         }
         tensors = {f"telemetry.{name}": tensor for name, tensor in self.search.telemetry.state().items()}
         tensors |= {f"burn_in.{name}": new for name, new in self._burn_in.new.items()}
@@ -154,8 +150,16 @@ class Sparsifier:
         self._burn_in.steps_left = int(plain["burn_in_steps_left"])
         device = next(iter(self._layers.values())).values.device
         self._burn_in.new = {name: t.to(device) for name, t in _below(tensors, "burn_in.").items()}
+        self.search.bounds = {name: (low, high) for name, (low, high) in plain["bounds"].items()}
         self.search.telemetry.restore(_below(tensors, "telemetry."))
         self.search.arm(self.step + 1)
+
+    def _fits(self, name: str, heads: HeadLayout) -> bool:
+        """Whether a layer is sparse and no block of it crosses two heads."""
+        if name not in self._layers:
+            return False
+        b_out, b_in = self._layers[name].unit
+        return heads.size % (b_out if heads.axis == "out" else b_in) == 0
 
     def _bounds(self) -> dict[str, tuple[int, int]]:
         topologies = {name: layer.topology for name, layer in self._layers.items()}
@@ -165,7 +169,7 @@ class Sparsifier:
         bounds = {}
         for name, topology in topologies.items():
             k_min, k_max = density_bounds(topology.units, low, high)
-            # A layer that starts outside may stay where it is, and only come closer.
+            # A layer that starts outside its bounds widens them to where it is.
             bounds[name] = (min(k_min, topology.count), max(k_max, topology.count))
         return bounds
 
@@ -173,7 +177,9 @@ class Sparsifier:
         floors = {}
         for name, layout in heads.items():
             topology = self._layers[name].topology
-            floors[name] = math.ceil(self.config.head_min_density * topology.units / layout.groups(*topology.shape))
+            floors[name] = head_floor(
+                topology.shape, topology.count, topology.unit, layout, self.config.head_min_density
+            )
         return floors
 
 

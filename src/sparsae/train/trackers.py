@@ -34,7 +34,12 @@ class Trackers:
         for name, wanted, places in (("trackio", config.trackio, {}), ("wandb", config.wandb, {"dir": str(run)})):
             if wanted:
                 tracker = _package(name, name)
-                tracker.init(project=config.project, name=run.name, config=dict(settings), **places)
+                failures: tuple[type[Exception], ...] = (OSError, RuntimeError, *_own_errors(tracker))
+                try:
+                    tracker.init(project=config.project, name=run.name, config=dict(settings), **places)
+                except failures as error:
+                    reason = str(error).strip().split("\n")[0]
+                    raise InputError(f"tracking.{name} cannot start: {reason}") from None
                 self._sinks.append(_logger(tracker))
                 self._closers.append(tracker.finish)
 
@@ -57,6 +62,12 @@ def check_installed(config: TrackingConfig) -> None:
     for name, wanted in (("trackio", config.trackio), ("wandb", config.wandb)):
         if wanted:
             _package(name, name)
+
+
+def _own_errors(tracker: ModuleType) -> tuple[type[Exception], ...]:
+    """The base of W&B's own exceptions; trackio has none."""
+    base = getattr(getattr(tracker, "errors", None), "Error", None)
+    return (base,) if isinstance(base, type) and issubclass(base, Exception) else ()
 
 
 def _logger(tracker: ModuleType) -> Sink:
