@@ -1,0 +1,50 @@
+"""A small model, optimizers, and a loop such as anybody writes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.core.randomness import generator
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import sparsify
+from sparsae.optim import AdamW, parameter_groups
+from sparsae.train.sparsifier import Sparsifier
+
+
+def mlp(width: int = 24, sparsity: float = 0.8, unit: tuple[int, int] = (1, 1)) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    return sparsify(model, sparsity, unit=unit, seed=1)
+
+
+def run_steps(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, steps: int) -> list[float]:
+    losses = []
+    width = next(iter(sparse_layers(model).values())).in_features
+    for _ in range(steps):
+        x = torch.randn(8, width, generator=generator(5, "x", sparsifier.step))
+        loss = (model(x) - x.roll(1, 1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        sparsifier.before_step()
+        optimizer.step()
+        sparsifier.after_step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def score_of(model: nn.Module) -> object:
+    def score(step: int) -> Tensor:
+        x = torch.randn(
+            8, next(iter(sparse_layers(model).values())).in_features, generator=generator(9, "held out", step)
+        )
+        return (model(x) - x.roll(1, 1)).square().mean()
+
+    return score
+
+
+OPTIMIZERS = {
+    "ours": lambda model: AdamW(parameter_groups(model, 0.1), lr=3e-3),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+}
