@@ -142,10 +142,10 @@ def test_the_number_of_values_may_change_while_an_old_loss_is_alive() -> None:
 
 
 def test_unknown_backend_and_refusal_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+    layout = Layout((4, 4), (1, 1), torch.arange(3, dtype=torch.int32))
     with pytest.raises(InputError, match=r"unknown backend .fast.*reference"):
-        choose_backend("fast", (4, 4), (1, 1), cpu)
+        choose_backend("fast", layout, torch.float32)
     reference = BACKENDS["reference"]
-    monkeypatch.setattr(type(reference), "refusal", lambda self, unit, device: "it is Sunday")
+    monkeypatch.setattr(type(reference), "refusal", lambda self, unit, device, dtype: "it is Sunday")
     with pytest.raises(InputError, match="cannot serve a 4x4 layer: it is Sunday"):
-        choose_backend("reference", (4, 4), (1, 1), cpu)
+        choose_backend("reference", layout, torch.float32)

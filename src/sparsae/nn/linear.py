@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.core.topology import Topology
+from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.registry import choose_backend
 
@@ -111,8 +112,10 @@ class SparseLinear(nn.Module):
 
         Raises InputError for a backend that does not exist or refuses this layer.
         """
-        backend = choose_backend(self.backend, (self.out_features, self.in_features), self.unit, self.values.device)
-        self._derived = backend.derive(self.topology)
+        topology = self.topology
+        layout = Layout(topology.shape, topology.unit, topology.indices)
+        backend = choose_backend(self.backend, layout, self.values.dtype)
+        self._derived = backend.derive(topology)
         self._kernel = backend.name
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:

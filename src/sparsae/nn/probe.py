@@ -45,7 +45,7 @@ class GradientProbe:
     def _add(self, name: str, layer: SparseLinear, x: Tensor, dy: Tensor) -> None:
         shape = (layer.out_features, layer.in_features)
         layout = Layout(shape, layer.unit, self.units[name].to(dy.device))
-        backend = choose_backend(layer.backend, shape, layer.unit, dy.device)
+        backend = choose_backend(layer.backend, layout, dy.dtype)
         x_TI = x.reshape(-1, layer.in_features).to(dy.dtype)
         gradient = backend.sddmm(dy.reshape(-1, layer.out_features), x_TI, layout).to(layer.values.dtype)
         self.tokens[name] += x_TI.shape[0]
