@@ -118,8 +118,9 @@ struct BlockColumns {
                 for (int v = 0; v < V; v++) loaded[v] = load(row + v * LANES);
                 SPARSAE_UNROLL
                 for (int j = 0; j < N; j++) {
+                    const Vec weight = loaded_once(broadcast(w[j]));
                     SPARSAE_UNROLL
-                    for (int v = 0; v < V; v++) a[j][v] = fma(w[j], loaded[v], a[j][v]);
+                    for (int v = 0; v < V; v++) a[j][v] = weight * loaded[v] + a[j][v];
                 }
             }
         }

@@ -82,8 +82,9 @@ struct BlockRows {
                 for (int v = 0; v < V; v++) loaded[v] = load(x + v * LANES);
                 SPARSAE_UNROLL
                 for (int i = 0; i < N; i++) {
+                    const Vec weight = loaded_once(broadcast(w[i * unit_in]));
                     SPARSAE_UNROLL
-                    for (int v = 0; v < V; v++) a[i][v] = fma(w[i * unit_in], loaded[v], a[i][v]);
+                    for (int v = 0; v < V; v++) a[i][v] = weight * loaded[v] + a[i][v];
                 }
             }
         }

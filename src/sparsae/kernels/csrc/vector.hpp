@@ -84,6 +84,13 @@ SPARSAE_INLINE Vec shuffle(Vec a, Vec b) {
     return shuffle<Pattern>(a, b, std::make_index_sequence<LANES>());
 }
 
+SPARSAE_INLINE Vec broadcast(float w) {
+    alignas(64) float lane[LANES];
+    SPARSAE_UNROLL
+    for (int j = 0; j < LANES; j++) lane[j] = w;
+    return load(lane);
+}
+
 // Keeps a loaded vector in its register: where it is used twice, compilers would rather load it twice.
 SPARSAE_INLINE Vec loaded_once(Vec v) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__AVX512F__)
@@ -92,13 +99,6 @@ SPARSAE_INLINE Vec loaded_once(Vec v) {
     asm("" : "+x"(v));
 #endif
     return v;
-}
-
-SPARSAE_INLINE Vec broadcast(float w) {
-    alignas(64) float lane[LANES];
-    SPARSAE_UNROLL
-    for (int j = 0; j < LANES; j++) lane[j] = w;
-    return load(lane);
 }
 
 // Which lane of (a, b) each lane of the result comes from; b's lanes are numbered from LANES on. The first four work
