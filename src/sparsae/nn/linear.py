@@ -44,6 +44,8 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("indices", topology.indices)
+        self._derived: list[Tensor] | None = None
+        self._kernel: str | None = None
         self.set_topology(topology, values)
 
     @property
@@ -74,8 +76,11 @@ class SparseLinear(nn.Module):
         self.values.data = values
         self.indices = topology.indices
         self._topology = topology
-        self._derived: list[Tensor] | None = None
-        self._kernel: str | None = None
+        chosen = self._kernel is not None
+        self._derived = self._kernel = None
+        if chosen:
+            # Compiled code reads what was chosen and must never find that it has to choose.
+            self.choose_kernel()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""
