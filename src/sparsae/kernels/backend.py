@@ -45,16 +45,20 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def refusal(self, unit: tuple[int, int], device: torch.device) -> str | None:
-        """Why this backend cannot serve such layers here; None where it can."""
+    def refusal(self, unit: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot serve such layers here; None where it can. dtype: that of the values."""
+
+    def pays(self, layout: Layout, dtype: torch.dtype) -> bool:
+        """Whether this backend beats dense arithmetic over the same storage. Asked of backends that do not refuse."""
+        return True
 
     def derive(self, topology: Topology) -> list[Tensor]:
         """Index structures that the kernels want beside the topology's own, made once a topology in O(nnz)."""
         return []
 
     @abstractmethod
-    def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor) -> Tensor:
-        """Y = X W^T, a new (tokens, out) tensor."""
+    def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Y = X W^T + b, a new (tokens, out) tensor."""
 
     @abstractmethod
     def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:
@@ -63,3 +67,10 @@ class Backend(ABC):
     @abstractmethod
     def sddmm(self, dy_TO: Tensor, x_TI: Tensor, layout: Layout) -> Tensor:
         """dW = dY^T X at the units of `layout` only, in `layout.values_shape`."""
+
+    def backward(
+        self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs_x: bool, needs_values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dX, dW at the units of `layout`), None for one that is not needed; x_TI is read for dW only."""
+        dx_TI = self.spmm_t(values, layout, dy_TO) if needs_x else None
+        return dx_TI, self.sddmm(dy_TO, x_TI, layout) if needs_values else None

@@ -28,9 +28,7 @@ def sparse_linear(
 ) -> Tensor:
     """Y = X W^T + b. x: (..., in); values: (nnz,) or (count, b_out, b_in), with x's dtype; returns (..., out)."""
     layout = _layout(values, indices, derived, out_features, in_features)
-    y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features))
-    if bias is not None:
-        y_TO += bias
+    y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features), bias)
     return y_TO.view(*x.shape[:-1], out_features)
 
 
@@ -63,17 +61,15 @@ def sparse_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dX, gradient of the values); one that is not needed comes back empty."""
     layout = _layout(values, indices, derived, out_features, in_features)
-    dy_TO = dy.reshape(-1, out_features)
-    dx = dy.new_empty(0)
-    if needs_x:
-        dx = BACKENDS[backend].spmm_t(values, layout, dy_TO).view(*dy.shape[:-1], in_features)
-    dvalues = dy.new_empty(0)
-    if needs_values:
-        x_TI = x.reshape(-1, in_features)
-        dvalues = BACKENDS[backend].sddmm(dy_TO, x_TI, layout)
-        if (probe := open_probe(indices)) is not None:
-            probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
-    return dx, dvalues
+    dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, in_features)
+    dx, dvalues = BACKENDS[backend].backward(values, layout, dy_TO, x_TI, needs_x, needs_values)
+    if needs_values and (probe := open_probe(indices)) is not None:
+        probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
+    nothing = dy.new_empty(0)
+    return (
+        nothing if dx is None else dx.view(*dy.shape[:-1], in_features),
+        nothing.clone() if dvalues is None else dvalues,
+    )
 
 
 @sparse_linear_backward.register_fake

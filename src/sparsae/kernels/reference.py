@@ -48,11 +48,12 @@ class Reference(Backend):
 
     name = "reference"
 
-    def refusal(self, unit: tuple[int, int], device: torch.device) -> str | None:
+    def refusal(self, unit: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor) -> Tensor:
-        return x_TI @ self._scatter(values, layout)
+    def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight_IO = self._scatter(values, layout)
+        return x_TI @ weight_IO if bias is None else torch.addmm(bias, x_TI, weight_IO)
 
     def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:
         return dy_TO @ self._scatter(values, layout).T

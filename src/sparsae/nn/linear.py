@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.core.topology import Topology
+from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.registry import choose_backend
 
@@ -43,6 +44,8 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("indices", topology.indices)
+        self._derived: list[Tensor] | None = None
+        self._kernel: str | None = None
         self.set_topology(topology, values)
 
     @property
@@ -73,8 +76,11 @@ class SparseLinear(nn.Module):
         self.values.data = values
         self.indices = topology.indices
         self._topology = topology
-        self._derived: list[Tensor] | None = None
-        self._kernel: str | None = None
+        chosen = self._kernel is not None
+        self._derived = self._kernel = None
+        if chosen:
+            # Compiled code reads what was chosen and must never find that it has to choose.
+            self.choose_kernel()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""
@@ -118,8 +124,10 @@ class SparseLinear(nn.Module):
 
         Raises InputError for a backend that does not exist or refuses this layer.
         """
-        backend = choose_backend(self.backend, (self.out_features, self.in_features), self.unit, self.values.device)
-        self._derived = backend.derive(self.topology)
+        topology = self.topology
+        layout = Layout(topology.shape, topology.unit, topology.indices)
+        backend = choose_backend(self.backend, layout, self.values.dtype)
+        self._derived = backend.derive(topology)
         self._kernel = backend.name
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:

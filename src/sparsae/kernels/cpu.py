@@ -1,0 +1,78 @@
+"""Native kernels on the CPU: unstructured and block units, faster than a dense layer from about two thirds sparsity on.
+
+Values and results stay as PyTorch has them, row-major activations and values in unit order; csrc/ tells how the
+products are computed. float32, or bfloat16 with float32 sums; other dtypes are computed by the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsae.core.topology import Topology
+from sparsae.kernels import breakeven, native
+from sparsae.kernels.backend import Backend, Layout
+from sparsae.kernels.reference import Reference
+
+
+class Cpu(Backend):
+    """The kernels of csrc/, and the dense path where they would not pay."""
+
+    name = "cpu"
+
+    def __init__(self, dense: Reference) -> None:
+        self._dense = dense
+
+    def refusal(self, unit: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        if dtype not in native.DTYPES:
+            return f"it computes in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        return native.absence()
+
+    def pays(self, layout: Layout, dtype: torch.dtype) -> bool:
+        return breakeven.pays(self, self._dense, layout, dtype)
+
+    def derive(self, topology: Topology) -> list[Tensor]:
+        """The structures of `native.Index`. Raises ValueError for indices out of range or order."""
+        return list(native.make_index(Layout(topology.shape, topology.unit, topology.indices)))
+
+    def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x_TI.dtype not in native.DTYPES:
+            return self._dense.spmm(values, layout, x_TI, bias)
+        bias = None if bias is None else bias.float()
+        return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
+
+    def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:
+        dx_TI, _ = self.backward(values, layout, dy_TO, dy_TO, True, False)
+        assert dx_TI is not None
+        return dx_TI
+
+    def sddmm(self, dy_TO: Tensor, x_TI: Tensor, layout: Layout) -> Tensor:
+        if dy_TO.dtype not in native.DTYPES:
+            return self._dense.sddmm(dy_TO, x_TI, layout)
+        order = None
+        if bool((layout.indices[1:] <= layout.indices[:-1]).any()):
+            units, order = torch.unique(layout.indices, return_inverse=True)
+            layout = layout._replace(indices=units)
+        _, dvalues = native.backward(layout, native.point_columns(layout), dy_TO, x_TI=x_TI)
+        assert dvalues is not None
+        return (dvalues if order is None else dvalues[order]).to(dy_TO.dtype)
+
+    def backward(
+        self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs_x: bool, needs_values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if dy_TO.dtype not in native.DTYPES:
+            return self._dense.backward(values, layout, dy_TO, x_TI, needs_x, needs_values)
+        dx_TI, dvalues = native.backward(
+            layout,
+            layout.derived[0] if layout.derived else native.point_columns(layout),
+            dy_TO,
+            values=values.float().contiguous() if needs_x else None,
+            x_TI=x_TI if needs_values else None,
+        )
+        return dx_TI, None if dvalues is None else dvalues.to(values.dtype)
+
+
+def _index(layout: Layout) -> native.Index:
+    return native.Index(*layout.derived) if layout.derived else native.make_index(layout)

@@ -1,0 +1,8 @@
+#define SPARSAE_ISA sparsae_avx512
+#define SPARSAE_LANES 16
+#include "kernels.hpp"
+
+const sparsae::Kernels& sparsae::kernels_avx512() {
+    static const Kernels kernels{"avx512", SPARSAE_ISA::forward, SPARSAE_ISA::backward};
+    return kernels;
+}

@@ -1,0 +1,129 @@
+// All kernels for one instruction set: included once by each isa_*.cpp.
+#pragma once
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace SPARSAE_ISA {
+#if defined(_OPENMP)
+inline int thread_number() { return omp_get_thread_num(); }
+inline int team_size() { return omp_get_num_threads(); }
+#else
+inline int thread_number() { return 0; }
+inline int team_size() { return 1; }
+#endif
+}  // namespace SPARSAE_ISA
+
+#include "backward.hpp"
+#include "forward.hpp"
+
+namespace SPARSAE_ISA {
+
+// Tokens of a tile, in vectors: as many as keep the tile of `features` features in a level-2 cache and the accumulators in
+// registers, and no more than there are tokens for. It depends on shapes alone, never on the number of threads, because
+// gradients are summed tile by tile.
+inline int tile_vectors(std::int64_t features, std::int64_t tokens, int most) {
+    constexpr std::int64_t budget = 1 << 20;
+    int vectors = most;
+    while (vectors > 1 && (features * vectors * LANES * 4 > budget || (vectors / 2) * LANES >= tokens)) vectors /= 2;
+    return vectors;
+}
+
+// Registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MOST_VECTORS = 4, MOST_BLOCK_VECTORS = 4;
+#else
+constexpr int MOST_VECTORS = 4, MOST_BLOCK_VECTORS = 2;
+#endif
+
+template <class Element, class Rows>
+void forward_as(const Problem& p, const Rows& rows, float* scratch, std::int64_t per_thread, int threads, int vectors) {
+    if (vectors == 4)
+        forward_tiles<4, Element>(p, rows, scratch, per_thread, threads);
+    else if (vectors == 2)
+        forward_tiles<2, Element>(p, rows, scratch, per_thread, threads);
+    else
+        forward_tiles<1, Element>(p, rows, scratch, per_thread, threads);
+}
+
+template <class Column>
+void forward_columns(const Problem& p) {
+    const auto* columns = static_cast<const Column*>(p.columns);
+    const int vectors = tile_vectors(p.in, p.tokens, p.blocks() ? MOST_BLOCK_VECTORS : MOST_VECTORS);
+    const std::int64_t width = vectors * LANES;
+    const std::int64_t tiles = (p.tokens + width - 1) / width;
+    const int threads = static_cast<int>(larger(1, smaller(p.threads, tiles)));
+    const std::int64_t strip = padded(larger(CHUNK, p.unit_out));
+    const std::int64_t per_thread = (padded(p.in) + strip) * width;
+    const std::int64_t copied = p.blocks() ? 0 : padded(p.count);
+    float* scratch = sparsae::workspace(threads * per_thread + copied);
+    if (p.blocks()) {
+        const BlockRows<Column> rows{p.row_ptr, columns, p.source, p.values, p.bias, p.unit_out, p.unit_in};
+        p.bfloat16 ? forward_as<BFloat16>(p, rows, scratch, per_thread, threads, vectors)
+                   : forward_as<float>(p, rows, scratch, per_thread, threads, vectors);
+        return;
+    }
+    // The values in row order are made anew at each pass: the parameter has changed since.
+    float* values = scratch + threads * per_thread;
+    for (std::int64_t k = 0; k < p.count; k++) values[k] = p.values[p.source[k]];
+    const WeightRows<Column> rows{p.row_ptr, columns, values, p.bias};
+    p.bfloat16 ? forward_as<BFloat16>(p, rows, scratch, per_thread, threads, vectors)
+               : forward_as<float>(p, rows, scratch, per_thread, threads, vectors);
+}
+
+inline void forward(const Problem& p) {
+    if (p.tokens == 0 || p.out == 0) return;
+    p.columns_narrow ? forward_columns<std::uint16_t>(p) : forward_columns<std::int32_t>(p);
+}
+
+template <int V, class Element, class Columns>
+void backward_vectors(const Problem& p, const Columns& columns, float* scratch, int threads) {
+    if (p.dx && p.dvalues)
+        backward_tiles<V, Element, true, true>(p, columns, scratch, threads);
+    else if (p.dx)
+        backward_tiles<V, Element, true, false>(p, columns, scratch, threads);
+    else
+        backward_tiles<V, Element, false, true>(p, columns, scratch, threads);
+}
+
+template <class Element, class Columns>
+void backward_as(const Problem& p, const Columns& columns, int most) {
+    const int vectors = tile_vectors(p.out, p.tokens, most);
+    const std::int64_t width = vectors * LANES;
+    const std::int64_t strip = larger(1, CHUNK / p.unit_in);
+    const std::int64_t strips = (p.grid_cols() + strip - 1) / strip;
+    const int threads = static_cast<int>(larger(1, smaller(p.threads, strips)));
+    const std::int64_t strip_size = padded(strip * p.unit_in) * width;
+    float* scratch = sparsae::workspace(2 * padded(p.out) * width + threads * 2 * strip_size);
+    if (vectors == 4)
+        backward_vectors<4, Element>(p, columns, scratch, threads);
+    else if (vectors == 2)
+        backward_vectors<2, Element>(p, columns, scratch, threads);
+    else
+        backward_vectors<1, Element>(p, columns, scratch, threads);
+}
+
+template <class Index>
+void backward_indices(const Problem& p) {
+    const auto* indices = static_cast<const Index*>(p.indices);
+    if (p.blocks()) {
+        const BlockColumns<Index> columns{p.col_ptr, indices, p.values, p.grid_rows(), p.unit_out, p.unit_in};
+        p.bfloat16 ? backward_as<BFloat16>(p, columns, MOST_BLOCK_VECTORS)
+                   : backward_as<float>(p, columns, MOST_BLOCK_VECTORS);
+    } else {
+        const WeightColumns<Index> columns{p.col_ptr, indices, p.values, p.grid_rows()};
+        p.bfloat16 ? backward_as<BFloat16>(p, columns, MOST_VECTORS) : backward_as<float>(p, columns, MOST_VECTORS);
+    }
+}
+
+inline void backward(const Problem& p) {
+    if (!p.dx && !p.dvalues) return;
+    if (p.tokens == 0) {
+        if (p.dvalues) std::memset(p.dvalues, 0, static_cast<std::size_t>(p.count * p.unit_out * p.unit_in) * 4);
+        return;
+    }
+    p.indices_wide ? backward_indices<std::int64_t>(p) : backward_indices<std::int32_t>(p);
+}
+
+}  // namespace SPARSAE_ISA

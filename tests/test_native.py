@@ -1,0 +1,251 @@
+"""The compiled kernels themselves: every instruction set of this machine, thread counts, odd shapes, bad input."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsae.core.randomness import generator
+from sparsae.core.topology import Topology
+from sparsae.errors import InputError
+from sparsae.kernels import breakeven, native, registry
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.reference import Reference
+from sparsae.nn.linear import SparseLinear
+from tests.strategies import topologies
+
+pytestmark = pytest.mark.skipif(native.absence() is not None, reason=str(native.absence()))
+
+UNITS = [(1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (2, 3), (5, 1), (1, 7)]
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.isa()
+    if not native.select_isa(request.param):
+        pytest.skip(f"this machine does not run {request.param}")
+    yield request.param
+    native.select_isa(before)
+
+
+class Case:
+    """One layer with its activations, and its products in float64."""
+
+    def __init__(self, topology: Topology, tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        rng = generator(seed, "case")
+        out_features, in_features = topology.shape
+        self.layout = Layout(topology.shape, topology.unit, topology.indices)
+        self.index = native.make_index(self.layout)
+        self.values = torch.randn(topology.values_shape, generator=rng)
+        self.bias = torch.randn(out_features, generator=rng)
+        self.x = torch.randn(tokens, in_features, generator=rng).to(dtype)
+        self.dy = torch.randn(tokens, out_features, generator=rng).to(dtype)
+
+    def run(self) -> tuple[Tensor, ...]:
+        y = native.forward(self.values, self.layout, self.index, self.x, self.bias)
+        dx, dvalues = native.backward(self.layout, self.index.col_ptr, self.dy, self.values, self.x)
+        assert dx is not None
+        assert dvalues is not None
+        return y, dx, dvalues
+
+    def exact(self) -> tuple[Tensor, ...]:
+        values, x, dy = self.values.double(), self.x.double(), self.dy.double()
+        y = Reference().spmm(values, self.layout, x, self.bias.double())
+        dx, dvalues = Reference().backward(values, self.layout, dy, x, True, True)
+        assert dx is not None
+        assert dvalues is not None
+        return y, dx, dvalues
+
+    def check(self) -> None:
+        # The error of a sum of products is in proportion to its terms, not to what remains of them.
+        size = 1 + max(self.x.shape[0], *self.layout.shape) ** 0.5
+        rtol = 1e-2 if self.x.dtype == torch.bfloat16 else 1e-5
+        for got, want in zip(self.run(), self.exact(), strict=True):
+            assert got.shape == want.shape
+            torch.testing.assert_close(got.double(), want, rtol=rtol, atol=5e-6 * size)
+
+
+@given(topologies(UNITS, most=40), st.integers(0, 150), st.integers(0, 2**32))
+def test_random_shapes(isa: str, topology: Topology, tokens: int, seed: int) -> None:
+    Case(topology, tokens, seed).check()
+
+
+@given(topologies(UNITS, most=30), st.integers(0, 70), st.integers(0, 2**32))
+def test_bfloat16(isa: str, topology: Topology, tokens: int, seed: int) -> None:
+    case = Case(topology, tokens, seed, torch.bfloat16)
+    case.check()
+    y, dx, dvalues = case.run()
+    assert (y.dtype, dx.dtype, dvalues.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa: str) -> None:
+    x = torch.tensor([[1.00390625], [1.01171875], [float("nan")], [float("-inf")], [3.4e38]] * 20).bfloat16()
+    weights = torch.tensor([1.0, 1.00390625, 1.01171875, -1.0])
+    layout = Layout((4, 1), (1, 1), torch.arange(4, dtype=torch.int32))
+    y = native.forward(weights, layout, native.make_index(layout), x, None)
+    assert torch.equal(y.view(torch.int16), (x.float() * weights).bfloat16().view(torch.int16)) or torch.equal(
+        y.nan_to_num(7), (x.float() * weights).bfloat16().nan_to_num(7)
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1), (3, 66_000), (1, 1), (17, 1), (1, 17)])
+def test_extreme_shapes(isa: str, shape: tuple[int, int]) -> None:
+    count = max(1, shape[0] * shape[1] // 10)
+    Case(Topology.random(shape, count, generator(0, "extreme")), 37, 0).check()
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+def test_empty_and_full_rows_and_columns(isa: str, unit: tuple[int, int]) -> None:
+    mask = torch.zeros(40, 36, dtype=torch.bool)
+    mask[[0, 7, 39]] = True
+    mask[:, [0, 20, 35]] = True
+    mask[5] = False
+    indices = mask.T.reshape(-1).nonzero().squeeze(1)
+    topology = Topology.from_indices((40 * unit[0], 36 * unit[1]), indices, unit)
+    Case(topology, 100, 0).check()
+
+
+def test_wide_indices(isa: str) -> None:
+    topology = Topology.random((50, 40), 300, generator(0, "wide"))
+    narrow = Case(topology, 33, 0)
+    wide = Case(Topology(topology.shape, topology.indices.long()), 33, 0)
+    for got, want in zip(wide.run(), narrow.run(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4), (2, 3)])
+def test_results_do_not_depend_on_the_number_of_threads(isa: str, unit: tuple[int, int]) -> None:
+    topology = Topology.random((101 * unit[0], 77 * unit[1]), 900, generator(0, "threads"), unit)
+    case = Case(topology, 200, 0)
+    alone = case.run()
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        for got, want in zip(case.run(), alone, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_parts_of_the_backward_pass_equal_the_whole(isa: str) -> None:
+    case = Case(Topology.random((60, 50), 700, generator(0, "parts")), 90, 0)
+    _, dx, dvalues = case.run()
+    only_dx, none = native.backward(case.layout, case.index.col_ptr, case.dy, case.values)
+    assert none is None
+    assert torch.equal(only_dx, dx)
+    none, only_dvalues = native.backward(case.layout, case.index.col_ptr, case.dy, x_TI=case.x)
+    assert none is None
+    assert torch.equal(only_dvalues, dvalues)
+
+
+def test_index_structures_take_at_most_twelve_bytes_a_value() -> None:
+    for shape, count in (((768, 768), 5898), ((100, 70_000), 700_000)):
+        topology = Topology.random(shape, count, generator(0, "memory"))
+        index = native.make_index(Layout(shape, (1, 1), topology.indices))
+        assert sum(t.nbytes for t in (topology.indices, *index)) <= 12 * count + 8 * (shape[0] + shape[1])
+        order = topology.rows.argsort(stable=True)
+        assert torch.equal(index.source.long(), order)
+        assert torch.equal(index.columns.int() & (0xFFFF if index.columns.dtype == torch.int16 else -1),
+                           topology.columns[order].int())
+
+
+@pytest.mark.parametrize(
+    ("indices", "complaint"),
+    [([0, 12], "inside the grid"), ([-1, 3], "inside the grid"), ([3, 3], "ascending"), ([5, 2], "ascending")],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_bad_indices_are_refused(indices: list[int], complaint: str, dtype: torch.dtype) -> None:
+    layout = Layout((3, 4), (1, 1), torch.tensor(indices, dtype=dtype))
+    with pytest.raises(ValueError, match=complaint):
+        native.make_index(layout)
+    with pytest.raises(ValueError, match=complaint):
+        native.point_columns(layout)
+
+
+def test_what_the_library_would_misread_is_refused() -> None:
+    case = Case(Topology.random((6, 5), 12, generator(0, "bad")), 4, 0)
+    layout, index = case.layout, case.index
+    with pytest.raises(ValueError, match=r"x have shape \(4, 6\), not \(4, 5\)"):
+        native.forward(case.values, layout, index, torch.zeros(4, 6), None)
+    with pytest.raises(ValueError, match="values have dtype"):
+        native.forward(case.values.double(), layout, index, case.x, None)
+    with pytest.raises(ValueError, match="values have shape"):
+        native.forward(case.values[:-1], layout, index, case.x, None)
+    with pytest.raises(ValueError, match="bias have shape"):
+        native.forward(case.values, layout, index, case.x, case.bias[:-1])
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        native.forward(case.values, layout, index, case.x.half(), None)
+    with pytest.raises(ValueError, match="contiguous"):
+        native.forward(torch.zeros(24)[::2], layout, index, case.x, None)
+    with pytest.raises(ValueError, match="sources have shape"):
+        native.forward(case.values, layout, index._replace(source=index.source[1:]), case.x, None)
+    with pytest.raises(ValueError, match="columns have dtype"):
+        native.forward(case.values, layout, index._replace(columns=index.columns.int()), case.x, None)
+    with pytest.raises(ValueError, match="x have dtype"):
+        native.backward(layout, index.col_ptr, case.dy, case.values, case.x.bfloat16())
+    with pytest.raises(ValueError, match="column starts have shape"):
+        native.backward(layout, index.col_ptr[:-1], case.dy, case.values, case.x)
+    with pytest.raises(ValueError, match="int32 or int64"):
+        native.make_index(layout._replace(indices=layout.indices.short()))
+
+
+def test_strided_activations_are_taken() -> None:
+    case = Case(Topology.random((6, 5), 12, generator(0, "strided")), 4, 0)
+    want = case.run()
+    case.x, case.dy = case.x.T.contiguous().T, case.dy.T.contiguous().T
+    for got, expected in zip(case.run(), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_auto_prefers_native_kernels_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = Layout((512, 512), (1, 1), Topology.random((512, 512), 2_000, generator(0, "auto")).indices)
+    full = sparse._replace(indices=torch.arange(512 * 512, dtype=torch.int32))
+    assert registry.choose_backend("auto", sparse, torch.float32).name == "cpu"
+    assert registry.choose_backend("auto", sparse, torch.float64).name == "reference"
+    assert registry.choose_backend("auto", full, torch.float32).name == "reference"
+    with pytest.raises(InputError, match="float32 and bfloat16, not in float64"):
+        registry.choose_backend("cpu", sparse, torch.float64)
+    between = sparse._replace(indices=torch.arange(512 * 256, dtype=torch.int32))
+    for ratio, name in ((1.1, "cpu"), (0.9, "reference")):
+        monkeypatch.setattr(breakeven, "_measured", {})
+        monkeypatch.setattr(breakeven, "_dense_over_sparse", lambda *args, ratio=ratio: ratio)
+        assert registry.choose_backend("auto", between, torch.float32).name == name
+
+
+def test_the_break_even_is_measured_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakeven, "_measured", {})
+    topology = Topology.random((160, 160), 160 * 80, generator(0, "measured"))
+    layout = Layout(topology.shape, topology.unit, topology.indices)
+    with caplog.at_level(logging.INFO):
+        answers = {registry.BACKENDS["cpu"].pays(layout, torch.float32) for _ in range(3)}
+    assert len(answers) == 1
+    assert len([r for r in caplog.records if "of the dense time" in r.message]) == 1
+
+
+def test_without_the_library_auto_says_so_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", Path("/nowhere/_native.so"))
+    monkeypatch.setattr(registry, "_logged", set())
+    native._load.cache_clear()
+    try:
+        topology = Topology.random((8, 8), 9, generator(0, "absent"))
+        for _ in range(2):
+            layer = SparseLinear(topology, torch.ones(9))
+            layer(torch.ones(2, 8))
+            assert layer._kernel == "reference"
+        assert len([r for r in caplog.records if "not compiled" in r.message]) == 1
+        layer = SparseLinear(topology, torch.ones(9), backend="cpu")
+        with pytest.raises(InputError, match="not compiled"):
+            layer.choose_kernel()
+    finally:
+        native._load.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
+def test_one_openmp_runtime_is_shared_with_torch() -> None:
+    native.isa()
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(libraries) <= 1

@@ -1,0 +1,54 @@
+"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, as a program without Python."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sparsae import kernels
+
+SOURCE = Path(kernels.__file__).parent / "csrc"
+X86_FLAGS = {
+    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+}
+FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compiler() -> str:
+    """A C++ compiler with working sanitizers, else skip."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.mark.slow
+def test_clean_under_sanitizers(tmp_path: Path) -> None:
+    cxx = compiler()
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    if subprocess.run([cxx, *SANITIZERS, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip(f"{cxx} has no sanitizers")
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = [*FLAGS, *(["-DSPARSAE_X86"] if x86 else []), *SANITIZERS]
+    sources = {"selftest.cpp": [], "api.cpp": [], "isa_portable.cpp": [], **(X86_FLAGS if x86 else {})}
+    processes = [
+        subprocess.Popen([cxx, *flags, *own, "-c", SOURCE / name, "-o", tmp_path / f"{name}.o"], text=True,
+                         stderr=subprocess.PIPE)
+        for name, own in sources.items()
+    ]  # fmt: skip
+    for process in processes:
+        _, complaint = process.communicate()
+        assert process.returncode == 0, complaint
+    program = tmp_path / "selftest"
+    subprocess.run([cxx, *SANITIZERS, *(tmp_path / f"{name}.o" for name in sources), "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "portable: 0 failures" in result.stdout
