@@ -65,9 +65,7 @@ def step_of(layer: nn.Module, x_TI: Tensor, dy_TO: Tensor, which: str) -> Callab
     return step
 
 
-def rows_of(
-    shape: tuple[int, int], unit: tuple[int, int], sparsity: float, options: argparse.Namespace
-) -> list[Row]:
+def rows_of(shape: tuple[int, int], unit: tuple[int, int], sparsity: float, options: argparse.Namespace) -> list[Row]:
     """Both passes of one layer by every backend that was asked for."""
     out_features, in_features = shape
     dtype = getattr(torch, options.dtype)

@@ -10,7 +10,8 @@ Nothing here ever builds anything of the size of the grid, but for `to_mask`, wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Topology:
     shape: tuple[int, int]
     indices: Tensor
     unit: tuple[int, int] = (1, 1)
+    _views: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_indices(cls, shape: tuple[int, int], indices: Tensor, unit: tuple[int, int] = (1, 1)) -> Topology:
@@ -89,6 +91,12 @@ class Topology:
     def columns(self) -> Tensor:
         """(count,) grid column of each active unit."""
         return self.indices // self.grid[0]
+
+    def view(self, name: str, make: Callable[[Topology], list[Tensor]]) -> list[Tensor]:
+        """Index structures that kernels want, made once and shared by all layers with this topology; they die with it."""
+        if name not in self._views:
+            self._views[name] = make(self)
+        return self._views[name]
 
     def positions(self, units: Tensor) -> Tensor:
         """Where the given active units stand in `indices`; ValueError for a unit that is not active."""

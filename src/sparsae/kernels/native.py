@@ -41,7 +41,8 @@ class Index(NamedTuple):
     """The structures beside a topology's indices: where grid columns and rows start, and the units in row order.
 
     col_ptr: (grid columns + 1,) int32. row_ptr: (grid rows + 1,) int32. columns: (count,) the grid column of each unit
-    in row order, 16 bits wide (as int16) where they fit, else int32. source: (count,) int32, its position in `indices`.
+    in row order, 16 bits wide (as int16) where they fit, else int32. source: of blocks, (count,) int32, its position in
+    `indices`; of single weights (0,).
     """
 
     col_ptr: Tensor
@@ -94,7 +95,7 @@ def make_index(layout: Layout) -> Index:
         torch.empty(columns + 1, dtype=torch.int32),
         torch.empty(rows + 1, dtype=torch.int32),
         torch.empty(count, dtype=torch.int16 if columns <= 2**16 else torch.int32),
-        torch.empty(count, dtype=torch.int32),
+        torch.empty(_sources(layout), dtype=torch.int32),
     )
     _index(layout, index)
     return index
@@ -154,6 +155,10 @@ def backward(
     return dx_TI, dvalues
 
 
+def _sources(layout: Layout) -> int:
+    return 0 if layout.unit == (1, 1) else layout.indices.numel()
+
+
 def _library() -> ctypes.CDLL:
     library = _load()
     if isinstance(library, str):
@@ -177,7 +182,7 @@ def _index(layout: Layout, index: Index) -> None:
         _pointer(index.row_ptr) if whole else None,
         _pointer(index.columns) if whole else None,
         index.columns.dtype == torch.int16,
-        _pointer(index.source) if whole else None,
+        _pointer(index.source) if index.source.numel() else None,
     )
     if status:
         raise ValueError(_ERRORS[status])
@@ -216,7 +221,7 @@ def _check_index(layout: Layout, index: Index) -> None:
     _check("row starts", index.row_ptr, (layout.grid_rows + 1,), torch.int32)
     wide = torch.int16 if index.col_ptr.numel() <= 2**16 + 1 else torch.int32
     _check("columns", index.columns, (count,), wide)
-    _check("sources", index.source, (count,), torch.int32)
+    _check("sources", index.source, (_sources(layout),), torch.int32)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

@@ -127,7 +127,7 @@ class SparseLinear(nn.Module):
         topology = self.topology
         layout = Layout(topology.shape, topology.unit, topology.indices)
         backend = choose_backend(self.backend, layout, self.values.dtype)
-        self._derived = backend.derive(topology)
+        self._derived = topology.view(backend.name, backend.derive)
         self._kernel = backend.name
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:

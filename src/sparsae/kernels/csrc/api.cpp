@@ -132,7 +132,7 @@ void order_by_rows(const Index* indices, std::int64_t rows, std::int64_t cols, c
         for (std::int32_t k = col_ptr[c]; k < col_ptr[c + 1]; k++) {
             const std::int32_t at = row_ptr[indices[k] - c * rows]++;
             columns[at] = static_cast<Column>(c);
-            source[at] = k;
+            if (source != nullptr) source[at] = k;
         }
     for (std::int64_t r = rows; r > 0; r--) row_ptr[r] = row_ptr[r - 1];
     row_ptr[0] = 0;
@@ -174,7 +174,7 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
 // Bytes of the argument structure, which both sides must agree on.
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
 
-// Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr.
+// Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr, with source null none of that.
 SPARSAE_EXPORT int sparsae_index(const void* indices, int wide, std::int64_t count, std::int64_t rows, std::int64_t cols,
                                  std::int32_t* col_ptr, std::int32_t* row_ptr, void* columns, int narrow,
                                  std::int32_t* source) {

@@ -47,6 +47,15 @@ void forward_as(const Problem& p, const Rows& rows, float* scratch, std::int64_t
         forward_tiles<1, Element>(p, rows, scratch, per_thread, threads);
 }
 
+// Single weights into row order, each to the next free place of its row: no permutation has to be kept.
+template <class Index>
+void into_row_order(const Problem& p, float* values, std::int32_t* next) {
+    const auto* indices = static_cast<const Index*>(p.indices);
+    std::memcpy(next, p.row_ptr, static_cast<std::size_t>(p.out) * sizeof(std::int32_t));
+    for (std::int64_t c = 0; c < p.in; c++)
+        for (std::int32_t k = p.col_ptr[c]; k < p.col_ptr[c + 1]; k++) values[next[indices[k] - c * p.out]++] = p.values[k];
+}
+
 template <class Column>
 void forward_columns(const Problem& p) {
     const auto* columns = static_cast<const Column*>(p.columns);
@@ -56,7 +65,7 @@ void forward_columns(const Problem& p) {
     const int threads = static_cast<int>(larger(1, smaller(p.threads, tiles)));
     const std::int64_t strip = padded(larger(CHUNK, p.unit_out));
     const std::int64_t per_thread = (padded(p.in) + strip) * width;
-    const std::int64_t copied = p.blocks() ? 0 : padded(p.count);
+    const std::int64_t copied = p.blocks() ? 0 : padded(p.count) + padded(p.out);
     float* scratch = sparsae::workspace(threads * per_thread + copied);
     if (p.blocks()) {
         const BlockRows<Column> rows{p.row_ptr, columns, p.source, p.values, p.bias, p.unit_out, p.unit_in};
@@ -66,7 +75,8 @@ void forward_columns(const Problem& p) {
     }
     // The values in row order are made anew at each pass: the parameter has changed since.
     float* values = scratch + threads * per_thread;
-    for (std::int64_t k = 0; k < p.count; k++) values[k] = p.values[p.source[k]];
+    auto* next = reinterpret_cast<std::int32_t*>(values + padded(p.count));
+    p.indices_wide ? into_row_order<std::int64_t>(p, values, next) : into_row_order<std::int32_t>(p, values, next);
     const WeightRows<Column> rows{p.row_ptr, columns, values, p.bias};
     p.bfloat16 ? forward_as<BFloat16>(p, rows, scratch, per_thread, threads, vectors)
                : forward_as<float>(p, rows, scratch, per_thread, threads, vectors);

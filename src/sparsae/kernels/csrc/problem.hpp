@@ -19,7 +19,7 @@ struct Problem {
     const std::int32_t* col_ptr;  // grid columns + 1
     const std::int32_t* row_ptr;  // grid rows + 1
     const void* columns;         // uint16 where columns_narrow, else int32
-    const std::int32_t* source;
+    const std::int32_t* source;  // of blocks only, else null
     const float* values;
     const float* bias;  // null, or (out,)
     const void* x;      // (tokens, in), element
