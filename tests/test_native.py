@@ -149,8 +149,8 @@ def test_index_structures_take_at_most_twelve_bytes_a_value() -> None:
         assert sum(t.nbytes for t in (topology.indices, *index)) <= 12 * count + 8 * (shape[0] + shape[1])
         order = topology.rows.argsort(stable=True)
         assert torch.equal(index.source.long(), order)
-        assert torch.equal(index.columns.int() & (0xFFFF if index.columns.dtype == torch.int16 else -1),
-                           topology.columns[order].int())
+        bits = 0xFFFF if index.columns.dtype == torch.int16 else -1
+        assert torch.equal(index.columns.int() & bits, topology.columns[order].int())
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,9 @@ def test_the_break_even_is_measured_once(caplog: pytest.LogCaptureFixture, monke
     assert len([r for r in caplog.records if "of the dense time" in r.message]) == 1
 
 
-def test_without_the_library_auto_says_so_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_auto_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native, "LIBRARY", Path("/nowhere/_native.so"))
     monkeypatch.setattr(registry, "_logged", set())
     native._load.cache_clear()

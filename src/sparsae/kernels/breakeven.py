@@ -1,8 +1,8 @@
 """Below which density the native kernels beat dense arithmetic over the same storage.
 
-Far from the break-even the answer is known; near it, and wherever the dense side may have hardware of its own (bfloat16)
-or the kernels lack AVX-512, both are measured once a process on the layer in question, forward and backward, and the
-answer is kept for layers of that shape and about that density.
+Far from the break-even the answer is known; near it, and wherever the dense side may have hardware of its own
+(bfloat16) or the kernels lack AVX-512, both are measured once a process on the layer in question, forward and backward,
+and the answer is kept for layers of that shape and about that density.
 """
 
 from __future__ import annotations

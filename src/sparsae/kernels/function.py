@@ -61,9 +61,7 @@ def sparse_linear_backward(
     """(dX, gradient of the values); one that is not needed comes back empty."""
     layout = _layout(values, indices, derived, out_features, in_features)
     x_TI = x.reshape(-1, in_features)
-    dx, dvalues = BACKENDS[backend].backward(
-        values, layout, dy.reshape(-1, out_features), x_TI, needs_x, needs_values
-    )
+    dx, dvalues = BACKENDS[backend].backward(values, layout, dy.reshape(-1, out_features), x_TI, needs_x, needs_values)
     nothing = dy.new_empty(0)
     return (
         nothing if dx is None else dx.view(*dy.shape[:-1], in_features),
