@@ -103,6 +103,12 @@ def rows_of(shape: tuple[int, int], unit: tuple[int, int], sparsity: float, opti
     return rows
 
 
+def line(row: Row) -> str:
+    """One row for people."""
+    layer = "{backend:>10} {unit:>6} {out:>6} x {in:<6} {sparsity:.2f} {pass:>17}"
+    return (layer + " {seconds:9.5f} s  dense {dense_seconds:9.5f} s  ratio {ratio:6.2f}").format(**row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=pair, default=[pair(shape) for shape in SHAPES])
@@ -123,11 +129,7 @@ def main() -> None:
         for sparsity in options.sparsities:
             group = [row for shape in options.shapes for row in rows_of(shape, unit, sparsity, options)]
             for row in group:
-                print(
-                    "{backend:>10} {unit:>6} {out:>6} x {in:<6} {sparsity:.2f} {pass:>17} {0:8.2f} ms  dense {1:8.2f} ms  "
-                    "ratio {ratio:6.2f}".format(row["seconds"] * 1e3, row["dense_seconds"] * 1e3, **row),
-                    flush=True,
-                )
+                print(line(row), flush=True)
             for backend in options.backends:
                 for which in PASSES:
                     logs = [math.log(r["ratio"]) for r in group if (r["backend"], r["pass"]) == (backend, which)]

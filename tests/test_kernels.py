@@ -16,7 +16,6 @@ from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.nn.linear import SparseLinear
 from tests.strategies import topologies
 
-
 CPU = torch.device("cpu")
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")

@@ -31,14 +31,14 @@ class Cpu(Backend):
         return native.absence()
 
     def pays(self, layout: Layout, dtype: torch.dtype) -> bool:
-        return breakeven.pays(self, self._dense, layout, dtype)
+        return breakeven.pays(layout, dtype)
 
     def derive(self, topology: Topology) -> list[Tensor]:
         """The structures of `native.Index`. Raises ValueError for indices out of range or order."""
         return list(native.make_index(Layout(topology.shape, topology.unit, topology.indices)))
 
     def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x_TI.dtype not in native.DTYPES:
+        if not _is_native(x_TI.dtype):
             return self._dense.spmm(values, layout, x_TI, bias)
         bias = None if bias is None else bias.float()
         return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
@@ -49,7 +49,7 @@ class Cpu(Backend):
         return dx_TI
 
     def sddmm(self, dy_TO: Tensor, x_TI: Tensor, layout: Layout) -> Tensor:
-        if dy_TO.dtype not in native.DTYPES:
+        if not _is_native(dy_TO.dtype):
             return self._dense.sddmm(dy_TO, x_TI, layout)
         order = None
         if bool((layout.indices[1:] <= layout.indices[:-1]).any()):
@@ -62,7 +62,7 @@ class Cpu(Backend):
     def backward(
         self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs_x: bool, needs_values: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        if dy_TO.dtype not in native.DTYPES:
+        if not _is_native(dy_TO.dtype):
             return self._dense.backward(values, layout, dy_TO, x_TI, needs_x, needs_values)
         dx_TI, dvalues = native.backward(
             layout,
@@ -72,6 +72,11 @@ class Cpu(Backend):
             x_TI=x_TI if needs_values else None,
         )
         return dx_TI, None if dvalues is None else dvalues.to(values.dtype)
+
+
+def _is_native(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype go to the kernels; under autocast it is not the values' own."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not breakeven.multiplies_bfloat16())
 
 
 def _index(layout: Layout) -> native.Index:

@@ -94,7 +94,7 @@ def make_index(layout: Layout) -> Index:
     index = Index(
         torch.empty(columns + 1, dtype=torch.int32),
         torch.empty(rows + 1, dtype=torch.int32),
-        torch.empty(count, dtype=torch.int16 if columns <= 2**16 else torch.int32),
+        torch.empty(count, dtype=_column_dtype(layout)),
         torch.empty(_sources(layout), dtype=torch.int32),
     )
     _index(layout, index)
@@ -207,6 +207,10 @@ def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> _Problem:
     )
 
 
+def _column_dtype(layout: Layout) -> torch.dtype:
+    return torch.int16 if layout.shape[1] // layout.unit[1] <= 2**16 else torch.int32
+
+
 def _checked_indices(layout: Layout) -> Tensor:
     indices = layout.indices
     _check("indices", indices, (indices.numel(),), indices.dtype)
@@ -219,8 +223,7 @@ def _check_index(layout: Layout, index: Index) -> None:
     count = layout.indices.numel()
     _check("column starts", index.col_ptr, (layout.shape[1] // layout.unit[1] + 1,), torch.int32)
     _check("row starts", index.row_ptr, (layout.grid_rows + 1,), torch.int32)
-    wide = torch.int16 if index.col_ptr.numel() <= 2**16 + 1 else torch.int32
-    _check("columns", index.columns, (count,), wide)
+    _check("columns", index.columns, (count,), _column_dtype(layout))
     _check("sources", index.source, (_sources(layout),), torch.int32)
 
 

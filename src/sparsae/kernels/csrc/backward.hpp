@@ -12,6 +12,8 @@ using sparsae::Problem;
 // The columns of W, single weights. A column's units are numbered from column * grid_rows on.
 template <class Index>
 struct WeightColumns {
+    static constexpr int MOST_VECTORS_OF_TILE = 4;
+
     const std::int32_t* col_ptr;
     const Index* indices;
     const float* values;
@@ -73,6 +75,8 @@ struct WeightColumns {
 // The columns of W, blocks.
 template <class Index>
 struct BlockColumns {
+    static constexpr int MOST_VECTORS_OF_TILE = 8;  // the more, the less the sums over lanes weigh
+
     const std::int32_t* col_ptr;
     const Index* indices;
     const float* values;
@@ -101,33 +105,40 @@ struct BlockColumns {
     // Weight columns [first, first + N) of the blocks of one grid column.
     template <int V, int N>
     SPARSAE_INLINE void some_columns(std::int64_t column, std::int64_t first, const float* g, float* dx) const {
+        constexpr int most = V < MOST_BLOCK_VECTORS ? V : MOST_BLOCK_VECTORS;
+        for (int v = 0; v < V; v += most) part_of_columns<V, N, most>(column, first, g + v * LANES, dx + v * LANES);
+    }
+
+    // The same for PART vectors of tokens, as many as the registers hold.
+    template <int V, int N, int PART>
+    SPARSAE_INLINE void part_of_columns(std::int64_t column, std::int64_t first, const float* g, float* dx) const {
         constexpr int width = V * LANES;
         const Vec zero = broadcast(0.0f);
-        Vec a[N][V];
+        Vec a[N][PART];
         SPARSAE_UNROLL
         for (int j = 0; j < N; j++) {
             SPARSAE_UNROLL
-            for (int v = 0; v < V; v++) a[j][v] = zero;
+            for (int v = 0; v < PART; v++) a[j][v] = zero;
         }
         for (std::int64_t k = col_ptr[column]; k < col_ptr[column + 1]; k++) {
             const float* row = row_tile<V>(column, k, g);
             const float* w = values + k * unit_out * unit_in + first;
             for (std::int64_t i = 0; i < unit_out; i++, row += width, w += unit_in) {
-                Vec loaded[V];
+                Vec loaded[PART];
                 SPARSAE_UNROLL
-                for (int v = 0; v < V; v++) loaded[v] = load(row + v * LANES);
+                for (int v = 0; v < PART; v++) loaded[v] = load(row + v * LANES);
                 SPARSAE_UNROLL
                 for (int j = 0; j < N; j++) {
                     const Vec weight = loaded_once(broadcast(w[j]));
                     SPARSAE_UNROLL
-                    for (int v = 0; v < V; v++) a[j][v] = weight * loaded[v] + a[j][v];
+                    for (int v = 0; v < PART; v++) a[j][v] = weight * loaded[v] + a[j][v];
                 }
             }
         }
         SPARSAE_UNROLL
         for (int j = 0; j < N; j++) {
             SPARSAE_UNROLL
-            for (int v = 0; v < V; v++) store(dx + j * width + v * LANES, a[j][v]);
+            for (int v = 0; v < PART; v++) store(dx + j * width + v * LANES, a[j][v]);
         }
     }
 
@@ -219,6 +230,7 @@ void backward_tiles(const Problem& p, const Columns& columns, float* scratch, in
     const auto* dy = static_cast<const Element*>(p.dy);
     const auto* x = static_cast<const Element*>(p.x);
     auto* dx = static_cast<Element*>(p.dx);
+    (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int parts = team_size(), part = thread_number();

@@ -30,13 +30,6 @@ inline int tile_vectors(std::int64_t features, std::int64_t tokens, int most) {
     return vectors;
 }
 
-// Registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int MOST_VECTORS = 4, MOST_BLOCK_VECTORS = 4;
-#else
-constexpr int MOST_VECTORS = 4, MOST_BLOCK_VECTORS = 2;
-#endif
-
 template <class Element, class Rows>
 void forward_as(const Problem& p, const Rows& rows, float* scratch, std::int64_t per_thread, int threads, int vectors) {
     if (vectors == 4)
@@ -98,7 +91,8 @@ void backward_vectors(const Problem& p, const Columns& columns, float* scratch, 
 }
 
 template <class Element, class Columns>
-void backward_as(const Problem& p, const Columns& columns, int most) {
+void backward_as(const Problem& p, const Columns& columns) {
+    constexpr int most = Columns::MOST_VECTORS_OF_TILE;
     const int vectors = tile_vectors(p.out, p.tokens, most);
     const std::int64_t width = vectors * LANES;
     const std::int64_t strip = larger(1, CHUNK / p.unit_in);
@@ -106,7 +100,9 @@ void backward_as(const Problem& p, const Columns& columns, int most) {
     const int threads = static_cast<int>(larger(1, smaller(p.threads, strips)));
     const std::int64_t strip_size = padded(strip * p.unit_in) * width;
     float* scratch = sparsae::workspace(2 * padded(p.out) * width + threads * 2 * strip_size);
-    if (vectors == 4)
+    if (vectors == 8)
+        backward_vectors<most, Element>(p, columns, scratch, threads);
+    else if (vectors == 4)
         backward_vectors<4, Element>(p, columns, scratch, threads);
     else if (vectors == 2)
         backward_vectors<2, Element>(p, columns, scratch, threads);
@@ -119,11 +115,10 @@ void backward_indices(const Problem& p) {
     const auto* indices = static_cast<const Index*>(p.indices);
     if (p.blocks()) {
         const BlockColumns<Index> columns{p.col_ptr, indices, p.values, p.grid_rows(), p.unit_out, p.unit_in};
-        p.bfloat16 ? backward_as<BFloat16>(p, columns, MOST_BLOCK_VECTORS)
-                   : backward_as<float>(p, columns, MOST_BLOCK_VECTORS);
+        p.bfloat16 ? backward_as<BFloat16>(p, columns) : backward_as<float>(p, columns);
     } else {
         const WeightColumns<Index> columns{p.col_ptr, indices, p.values, p.grid_rows()};
-        p.bfloat16 ? backward_as<BFloat16>(p, columns, MOST_VECTORS) : backward_as<float>(p, columns, MOST_VECTORS);
+        p.bfloat16 ? backward_as<BFloat16>(p, columns) : backward_as<float>(p, columns);
     }
 }
 

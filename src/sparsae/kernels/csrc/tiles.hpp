@@ -8,6 +8,15 @@
 
 namespace SPARSAE_ISA {
 
+// Vectors of tokens that a weight meets at once with the sums in registers, of which there are 32 with AVX-512 and NEON,
+// 16 with AVX2 and SSE. A block's four rows or columns are worked on together.
+constexpr int MOST_VECTORS = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MOST_BLOCK_VECTORS = 4;
+#else
+constexpr int MOST_BLOCK_VECTORS = 2;
+#endif
+
 constexpr int CHUNK = 16;  // features that are transposed and written together: a cache line of float32
 
 SPARSAE_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
