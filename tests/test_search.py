@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sparsae.config.schema import EvolutionConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
+from sparsae.kernels.probe import Probe, open_probe
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
@@ -106,6 +108,21 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
         expected = gradient.T.reshape(-1)[probes[name].units.long()]
         torch.testing.assert_close(probes[name].gradient, expected)
         assert not bool(layer.topology.contains(probes[name].units).any())
+
+
+def test_a_probe_dies_with_whoever_asked_and_keeps_its_address_till_then() -> None:
+    layer = next(iter(sparse_layers(mlp()).values()))
+    probe = Probe(layer.indices, layer.topology.sample_inactive(3, generator(0)))
+    address = layer.indices.data_ptr()
+    assert open_probe(layer.indices) is probe
+    del layer
+    gc.collect()
+    others = [torch.empty_like(probe._indices) for _ in range(50)]
+    assert all(tensor.data_ptr() != address for tensor in others)
+    indices = probe._indices
+    del probe
+    gc.collect()
+    assert open_probe(indices) is None
 
 
 def test_scoring_is_not_watched() -> None:

@@ -93,7 +93,7 @@ class Topology:
         return self.indices // self.grid[0]
 
     def view(self, name: str, make: Callable[[Topology], list[Tensor]]) -> list[Tensor]:
-        """Index structures that kernels want, made once and shared by all layers with this topology; they die with it."""
+        """Index structures that a kernel wants, made once, shared by layers with this topology, gone with it."""
         if name not in self._views:
             self._views[name] = make(self)
         return self._views[name]

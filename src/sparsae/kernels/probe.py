@@ -7,12 +7,15 @@ a time is worked on.
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 from torch import Tensor
 
 from sparsae.kernels.backend import Backend, Layout
 
-# Open requests by the address of a layer's index tensor, which is the layer's as long as its topology does not change.
-_open: dict[int, Probe] = {}
+# Open requests by the address of a layer's index tensor. A probe holds that tensor, so the address is no other's while
+# it lives, and is held here only weakly, so that it does not outlive whoever asked.
+_open: WeakValueDictionary[int, Probe] = WeakValueDictionary()
 
 
 class Probe:
@@ -24,16 +27,16 @@ class Probe:
 
     def __init__(self, indices: Tensor, units: Tensor) -> None:
         """`indices` is the layer's own index tensor."""
-        self._key = indices.data_ptr()
+        self._indices = indices
         self.units = units
         self.gradient: Tensor | None = None
         self.tokens = 0
-        _open[self._key] = self
+        _open[indices.data_ptr()] = self
 
     def close(self) -> None:
         """Stop; what was gathered stays."""
-        if _open.get(self._key) is self:
-            del _open[self._key]
+        if _open.get(self._indices.data_ptr()) is self:
+            del _open[self._indices.data_ptr()]
 
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
         """Take in one backward pass of the layer that `layout` describes."""

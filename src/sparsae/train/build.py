@@ -63,8 +63,9 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
         )
         for layer in sparse_layers(model).values():
             layer.values = nn.Parameter(layer.values.detach().to(device))
-            layer.indices = layer.indices.to(device)
-            layer.choose_kernel()
+            if device.type != "meta":
+                layer.indices = layer.indices.to(device)
+                layer.choose_kernel()
     if device.type != "meta":
         materialize(model, config.model, config.seed, device)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimat
 from sparsae.core.randomness import generator
 from sparsae.data import load_tokenizer
 from sparsae.distill import WarmUp
-from sparsae.nn.linear import sparse_layers
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.registry import choose_backend
+from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules import build_rule
 from sparsae.train.build import build, check, choose_device
 from sparsae.train.costs import RunCosts
@@ -56,9 +59,9 @@ def plan(config: Config) -> dict[str, Any]:
     for _ in range(updates):
         costs.count_update(flops, SearchCost(scored, backwards, probed))
     units = sum(layer.topology.count for layer in layers.values())
-    index_bytes = max((layer.indices.element_size() for layer in layers.values()), default=4)
     teacher = config.teacher.storage if config.teacher.enabled else None
     dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
+    state = estimated_state_bytes(units, nnz, weights, teacher=teacher) | {"indices": _index_bytes(config, layers)}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_dense": dense_parameters,
@@ -75,7 +78,7 @@ def plan(config: Config) -> dict[str, Any]:
         "train_flops_per_step": costs.cost.training(nnz, tokens),
         "train_flops": dict(flops.parts),
         "train_flops_dense_equivalent": flops.dense_equivalent,
-        "state_bytes": estimated_state_bytes(units, nnz, weights, teacher=teacher, index_bytes=index_bytes),
+        "state_bytes": state,
         "state_bytes_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
         # The reference backend multiplies densely, whatever the sparsity.
         "expected_seconds": (dense.total + flops.parts["search"] * weights / max(1, nnz))
@@ -83,6 +86,19 @@ def plan(config: Config) -> dict[str, Any]:
         "steps": training.steps,
         "tokens": training.steps * tokens,
     }
+
+
+def _index_bytes(config: Config, layers: Mapping[str, SparseLinear]) -> int:
+    """Bytes of indices, and of what the backends that will serve the layers keep beside them."""
+    total = 0
+    for layer in layers.values():
+        topology = layer.topology
+        total += topology.indices.nbytes
+        if choose_device(config.training.device).type == "cpu":
+            layout = Layout(topology.shape, topology.unit, topology.indices)
+            backend = choose_backend(config.sparsity.backend, layout, torch.float32)
+            total += sum(tensor.nbytes for tensor in backend.derive(topology))
+    return total
 
 
 def _measured_flops_per_second(config: Config) -> float:
