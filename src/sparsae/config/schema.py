@@ -114,7 +114,7 @@ class SparsityConfig(Section):
     )
     exclude: list[Text] = Field(default=[], description="names (globs) of layers to leave dense")
     sparsify_head: bool = Field(default=False, description="sparsify the output head too (only where it is not tied)")
-    backend: Text = Field(default="auto", description="kernels: auto, or a backend by name (reference)")
+    backend: Text = Field(default="auto", description="kernels: auto, or a backend by name (reference, cpu)")
 
     @model_validator(mode="after")
     def _bounds_hold(self) -> Self:
