@@ -5,7 +5,7 @@ VENV ?= .venv
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format performance clean
 
 # Torch first, by its own requirement, so that nothing that needs it picks another build.
 $(VENV)/.installed: pyproject.toml
@@ -33,6 +33,18 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# An hour on a quiet machine; the other libraries that docs/performance.md names take part where they are installed.
+RESULTS := docs/results/performance
+performance: $(VENV)/.installed
+	mkdir -p $(RESULTS)
+	$(BIN)/sparsae bench roofline --json $(RESULTS)/roofline.json
+	$(BIN)/sparsae bench kernels --json $(RESULTS)/kernels.json
+	$(BIN)/sparsae bench kernels --backends cpu --sparsities 0.9 --threads 1,2 --json $(RESULTS)/kernels-threads.json
+	$(BIN)/sparsae bench step --decode 64 --threads 1 --json $(RESULTS)/step.json
+	$(BIN)/sparsae bench step --decode 64 --threads 2 --json $(RESULTS)/step-threads.json
+	$(BIN)/sparsae bench topology --threads 1 --widths 512,1024,2048,4096,8192,16384 --json $(RESULTS)/topology.json
+	$(BIN)/python benchmarks/performance.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

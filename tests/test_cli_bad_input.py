@@ -29,7 +29,7 @@ CASES: dict[str, list[str]] = {
     "train --set data.source=null": ["--set", "data.source", "text"],
     "train --set sparsity.unit=[0,4]": ["--set", "sparsity.unit[0]", "at least 1"],
     "train --set sparsity.min_density=0.3": ["--set", "min_density", "density 0.1"],
-    "train --set topology.rule=rigll": ["--set", "topology.rule", "evolution"],
+    "train --set topology.rule=rigll": ["--set", "topology.rule", "did you mean rigl?"],
     "train --method static --set topology.every=3": ["--set", "topology.every", "topology.rule"],
     "train --set model.heads=3": ["--set", "width 256", "heads 3"],
     "train --sparsity 1": ["--sparsity", "sparsity.sparsity", "below 1"],

@@ -5,7 +5,21 @@ from collections.abc import Iterator
 import pytest
 from pydantic import ValidationError
 
-from sparsae.config import Config, EvolutionConfig, ModelConfig, Section, SparsityConfig, StaticConfig, TrainingConfig
+from sparsae.config import (
+    Config,
+    EvolutionConfig,
+    GmpConfig,
+    GranetConfig,
+    GseConfig,
+    MagnitudeConfig,
+    ModelConfig,
+    RiglConfig,
+    Section,
+    SetConfig,
+    SparsityConfig,
+    StaticConfig,
+    TrainingConfig,
+)
 from sparsae.config.load import json_schema, methods, presets, resolve
 
 
@@ -16,7 +30,9 @@ def sections(section: type[Section]) -> Iterator[type[Section]]:
             yield from sections(type(value))
 
 
-ALL_SECTIONS = [*sections(Config), StaticConfig]
+ALL_SECTIONS = [
+    *sections(Config), StaticConfig, SetConfig, RiglConfig, GseConfig, GmpConfig, GranetConfig, MagnitudeConfig,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("section", ALL_SECTIONS, ids=lambda section: section.__name__)
@@ -34,8 +50,11 @@ def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:
 
 
 def test_names_that_ship() -> None:
-    assert set(presets()) == {"demo", "tiny", "gpt2-small", "gpt2-medium", "llama-130m"}
-    assert set(methods()) == {"sparsae", "sparsae-written", "static", "dense"}
+    assert set(presets()) == {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
+    assert set(methods()) == {
+        "sparsae", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search", "static", "static-erk", "dense",
+        "dense_small", "set", "rigl", "gse", "gmp", "granet", "magnitude",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -44,7 +63,7 @@ def test_every_preset_goes_with_every_method(preset: str, method: str) -> None:
     config = resolve(None, preset, method)
     assert (config.preset, config.method) == (preset, method)
     assert config.data.source == "stdlib"
-    assert config.sparsity.sparsity == (0.0 if method == "dense" else 0.9)
+    assert config.sparsity.sparsity == (0.0 if method in ("dense", "dense_small") else 0.9)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +71,7 @@ def test_every_preset_goes_with_every_method(preset: str, method: str) -> None:
     [  # weights of the blocks' linear layers, and of the embeddings, in millions
         ("demo", (3.1, 1.1)),
         ("tiny", (10.6, 4.1)),
+        ("gpt-25m", (22.0, 2.4)),
         ("gpt2-small", (84.9, 39.4)),
         ("gpt2-medium", (302.0, 52.5)),
         ("llama-130m", (84.9, 49.2)),
@@ -92,6 +112,38 @@ def test_baselines_have_neither_search_nor_teacher(method: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "topology"),
+    [
+        ("set", SetConfig(every=100, stop=0.75, drop_fraction=0.3)),
+        ("rigl", RiglConfig(every=100, stop=0.75, drop_fraction=0.3, accumulate="last")),
+        ("gse", GseConfig(every=1000, stop=0.75, drop_fraction=0.2, sampling="uniform", sample_ratio=1.0)),
+        ("gmp", GmpConfig(start_sparsity=0.0, every=100, start=0.25, stop=0.75)),
+        ("granet", GranetConfig(start_sparsity=0.5, every=100, start=0.25, stop=0.75, regeneration=0.5)),
+        ("magnitude", MagnitudeConfig(start_sparsity=0.0, at=0.5)),
+    ],
+)
+def test_rivals_have_their_papers_settings_and_no_teacher(method: str, topology: Section) -> None:
+    config = resolve(None, None, method)
+    assert config.topology == topology
+    assert not config.teacher.enabled
+    assert config.initial_sparsity == getattr(topology, "start_sparsity", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("random_search", {"proposer": "layerwise"}),
+        ("sparsae-one", {"candidates": 1}),
+        ("sparsae-rigl", {"proposer": "rigl"}),
+    ],
+)
+def test_a_control_differs_in_one_setting(method: str, changed: dict[str, object]) -> None:
+    default, control = resolve(), resolve(None, None, method)
+    assert control.topology.model_dump() == {**default.topology.model_dump(), **changed}
+    assert control.teacher == default.teacher
+
+
+@pytest.mark.parametrize(
     ("section", "values", "complaint"),
     [
         (ModelConfig, {"width": 256, "heads": 3}, "not a multiple of heads"),
@@ -104,6 +156,12 @@ def test_baselines_have_neither_search_nor_teacher(method: str) -> None:
         (SparsityConfig, {"head_min_density": 0.2}, "head_min_density"),
         (EvolutionConfig, {"start": 0.9}, "must come before stop"),
         (EvolutionConfig, {"reset": {"reshuffle": (0.2, 0.1)}}, "lowest first"),
+        (GmpConfig, {"start": 0.8}, "start 0.8 must come before stop 0.75"),
+        (GranetConfig, {"stop": 0.1}, "must come before stop"),
+        (MagnitudeConfig, {"at": 1.0}, "less than 1"),
+        (RiglConfig, {"stop": 0.0}, "greater than 0"),
+        (Config, {"topology": {"rule": "granet", "start_sparsity": 0.9}}, "must be less than sparsity.sparsity 0.9"),
+        (Config, {"topology": {"rule": "gmp"}, "sparsity": {"head_min_density": 0.1}}, "without regard to heads"),
         (Config, {"sparsity": {"sparsify_head": True}}, "tie_embeddings"),
         (Config, {"method": "dense"}, "sparsity.sparsity 0"),
         (TrainingConfig, {"steps": 3.0}, "valid integer"),

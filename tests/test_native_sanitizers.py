@@ -15,7 +15,12 @@ X86_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
     "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
 }
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp"]
+# What each machine compiles beside portable code, and the macro that says so.
+MACHINES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
+    "x86_64": (["-DSPARSAE_X86"], X86_FLAGS),
+    "aarch64": (["-DSPARSAE_ARM64"], {"isa_neon.cpp": []}),
+}
+FLAGS = ["-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp", "-DSPARSAE_SMALL_CODE"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -34,9 +39,9 @@ def test_clean_under_sanitizers(tmp_path: Path) -> None:
     probe.write_text("int main() { return 0; }\n")
     if subprocess.run([cxx, "-fopenmp", *SANITIZERS, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
         pytest.skip(f"{cxx} has no sanitizers or no OpenMP")
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    flags = [*FLAGS, *(["-DSPARSAE_X86"] if x86 else []), *SANITIZERS]
-    sources = {"selftest.cpp": [], "api.cpp": [], "isa_portable.cpp": [], **(X86_FLAGS if x86 else {})}
+    macros, isa_flags = MACHINES.get(platform.machine(), ([], {}))
+    flags = [*FLAGS, *macros, *SANITIZERS]
+    sources = {"selftest.cpp": [], "api.cpp": [], "isa_portable.cpp": [], **isa_flags}
     for name, own in sources.items():
         command = [cxx, *flags, *own, "-c", SOURCE / name, "-o", tmp_path / f"{name}.o"]
         compiled = subprocess.run(command, capture_output=True, text=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import EvolutionConfig
+from sparsae.config.topology import EvolutionConfig, ProxyConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
-from sparsae.kernels.probe import Probe, open_probe
+from sparsae.kernels.probe import SampledGradients, open_probe
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
@@ -112,7 +112,7 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
 
 def test_a_probe_dies_with_whoever_asked_and_keeps_its_address_till_then() -> None:
     layer = next(iter(sparse_layers(mlp()).values()))
-    probe = Probe(layer.indices, layer.topology.sample_inactive(3, generator(0)))
+    probe = SampledGradients(layer.indices, layer.topology.sample_inactive(3, generator(0)))
     address = layer.indices.data_ptr()
     assert open_probe(layer.indices) is probe
     del layer
@@ -128,7 +128,7 @@ def test_a_probe_dies_with_whoever_asked_and_keeps_its_address_till_then() -> No
 def test_scoring_is_not_watched() -> None:
     model = mlp()
     optimizer = OPTIMIZERS["sgd"](model)
-    topology = EvolutionConfig(every=1, candidates=3)
+    topology = EvolutionConfig(every=1, candidates=3, proxy=ProxyConfig(activity="candidate"))
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=topology), score=score_of(model))  # type: ignore[arg-type]
     x = torch.randn(8, 24, generator=generator(1, "x"))
     (model(x) - x).square().mean().backward()

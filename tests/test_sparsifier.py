@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsae.config.schema import EvolutionConfig, StaticConfig, TeacherConfig
+from sparsae.config.schema import TeacherConfig
+from sparsae.config.topology import EvolutionConfig, StaticConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.reference import SCRATCH
@@ -137,7 +138,7 @@ def test_nothing_of_a_dense_layers_size_survives_a_step() -> None:
             walk("after a topology update" if update else "after a step without update")
             optimizer.zero_grad()
     assert "after a topology update" in seen
-    assert len(SCRATCH.buffers()) == 1
+    assert len(SCRATCH.buffers()) <= 1  # none where native kernels compute
 
 
 class _EveryResultIsSmall(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -108,27 +109,31 @@ def test_model_state_at_90_percent_is_a_fifth_of_dense_training(small: Callable[
         assert summary["state_bytes_by_part"]["optimizer"] == 12 * summary["nnz"]
 
 
-@pytest.mark.parametrize("method", ["sparsae", "sparsae-written", "static", "dense"])
+@pytest.mark.parametrize(
+    "method", ["sparsae", "sparsae-written", "static", "dense", "rigl", "gse", "gmp", "granet", "magnitude"]
+)
 def test_same_seed_same_metrics_and_resume_changes_nothing(
     small: Callable[..., Config], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extra = ["topology.every=3"] if method.startswith("sparsae") else []
+    extra = [] if method in ("static", "dense", "magnitude") else ["topology.every=3"]
     config = small(*extra, method=method)
     whole = start(config, tmp_path / "whole", quiet=True)
-    # A signal arrives in the middle of step 8: the step ends, is saved, and the run goes on from there.
+    # A signal arrives in the middle of a step: the step ends, is saved, and the run goes on from there; for some
+    # methods after their last pruning.
+    last = 17 if method in ("gmp", "magnitude") else 8
     from sparsae.train.loop import Trainer
 
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def interrupted(self: Trainer) -> None:
         step(self)
-        if self.step == 8:
+        if self.step == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
     stopped = start(config, tmp_path / "stopped", quiet=True)
     assert not stopped["finished"]
-    assert stopped["steps"] == 8
+    assert stopped["steps"] == last
     monkeypatch.undo()
     resumed = resume(tmp_path / "stopped", quiet=True)
     assert resumed["finished"]
@@ -225,8 +230,11 @@ def test_evaluate_generate_and_export_agree_with_the_run(
         export_run(run, tmp_path / "exported")
 
 
-def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path) -> None:
-    config = small()
+@pytest.mark.parametrize("method", ["sparsae", "rigl", "gse", "sparsae-rigl"])
+def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path, method: str) -> None:
+    config = small(
+        "training.accumulation=2", *(["topology.every=5"] if method in ("rigl", "gse") else []), method=method
+    )
     planned = plan(config)
     summary = start(config, tmp_path / "run", quiet=True)
     assert sum(layer["nnz"] for layer in planned["layers"]) == summary["nnz"]
@@ -235,6 +243,30 @@ def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path) 
     # The estimate by formula is what the live tensors hold.
     assert planned["state_bytes"] == summary["state_bytes_by_part"]
     assert planned["expected_seconds"] > 0
+
+
+@pytest.mark.parametrize("method", ["gmp", "granet", "magnitude"])
+def test_a_run_that_prunes_costs_less_as_it_goes_and_ends_at_its_target(
+    small: Callable[..., Config], tmp_path: Path, method: str
+) -> None:
+    every = [] if method == "magnitude" else ["topology.every=2"]
+    config = small("sparsity.sparsity=0.95", "training.log_every=1", *every, method=method)
+    planned = plan(config)
+    summary = start(config, tmp_path / "run", quiet=True)
+    assert summary["nnz"] == summary["nnz_target"]
+    assert summary["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    rows = [row for row in metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert rows[0]["density"] == (0.5 if method == "granet" else 1.0)
+    assert rows[-1]["nnz"] == summary["nnz"]
+    spent = [two["train_flops"] - one["train_flops"] for one, two in itertools.pairwise(rows)]
+    # Three products a token with each weight that is gone; the steps of both ends take no dense gradient.
+    assert spent[0] - spent[-1] == 6 * 4 * 32 * (rows[0]["nnz"] - rows[-1]["nnz"])
+    student = summary["train_flops_by_part"]["student"]
+    # To within the rounding of layers, and of which layers a global ranking prunes.
+    assert student == pytest.approx(planned["train_flops"]["student"], rel=1e-3)
+    assert summary["train_flops_dense_equivalent"] > student
+    assert load_run(tmp_path / "run").model is not None
+    assert evaluate_run(tmp_path / "run", max_tokens=64)["tokens"] == 63
 
 
 def test_checkpoints_are_kept_and_damage_is_named(small: Callable[..., Config], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one exception for input that a person can mend."""
+"""The exceptions for what a person can mend."""
 
 
 class InputError(Exception):
@@ -7,3 +7,11 @@ class InputError(Exception):
     The command line prints it and exits with code 2, before anything is written. Library callers catch it like
     any exception; it never hides a fault of our own.
     """
+
+
+class DivergedError(InputError):
+    """Training whose loss is no number any more; a grid of learning rates counts it as a trial that failed."""
+
+    def __init__(self, message: str, step: int, train_flops: int) -> None:
+        super().__init__(message)
+        self.step, self.train_flops = step, train_flops

@@ -56,6 +56,8 @@ def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> A
             n_layer=config.layers,
             n_head=config.heads,
             n_inner=config.mlp_width or 4 * config.width,
+            # GPT-2's own "gelu_new" is the same function in eight passes over memory instead of one.
+            activation_function="gelu_pytorch_tanh",
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
             attn_pdrop=config.dropout,

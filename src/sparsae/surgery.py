@@ -22,14 +22,18 @@ from sparsae.nn.linear import SparseLinear
 
 @dataclass(frozen=True, eq=False)
 class Swap:
-    """A proposed change over the whole model: flat unit numbers to drop and to grow, by layer, as many in all."""
+    """A proposed change over the whole model: flat unit numbers to drop and to grow, by layer.
+
+    As many come as go, but for `shrinks`: that many more go, and the model is smaller afterwards.
+    """
 
     drop: Mapping[str, Tensor]
     grow: Mapping[str, Tensor]
+    shrinks: int = 0
 
     @property
     def size(self) -> int:
-        """Units that move."""
+        """Units that go."""
         return sum(units.numel() for units in self.drop.values())
 
     def count_changes(self) -> dict[str, int]:
@@ -125,12 +129,15 @@ class Plan:
 def plan(layers: Mapping[str, SparseLinear], swap: Swap, initialization: str, rng: torch.Generator) -> Plan:
     """Work out a swap; grown values by `initialization` ("zero" or "kaiming_uniform") from `rng`.
 
-    Raises ValueError where as many units do not come as go, where a dropped unit is not active, and where a grown one
-    is.
+    Raises ValueError where the model's number of units would change by anything but what the swap says, where a dropped
+    unit is not active, and where a grown one is.
     """
     dropped, grown = swap.size, sum(units.numel() for units in swap.grow.values())
-    if dropped != grown:
-        raise ValueError(f"a swap drops {dropped} units and grows {grown}: the model's nnz would change")
+    if dropped - grown != swap.shrinks or swap.shrinks < 0:
+        raise ValueError(
+            f"a swap drops {dropped} units and grows {grown}, but says that the model shrinks by {swap.shrinks}: "
+            "its nnz would change"
+        )
     changes = {}
     for name in swap.count_changes():
         layer = layers[name]

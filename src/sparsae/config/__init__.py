@@ -1,22 +1,30 @@
 """Settings: their schema, the named presets and methods, and how a run's settings are put together."""
 
 from sparsae.config.schema import (
-    AdaptationConfig,
-    BurnInConfig,
     Config,
     DataConfig,
-    EvolutionConfig,
-    MicroBatchConfig,
     ModelConfig,
-    ProxyConfig,
-    ResetConfig,
-    RuleConfig,
-    Section,
     SparsityConfig,
-    StaticConfig,
     TeacherConfig,
     TrackingConfig,
     TrainingConfig,
+)
+from sparsae.config.section import Section
+from sparsae.config.topology import (
+    AdaptationConfig,
+    BurnInConfig,
+    EvolutionConfig,
+    GmpConfig,
+    GranetConfig,
+    GseConfig,
+    MagnitudeConfig,
+    MicroBatchConfig,
+    ProxyConfig,
+    ResetConfig,
+    RiglConfig,
+    RuleConfig,
+    SetConfig,
+    StaticConfig,
 )
 
 __all__ = [
@@ -25,12 +33,18 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvolutionConfig",
+    "GmpConfig",
+    "GranetConfig",
+    "GseConfig",
+    "MagnitudeConfig",
     "MicroBatchConfig",
     "ModelConfig",
     "ProxyConfig",
     "ResetConfig",
+    "RiglConfig",
     "RuleConfig",
     "Section",
+    "SetConfig",
     "SparsityConfig",
     "StaticConfig",
     "TeacherConfig",

@@ -16,11 +16,23 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
-from sparsae.config.schema import Config, Section
+from sparsae.config.narrow import narrowed
+from sparsae.config.schema import Config
+from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError
 
-__all__ = ["annotated", "dump", "json_schema", "methods", "presets", "resolve"]
+__all__ = [
+    "annotated",
+    "dump",
+    "has_sparsity",
+    "json_schema",
+    "methods",
+    "parse_override",
+    "presets",
+    "read_settings",
+    "resolve",
+]
 
 Tree = dict[str, Any]
 
@@ -38,6 +50,13 @@ def methods() -> tuple[str, ...]:
     return _shipped("methods")
 
 
+def has_sparsity(method: str) -> bool:
+    """Whether a method leaves the sparsity to the run; `dense` does not. InputError if there is no such method."""
+    layers = _Layers()
+    layers.add_names(_DEFAULT.preset, method)
+    return layers.tree.get("sparsity", {}).get("sparsity") != 0
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of a settings file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
@@ -50,6 +69,7 @@ def resolve(
     overrides: Sequence[str] = (),
     *,
     options: Mapping[str, tuple[str, object]] | None = None,
+    trees: Sequence[tuple[Mapping[str, Any], str]] = (),
 ) -> Config:
     """The settings of a run.
 
@@ -60,13 +80,14 @@ def resolve(
     Args:
         file: YAML file, or None.
         preset, method: names that win over the file's; None: the file's, or else `demo` and `sparsae`.
+        trees: further layers between file and overrides, in the form of a file, each with the name of its origin.
         overrides: `section.key=value`, the value in YAML.
         options: command line options that stand for one key each: {"--steps": ("training.steps", 20)}.
 
     Raises:
         InputError: one line that names the key, where it was given, what is wrong and what would be right.
     """
-    own = _read_file(file) if file else {}
+    own = read_settings(file) if file else {}
     own_preset, own_method = _name(own, "preset", str(file)), _name(own, "method", str(file))
     layers = _Layers()
     layers.add_names(preset or own_preset or _DEFAULT.preset, method or own_method or _DEFAULT.method)
@@ -77,8 +98,10 @@ def resolve(
             own.pop("topology", None)
         own = _without(own, replaced.config().model_dump(mode="json"))
     layers.add(own, str(file))
+    for tree, origin in trees:
+        layers.add(dict(tree), origin)
     for override in overrides:
-        layers.add(_parse_override(override), "--set")
+        layers.add(parse_override(override), "--set")
     for option, (key, value) in (options or {}).items():
         layers.add(_nested(key.split("."), value), option)
     return layers.config()
@@ -135,13 +158,14 @@ class _Layers:
 
     def config(self) -> Config:
         try:
-            return Config.model_validate(self.tree)
+            config = Config.model_validate(self.tree)
         except ValidationError as errors:
             error = errors.errors(include_url=False)[0]
             head, rest = error["loc"][:1], error["loc"][1:]
             if rest and Config.model_fields[str(head[0])].discriminator is not None:
                 rest = rest[1:]  # pydantic puts the rule's name into the location
             raise InputError(explain(error, (*head, *rest), self.origins)) from None
+        return narrowed(config) if config.method == "dense_small" else config
 
 
 def _variants(field: FieldInfo) -> dict[str, type[Section]]:
@@ -167,7 +191,8 @@ def _shipped(folder: str) -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
 
 
-def _read_file(file: Path) -> Tree:
+def read_settings(file: Path) -> Tree:
+    """The tree of keys in a YAML file. InputError if it cannot be read or is no tree."""
     try:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST_FILE + 1)
@@ -209,7 +234,8 @@ def _without(tree: Tree, repeated: Mapping[str, Any]) -> Tree:
     return kept
 
 
-def _parse_override(override: str) -> Tree:
+def parse_override(override: str) -> Tree:
+    """`section.key=value` as a tree of one key. InputError if it has another form."""
     key, equals, text = override.partition("=")
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):

@@ -9,24 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-# YAML has lists where these want tuples; their entries stay as strict as everything else.
-Shares = Annotated[tuple[Share, Share], Field(strict=False)]
-Counts = Annotated[tuple[Count, Count], Field(strict=False)]
+from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Text
+from sparsae.config.topology import EvolutionConfig, PruningConfig, RuleConfig
 
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys, other types ("yes" for true, 1.0 for 1) and NaN are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -140,143 +128,6 @@ class SparsityConfig(Section):
         return low, high
 
 
-class StaticConfig(Section):
-    """The topology that was drawn first stays."""
-
-    rule: Literal["static"] = Field(default="static", description="static: the first topology stays")
-
-
-class ProxyConfig(Section):
-    """P = w1 CE + w2 diversity - w3 activity; lower is better."""
-
-    loss_weight: NonNegative = Field(
-        default=1.0, description="w1, weight of the cross entropy on the micro-batch (nats)"
-    )
-    diversity_weight: NonNegative = Field(
-        default=0.01, description="w2, weight of the deviation of densities over layers and heads"
-    )
-    activity_weight: NonNegative = Field(
-        default=0.005, description="w3, weight of the mean gradient norm of the layers"
-    )
-    standardize: bool = Field(default=False, description="standardize each component by its running mean and deviation")
-    anneal: Literal["none", "linear", "cosine"] = Field(
-        default="none", description="how w2 and w3 go to 0 over the run"
-    )
-    activity: Literal["candidate", "training", "moments"] = Field(
-        default="candidate",
-        description="gradient norms come from the candidate's backward pass, the last training step, or Adam's moments",
-    )
-
-
-class MicroBatchConfig(Section):
-    """The held-out sequences that score candidates; all candidates of one update see the same ones."""
-
-    mode: Literal["static", "resampled", "pooled"] = Field(
-        default="resampled", description="one batch for the run, a new one an update, or one of a pool"
-    )
-    sequences: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="sequences in a micro-batch")
-    pool: Count = Field(default=8, description="micro-batches in the pool (pooled)")
-
-
-class ResetConfig(Section):
-    """Conditional global resets: a candidate that is a large jump."""
-
-    probability: Share = Field(default=0.0, description="p_reset, probability that a candidate is a global reset")
-    reshuffle: Shares = Field(default=(0.05, 0.10), description="share of the connections that a reshuffle moves")
-    redraw: Share = Field(
-        default=0.5, description="probability that a reset is a new Erdos-Renyi topology instead of a reshuffle"
-    )
-    patience: Count = Field(
-        default=5, description="updates without a better micro-batch perplexity before resets become likelier"
-    )
-    boosted_probability: Share = Field(default=0.0, description="p_reset while boosted")
-    boosted_updates: Count = Field(default=2, description="updates that a boost lasts")
-
-
-class AdaptationConfig(Section):
-    """lambda and p_mutate follow recent success."""
-
-    enabled: bool = Field(default=False, description="let success shrink, and stagnation grow, lambda and p_mutate")
-    patience: Count = Field(default=2, description="updates in a row of the same outcome before they move")
-    factor: Annotated[float, Field(gt=1.0)] = Field(
-        default=1.25, description="factor by which p_mutate moves; lambda moves by 1"
-    )
-    candidates: Counts = Field(default=(2, 5), description="range of lambda")
-    mutation_rate: Shares = Field(default=(0.001, 0.01), description="range of p_mutate")
-
-
-class BurnInConfig(Section):
-    """Gradient steps for regrown weights after a change."""
-
-    steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="N_burn_in, gradient steps after an accepted change; 0: none"
-    )
-    multiplier: Positive = Field(
-        default=1.5, description="learning rate of new connections in terms of the base learning rate"
-    )
-    scope: Literal["new", "all"] = Field(
-        default="all", description="what moves: only new connections, or everything with the multiplier on the new"
-    )
-
-
-class EvolutionConfig(Section):
-    """The (1+lambda) or (1,lambda) evolution strategy over topologies."""
-
-    rule: Literal["evolution"] = Field(default="evolution", description="evolution: search by an evolution strategy")
-    every: Count | None = Field(
-        default=None, description="K, steps between updates; null: a twentieth of the run, at least 10"
-    )
-    start: Share = Field(default=0.0, description="share of the run before the first update")
-    stop: Share = Field(default=0.9, description="share of the run after which the topology stays")
-    candidates: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="lambda, candidates an update")
-    selection: Literal["elitist", "comma"] = Field(
-        default="comma",
-        description="whether the current topology competes (elitist) or the best candidate always replaces it (comma)",
-    )
-    proposer: Literal["uniform", "layerwise", "guided", "shift"] = Field(
-        default="guided",
-        description="random swaps over the model or per layer, guided by size and gradient, or shifts between layers",
-    )
-    mutation_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.3, description="p_mutate, share of connections a candidate moves"
-    )
-    mutation_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="how p_mutate goes from start to stop"
-    )
-    drop_temperature: NonNegative = Field(
-        default=1.0, description="Gumbel noise on 2 log|w| when a guided proposal drops; 0: smallest first"
-    )
-    grow_temperature: NonNegative = Field(
-        default=0.0, description="Gumbel noise on 2 log|g| when a guided proposal grows; 0: largest first"
-    )
-    sample_ratio: Positive = Field(
-        default=1.0, description="gamma, sampled inactive positions a guided proposal sees, in terms of nnz"
-    )
-    initialization: Literal["zero", "kaiming_uniform"] = Field(default="zero", description="values of new connections")
-    redraws: Count = Field(default=20, description="draws before a candidate that keeps leaving the bounds is given up")
-    proxy: ProxyConfig = ProxyConfig()
-    micro_batch: MicroBatchConfig = MicroBatchConfig()
-    reset: ResetConfig = ResetConfig()
-    adaptation: AdaptationConfig = AdaptationConfig()
-    burn_in: BurnInConfig = BurnInConfig()
-
-    @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> Self:
-        if self.start >= self.stop:
-            raise ValueError(f"start {self.start:g} must come before stop {self.stop:g}")
-        for name, (low, high) in {
-            "reset.reshuffle": self.reset.reshuffle,
-            "adaptation.candidates": self.adaptation.candidates,
-            "adaptation.mutation_rate": self.adaptation.mutation_rate,
-        }.items():
-            if low > high:
-                raise ValueError(f"{name} [{low:g}, {high:g}] must be given lowest first")
-        return self
-
-
-RuleConfig = Annotated[StaticConfig | EvolutionConfig, Field(discriminator="rule")]
-
-
 class TeacherConfig(Section):
     """Self-distillation from an average of the student: loss = CE + alpha KL(teacher || student)."""
 
@@ -369,9 +220,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _pruning_prunes(self) -> Self:
+        if not isinstance(self.topology, PruningConfig):
+            return self
+        start, end, rule = self.topology.start_sparsity, self.sparsity.sparsity, self.topology.rule
+        if start >= end:
+            raise ValueError(f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}")
+        if self.sparsity.head_min_density:
+            raise ValueError(f"topology.rule {rule} prunes without regard to heads: set sparsity.head_min_density to 0")
+        return self
+
+    @model_validator(mode="after")
     def _dense_is_dense(self) -> Self:
         if self.method == "dense" and self.sparsity.sparsity:
             raise ValueError(
                 "method dense needs sparsity.sparsity 0; for a sparse model that keeps its topology: static"
             )
         return self
+
+    @property
+    def initial_sparsity(self) -> float:
+        """Sparsity of the untrained model: that of the whole run, but where the rule prunes."""
+        return self.topology.start_sparsity if isinstance(self.topology, PruningConfig) else self.sparsity.sparsity

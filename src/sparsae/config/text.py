@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 
-from sparsae.config.schema import Config, Section
+from sparsae.config.schema import Config
+from sparsae.config.section import Section
 from sparsae.errors import InputError
 
 _PLAIN = {  # tag -> (what a plain scalar must look like, its possible first characters)
@@ -106,9 +107,12 @@ def read_yaml(text: str, origin: str) -> Any:
 
 def dump(config: Config) -> str:
     """The settings as plain YAML, every key included; `resolve` reads it back to an equal Config."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Writer, sort_keys=False, width=math.inf, allow_unicode=True
-    )
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(tree: Any) -> str:
+    """A tree as YAML that `read_yaml` reads back to an equal one."""
+    return str(yaml.dump(tree, Dumper=_Writer, sort_keys=False, width=math.inf, allow_unicode=True))
 
 
 def annotated(config: Config) -> str:

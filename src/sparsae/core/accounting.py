@@ -3,7 +3,8 @@
 A product with n active weights costs 2 n operations a token. Attention costs 4 T d a token and layer for sequences of T
 tokens (scores and weighted values, over the whole square: what is masked by causality is counted). Lookups, norms,
 activations, softmaxes, the optimizer and the average, all linear in their tensors, are not counted. A backward pass
-costs twice its forward pass.
+costs twice its forward pass; what a kernel computes twice to save memory, as the fused MLP its hidden layer, counts
+once, so that counts are the same for every backend.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ def gradient_at(weights: int, tokens: int) -> int:
 
 @dataclass
 class FlopCounter:
-    """Exact totals by part of the training."""
+    """Exact totals by part of the training; `study` is what was computed to look at it, and no part of it."""
 
     parts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     dense_equivalent: int = 0
+    study: int = 0
 
     def add(self, part: str, flops: int) -> None:
         """Count operations of one of PARTS."""
@@ -81,12 +83,12 @@ class FlopCounter:
 
     def to_dict(self) -> dict[str, int]:
         """For checkpoints."""
-        return {**self.parts, "dense_equivalent": self.dense_equivalent}
+        return {**self.parts, "dense_equivalent": self.dense_equivalent, "study": self.study}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, int]) -> FlopCounter:
         """From `to_dict`."""
-        return cls({part: int(data[part]) for part in PARTS}, int(data["dense_equivalent"]))
+        return cls({part: int(data[part]) for part in PARTS}, int(data["dense_equivalent"]), int(data["study"]))
 
 
 # Weight, gradient, two Adam moments and the average of a dense float32 weight.

@@ -102,7 +102,7 @@ class Topology:
         """Where the given active units stand in `indices`; ValueError for a unit that is not active."""
         units = units.to(self.indices.dtype)
         found = torch.searchsorted(self.indices, units)
-        if units.numel() and not bool(self.contains(units).all()):
+        if units.numel() and not (self.count and torch.equal(self.indices[found.clamp(max=self.count - 1)], units)):
             raise ValueError("not every given unit is active")
         return found
 
@@ -139,7 +139,8 @@ class Topology:
         if grow.numel() and (bool(self.contains(grow).any()) or bool((grow[1:] == grow[:-1]).any())):
             raise ValueError("a grown unit is already active or given twice")
         keep = torch.ones(self.count, dtype=torch.bool, device=self.indices.device)
-        keep[self.positions(drop)] = False
+        # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
+        keep[self.positions(drop.sort().values)] = False
         kept_at = keep.nonzero().squeeze(1)
         if self.count - kept_at.numel() != drop.numel():
             raise ValueError("a dropped unit is given twice")
@@ -192,10 +193,12 @@ def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
     drawn = torch.empty(0, dtype=torch.int64)
     while drawn.numel() < n:
         more = torch.randint(population, (n - drawn.numel() + n // 4 + 8,), generator=rng)
-        drawn = torch.cat([drawn, more]).unique()
+        # Sorting takes most of the time, and half of it on numbers of half the size.
+        drawn = torch.cat([drawn, more]).to(index_dtype(population)).sort().values.long()
+        drawn = drawn[torch.cat([torch.ones(1, dtype=torch.bool), drawn[1:] != drawn[:-1]])]
     surplus = drawn.numel() - n
     if surplus:
         keep = torch.ones(drawn.numel(), dtype=torch.bool)
-        keep[torch.randperm(drawn.numel(), generator=rng)[:surplus]] = False
+        keep[sample_distinct(drawn.numel(), surplus, rng)] = False
         drawn = drawn[keep]
     return drawn

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsae.core.randomness import generator
 from sparsae.data import prepare
 from sparsae.errors import InputError
+from sparsae.evaluate.decoding import open_decoder
 from sparsae.evaluate.loading import LoadedRun, load_run
-from sparsae.models import decoder_and_head
 
 
 def generate_text(
@@ -57,34 +59,54 @@ def write_sample(path: Path) -> None:
     loaded.run.write_json("sample.json", {"prompt": prompt, "text": text[len(prompt) :], "teacher_text": taught})
 
 
-@torch.no_grad()
+def next_tokens(
+    model: nn.Module,
+    ids: Sequence[int],
+    *,
+    context: int,
+    vocabulary: int,
+    temperature: float,
+    top_k: int,
+    rng: torch.Generator,
+) -> Iterator[int]:
+    """One token of `vocabulary` after the other, without end, after the tokens `ids` (at least one)."""
+    decoder = open_decoder(model, context)
+    known = list(ids)
+    fresh = known[-context:]
+    length = len(fresh)
+    with torch.no_grad():
+        logits = decoder.read(fresh)
+    while True:
+        # A vocabulary padded beyond the tokenizer's has entries that stand for nothing.
+        token = _draw(logits[:vocabulary].cpu(), temperature, top_k, rng)
+        yield token
+        known.append(token)
+        length += 1
+        with torch.no_grad():
+            if length > context:
+                # Past the context the positions run out: go on from its later half, which leaves room to move.
+                fresh = known[-(context // 2) :]
+                length = len(fresh)
+                logits = decoder.read(fresh)
+            else:
+                logits = decoder.step(token)
+
+
 def _continue(
     loaded: LoadedRun, ids: list[int], tokens: int, temperature: float, top_k: int, rng: torch.Generator
 ) -> list[int]:
     if tokens < 1:
         raise InputError(f"{tokens} tokens to generate: ask for at least 1")
-    decoder, head = decoder_and_head(loaded.model)
-    context, vocabulary = loaded.config.model.context, loaded.tokenizer.vocab_size
-    made: list[int] = []
-    cache = None
-    fresh = ids[-context:]
-    length = len(fresh)
-    while len(made) < tokens:
-        if cache is not None and length > context:
-            # Past the context the positions run out: go on from its later half, which leaves room to move.
-            fresh, cache = (ids + made)[-(context // 2) :], None
-            length = len(fresh)
-        output = decoder(input_ids=torch.tensor([fresh], device=loaded.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        # A vocabulary padded beyond the tokenizer's has entries that stand for nothing.
-        logits = head(output.last_hidden_state[0, -1]).float()[:vocabulary].cpu()
-        token = _draw(logits, temperature, top_k, rng)
-        if token == loaded.tokenizer.eos_id:
-            break
-        made.append(token)
-        fresh = [token]
-        length += 1
-    return made
+    made = next_tokens(
+        loaded.model,
+        ids,
+        context=loaded.config.model.context,
+        vocabulary=loaded.tokenizer.vocab_size,
+        temperature=temperature,
+        top_k=top_k,
+        rng=rng,
+    )
+    return list(takewhile(lambda token: token != loaded.tokenizer.eos_id, islice(made, tokens)))
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, rng: torch.Generator) -> int:

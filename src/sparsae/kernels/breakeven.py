@@ -1,12 +1,13 @@
 """Where the native kernels beat dense arithmetic over the same storage.
 
 Thresholds, and no measurement at run time: two backends round differently, so a choice that hung on the clock would
-give a run other numbers when it is repeated or resumed. `benchmarks/kernels.py` measures them. Above them a layer is
+give a run other numbers when it is repeated or resumed. `sparsae bench kernels` measures them. Above them a layer is
 scattered and multiplied densely.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sparsae.kernels.backend import Layout
 
 # Densities of float32 layers at which both take about the same time, for single weights and for blocks.
 UNSTRUCTURED, BLOCKS = 0.4, 0.6
+# Densities of MLPs at which computing the hidden layer again takes as long as bringing it back from memory.
+MLP, GATED_MLP = 0.2, 0.07
 
 
 def pays(layout: Layout, dtype: torch.dtype) -> bool:
@@ -23,6 +26,13 @@ def pays(layout: Layout, dtype: torch.dtype) -> bool:
     weights = layout.shape[0] * layout.shape[1]
     density = layout.indices.numel() * layout.unit[0] * layout.unit[1] / max(weights, 1)
     return dtype == torch.float32 and density <= (UNSTRUCTURED if layout.unit == (1, 1) else BLOCKS)
+
+
+def fusing_pays(layouts: Sequence[Layout]) -> bool:
+    """Whether a training step of an MLP takes less time fused. layouts: of up, down and, where gated, gate."""
+    active = sum(layout.indices.numel() * layout.unit[0] * layout.unit[1] for layout in layouts)
+    weights = sum(layout.shape[0] * layout.shape[1] for layout in layouts)
+    return active <= (GATED_MLP if len(layouts) > 2 else MLP) * weights
 
 
 @cache

@@ -38,7 +38,7 @@ class Cpu(Backend):
         return list(native.make_index(Layout(topology.shape, topology.unit, topology.indices)))
 
     def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not _is_native(x_TI.dtype):
+        if not is_native(x_TI.dtype):
             return self._dense.spmm(values, layout, x_TI, bias)
         bias = None if bias is None else bias.float()
         return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
@@ -49,7 +49,7 @@ class Cpu(Backend):
         return dx_TI
 
     def sddmm(self, dy_TO: Tensor, x_TI: Tensor, layout: Layout) -> Tensor:
-        if not _is_native(dy_TO.dtype):
+        if not is_native(dy_TO.dtype):
             return self._dense.sddmm(dy_TO, x_TI, layout)
         order = None
         if bool((layout.indices[1:] <= layout.indices[:-1]).any()):
@@ -62,7 +62,7 @@ class Cpu(Backend):
     def backward(
         self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs_x: bool, needs_values: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        if not _is_native(dy_TO.dtype):
+        if not is_native(dy_TO.dtype):
             return self._dense.backward(values, layout, dy_TO, x_TI, needs_x, needs_values)
         dx_TI, dvalues = native.backward(
             layout,
@@ -74,7 +74,7 @@ class Cpu(Backend):
         return dx_TI, None if dvalues is None else dvalues.to(values.dtype)
 
 
-def _is_native(dtype: torch.dtype) -> bool:
+def is_native(dtype: torch.dtype) -> bool:
     """Whether products of this dtype go to the kernels; under autocast it is not the values' own."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not breakeven.multiplies_bfloat16())
 

@@ -8,6 +8,7 @@ after torch, so that both share one OpenMP runtime.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from sparsae.kernels.backend import Layout
 
 LIBRARY = Path(__file__).parent / "_native.so"
 DTYPES = (torch.float32, torch.bfloat16)
+# Of the fused MLP, by their number in csrc/problem.hpp.
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
 
 _ERRORS = {
     1: "unit indices must lie inside the grid of the weight",
@@ -32,8 +35,18 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "out", "in_", "unit_out", "unit_in", "count")),
         *((name, ctypes.c_void_p) for name in ("indices", "col_ptr", "row_ptr", "columns", "source")),
-        *((name, ctypes.c_void_p) for name in ("values", "bias", "x", "dy", "y", "dx", "dvalues")),
+        *((name, ctypes.c_void_p) for name in ("values", "row_values", "bias")),
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "y", "dx", "dvalues", "dbias")),
         *((name, ctypes.c_int32) for name in ("indices_wide", "columns_narrow", "bfloat16", "threads")),
+    )
+
+
+class _Mlp(ctypes.Structure):
+    """`Mlp` of csrc/problem.hpp."""
+
+    _fields_ = (
+        *((name, _Problem) for name in ("up", "gate", "down")),
+        *((name, ctypes.c_int32) for name in ("activation", "gated")),
     )
 
 
@@ -51,6 +64,25 @@ class Index(NamedTuple):
     source: Tensor
 
 
+class Weight(NamedTuple):
+    """A weight of an MLP. values and bias: float32; the layout's derived tensors are its `Index`."""
+
+    values: Tensor
+    bias: Tensor | None
+    layout: Layout
+
+
+class MlpGradients(NamedTuple):
+    """dX in the dtype of the activations, and in float32 what belongs to each weight, in the order of the weights.
+
+    biases has an entry for the hidden layer's weights only: (hidden,), or None where there is no bias.
+    """
+
+    x: Tensor
+    values: list[Tensor]
+    biases: list[Tensor | None]
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
@@ -66,8 +98,17 @@ def _load() -> ctypes.CDLL | str:
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
     ]
-    if library.sparsae_problem_size() != ctypes.sizeof(_Problem):
-        return "the native kernels were compiled from other sources than this Python code (install sparsae again)"
+    stale = "the native kernels were compiled from other sources than this Python code (install sparsae again)"
+    if not hasattr(library, "sparsae_triad"):
+        return stale
+    library.sparsae_mlp_size.restype = ctypes.c_int64
+    sizes = library.sparsae_problem_size(), library.sparsae_mlp_size()
+    if sizes != (ctypes.sizeof(_Problem), ctypes.sizeof(_Mlp)):
+        return stale
+    library.sparsae_multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.sparsae_multiply_add.restype = ctypes.c_double
+    library.sparsae_triad.argtypes = [*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int]
+    library.sparsae_triad.restype = None
     return library
 
 
@@ -78,7 +119,7 @@ def absence() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that runs: avx512, avx2 or portable. `SPARSAE_ISA` forces one before the first call."""
+    """The instruction set that runs: avx512, avx2, neon or portable. `SPARSAE_ISA` forces one before the first call."""
     return str(_library().sparsae_isa().decode())
 
 
@@ -112,19 +153,39 @@ def forward(values: Tensor, layout: Layout, index: Index, x_TI: Tensor, bias: Te
     """Y = X W^T + b. values and bias: float32; x_TI and the result: float32 or bfloat16."""
     out_features, in_features = layout.shape
     x_TI = x_TI.contiguous()
-    _check("values", values, layout.values_shape, torch.float32)
     _check("x", x_TI, (x_TI.shape[0], in_features))
-    if bias is not None:
-        _check("bias", bias, (out_features,), torch.float32)
-    _check_index(layout, index)
     y_TO = x_TI.new_empty(x_TI.shape[0], out_features)
-    problem = _problem(layout, index.col_ptr, x_TI)
-    problem.row_ptr, problem.columns, problem.source = map(_pointer, index[1:])
-    problem.columns_narrow = index.columns.dtype == torch.int16
-    problem.values, problem.x, problem.y = _pointer(values), _pointer(x_TI), _pointer(y_TO)
-    problem.bias = None if bias is None else _pointer(bias)
+    problem = _whole_problem(values, layout, index, bias, x_TI)
+    problem.x, problem.y = _pointer(x_TI), _pointer(y_TO)
     _call("sparsae_forward", problem)
     return y_TO
+
+
+class Product:
+    """`forward` for one token at a time, over weights that stay: checked, and brought into row order, once.
+
+    Called with x (1, in) it returns y (1, out), the same buffer every time. Both are float32.
+    """
+
+    def __init__(self, values: Tensor, layout: Layout, index: Index, bias: Tensor | None) -> None:
+        self._x = torch.zeros(1, layout.shape[1])
+        self._y = torch.zeros(1, layout.shape[0])
+        self._problem = _whole_problem(values, layout, index, bias, self._x)
+        self._problem.y = _pointer(self._y)
+        # Kept alive as long as their addresses are used.
+        self._keeps = [values, layout, index, bias]
+        if layout.unit == (1, 1):
+            row_values = values[torch.argsort(layout.indices % layout.grid_rows, stable=True)]
+            self._problem.row_values = _pointer(row_values)
+            self._keeps.append(row_values)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if x.shape != self._x.shape or x.dtype != torch.float32:
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not float32 {tuple(self._x.shape)}")
+        self._problem.x = _pointer(x)
+        _call("sparsae_forward", self._problem)
+        return self._y
 
 
 def backward(
@@ -153,6 +214,71 @@ def backward(
         problem.x, problem.dvalues = _pointer(x_TI), _pointer(dvalues)
     _call("sparsae_backward", problem)
     return dx_TI, dvalues
+
+
+def mlp_refusal(layouts: Sequence[Layout]) -> str | None:
+    """Why the fused MLP cannot serve these weights; None where it can."""
+    if len({layout.unit for layout in layouts}) > 1:
+        return "its weights have different units"
+    if any(_column_dtype(layout) != torch.int16 or layout.indices.dtype != torch.int32 for layout in layouts):
+        return "it is wider than 65,536 features"
+    return None
+
+
+def mlp_forward(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
+    """Y = f(X Wu^T + bu) Wd^T + bd, or (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd.
+
+    weights: up, down and, where gated, gate. activation: one of ACTIVATIONS. Y is (tokens, out) in the dtype of x_TI.
+    """
+    x_TI = x_TI.contiguous()
+    mlp = _mlp(weights, x_TI, activation)
+    y_TO = x_TI.new_empty(x_TI.shape[0], weights[1].layout.shape[0])
+    mlp.down.y = _pointer(y_TO)
+    _call("sparsae_mlp_forward", mlp)
+    return y_TO
+
+
+def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
+    """All gradients of `mlp_forward` but that of the output's bias, which is the sum of dy_TO."""
+    x_TI, dy_TO = x_TI.contiguous(), dy_TO.contiguous()
+    _check("dy", dy_TO, (x_TI.shape[0], weights[1].layout.shape[0]), x_TI.dtype)
+    mlp = _mlp(weights, x_TI, activation)
+    gradients = MlpGradients(torch.empty_like(x_TI), [torch.empty(w.layout.values_shape) for w in weights], [])
+    mlp.down.dy, mlp.up.dx = _pointer(dy_TO), _pointer(gradients.x)
+    for number, problem in enumerate((mlp.up, mlp.down, mlp.gate)[: len(weights)]):
+        problem.dvalues = _pointer(gradients.values[number])
+        bias = weights[number].bias
+        gradients.biases.append(None if bias is None or number == 1 else torch.empty_like(bias))
+        if (dbias := gradients.biases[-1]) is not None:
+            problem.dbias = _pointer(dbias)
+    _call("sparsae_mlp_backward", mlp)
+    return gradients
+
+
+def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> _Mlp:
+    (hidden, in_features), down = weights[0].layout.shape, weights[1].layout
+    _check("x", x_TI, (x_TI.shape[0], in_features))
+    if down.shape[1] != hidden or any(w.layout.shape != weights[0].layout.shape for w in weights[2:]):
+        raise ValueError(f"these weights are no MLP: {[w.layout.shape for w in weights]}")
+    if (reason := mlp_refusal([w.layout for w in weights])) is not None:
+        raise ValueError(f"the fused MLP cannot be used: {reason}")
+    up, down_, *gate = [_whole_problem(w.values, w.layout, Index(*w.layout.derived), w.bias, x_TI) for w in weights]
+    up.x = _pointer(x_TI)
+    return _Mlp(up, gate[0] if gate else _Problem(), down_, ACTIVATIONS.index(activation), bool(gate))
+
+
+def multiply_add(rounds: int, threads: int) -> float:
+    """`rounds` of multiply-adds in registers on each of `threads` threads; the floating point operations done."""
+    return float(_library().sparsae_multiply_add(rounds, threads))
+
+
+def triad(a_N: Tensor, b_N: Tensor, c_N: Tensor, threads: int) -> None:
+    """a = b + 3 c in float32 on `threads` threads, a written past the caches."""
+    for name, tensor in (("a", a_N), ("b", b_N), ("c", c_N)):
+        _check(name, tensor, tuple(a_N.shape), torch.float32)
+    if a_N.data_ptr() % 64:
+        raise ValueError("a must begin at a cache line")
+    _library().sparsae_triad(_pointer(a_N), _pointer(b_N), _pointer(c_N), a_N.numel(), threads)
 
 
 def _sources(layout: Layout) -> int:
@@ -207,6 +333,18 @@ def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> _Problem:
     )
 
 
+def _whole_problem(values: Tensor, layout: Layout, index: Index, bias: Tensor | None, activations: Tensor) -> _Problem:
+    _check("values", values, layout.values_shape, torch.float32)
+    if bias is not None:
+        _check("bias", bias, layout.shape[:1], torch.float32)
+    _check_index(layout, index)
+    problem = _problem(layout, index.col_ptr, activations)
+    problem.row_ptr, problem.columns, problem.source = map(_pointer, index[1:])
+    problem.columns_narrow = index.columns.dtype == torch.int16
+    problem.values, problem.bias = _pointer(values), None if bias is None else _pointer(bias)
+    return problem
+
+
 def _column_dtype(layout: Layout) -> torch.dtype:
     return torch.int16 if layout.shape[1] // layout.unit[1] <= 2**16 else torch.int32
 
@@ -229,15 +367,16 @@ def _check_index(layout: Layout, index: Index) -> None:
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Raises ValueError for a tensor that the library would misread."""
+    if tensor.shape == shape and (dtype is None or tensor.dtype is dtype) and tensor.is_cpu and tensor.is_contiguous():
+        return
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} have shape {tuple(tensor.shape)}, not {shape}")
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} have dtype {tensor.dtype}, not {dtype}")
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous on the CPU")
+    raise ValueError(f"{name} must be contiguous on the CPU")
 
 
-def _call(function: str, problem: _Problem) -> None:
+def _call(function: str, problem: _Problem | _Mlp) -> None:
     if getattr(_library(), function)(ctypes.byref(problem)):
         raise MemoryError("no memory left for the native kernels' workspace")
 

@@ -16,6 +16,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
+from sparsae.nn.mlp import FusedMLP, recognized
 
 # Values for a new layer: (name, topology, generator) -> tensor of topology.values_shape.
 Initializer = Callable[[str, Topology, torch.Generator], Tensor]
@@ -73,6 +74,8 @@ def sparsify(
     }
     for name, module in targets.items():
         _replace(model, module, _sparse_twin(name, module, topologies[name], initializer, backend, seed))
+    for module in [module for module in model.modules() if recognized(module)]:
+        _replace(model, module, FusedMLP(module))
     return model
 
 
@@ -81,6 +84,8 @@ def densify(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, SparseLinear):
             _replace(model, module, _dense_twin(module))
+    for module in [module for module in model.modules() if isinstance(module, FusedMLP)]:
+        _replace(model, module, module.original)
     return model
 
 
@@ -90,8 +95,11 @@ def layer_counts(
     budget: str,
     unit: tuple[int, int],
     densities: tuple[float, float],
+    at_most: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Active units of each layer, exactly round((1 - sparsity) * units) in all.
+
+    No layer gets more than `at_most`; where that and the upper bounds leave no room together, these give way.
 
     Raises InputError where the unit does not divide a layer or the bounds cannot hold the budget.
     """
@@ -109,6 +117,11 @@ def layer_counts(
             "lower sparsity.sparsity or choose a smaller sparsity.unit"
         )
     bounds = [density_bounds(n, *densities) for n in units]
+    if at_most is not None:
+        limits = [min(high, at_most[name]) for name, (_, high) in zip(shapes, bounds, strict=True)]
+        if sum(limits) < k:
+            limits = [at_most[name] for name in shapes]
+        bounds = [(min(low, limit), limit) for (low, _), limit in zip(bounds, limits, strict=True)]
     relative = [relative_density(budget, shape) for shape in shapes.values()]
     return dict(zip(shapes, allocate(relative, bounds, units, k), strict=True))
 
@@ -231,7 +244,7 @@ def _active_values(weight: Tensor, topology: Topology) -> Tensor:
     (b_out, b_in), (rows, columns) = topology.unit, topology.grid
     blocks = weight.reshape(rows, b_out, columns, b_in)
     row, column = topology.rows.long(), topology.columns.long()
-    return blocks[row, :, column, :].reshape(topology.values_shape)
+    return blocks[row, :, column, :].reshape(topology.values_shape).contiguous()
 
 
 def _dense_twin(layer: SparseLinear) -> nn.Module:

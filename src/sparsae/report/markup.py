@@ -59,6 +59,13 @@ def facts(entries: Sequence[tuple[str, str]]) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
+def notes(entries: Sequence[str]) -> str:
+    """A list of remarks; nothing where there are none."""
+    if not entries:
+        return ""
+    return '<ul class="notes">' + "".join(f"<li>{escape(entry)}</li>" for entry in entries) + "</ul>"
+
+
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first column names the rows and whose others are numbers."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)

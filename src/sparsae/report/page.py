@@ -33,6 +33,11 @@ def render(run: RunData) -> str:
     """The page of a run as HTML."""
     from sparsae.report.sections import body, title
 
+    return document(title(run), body(run))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page that needs nothing but itself: `title` is text, `body` markup."""
     style = resources.files("sparsae.report").joinpath("style.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -41,13 +46,13 @@ def render(run: RunData) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="sparsae">
 <link rel="icon" href="data:,">
-<title>{escape(title(run))}</title>
+<title>{escape(title)}</title>
 <style>
 {style}</style>
 </head>
 <body>
 <div class="page">
-{body(run)}
+{body}
 </div>
 </body>
 </html>

@@ -33,6 +33,8 @@ COLOURS: Final = {
     "paper": "#010104",
     "accent": "#010105",
     "warm": "#010106",
+    # Of things compared with each other, in order.
+    **{f"series{n}": f"#0102{n:02d}" for n in range(8)},
 }
 WIDTH: Final = 4.5  # inches; two such figures stand side by side on a desktop, one fills a phone
 POINTS: Final = 400  # of a curve; more than a screen can show

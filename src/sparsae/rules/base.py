@@ -17,12 +17,13 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from sparsae.config.schema import BurnInConfig, MicroBatchConfig
+from sparsae.config.topology import BurnInConfig, MicroBatchConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
+from sparsae.kernels.probe import Draw
 from sparsae.surgery import Swap
 
-Need = Literal["gradient", "gradient_at", "moments", "micro_batch_score", "candidate_gradient"]
+Need = Literal["gradient", "gradient_at", "dense_gradient", "moments", "micro_batch_score", "candidate_gradient"]
 State = TypeVar("State")
 
 
@@ -31,8 +32,10 @@ class LayerView:
     """One sparse layer at the moment of an update.
 
     values, gradient (of the last backward pass) and moment (the optimizer's average gradient) have the topology's
-    values_shape; sample holds inactive units and sample_gradient the gradients there. bounds are (k_min, k_max) in
-    units, head_floor the least active units of a head. What the rule did not declare in `needs` is None.
+    values_shape; sample holds inactive units and sample_gradient the gradients there. Under "dense_gradient" these are
+    the units with the largest gradients, and sample_gradient (n,) and active_gradient (count,) are magnitudes, of the
+    same backward passes. bounds are (k_min, k_max) in units, head_floor the least active units of a head, ends the
+    layer's units at the start and by its budget at the end of a run that prunes. What the rule did not declare is None.
     """
 
     topology: Topology
@@ -44,6 +47,13 @@ class LayerView:
     moment: Tensor | None = None
     sample: Tensor | None = None
     sample_gradient: Tensor | None = None
+    active_gradient: Tensor | None = None
+    ends: tuple[int, int] | None = None
+
+    @property
+    def magnitude(self) -> Tensor:
+        """(count,) |w| of each unit, the L2 norm of a block."""
+        return unit_magnitude(self.values)
 
     def keeps_bounds(self, topology: Topology) -> bool:
         """Whether a new topology of this layer stays inside its bounds and above its heads' floor."""
@@ -56,10 +66,21 @@ class LayerView:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """The model's sparse layers at an update, and the share of the run that has passed."""
+    """The model's sparse layers at an update, which follows step `step`, counted from 1, of `steps`."""
 
     layers: Mapping[str, LayerView]
-    progress: float
+    step: int
+    steps: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that has passed."""
+        return self.step / self.steps
+
+    @property
+    def topologies(self) -> dict[str, Topology]:
+        """The layers' topologies."""
+        return {name: view.topology for name, view in self.layers.items()}
 
     @property
     def count(self) -> int:
@@ -74,6 +95,11 @@ class Candidate:
     swap: Swap
     proposer: str
     rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class NoState:
+    """Nothing to remember."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +128,14 @@ class Decision:
 class Rule(ABC, Generic[State]):
     """A topology rule. `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON.
 
-    needs: what has to be captured for it; a dense gradient is "gradient_at" with a sample of every inactive unit.
-    micro_batch: the held-out sequences that score its candidates, where it needs scores. initialization: values of
-    grown units (see `surgery.plan`). burn_in: the gradient steps after a change.
+    needs: what has to be captured for it. accumulate: over which backward passes of a step a "dense_gradient" is taken.
+    prunes: whether the model shrinks. micro_batch: the held-out sequences that score its candidates, where it needs
+    scores. initialization: values of grown units (see `surgery.plan`). burn_in: the gradient steps after a change.
     """
 
     needs: frozenset[Need] = frozenset()
+    accumulate: Literal["last", "sum"] = "last"
+    prunes: bool = False
     initialization: str = "zero"
     burn_in: BurnInConfig = BurnInConfig(steps=0)
     micro_batch: MicroBatchConfig | None = None
@@ -124,15 +152,28 @@ class Rule(ABC, Generic[State]):
     def due(self, step: int, steps: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1, of `steps`."""
 
-    def sample(self, topologies: Mapping[str, Topology], state: State, rng: torch.Generator) -> dict[str, Tensor]:
+    def sample(
+        self, topologies: Mapping[str, Topology], state: State, rng: torch.Generator
+    ) -> Mapping[str, Tensor | Draw]:
         """The inactive units whose gradients the next update wants, by layer ("gradient_at")."""
         return {}
+
+    def growth(self, topologies: Mapping[str, Topology], state: State, progress: float) -> Mapping[str, int]:
+        """At most so many units will each layer grow at the update that comes next ("dense_gradient")."""
+        return {}
+
+    def probed_units(self, active: int, inactive: int) -> int:
+        """Of how many inactive units of a layer an update computes the gradient, at most: for plans."""
+        return inactive if "dense_gradient" in self.needs else 0
+
+    def active_units(self, start: int, end: int, step: int, steps: int) -> int:
+        """Active units of a model after `step`, of one that starts with `start` and has `end` by its settings."""
+        return start
 
     @abstractmethod
     def ask(self, observation: Observation, state: State, rng: torch.Generator) -> list[Candidate]:
         """The candidates of an update."""
 
-    @abstractmethod
     def tell(
         self,
         candidates: Sequence[Candidate],
@@ -141,7 +182,11 @@ class Rule(ABC, Generic[State]):
         state: State,
         progress: float,
     ) -> tuple[Decision, State]:
-        """The choice and the next state. A score is None where none was needed or the candidate is rejected."""
+        """The choice and the next state: the first candidate that is in the race and changes anything.
+
+        A score is None where none was needed or the candidate is rejected.
+        """
+        return Decision(next((i for i, c in enumerate(candidates) if c.rejected is None and c.swap.size), None)), state
 
     @abstractmethod
     def telemetry(self, state: State, progress: float) -> dict[str, float]:

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sparsae.config.schema import EvolutionConfig
+from sparsae.config.topology import EvolutionConfig
 from sparsae.core.schedules import decayed
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.rules.base import Candidate, Decision, Need, Observation, Rule, Score
-from sparsae.rules.proposers import PROPOSERS, keeps_bounds, reset, samples
+from sparsae.rules.parts import keeps_bounds, sample_inactive
+from sparsae.rules.proposers import PROPOSERS, Temperatures, reset, shares
 from sparsae.rules.proxy import Running, combine
 
 Number = TypeVar("Number", int, float)
@@ -49,8 +50,10 @@ class Evolution(Rule[EvolutionState]):
         self.initialization = config.initialization
         self.burn_in = config.burn_in
         needs: set[Need] = set()
-        if config.proposer == "guided":
-            needs.add("gradient_at")
+        self._temperatures = Temperatures(config.drop_temperature, config.grow_temperature)
+        wanted: dict[str, Need] = {"guided": "gradient_at", "rigl": "dense_gradient"}
+        if config.proposer in wanted:
+            needs.add(wanted[config.proposer])
         if self._compares():
             needs.add("micro_batch_score")
             self.micro_batch = config.micro_batch
@@ -84,7 +87,16 @@ class Evolution(Rule[EvolutionState]):
     def sample(
         self, topologies: Mapping[str, Topology], state: EvolutionState, rng: torch.Generator
     ) -> dict[str, Tensor]:
-        return samples(topologies, self.config.sample_ratio, rng) if "gradient_at" in self.needs else {}
+        return sample_inactive(topologies, self.config.sample_ratio, rng) if "gradient_at" in self.needs else {}
+
+    def growth(self, topologies: Mapping[str, Topology], state: EvolutionState, progress: float) -> dict[str, int]:
+        active = sum(topology.count for topology in topologies.values())
+        return shares(topologies, self._moves(active, state, progress))
+
+    def probed_units(self, active: int, inactive: int) -> int:
+        if "gradient_at" in self.needs:
+            return min(round(self.config.sample_ratio * active), inactive)
+        return super().probed_units(active, inactive)
 
     def ask(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> list[Candidate]:
         return [self._draw(observation, state, rng) for _ in range(state.candidates)]
@@ -157,16 +169,20 @@ class Evolution(Rule[EvolutionState]):
         resets = config.reset.probability > 0 or config.reset.boosted_probability > 0
         return config.selection == "elitist" or not alone or resets
 
+    def _moves(self, active: int, state: EvolutionState, progress: float) -> int:
+        """q, the units that a candidate moves."""
+        return max(1, round(self.mutation_rate(state, progress) * active))
+
     def _draw(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> Candidate:
-        count = max(1, round(self.mutation_rate(state, observation.progress) * observation.count))
+        count = self._moves(observation.count, state, observation.progress)
         is_reset = float(torch.rand((), generator=rng)) < self.reset_probability(state)
         candidate = None
         for _ in range(self.config.redraws):
             if is_reset:
-                name, swap = reset(observation, self.config, rng)
+                name, swap = reset(observation, self.config.reset, rng)
             else:
                 name = self.config.proposer
-                swap = PROPOSERS[name](observation, count, self.config, rng)
+                swap = PROPOSERS[name](observation, count, self._temperatures, rng)
             if keeps_bounds(observation.layers, swap):
                 return Candidate(swap, name)
             candidate = Candidate(swap, name, rejected="bounds")

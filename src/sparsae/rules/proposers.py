@@ -7,21 +7,33 @@ candidate that leaves them is redrawn by the strategy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsae.config.schema import EvolutionConfig
+from sparsae.config.topology import ResetConfig
+from sparsae.core.ranking import smallest
 from sparsae.core.topology import Topology, sample_distinct
-from sparsae.rules.base import LayerView, Observation, unit_magnitude
+from sparsae.rules.base import Observation, unit_magnitude
+from sparsae.rules.parts import exchange
 from sparsae.surgery import Swap
 
-Proposer = Callable[[Observation, int, EvolutionConfig, torch.Generator], Swap]
+
+@dataclass(frozen=True)
+class Temperatures:
+    """Gumbel noise on 2 log|w| of what goes and on 2 log|g| of what comes; 0: none."""
+
+    drop: float = 0.0
+    grow: float = 0.0
 
 
-def uniform(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+Proposer = Callable[[Observation, int, Temperatures, torch.Generator], Swap]
+
+
+def uniform(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
     """`count` active units of the whole model go, `count` inactive ones come, all uniformly."""
-    topologies = {name: view.topology for name, view in observation.layers.items()}
+    topologies = observation.topologies
     inactive = {name: topology.units - topology.count for name, topology in topologies.items()}
     count = min(count, sum(inactive.values()))
     active = {name: topology.count for name, topology in topologies.items()}
@@ -33,17 +45,17 @@ def uniform(observation: Observation, count: int, config: EvolutionConfig, rng: 
     )
 
 
-def layerwise(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+def layerwise(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
     """Uniform within each layer, whose number of active units stays."""
     drop, grow = {}, {}
-    for name, n in _shares(observation, count).items():
+    for name, n in shares(observation.topologies, count).items():
         topology = observation.layers[name].topology
         drop[name] = _at(topology, sample_distinct(topology.count, n, rng))
         grow[name] = topology.sample_inactive(n, rng)
     return Swap(drop, grow)
 
 
-def guided(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+def guided(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
     """Per layer: small weights go, with tempered chance, and the largest gradients of a sample of inactive units come.
 
     Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units,
@@ -51,19 +63,19 @@ def guided(observation: Observation, count: int, config: EvolutionConfig, rng: t
     ones with odds |g|^(2 / tau_g) (Gumbel top-k: Kool et al., 2019); at temperature 0 the extremes are taken.
     """
     drop, grow = {}, {}
-    for name, n in _shares(observation, count).items():
+    for name, n in shares(observation.topologies, count).items():
         view = observation.layers[name]
         assert view.sample is not None
         assert view.sample_gradient is not None
         n = min(n, view.sample.numel())
-        weakest = _keys(unit_magnitude(view.values), config.drop_temperature, rng)
-        strongest = _keys(unit_magnitude(view.sample_gradient), config.grow_temperature, rng)
+        weakest = _keys(unit_magnitude(view.values), temperatures.drop, rng)
+        strongest = _keys(unit_magnitude(view.sample_gradient), temperatures.grow, rng)
         drop[name] = _at(view.topology, weakest.topk(n, largest=False, sorted=False).indices)
         grow[name] = view.sample.to(strongest.device)[strongest.topk(n, sorted=False).indices]
     return Swap(drop, grow)
 
 
-def shift(observation: Observation, count: int, config: EvolutionConfig, rng: torch.Generator) -> Swap:
+def shift(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
     """Density moves between layers: those that lose and those that gain are weighted at random (Dirichlet)."""
     views = observation.layers
     drops = _random_split(count, {name: view.topology.count for name, view in views.items()}, rng)
@@ -82,12 +94,12 @@ def shift(observation: Observation, count: int, config: EvolutionConfig, rng: to
     )
 
 
-def reset(observation: Observation, config: EvolutionConfig, rng: torch.Generator) -> tuple[str, Swap]:
+def reset(observation: Observation, config: ResetConfig, rng: torch.Generator) -> tuple[str, Swap]:
     """A large jump: a reshuffle of 5-10 % of each layer, or a new Erdos-Renyi topology with the layers' counts."""
-    if float(torch.rand((), generator=rng)) >= config.reset.redraw:
-        low, high = config.reset.reshuffle
+    if float(torch.rand((), generator=rng)) >= config.redraw:
+        low, high = config.reshuffle
         share = low + (high - low) * float(torch.rand((), generator=rng))
-        return "reshuffle", layerwise(observation, round(share * observation.count), config, rng)
+        return "reshuffle", layerwise(observation, round(share * observation.count), Temperatures(), rng)
     drop, grow = {}, {}
     for name, view in observation.layers.items():
         now = view.topology
@@ -97,26 +109,37 @@ def reset(observation: Observation, config: EvolutionConfig, rng: torch.Generato
     return "redraw", Swap(drop, grow)
 
 
-PROPOSERS: dict[str, Proposer] = {"uniform": uniform, "layerwise": layerwise, "guided": guided, "shift": shift}
+def rigl(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
+    """Per layer: small weights go, with tempered chance, and the largest of all its inactive units' gradients come.
+
+    What goes is among what may come, as in RigL (rigl.py); candidates of one update differ in what they drop only.
+    """
+    drop, grow = {}, {}
+    for name, n in shares(observation.topologies, count).items():
+        view = observation.layers[name]
+        weakest = _keys(unit_magnitude(view.values), temperatures.drop, rng)
+        drop[name], grow[name] = exchange(view, smallest(weakest, n), n)
+    return Swap(drop, grow)
 
 
-def samples(topologies: Mapping[str, Topology], ratio: float, rng: torch.Generator) -> dict[str, Tensor]:
-    """gamma * count inactive units of each layer, uniformly (the subset of guided stochastic exploration)."""
-    return {
-        name: topology.sample_inactive(min(round(ratio * topology.count), topology.units - topology.count), rng)
-        for name, topology in topologies.items()
-    }
+PROPOSERS: dict[str, Proposer] = {
+    "uniform": uniform,
+    "layerwise": layerwise,
+    "guided": guided,
+    "shift": shift,
+    "rigl": rigl,
+}
 
 
-def _shares(observation: Observation, count: int) -> dict[str, int]:
+def shares(topologies: Mapping[str, Topology], count: int) -> dict[str, int]:
     """`count` over the layers in proportion to their active units, by cumulative rounding; at most what is inactive."""
-    total, before, shares = observation.count, 0, {}
-    for name, view in observation.layers.items():
-        after = before + view.topology.count
+    total, before, split = sum(topology.count for topology in topologies.values()), 0, {}
+    for name, topology in topologies.items():
+        after = before + topology.count
         n = round(count * after / total) - round(count * before / total)
-        shares[name] = min(n, view.topology.count, view.topology.units - view.topology.count)
+        split[name] = min(n, topology.count, topology.units - topology.count)
         before = after
-    return {name: n for name, n in shares.items() if n}
+    return {name: n for name, n in split.items() if n}
 
 
 def _keys(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
@@ -156,14 +179,3 @@ def _random_split(count: int, sizes: Mapping[str, int], rng: torch.Generator) ->
         split[name] += more
         left -= more
     return split
-
-
-def keeps_bounds(views: Mapping[str, LayerView], swap: Swap) -> bool:
-    """Whether every touched layer stays inside its bounds and above its heads' floors after a swap."""
-    for name in swap.count_changes():
-        view = views[name]
-        empty = view.topology.indices[:0]
-        after, _ = view.topology.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
-        if not view.keeps_bounds(after):
-            return False
-    return True

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sparsae.config.schema import ProxyConfig
+from sparsae.config.topology import ProxyConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedules import decayed
 from sparsae.core.topology import Topology

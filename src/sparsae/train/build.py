@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import Config, ModelConfig, SparsityConfig
+from sparsae.config.schema import Config, ModelConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
@@ -45,9 +45,11 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
     model = build_model(config.model, vocab_size, eos_id, device="meta")
     if config.sparsity.sparsity > 0:
         low, high = config.sparsity.density_bounds
+        if config.initial_sparsity != config.sparsity.sparsity:
+            high = 1.0  # the bound is on the model that is left after pruning
         sparsify(
             model,
-            config.sparsity.sparsity,
+            config.initial_sparsity,
             budget=config.sparsity.budget,
             unit=config.sparsity.unit,
             min_density=low,
@@ -108,9 +110,3 @@ def _initializer(config: ModelConfig) -> Initializer:
         return torch.randn(topology.values_shape, generator=rng) * std
 
     return draw
-
-
-def bounds_config(config: SparsityConfig) -> dict[str, float]:
-    """The bounds as the keyword arguments of `SparsifierConfig`."""
-    low, high = config.density_bounds
-    return {"min_density": low, "max_density": high, "head_min_density": config.head_min_density}

@@ -6,7 +6,8 @@ import math
 
 from torch import nn
 
-from sparsae.config.schema import Config, MicroBatchConfig, ModelConfig
+from sparsae.config.schema import Config, ModelConfig
+from sparsae.config.topology import MicroBatchConfig
 from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
 from sparsae.models import decoder_and_head
 from sparsae.nn.linear import sparse_layers
@@ -15,7 +16,7 @@ from sparsae.train.search import SearchCost
 
 
 class RunCosts:
-    """Counts operations for a model, whose number of active weights no update changes."""
+    """Counts operations for a model with `nnz` active weights, a number that has to follow it when it is pruned."""
 
     def __init__(self, model: nn.Module, config: Config, micro_batch: MicroBatchConfig | None) -> None:
         self.cost = model_cost(model, config.model)
@@ -35,11 +36,15 @@ class RunCosts:
             flops.add("teacher", self.cost.forward(teacher_nnz, tokens))
 
     def count_update(self, flops: FlopCounter, spent: SearchCost) -> None:
-        """One topology update: scored candidates, and gradients at sampled positions."""
+        """One topology update: scored candidates, and gradients at inactive positions."""
         plain = spent.forwards - spent.backwards
         flops.add("search", plain * self.cost.scoring(self.nnz, self._scoring_tokens, with_gradient=False))
         flops.add("search", spent.backwards * self.cost.scoring(self.nnz, self._scoring_tokens, with_gradient=True))
         flops.add("dense_gradients", sum(gradient_at(weights, tokens) for weights, tokens in spent.probed.values()))
+
+    def count_study(self, flops: FlopCounter, spent: SearchCost, tokens: int) -> None:
+        """Candidates that were scored on `tokens` tokens of validation text besides."""
+        flops.study += spent.studied * self.cost.forward(self.nnz, tokens)
 
 
 def model_cost(model: nn.Module, config: ModelConfig) -> ModelCost:

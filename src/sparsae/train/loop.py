@@ -19,7 +19,7 @@ from sparsae.core.randomness import derive_seed
 from sparsae.core.schedules import cosine_with_warmup
 from sparsae.data.batches import Batches
 from sparsae.distill import Teacher, WarmUp
-from sparsae.errors import InputError
+from sparsae.errors import DivergedError
 from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
@@ -134,7 +134,7 @@ class Trainer:
         try:
             while self.step < steps and stop.signal is None:
                 with self.watch.of("train"):
-                    self._train_step()
+                    self.train_step()
                 if self.step % self._validate_every == 0 or self.step == steps:
                     self._validate()
                 if every and self.step % every == 0:
@@ -153,11 +153,17 @@ class Trainer:
         is_sparse = isinstance(decoder_and_head(self.model)[1], SparseLinear)
         return self._loss(self.micro_batches.at(step), alpha=0.0, head_gradient=is_sparse).total
 
+    def study(self) -> float:
+        """Mean cross entropy of the model, as it is in the middle of an update, on the validation text."""
+        with self.watch.of("study"):
+            return self._mean_loss(self.model)
+
     @property
     def _validate_every(self) -> int:
         return self.settings.validate_every or max(10, self.settings.steps // 10)
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """One optimizer step, and what follows it: the average, a topology update, a row of the metrics."""
         step, settings = self.step, self.settings
         rate = settings.learning_rate * cosine_with_warmup(
             step, settings.steps, settings.warmup, settings.final_learning_rate
@@ -175,10 +181,11 @@ class Trainer:
             batch = self._to_device(self.batches.at(step * settings.accumulation + micro))
             parts = self._loss(batch, alpha)
             (parts.total / settings.accumulation).backward()
-            self._require_finite(loss := float(parts.total.detach()))
+            loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
+            self._require_finite(loss)
             self._sums["loss"] += loss / settings.accumulation
-            self._sums["cross_entropy"] += float(parts.cross_entropy) / settings.accumulation
-            self._sums["distillation"] += float(parts.distillation) / settings.accumulation
+            self._sums["cross_entropy"] += cross_entropy / settings.accumulation
+            self._sums["distillation"] += distillation / settings.accumulation
         self._sums["steps"] += 1
         self._sums["taught_steps"] += alpha > 0
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
@@ -209,6 +216,8 @@ class Trainer:
         self.updates += 1
         self.accepted += update.accepted
         self.costs.count_update(self.flops, update.cost)
+        self.costs.count_study(self.flops, update.cost, self.validation[:, 1:].numel())
+        self.costs.nnz = self.sparsifier.nnz
         self._record(update.row)
         self.display.topology(self.updates, self.accepted)
 
@@ -285,9 +294,11 @@ class Trainer:
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise InputError(
+            raise DivergedError(
                 f"training diverged: the loss is {loss} at step {self.step}; lower training.learning_rate "
-                f"(now {self.settings.learning_rate:g}) or set training.clip"
+                f"(now {self.settings.learning_rate:g}) or set training.clip",
+                self.step,
+                self.flops.total,
             )
 
     def _log(self, rate: float, norm: Tensor, burning_in: bool) -> None:

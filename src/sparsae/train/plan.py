@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsae.config.schema import Config
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
-from sparsae.core.randomness import generator
 from sparsae.data import load_tokenizer
 from sparsae.distill import WarmUp
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules import build_rule
+from sparsae.rules.base import Rule
 from sparsae.train.build import build, check, choose_device
 from sparsae.train.costs import RunCosts
 from sparsae.train.search import SearchCost
@@ -25,39 +26,18 @@ from sparsae.train.search import SearchCost
 def plan(config: Config) -> dict[str, Any]:
     """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
 
-    Operations assume that lambda stays and no candidate is rejected, and that the warm-up of the teacher is by
-    fraction. The time is that of the dense products of all parts at the rate of a short measurement on this machine.
+    Operations are those of `count_flops`; layers and bytes are those of the start. The time is that of the dense
+    products of all parts at the rate of a short measurement on this machine.
     """
     check(config)
-    vocab_size = config.data.tokenizer_vocab
-    if config.data.tokenizer != "train":
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    model = build(config, vocab_size, 0, torch.device("meta"))
+    model = untrained(config)
     layers = sparse_layers(model)
     rule = build_rule(config.topology)
     costs = RunCosts(model, config, rule.micro_batch)
     training = config.training
     tokens = training.batch_size * training.accumulation * config.model.context
     weights, nnz = costs.cost.sparse_weights, costs.nnz
-    flops, dense = FlopCounter(), FlopCounter()
-    warmup = WarmUp(config.teacher, training.steps)
-    for step in range(training.steps):
-        taught = config.teacher.enabled and warmup.alpha(step) > 0
-        teacher_nnz = weights if config.teacher.storage == "dense" else nnz
-        costs.count_step(flops, tokens, teacher_nnz if taught else None)
-        costs.count_step(dense, tokens, weights if taught else None)
-    updates = sum(rule.due(step, training.steps) for step in range(1, training.steps + 1))
-    scored = 1 + rule.initial_state().candidates if rule.micro_batch else 0
-    probed = {}
-    if "gradient_at" in rule.needs:
-        sample = rule.sample(
-            {name: layer.topology for name, layer in layers.items()}, rule.initial_state(), generator(0, "plan")
-        )
-        b_out, b_in = config.sparsity.unit
-        probed = {name: (units.numel() * b_out * b_in, tokens) for name, units in sample.items()}
-    backwards = scored if "candidate_gradient" in rule.needs else 0
-    for _ in range(updates):
-        costs.count_update(flops, SearchCost(scored, backwards, probed))
+    flops, dense = count_flops(config, model)
     units = sum(layer.topology.count for layer in layers.values())
     teacher = config.teacher.storage if config.teacher.enabled else None
     dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
@@ -86,6 +66,66 @@ def plan(config: Config) -> dict[str, Any]:
         "steps": training.steps,
         "tokens": training.steps * tokens,
     }
+
+
+def untrained(config: Config, vocab_size: int | None = None) -> nn.Module:
+    """The model of a run on the meta device, where its layers have topologies and no values.
+
+    vocab_size: entries of the tokenizer; None: those of the given one, or as many as one trained here may have.
+    """
+    if vocab_size is None and config.data.tokenizer != "train":
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    if vocab_size is None:
+        vocab_size = config.data.tokenizer_vocab
+    return build(config, vocab_size, 0, torch.device("meta"))
+
+
+def count_flops(config: Config, model: nn.Module) -> tuple[FlopCounter, FlopCounter]:
+    """Operations of a whole run, and those of the same run with every weight, as far as they are known beforehand.
+
+    It is assumed that lambda stays, that no candidate is rejected, that the warm-up of the teacher is by fraction, that
+    a teacher holds what its student does, and that pruning keeps the layers' proportions.
+    """
+    rule = build_rule(config.topology)
+    return _expected_flops(config, rule, RunCosts(model, config, rule.micro_batch), sparse_layers(model))
+
+
+def _expected_flops(
+    config: Config, rule: Rule[Any], costs: RunCosts, layers: Mapping[str, SparseLinear]
+) -> tuple[FlopCounter, FlopCounter]:
+    """Operations of the run as its number of active weights will move; and of its steps, with a dense teacher."""
+    training = config.training
+    steps, micro_tokens = training.steps, training.batch_size * config.model.context
+    tokens = micro_tokens * training.accumulation
+    probed_tokens = micro_tokens if "dense_gradient" in rule.needs and rule.accumulate == "last" else tokens
+    topologies = {name: layer.topology for name, layer in layers.items()}
+    units = {name: topology.units for name, topology in topologies.items()}
+    start = {name: topology.count for name, topology in topologies.items()}
+    block = config.sparsity.unit[0] * config.sparsity.unit[1]
+    end = round((1.0 - config.sparsity.sparsity) * sum(units.values()))
+    scored = 1 + rule.initial_state().candidates if rule.micro_batch else 0
+    flops, dense = FlopCounter(), FlopCounter()
+    warmup = WarmUp(config.teacher, steps)
+    for step in range(1, steps + 1):
+        taught = config.teacher.enabled and warmup.alpha(step - 1) > 0
+        teacher_nnz = costs.cost.sparse_weights if config.teacher.storage == "dense" else costs.nnz
+        costs.count_step(flops, tokens, teacher_nnz if taught else None)
+        costs.count_step(dense, tokens, costs.cost.sparse_weights if taught else None)
+        if rule.due(step, steps):
+            left = costs.nnz / (block * sum(start.values()))
+            growth = rule.growth(topologies, rule.initial_state(), step / steps)
+            probed = {
+                name: (
+                    block * rule.probed_units(round(left * start[name]), n - round(left * start[name])),
+                    probed_tokens,
+                )
+                for name, n in units.items()
+                if growth.get(name) or "dense_gradient" not in rule.needs
+            }
+            backwards = scored if "candidate_gradient" in rule.needs else 0
+            costs.count_update(flops, SearchCost(scored, backwards, probed))
+            costs.nnz = block * rule.active_units(sum(start.values()), end, step, steps)
+    return flops, dense
 
 
 def _index_bytes(config: Config, layers: Mapping[str, SparseLinear]) -> int:

@@ -17,12 +17,12 @@ from sparsae.config.load import dump
 from sparsae.config.schema import Config
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
 from sparsae.data import Batches, Corpus, evenly_spaced, prepare, unigram_perplexity
-from sparsae.distill import Teacher
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
-from sparsae.optim import AdamW, parameter_groups
+from sparsae.optim import AdamW
 from sparsae.rules import build_rule
-from sparsae.train.build import bounds_config, build, check, choose_device, head_layouts
+from sparsae.train.assemble import optimizer_of, trainer_of
+from sparsae.train.build import build, check, choose_device
 from sparsae.train.checkpoint import (
     keep_newest,
     load_checkpoint,
@@ -32,13 +32,11 @@ from sparsae.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from sparsae.train.costs import RunCosts
 from sparsae.train.loop import StopRequest, Trainer, perplexity
-from sparsae.train.memory import forget_peak, peak_bytes
-from sparsae.train.micro_batch import MicroBatches, split_held_out
+from sparsae.train.memory import forget_peak, keep_freed_memory, peak_bytes
+from sparsae.train.micro_batch import split_held_out
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter, RunDirectory, read_json, refuse_occupied
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from sparsae.train.trackers import Trackers, check_installed
 
 
@@ -62,7 +60,7 @@ def start(config: Config, out: Path, quiet: bool = False) -> dict[str, Any]:
     Raises InputError for anything wrong with the configuration, the data or the directory, before anything is written.
     """
     refuse_occupied(out)
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     display = Display(quiet)
     parts = _prepare(config, display)
     existed = out.exists()
@@ -114,15 +112,14 @@ def _prepare(config: Config, display: Display) -> _Parts:
     reported, micro = split_held_out(corpus.validation, context)
     batches = Batches(corpus.train, context, config.training.batch_size, config.seed)
     validation = evenly_spaced(reported, context, config.training.validation_sequences)
-    if reported is micro and config.topology.rule != "static":
+    if reported is micro and build_rule(config.topology).micro_batch:
         display.say(
             "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
         )
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+    keep_freed_memory(device)
     forget_peak(device)
-    groups = parameter_groups(model, config.training.weight_decay)
-    settings = config.training
-    optimizer = AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+    optimizer = optimizer_of(model, config.training)
     return _Parts(config, device, corpus, model, optimizer, batches, validation, micro)
 
 
@@ -139,7 +136,18 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
         run.summary.unlink(missing_ok=True)
     trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
     with contextlib.closing(trackers), MetricsWriter(run.metrics) as metrics:
-        trainer = _trainer(parts, metrics, trackers, display)
+        trainer = trainer_of(
+            config,
+            parts.model,
+            parts.optimizer,
+            parts.batches,
+            parts.validation,
+            parts.micro_tokens,
+            metrics,
+            trackers,
+            display,
+            parts.device,
+        )
         if saved_state is not None:
             _restore(trainer, tensors, saved_state)
         display.say(_headline(parts, unigram))
@@ -155,48 +163,6 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
     run.write_json("summary.json", summary)
     display.say(_closing(summary, run, stopped_by=stop.signal))
     return summary
-
-
-def _trainer(parts: _Parts, metrics: MetricsWriter, trackers: Trackers, display: Display) -> Trainer:
-    config = parts.config
-    sparsifier, teacher = None, None
-    micro: MicroBatches | None = None
-    rule = build_rule(config.topology)
-    if sparse_layers(parts.model):
-        if rule.micro_batch:
-            micro = MicroBatches(parts.micro_tokens, config.model.context, rule.micro_batch, config.seed, parts.device)
-        sparsifier = Sparsifier(
-            parts.model,
-            parts.optimizer,
-            SparsifierConfig(
-                steps=config.training.steps,
-                topology=config.topology,
-                teacher=config.teacher,
-                seed=config.seed,
-                **bounds_config(config.sparsity),
-            ),
-            score=(lambda step: trainer.score(step)) if micro else None,
-            heads=head_layouts(parts.model, config),
-        )
-        teacher = sparsifier.teacher
-    elif config.teacher.enabled:
-        teacher = Teacher(parts.model, config.teacher)
-    trainer = Trainer(
-        config,
-        parts.model,
-        parts.optimizer,
-        sparsifier,
-        teacher,
-        parts.batches,
-        parts.validation,
-        micro,
-        RunCosts(parts.model, config, rule.micro_batch),
-        metrics,
-        trackers,
-        display,
-        parts.device,
-    )
-    return trainer
 
 
 def _save(trainer: Trainer, run: RunDirectory, corpus: str, elapsed: float) -> None:
@@ -231,7 +197,7 @@ def _restore(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], state: dic
     trainer.restore(state["trainer"])
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """A run must be resumable from any directory."""
     data = config.data
     paths = {"source": data.source, "validation_source": data.validation_source, "tokenizer": data.tokenizer}
@@ -272,6 +238,7 @@ def _summary(parts: _Parts, trainer: Trainer, unigram: float, finished: bool, se
         "train_flops": trainer.flops.total,
         "train_flops_by_part": dict(trainer.flops.parts),
         "train_flops_dense_equivalent": trainer.flops.dense_equivalent,
+        "study_flops": trainer.flops.study,
         "state_bytes_sparse_layers": sum(trainer.state_bytes.values()),
         "state_bytes_by_part": trainer.state_bytes,
         "state_bytes_sparse_layers_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,

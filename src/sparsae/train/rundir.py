@@ -136,6 +136,19 @@ class MetricsWriter:
         self.close()
 
 
+def refuse_unwritable(option: str, file: str | None) -> None:
+    """InputError if the file that an option names could not be written; "-" is standard output, None is no file."""
+    if file is None or file == "-":
+        return
+    folder = Path(file).parent
+    if Path(file).is_dir():
+        raise InputError(f"{option}: {file} is a directory; give a file")
+    if not folder.is_dir():
+        raise InputError(f"{option}: no directory {folder}; give a file in one that exists")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{option}: no permission to write in {folder}; give a file elsewhere")
+
+
 def refuse_occupied(path: Path) -> None:
     """InputError if a new run cannot go to this path because something is there."""
     if path.exists() and not path.is_dir():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
-from sparsae.kernels.probe import Probe
+from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
 from sparsae.rules.proxy import activity, diversity, known_gradient_norm
@@ -22,15 +22,18 @@ from sparsae.train.telemetry import TopologyTelemetry
 
 # The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
 ScoreFunction = Callable[[int], Tensor]
+# The mean cross entropy of the model as it is on all validation text, to compare scores with.
+StudyFunction = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class SearchCost:
-    """What an update computed: scored topologies, those with a backward pass, and products at sampled units."""
+    """What an update computed: scored topologies, those with a backward pass, and gradients at inactive units."""
 
     forwards: int = 0
     backwards: int = 0
     probed: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # layer -> (weights, tokens)
+    studied: int = 0  # topologies scored on all validation text, which decides nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +62,27 @@ class TopologySearch:
         optimizer: torch.optim.Optimizer,
         teacher: Mapping[str, TeacherLayer] | None,
         bounds: Mapping[str, tuple[int, int]],
+        ends: Mapping[str, tuple[int, int]],
         heads: Mapping[str, HeadLayout],
         head_floors: Mapping[str, int],
         score: ScoreFunction | None,
+        study: StudyFunction | None = None,
         steps: int,
+        passes: int,
         seed: int,
     ) -> None:
+        """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes (else empty).
+
+        passes: backward passes an optimizer step.
+        """
         self.rule = rule
         self.state = rule.initial_state()
         self.telemetry = TopologyTelemetry(layers, heads)
         self._model, self._layers, self._optimizer, self._teacher = model, layers, optimizer, teacher
-        self.bounds = dict(bounds)
+        self.bounds, self.ends = dict(bounds), dict(ends)
         self._heads, self._head_floors = heads, head_floors
-        self._score = score
-        self._steps, self._seed = steps, seed
+        self._score, self._study = score, study
+        self._steps, self._passes, self._seed = steps, passes, seed
         self._probes: dict[str, Probe] = {}
         self._norms: dict[str, float] = {}
         self._views: dict[str, LayerView] | None = None
@@ -81,11 +91,19 @@ class TopologySearch:
         """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients."""
         self._close_probes()
         self._probes = {}
-        if self.rule.due(step, self._steps) and "gradient_at" in self.rule.needs:
-            topologies = {name: layer.topology for name, layer in self._layers.items()}
-            rng = generator(self._seed, "sample", step)
-            samples = self.rule.sample(topologies, self.state, rng)
-            self._probes = {name: Probe(self._layers[name].indices, units) for name, units in samples.items()}
+        if not self.rule.due(step, self._steps):
+            return
+        topologies = {name: layer.topology for name, layer in self._layers.items()}
+        if "gradient_at" in self.rule.needs:
+            samples = self.rule.sample(topologies, self.state, generator(self._seed, "sample", step))
+            self._probes = {name: SampledGradients(self._layers[name].indices, u) for name, u in samples.items()}
+        if "dense_gradient" in self.rule.needs:
+            growth = self.rule.growth(topologies, self.state, step / self._steps)
+            self._probes = {
+                name: LargestGradients(self._layers[name].indices, n, self.rule.accumulate, self._passes)
+                for name, n in growth.items()
+                if n
+            }
 
     def capture(self, step: int) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
@@ -105,8 +123,8 @@ class TopologySearch:
                 self._heads.get(name),
                 self._head_floors.get(name, 0),
                 gradient=gradient.detach().clone() if "gradient" in needs else None,
-                sample=self._probes[name].units if name in self._probes else None,
-                sample_gradient=self._sampled_gradient(name) if name in self._probes else None,
+                ends=self.ends.get(name),
+                **self._probed(name),
             )
         self._views = views
 
@@ -116,7 +134,7 @@ class TopologySearch:
             return None
         started = time.perf_counter()
         views = {name: self._with_moment(name, view) for name, view in self._views.items()}
-        observation = Observation(views, step / self._steps)
+        observation = Observation(views, step, self._steps)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
         current: Score | None = None
         scores: list[Score | None] = [None] * len(candidates)
@@ -128,20 +146,25 @@ class TopologySearch:
                 None if c.rejected is not None else self._measure(self._plan(c.swap, step, i), views, step)
                 for i, c in enumerate(candidates)
             ]
+        study = self._studied(candidates, current, step)
         decision, self.state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
         changes: Mapping[str, Change] = {}
         if decision.chosen is not None:
             chosen = self._plan(candidates[decision.chosen].swap, step, decision.chosen)
             chosen.commit(self._optimizer, self._teacher)
             changes = chosen.changes
-        cost = self._cost(scores, current)
+        cost = self._cost(scores, current, len(study))
         row = {
             "kind": "topology",
             "step": step,
             "accepted": decision.chosen is not None,
             "chosen": decision.chosen,
-            "candidates": _candidate_rows(candidates, scores, decision),
-            "current": _row("current", 0, current, decision.current, None) if current is not None else None,
+            "candidates": [
+                row | study.get(i, {}) for i, row in enumerate(_candidate_rows(candidates, scores, decision))
+            ],
+            "current": _row("current", 0, current, decision.current, None) | study.get(None, {})
+            if current is not None
+            else None,
             **in_force,
             **self.telemetry.row(step, changes, self._norms),
             "seconds": time.perf_counter() - started,
@@ -185,12 +208,37 @@ class TopologySearch:
             norms = [known_gradient_norm(view, changes.get(name), source) for name, view in views.items()]
         return Score(float(loss.detach()), diversity(topologies, self._heads), activity(norms))
 
-    def _sampled_gradient(self, name: str) -> Tensor:
-        """Zeros for a layer that took no part in the backward pass."""
-        probe, values = self._probes[name], self._layers[name].values
+    def _studied(
+        self, candidates: list[Candidate], current: Score | None, step: int
+    ) -> dict[int | None, dict[str, float]]:
+        """Losses on all validation text, of the current topology under None, where that is asked."""
+        if self._study is None or current is None:
+            return {}
+        plans: dict[int | None, Plan | None] = {None: None}
+        plans |= {i: self._plan(c.swap, step, i) for i, c in enumerate(candidates) if c.rejected is None}
+        found = {}
+        for index, candidate in plans.items():
+            with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
+                found[index] = {"validation_cross_entropy": self._study()}
+        return found
+
+    def _probed(self, name: str) -> dict[str, Tensor]:
+        """What a layer's probe saw, as fields of its view: nothing of one that took no part in the backward pass."""
+        probe, layer = self._probes.get(name), self._layers[name]
+        if probe is None:
+            return {}
+        values = layer.values.detach()
+        units = layer.indices[:0] if probe.units is None else probe.units
+        dense = isinstance(probe, LargestGradients)
         if probe.gradient is None:
-            return values.new_zeros(probe.units.numel(), *values.shape[1:])
-        return probe.gradient.to(values.dtype)
+            gradient = values.new_zeros(units.numel(), *(() if dense else values.shape[1:]))
+        else:
+            gradient = probe.gradient.to(values.dtype)
+        fields = {"sample": units, "sample_gradient": gradient}
+        if isinstance(probe, LargestGradients):
+            active = values.new_zeros(layer.topology.count) if probe.active is None else probe.active.to(values.dtype)
+            fields["active_gradient"] = active
+        return fields
 
     def _with_moment(self, name: str, view: LayerView) -> LayerView:
         values = self._layers[name].values
@@ -202,14 +250,14 @@ class TopologySearch:
                 moment = torch.zeros_like(values)
         return LayerView(**{**vars(view), "values": values.data, "moment": moment})
 
-    def _cost(self, scores: list[Score | None], current: Score | None) -> SearchCost:
+    def _cost(self, scores: list[Score | None], current: Score | None, studied: int) -> SearchCost:
         forwards = sum(score is not None for score in [current, *scores])
         backwards = forwards if "candidate_gradient" in self.rule.needs else 0
         probed = {}
         for name, probe in self._probes.items():
             b_out, b_in = self._layers[name].unit
-            probed[name] = (probe.units.numel() * b_out * b_in, probe.tokens)
-        return SearchCost(forwards, backwards, probed)
+            probed[name] = (probe.positions * b_out * b_in, probe.tokens)
+        return SearchCost(forwards, backwards, probed, studied)
 
     def _close_probes(self) -> None:
         for probe in self._probes.values():

@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sparsae.config.schema import EvolutionConfig, RuleConfig, Section, Share, TeacherConfig
+from sparsae.config.schema import TeacherConfig
+from sparsae.config.section import Count, Section, Share
+from sparsae.config.topology import EvolutionConfig, RuleConfig
 from sparsae.core.budgets import density_bounds
 from sparsae.core.heads import HeadLayout
 from sparsae.distill import Teacher
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import head_floor
+from sparsae.nn.sparsify import head_floor, layer_counts
 from sparsae.rules import build_rule
+from sparsae.rules.base import Rule
 from sparsae.train.burn_in import BurnIn
-from sparsae.train.search import ScoreFunction, TopologySearch, Update
+from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
 
 
 class SparsifierConfig(Section):
@@ -42,6 +45,13 @@ class SparsifierConfig(Section):
     min_density: Share | None = Field(None, description="k_min of every layer; null: a quarter of the model's density")
     max_density: Share | None = Field(None, description="k_max of every layer; null: 4 times the model's density")
     head_min_density: Share = Field(0.0, description="floor of every attention head's density")
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="where a rule that prunes ends; null: the rule keeps the model's sparsity"
+    )
+    budget: Literal["uniform", "er", "erk"] = Field(
+        "erk", description="how density spreads over layers at the end of a rule that prunes layer by layer"
+    )
+    accumulation: Count = Field(1, description="backward passes an optimizer step")
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -52,8 +62,8 @@ class Sparsifier:
     entropy (a scalar that autograd can differentiate) of the model on held-out data, given the step; the same data for
     equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
 
-    Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, or the rule cannot do
-    without scores.
+    Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, the rule cannot do
+    without scores, or a rule prunes without a sparsity to end at, or to one below the model's.
     """
 
     def __init__(
@@ -63,6 +73,7 @@ class Sparsifier:
         config: SparsifierConfig,
         *,
         score: ScoreFunction | None = None,
+        study: StudyFunction | None = None,
         heads: Mapping[str, HeadLayout] | None = None,
     ) -> None:
         self.config = config
@@ -82,6 +93,7 @@ class Sparsifier:
         rule = build_rule(config.topology)
         self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
         rule = rule if score is not None else rule.without_scores()
+        ends = self._ends(rule)
         self._burn_in = BurnIn(rule.burn_in, self._layers)
         heads = {name: layout for name, layout in (heads or {}).items() if self._fits(name, layout)}
         self.search = TopologySearch(
@@ -91,10 +103,13 @@ class Sparsifier:
             optimizer=optimizer,
             teacher=self.teacher.layers if self.teacher else None,
             bounds=self._bounds(),
+            ends=ends,
             heads=heads,
             head_floors=self._head_floors(heads),
             score=score,
+            study=study,
             steps=config.steps,
+            passes=config.accumulation,
             seed=config.seed,
         )
         self.search.arm(1)
@@ -138,6 +153,7 @@ class Sparsifier:
             "rule": dataclasses.asdict(self.search.state),
             "burn_in_steps_left": self._burn_in.steps_left,
             "bounds": {name: list(bounds) for name, bounds in self.search.bounds.items()},
+            "ends": {name: list(ends) for name, ends in self.search.ends.items()},
         }
         tensors = {f"telemetry.{name}": tensor for name, tensor in self.search.telemetry.state().items()}
         tensors |= {f"burn_in.{name}": new for name, new in self._burn_in.new.items()}
@@ -151,6 +167,7 @@ class Sparsifier:
         device = next(iter(self._layers.values())).values.device
         self._burn_in.new = {name: t.to(device) for name, t in _below(tensors, "burn_in.").items()}
         self.search.bounds = {name: (low, high) for name, (low, high) in plain["bounds"].items()}
+        self.search.ends = {name: (first, last) for name, (first, last) in plain["ends"].items()}
         self.search.telemetry.restore(_below(tensors, "telemetry."))
         self.search.arm(self.step + 1)
 
@@ -164,14 +181,42 @@ class Sparsifier:
     def _bounds(self) -> dict[str, tuple[int, int]]:
         topologies = {name: layer.topology for name, layer in self._layers.items()}
         density = sum(t.count for t in topologies.values()) / sum(t.units for t in topologies.values())
-        low = density / 4 if self.config.min_density is None else self.config.min_density
-        high = min(1.0, 4 * density) if self.config.max_density is None else self.config.max_density
+        low, high = self._densities(density if self.config.sparsity is None else 1.0 - self.config.sparsity)
         bounds = {}
         for name, topology in topologies.items():
             k_min, k_max = density_bounds(topology.units, low, high)
             # A layer that starts outside its bounds widens them to where it is.
             bounds[name] = (min(k_min, topology.count), max(k_max, topology.count))
         return bounds
+
+    def _densities(self, density: float) -> tuple[float, float]:
+        """(k_min, k_max) as densities, for a model of that density."""
+        low = density / 4 if self.config.min_density is None else self.config.min_density
+        high = min(1.0, 4 * density) if self.config.max_density is None else self.config.max_density
+        return low, high
+
+    def _ends(self, rule: Rule[Any]) -> dict[str, tuple[int, int]]:
+        """Each layer's units now and at the end, of a rule that prunes."""
+        config, rule_name = self.config, self.config.topology.rule
+        if rule.prunes == (config.sparsity is None):
+            raise InputError(
+                f"rule '{rule_name}' prunes: set the sparsity where it ends"
+                if rule.prunes
+                else f"rule '{rule_name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}"
+            )
+        if config.sparsity is None:
+            return {}
+        if config.head_min_density:
+            raise InputError(f"rule '{rule_name}' prunes without regard to heads: set head_min_density to 0")
+        layers = self._layers
+        shapes, unit = {name: layer.topology.shape for name, layer in layers.items()}, next(iter(layers.values())).unit
+        now = {name: layer.topology.count for name, layer in layers.items()}
+        # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.
+        if sum(now.values()) < round((1.0 - config.sparsity) * sum(layer.topology.units for layer in layers.values())):
+            raise InputError(f"rule '{rule_name}' prunes to sparsity {config.sparsity:g}: the model is sparser already")
+        densities = self._densities(1.0 - config.sparsity)
+        last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, now)
+        return {name: (now[name], last[name]) for name in layers}
 
     def _head_floors(self, heads: Mapping[str, HeadLayout]) -> dict[str, int]:
         floors = {}

@@ -1,7 +1,7 @@
 // The C interface: which instruction set runs, the index structures, and the workspace.
 //
-// SPARSAE_X86 is defined where the AVX2 and AVX-512 kernels were compiled too. Functions return 0, or an error code that
-// the Python side turns into an exception.
+// SPARSAE_X86 is defined where the AVX2 and AVX-512 kernels were compiled too, SPARSAE_ARM64 where those for NEON were.
+// Functions return 0, or an error code that the Python side turns into an exception.
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -70,6 +70,8 @@ bool runs(const char* name) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(SPARSAE_ARM64)
+    if (std::strcmp(name, "neon") == 0) return true;  // every 64-bit Arm processor has it
 #endif
     return std::strcmp(name, "portable") == 0;
 }
@@ -79,6 +81,8 @@ const Kernels* find(const char* name) {
 #if defined(SPARSAE_X86)
     if (std::strcmp(name, "avx512") == 0) return &kernels_avx512();
     if (std::strcmp(name, "avx2") == 0) return &kernels_avx2();
+#elif defined(SPARSAE_ARM64)
+    if (std::strcmp(name, "neon") == 0) return &kernels_neon();
 #endif
     return &kernels_portable();
 }
@@ -86,7 +90,7 @@ const Kernels* find(const char* name) {
 const Kernels* best() {
     if (const char* forced = std::getenv("SPARSAE_ISA"))
         if (const Kernels* kernels = find(forced)) return kernels;
-    for (const char* name : {"avx512", "avx2"})
+    for (const char* name : {"avx512", "avx2", "neon"})
         if (const Kernels* kernels = find(name)) return kernels;
     return &kernels_portable();
 }
@@ -171,8 +175,9 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
     return 0;
 }
 
-// Bytes of the argument structure, which both sides must agree on.
+// Bytes of the argument structures, which both sides must agree on.
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
+SPARSAE_EXPORT std::int64_t sparsae_mlp_size() { return sizeof(sparsae::Mlp); }
 
 // Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr, with source null none of that.
 SPARSAE_EXPORT int sparsae_index(const void* indices, int wide, std::int64_t count, std::int64_t rows, std::int64_t cols,
@@ -199,4 +204,32 @@ SPARSAE_EXPORT int sparsae_backward(const sparsae::Problem* problem) try {
     return sparsae::OK;
 } catch (const std::bad_alloc&) {
     return sparsae::NO_MEMORY;
+}
+
+SPARSAE_EXPORT int sparsae_mlp_forward(const sparsae::Mlp* mlp) try {
+    const sparsae::Problem& down = mlp->down;
+    sparsae::use_huge_pages(down.y, down.tokens * down.out * down.element_size());
+    sparsae::selected()->mlp_forward(*mlp);
+    return sparsae::OK;
+} catch (const std::bad_alloc&) {
+    return sparsae::NO_MEMORY;
+}
+
+SPARSAE_EXPORT int sparsae_mlp_backward(const sparsae::Mlp* mlp) try {
+    const sparsae::Problem& up = mlp->up;
+    sparsae::use_huge_pages(up.dx, up.tokens * up.in * up.element_size());
+    sparsae::selected()->mlp_backward(*mlp);
+    return sparsae::OK;
+} catch (const std::bad_alloc&) {
+    return sparsae::NO_MEMORY;
+}
+
+// Multiply-adds in registers only; returns how many operations were done.
+SPARSAE_EXPORT double sparsae_multiply_add(std::int64_t rounds, int threads) {
+    return sparsae::selected()->multiply_add(rounds, threads);
+}
+
+// a = b + 3 c over n floats, through memory.
+SPARSAE_EXPORT void sparsae_triad(float* a, const float* b, const float* c, std::int64_t n, int threads) {
+    sparsae::selected()->triad(a, b, c, n, threads);
 }

@@ -12,7 +12,7 @@ using sparsae::Problem;
 // The columns of W, single weights. A column's units are numbered from column * grid_rows on.
 template <class Index>
 struct WeightColumns {
-    static constexpr int MOST_VECTORS_OF_TILE = 4;
+    static constexpr int MOST_VECTORS_OF_TILE = MOST_VECTORS;
 
     const std::int32_t* col_ptr;
     const Index* indices;
@@ -129,9 +129,9 @@ struct BlockColumns {
                 for (int v = 0; v < PART; v++) loaded[v] = load(row + v * LANES);
                 SPARSAE_UNROLL
                 for (int j = 0; j < N; j++) {
-                    const Vec weight = loaded_once(broadcast(w[j]));
+                    const Weight weight = load_weight(w + j);
                     SPARSAE_UNROLL
-                    for (int v = 0; v < PART; v++) a[j][v] = weight * loaded[v] + a[j][v];
+                    for (int v = 0; v < PART; v++) a[j][v] = fma(weight, loaded[v], a[j][v]);
                 }
             }
         }
@@ -146,7 +146,7 @@ struct BlockColumns {
     template <int V>
     SPARSAE_INLINE void gradient(const float* g, const float* x, float* dw, bool first) const {
         constexpr int width = V * LANES;
-        constexpr int rows = LANES == 4 ? 2 : LANES / 4;
+        constexpr int rows = REGISTERS / 8;
         const std::int64_t whole_out = unit_out / rows * rows, whole_in = unit_in / 4 * 4;
         for (std::int64_t i = 0; i < whole_out; i += rows)
             for (std::int64_t j = 0; j < whole_in; j += 4)
@@ -220,9 +220,9 @@ std::int64_t strip_of_part(const Problem& p, const Columns& columns, std::int64_
     return part == parts ? strips : low;
 }
 
-// scratch: `threads` > 1 ? 2 : 1 tiles of dY, then for each thread two strips of columns.
+// scratch: `threads` > 1 ? 2 : 1 groups of `group` tiles of dY, then for each thread two strips of columns.
 template <int V, class Element, bool DX, bool DW, class Columns>
-void backward_tiles(const Problem& p, const Columns& columns, float* scratch, int threads) {
+void backward_tiles(const Problem& p, const Columns& columns, float* scratch, std::int64_t group, int threads) {
     constexpr int width = V * LANES;
     const std::int64_t strip = larger(1, CHUNK / p.unit_in);
     const std::int64_t strips = (p.grid_cols() + strip - 1) / strip;
@@ -239,23 +239,31 @@ void backward_tiles(const Problem& p, const Columns& columns, float* scratch, in
         // Each thread packs a share of the features of every dY tile.
         const std::int64_t chunks = padded(p.out) / CHUNK;
         const std::int64_t f0 = chunks * part / parts * CHUNK, f1 = smaller(chunks * (part + 1) / parts * CHUNK, p.out);
-        float* x_strip = scratch + (parts > 1 ? 2 : 1) * tile_size + part * 2 * strip_size;
+        float* x_strip = scratch + (parts > 1 ? 2 : 1) * group * tile_size + part * 2 * strip_size;
         float* dx_strip = x_strip + strip_size;
-        for (std::int64_t first = 0, t = 0; first < p.tokens; first += width, t++) {
-            const std::int64_t n = smaller(width, p.tokens - first);
-            // Two tiles in turn, so that one barrier a tile is enough.
-            float* g = scratch + (parts > 1 ? t % 2 : 0) * tile_size;
-            if (f1 > f0) pack<V>(dy + first * p.out + f0, p.out, n, f1 - f0, g + f0 * width);
+        const std::int64_t step = group * width;
+        for (std::int64_t start = 0; start < p.tokens; start += step) {
+            const std::int64_t stop = smaller(start + step, p.tokens);
+            // Two groups in turn, so that one barrier a group is enough.
+            float* const tiles = scratch + (parts > 1 ? start / step % 2 : 0) * group * tile_size;
+            float* g = tiles;
+            for (std::int64_t first = start; first < stop && f1 > f0; first += width, g += tile_size)
+                pack<V>(dy + first * p.out + f0, p.out, smaller(width, stop - first), f1 - f0, g + f0 * width);
 #pragma omp barrier
-            for (std::int64_t s = first_strip; s < last_strip; s++) {
-                const std::int64_t c0 = s * strip, c1 = smaller(c0 + strip, p.grid_cols());
-                const std::int64_t at = first * p.in + c0 * p.unit_in, features = (c1 - c0) * p.unit_in;
-                if (DW) pack<V>(x + at, p.in, n, features, x_strip);
-                for (std::int64_t c = c0; c < c1; c++) {
-                    const std::int64_t offset = (c - c0) * p.unit_in * width;
-                    columns.template multiply<V, DX, DW>(c, g, x_strip + offset, dx_strip + offset, p.dvalues, t == 0);
+            g = tiles;
+            for (std::int64_t first = start; first < stop; first += width, g += tile_size) {
+                const std::int64_t n = smaller(width, stop - first);
+                for (std::int64_t s = first_strip; s < last_strip; s++) {
+                    const std::int64_t c0 = s * strip, c1 = smaller(c0 + strip, p.grid_cols());
+                    const std::int64_t at = first * p.in + c0 * p.unit_in, features = (c1 - c0) * p.unit_in;
+                    if (DW) pack<V>(x + at, p.in, n, features, x_strip);
+                    for (std::int64_t c = c0; c < c1; c++) {
+                        const std::int64_t offset = (c - c0) * p.unit_in * width;
+                        columns.template multiply<V, DX, DW>(c, g, x_strip + offset, dx_strip + offset, p.dvalues,
+                                                             first == 0);
+                    }
+                    if (DX) unpack<V>(dx_strip, features, dx + at, p.in, n);
                 }
-                if (DX) unpack<V>(dx_strip, features, dx + at, p.in, n);
             }
         }
         stream_fence();

@@ -11,6 +11,8 @@ using sparsae::Problem;
 // The rows of W, single weights: the values in row order beside the columns.
 template <class Column>
 struct WeightRows {
+    static constexpr int MOST_VECTORS_OF_TILE = MOST_VECTORS;
+
     const std::int32_t* row_ptr;
     const Column* columns;
     const float* values;
@@ -48,6 +50,8 @@ struct WeightRows {
 // The rows of W, blocks: read where the parameter has them, through `source`.
 template <class Column>
 struct BlockRows {
+    static constexpr int MOST_VECTORS_OF_TILE = MOST_BLOCK_VECTORS;
+
     const std::int32_t* row_ptr;
     const Column* columns;
     const std::int32_t* source;
@@ -82,9 +86,9 @@ struct BlockRows {
                 for (int v = 0; v < V; v++) loaded[v] = load(x + v * LANES);
                 SPARSAE_UNROLL
                 for (int i = 0; i < N; i++) {
-                    const Vec weight = loaded_once(broadcast(w[i * unit_in]));
+                    const Weight weight = load_weight(w + i * unit_in);
                     SPARSAE_UNROLL
-                    for (int v = 0; v < V; v++) a[i][v] = weight * loaded[v] + a[i][v];
+                    for (int v = 0; v < V; v++) a[i][v] = fma(weight, loaded[v], a[i][v]);
                 }
             }
         }

@@ -3,6 +3,7 @@
 #include "kernels.hpp"
 
 const sparsae::Kernels& sparsae::kernels_portable() {
-    static const Kernels kernels{"portable", SPARSAE_ISA::forward, SPARSAE_ISA::backward};
+    static const Kernels kernels{"portable", SPARSAE_ISA::forward, SPARSAE_ISA::backward, SPARSAE_ISA::mlp_forward,
+                                 SPARSAE_ISA::mlp_backward, SPARSAE_ISA::multiply_add, SPARSAE_ISA::triad};
     return kernels;
 }

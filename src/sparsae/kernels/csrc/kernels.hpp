@@ -16,7 +16,9 @@ inline int team_size() { return 1; }
 }  // namespace SPARSAE_ISA
 
 #include "backward.hpp"
+#include "decode.hpp"
 #include "forward.hpp"
+#include "roofline.hpp"
 
 namespace SPARSAE_ISA {
 
@@ -32,7 +34,9 @@ inline int tile_vectors(std::int64_t features, std::int64_t tokens, int most) {
 
 template <class Element, class Rows>
 void forward_as(const Problem& p, const Rows& rows, float* scratch, std::int64_t per_thread, int threads, int vectors) {
-    if (vectors == 4)
+    if (vectors == 8)
+        forward_tiles<Rows::MOST_VECTORS_OF_TILE, Element>(p, rows, scratch, per_thread, threads);
+    else if (vectors == 4)
         forward_tiles<4, Element>(p, rows, scratch, per_thread, threads);
     else if (vectors == 2)
         forward_tiles<2, Element>(p, rows, scratch, per_thread, threads);
@@ -77,17 +81,25 @@ void forward_columns(const Problem& p) {
 
 inline void forward(const Problem& p) {
     if (p.tokens == 0 || p.out == 0) return;
+    if (p.tokens <= FEW_TOKENS) return forward_few(p);
     p.columns_narrow ? forward_columns<std::uint16_t>(p) : forward_columns<std::int32_t>(p);
 }
 
+// Tiles between two barriers of the threads: the more, the less one that is held up holds up the others, but no more than a
+// shared cache takes.
+inline std::int64_t group_tiles(std::int64_t tile_size, std::int64_t tiles) {
+    constexpr std::int64_t budget = std::int64_t{1} << 20;  // floats
+    return larger(1, smaller(budget / tile_size, tiles));
+}
+
 template <int V, class Element, class Columns>
-void backward_vectors(const Problem& p, const Columns& columns, float* scratch, int threads) {
+void backward_vectors(const Problem& p, const Columns& columns, float* scratch, std::int64_t group, int threads) {
     if (p.dx && p.dvalues)
-        backward_tiles<V, Element, true, true>(p, columns, scratch, threads);
+        backward_tiles<V, Element, true, true>(p, columns, scratch, group, threads);
     else if (p.dx)
-        backward_tiles<V, Element, true, false>(p, columns, scratch, threads);
+        backward_tiles<V, Element, true, false>(p, columns, scratch, group, threads);
     else
-        backward_tiles<V, Element, false, true>(p, columns, scratch, threads);
+        backward_tiles<V, Element, false, true>(p, columns, scratch, group, threads);
 }
 
 template <class Element, class Columns>
@@ -99,15 +111,17 @@ void backward_as(const Problem& p, const Columns& columns) {
     const std::int64_t strips = (p.grid_cols() + strip - 1) / strip;
     const int threads = static_cast<int>(larger(1, smaller(p.threads, strips)));
     const std::int64_t strip_size = padded(strip * p.unit_in) * width;
-    float* scratch = sparsae::workspace(2 * padded(p.out) * width + threads * 2 * strip_size);
+    const std::int64_t tile_size = padded(p.out) * width;
+    const std::int64_t group = threads > 1 ? group_tiles(tile_size, (p.tokens + width - 1) / width) : 1;
+    float* scratch = sparsae::workspace(2 * group * tile_size + threads * 2 * strip_size);
     if (vectors == 8)
-        backward_vectors<most, Element>(p, columns, scratch, threads);
+        backward_vectors<most, Element>(p, columns, scratch, group, threads);
     else if (vectors == 4)
-        backward_vectors<4, Element>(p, columns, scratch, threads);
+        backward_vectors<4, Element>(p, columns, scratch, group, threads);
     else if (vectors == 2)
-        backward_vectors<2, Element>(p, columns, scratch, threads);
+        backward_vectors<2, Element>(p, columns, scratch, group, threads);
     else
-        backward_vectors<1, Element>(p, columns, scratch, threads);
+        backward_vectors<1, Element>(p, columns, scratch, group, threads);
 }
 
 template <class Index>
@@ -132,3 +146,5 @@ inline void backward(const Problem& p) {
 }
 
 }  // namespace SPARSAE_ISA
+
+#include "mlp.hpp"

@@ -21,12 +21,14 @@ struct Problem {
     const void* columns;         // uint16 where columns_narrow, else int32
     const std::int32_t* source;  // of blocks only, else null
     const float* values;
+    const float* row_values;  // the values in row order where the caller has them (of single weights), else null
     const float* bias;  // null, or (out,)
     const void* x;      // (tokens, in), element
     const void* dy;     // (tokens, out)
     void* y;            // (tokens, out)
     void* dx;           // (tokens, in) or null
     float* dvalues;     // as values, or null
+    float* dbias;       // of an MLP's hidden layer: (out,) or null
     std::int32_t indices_wide, columns_narrow;
     std::int32_t bfloat16;  // element type of x, y, dx, dy: 0 float32, 1 bfloat16
     std::int32_t threads;
@@ -37,16 +39,29 @@ struct Problem {
     bool blocks() const { return unit_out != 1 || unit_in != 1; }
 };
 
+// up and gate: (hidden, in), down: (out, hidden), all over the same units. up.x is the input, down.y the output; backward
+// reads up.x and down.dy and writes up.dx, and dvalues and dbias of each.
+struct Mlp {
+    Problem up, gate, down;
+    std::int32_t activation;  // 0 GELU in its tanh form, 1 GELU, 2 ReLU, 3 SiLU
+    std::int32_t gated;       // else `gate` is not read
+};
+
 struct Kernels {
     const char* name;
     void (*forward)(const Problem&);
     void (*backward)(const Problem&);
+    void (*mlp_forward)(const Mlp&);
+    void (*mlp_backward)(const Mlp&);
+    double (*multiply_add)(std::int64_t rounds, int threads);
+    void (*triad)(float* a, const float* b, const float* c, std::int64_t n, int threads);
 };
 
 // One function for each instruction set that was compiled.
 const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_neon();
 
 // At least n floats, aligned to a cache line, that belong to the calling thread until its next call. Null where there is
 // no memory left.

@@ -1,17 +1,27 @@
 // The kernels against the naive product, on many shapes and every instruction set of this machine: a program of its own,
 // so that it can be compiled with sanitizers. It links api.cpp and the isa_*.cpp files.
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
+#include <limits>
 #include <random>
 #include <vector>
 
 #include "problem.hpp"
+
+// The kernels' headers once more, in a namespace of the test's own, for what they decide.
+#define SPARSAE_ISA sparsae_selftest
+#define SPARSAE_LANES 4
+#include "kernels.hpp"
 
 extern "C" int sparsae_select_isa(const char*);
 extern "C" int sparsae_index(const void*, int, std::int64_t, std::int64_t, std::int64_t, std::int32_t*, std::int32_t*,
                              void*, int, std::int32_t*);
 extern "C" int sparsae_forward(const sparsae::Problem*);
 extern "C" int sparsae_backward(const sparsae::Problem*);
+extern "C" int sparsae_mlp_forward(const sparsae::Mlp*);
+extern "C" int sparsae_mlp_backward(const sparsae::Mlp*);
 
 namespace {
 
@@ -25,9 +35,48 @@ std::vector<float> random_floats(std::size_t n) {
     return values;
 }
 
-void compare(const char* what, const std::vector<float>& got, const std::vector<double>& want, double terms) {
+// bfloat16 is the upper half of a float.
+float widened(std::uint16_t upper) {
+    const std::uint32_t bits = std::uint32_t{upper} << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+std::uint16_t narrowed(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// Float values as an element type, and back.
+template <class Element>
+std::vector<Element> elements(const std::vector<float>& values) {
+    std::vector<Element> result;
+    for (const float value : values)
+        if constexpr (sizeof(Element) == 2)
+            result.push_back(narrowed(value));
+        else
+            result.push_back(value);
+    return result;
+}
+
+template <class Element>
+std::vector<float> floats(const std::vector<Element>& values) {
+    std::vector<float> result;
+    for (const Element value : values)
+        if constexpr (sizeof(Element) == 2)
+            result.push_back(widened(value));
+        else
+            result.push_back(value);
+    return result;
+}
+
+void compare(const char* what, const std::vector<float>& got, const std::vector<double>& want, double terms,
+             bool bfloat16 = false) {
     for (std::size_t i = 0; i < want.size(); i++) {
-        if (!(std::fabs(got[i] - want[i]) <= 1e-5 * (std::fabs(want[i]) + std::sqrt(terms) + 1))) {
+        const double rounded = bfloat16 ? std::fabs(want[i]) / 256 : 0.0;
+        if (!(std::fabs(got[i] - want[i]) <= rounded + 1e-5 * (std::fabs(want[i]) + std::sqrt(terms) + 1))) {
             std::printf("%s[%zu] is %g, not %g\n", what, i, got[i], want[i]);
             failures++;
             return;
@@ -35,12 +84,12 @@ void compare(const char* what, const std::vector<float>& got, const std::vector<
     }
 }
 
-template <class Index, class Column>
+template <class Index, class Column, class Element = float>
 void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_t b_in, std::int64_t tokens,
            double density, int threads) {
     sparsae::Problem p{};
     p.tokens = tokens, p.out = rows * b_out, p.in = cols * b_in, p.unit_out = b_out, p.unit_in = b_in;
-    p.threads = threads, p.indices_wide = sizeof(Index) == 8, p.columns_narrow = sizeof(Column) == 2;
+    p.threads = threads, p.bfloat16 = sizeof(Element) == 2, p.indices_wide = sizeof(Index) == 8, p.columns_narrow = sizeof(Column) == 2;
     std::vector<Index> indices;
     std::uniform_real_distribution<double> uniform;
     for (std::int64_t unit = 0; unit < rows * cols; unit++)
@@ -55,9 +104,12 @@ void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_
         return;
     }
     const auto values = random_floats(p.count * b_out * b_in), bias = random_floats(p.out);
-    const auto x = random_floats(tokens * p.in), dy = random_floats(tokens * p.out);
+    const auto x_in = elements<Element>(random_floats(tokens * p.in));
+    const auto dy_in = elements<Element>(random_floats(tokens * p.out));
+    const auto x = floats(x_in), dy = floats(dy_in);
     // Exactly as large as they have to be, so that AddressSanitizer sees any step beyond.
-    std::vector<float> y(tokens * p.out), dx(tokens * p.in), dvalues(values.size());
+    std::vector<Element> y(tokens * p.out), dx(tokens * p.in);
+    std::vector<float> dvalues(values.size());
     std::vector<double> exact_y(y.size()), exact_dx(dx.size()), exact_dvalues(values.size());
     for (std::int64_t t = 0; t < tokens; t++)
         for (std::int64_t o = 0; o < p.out; o++) exact_y[t * p.out + o] = bias[o];
@@ -72,18 +124,165 @@ void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_
                     exact_dvalues[w] += double{dy[o]} * x[c];
                 }
     p.indices = indices.data(), p.col_ptr = col_ptr.data(), p.row_ptr = row_ptr.data(), p.columns = columns.data();
-    p.source = source.data(), p.values = values.data(), p.bias = bias.data(), p.x = x.data(), p.dy = dy.data();
+    p.source = source.data(), p.values = values.data(), p.bias = bias.data(), p.x = x_in.data(), p.dy = dy_in.data();
     p.y = y.data(), p.dx = dx.data(), p.dvalues = dvalues.data();
     if (sparsae_forward(&p) != 0 || sparsae_backward(&p) != 0) failures++;
-    compare("y", y, exact_y, static_cast<double>(p.in));
-    compare("dx", dx, exact_dx, static_cast<double>(p.out));
+    compare("y", floats(y), exact_y, static_cast<double>(p.in), p.bfloat16);
+    compare("dx", floats(dx), exact_dx, static_cast<double>(p.out), p.bfloat16);
     compare("dvalues", dvalues, exact_dvalues, static_cast<double>(tokens));
+}
+
+// One weight of an MLP with everything that its Problem points at.
+struct Weight {
+    std::vector<std::int32_t> indices, col_ptr, row_ptr, source;
+    std::vector<std::uint16_t> columns;
+    std::vector<float> values, bias, dvalues, dbias;
+    std::vector<double> dense;  // (out, in)
+
+    Weight(sparsae::Problem& p, std::int64_t out, std::int64_t in, std::int64_t unit, std::int64_t tokens, int threads) {
+        p.tokens = tokens, p.out = out, p.in = in, p.unit_out = p.unit_in = unit;
+        p.threads = threads, p.columns_narrow = 1;
+        const std::int64_t rows = out / unit, cols = in / unit;
+        for (std::int64_t k = 0; k < rows * cols; k++)
+            if (rng() % 3 == 0) indices.push_back(static_cast<std::int32_t>(k));
+        p.count = static_cast<std::int64_t>(indices.size());
+        col_ptr.resize(cols + 1), row_ptr.resize(rows + 1), source.resize(p.count), columns.resize(p.count);
+        sparsae_index(indices.data(), 0, p.count, rows, cols, col_ptr.data(), row_ptr.data(), columns.data(), 1,
+                      source.data());
+        values = random_floats(p.count * unit * unit), bias = random_floats(out);
+        for (float& value : values) value *= 0.3f;
+        dvalues.resize(values.size()), dbias.resize(out), dense.resize(out * in);
+        for (std::size_t w = 0; w < values.size(); w++) dense[place(p, w)] = values[w];
+        p.indices = indices.data(), p.col_ptr = col_ptr.data(), p.row_ptr = row_ptr.data(), p.columns = columns.data();
+        p.source = source.data(), p.values = values.data(), p.bias = bias.data();
+        p.dvalues = dvalues.data(), p.dbias = dbias.data();
+    }
+
+    // Where weight w lies in the dense matrix.
+    std::size_t place(const sparsae::Problem& p, std::size_t w) const {
+        const std::int64_t size = p.unit_out * p.unit_in, k = indices[w / size], e = static_cast<std::int64_t>(w) % size;
+        return (k % p.grid_rows() * p.unit_out + e / p.unit_in) * p.in + k / p.grid_rows() * p.unit_in + e % p.unit_in;
+    }
+
+    std::vector<double> at_units(const sparsae::Problem& p, const std::vector<double>& gradient) const {
+        std::vector<double> found(values.size());
+        for (std::size_t w = 0; w < found.size(); w++) found[w] = gradient[place(p, w)];
+        return found;
+    }
+};
+
+// C (n, m) += A B with A(i, k) and B(k, j) given by functions.
+template <class A, class B>
+std::vector<double> product(std::int64_t n, std::int64_t m, std::int64_t inner, const A& a, const B& b) {
+    std::vector<double> c(n * m);
+    for (std::int64_t i = 0; i < n; i++)
+        for (std::int64_t j = 0; j < m; j++)
+            for (std::int64_t k = 0; k < inner; k++) c[i * m + j] += a(i, k) * b(k, j);
+    return c;
+}
+
+// An MLP with SiLU, gated or not, against dense products in float64.
+void check_mlp(std::int64_t in, std::int64_t hidden, std::int64_t out, std::int64_t unit, std::int64_t tokens, bool gated,
+               int threads) {
+    sparsae::Mlp m{};
+    m.activation = 3, m.gated = gated;
+    Weight up(m.up, hidden, in, unit, tokens, threads), down(m.down, out, hidden, unit, tokens, threads);
+    Weight gate(m.gate, hidden, in, unit, tokens, threads);
+    const auto x = random_floats(tokens * in), dy = random_floats(tokens * out);
+    std::vector<float> y(tokens * out), dx(tokens * in);
+    m.up.x = x.data(), m.down.y = y.data(), m.down.dy = dy.data(), m.up.dx = dx.data();
+    if (sparsae_mlp_forward(&m) != 0 || sparsae_mlp_backward(&m) != 0) failures++;
+    const auto before = [&](const Weight& w) {
+        auto z = product(tokens, hidden, in, [&](auto t, auto i) { return double{x[t * in + i]}; },
+                         [&](auto i, auto h) { return w.dense[h * in + i]; });
+        for (std::int64_t i = 0; i < tokens * hidden; i++) z[i] += w.bias[i % hidden];
+        return z;
+    };
+    const std::vector<double> z = before(gated ? gate : up), u = gated ? before(up) : std::vector<double>(z.size(), 1.0);
+    std::vector<double> a(z.size()), dz(z.size()), du(z.size());
+    const auto da = product(tokens, hidden, out, [&](auto t, auto o) { return double{dy[t * out + o]}; },
+                            [&](auto o, auto h) { return down.dense[o * hidden + h]; });
+    for (std::size_t i = 0; i < z.size(); i++) {
+        const double s = 1 / (1 + std::exp(-z[i])), f = z[i] * s;
+        a[i] = f * u[i], dz[i] = da[i] * u[i] * (s + f * (1 - s)), du[i] = da[i] * f;
+    }
+    auto exact_y = product(tokens, out, hidden, [&](auto t, auto h) { return a[t * hidden + h]; },
+                           [&](auto h, auto o) { return down.dense[o * hidden + h]; });
+    for (std::int64_t i = 0; i < tokens * out; i++) exact_y[i] += down.bias[i % out];
+    compare("mlp y", y, exact_y, 100);
+    const std::vector<double>& d_up = gated ? du : dz;
+    auto exact_dx = product(tokens, in, hidden, [&](auto t, auto h) { return d_up[t * hidden + h]; },
+                            [&](auto h, auto i) { return up.dense[h * in + i]; });
+    const auto weight = [&](const char* what, const Weight& w, const sparsae::Problem& p, const std::vector<double>& d) {
+        const auto gradient = product(hidden, in, tokens, [&](auto h, auto t) { return d[t * hidden + h]; },
+                                      [&](auto t, auto i) { return double{x[t * in + i]}; });
+        compare(what, w.dvalues, w.at_units(p, gradient), 1000);
+        std::vector<double> sums(hidden);
+        for (std::int64_t i = 0; i < tokens * hidden; i++) sums[i % hidden] += d[i];
+        compare("mlp dbias", w.dbias, sums, 1000);
+    };
+    weight("mlp up", up, m.up, d_up);
+    if (gated) {
+        weight("mlp gate", gate, m.gate, dz);
+        const auto more = product(tokens, in, hidden, [&](auto t, auto h) { return dz[t * hidden + h]; },
+                                  [&](auto h, auto i) { return gate.dense[h * in + i]; });
+        for (std::size_t i = 0; i < more.size(); i++) exact_dx[i] += more[i];
+    }
+    compare("mlp dx", dx, exact_dx, 1000);
+    const auto d_down = product(out, hidden, tokens, [&](auto o, auto t) { return double{dy[t * out + o]}; },
+                                [&](auto t, auto h) { return a[t * hidden + h]; });
+    compare("mlp down", down.dvalues, down.at_units(m.down, d_down), 1000);
+}
+
+// bfloat16 results are rounded to nearest even, infinities stay and NaN stays NaN: y is one product each.
+void check_rounding() {
+    constexpr int rows = 32, tokens = 64;
+    const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    std::vector<float> values = random_floats(rows), x = random_floats(tokens);
+    values[0] = 1.00390625f, values[1] = 1.01171875f, values[2] = 3.4e38f, values[3] = -0.0f, values[4] = 1e-40f;
+    x[0] = 1.0f, x[1] = nan, x[2] = infinity, x[3] = -infinity, x[4] = 1.00390625f, x[5] = 0.0f;
+    std::vector<std::uint16_t> x_in = elements<std::uint16_t>(x), y(rows * tokens);
+    std::vector<std::int32_t> indices(rows), col_ptr(2), row_ptr(rows + 1), source(rows), columns(rows);
+    for (int i = 0; i < rows; i++) indices[i] = i;
+    sparsae::Problem p{};
+    p.tokens = tokens, p.out = rows, p.in = p.unit_out = p.unit_in = p.threads = p.bfloat16 = 1, p.count = rows;
+    if (sparsae_index(indices.data(), 0, rows, rows, 1, col_ptr.data(), row_ptr.data(), columns.data(), 0, nullptr) != 0)
+        failures++;
+    p.indices = indices.data(), p.col_ptr = col_ptr.data(), p.row_ptr = row_ptr.data(), p.columns = columns.data();
+    p.values = values.data(), p.x = x_in.data(), p.y = y.data();
+    if (sparsae_forward(&p) != 0) failures++;
+    for (int t = 0; t < tokens; t++)
+        for (int o = 0; o < rows; o++) {
+            const float exact = values[o] * widened(x_in[t]), got = widened(y[t * rows + o]);
+            // The kernel adds the product to a zero: a product of -0 becomes +0.
+            if (std::isnan(exact) ? !std::isnan(got) : y[t * rows + o] != narrowed(exact + 0.0f)) {
+                std::printf("%g was rounded to %g\n", exact, got);
+                failures++;
+                return;
+            }
+        }
+}
+
+// The hidden layer of an MLP is cut into strips that threads share: of whole units, and never all of a wide layer.
+void check_strips() {
+    const std::int64_t cases[][4] = {{2048, 1, 1, 16}, {3072, 1, 1, 16}, {1376, 1, 1, 16}, {2048, 4, 4, 16},
+                                     {1024, 16, 16, 16}, {96, 32, 32, 32}, {24, 2, 3, 24}, {15, 1, 1, 1}};
+    for (const auto& [hidden, b_out, b_in, strip] : cases) {
+        sparsae::Mlp m{};
+        m.up.out = hidden, m.up.unit_out = b_out, m.down.unit_in = b_in;
+        if (sparsae_selftest::hidden_strip(m) != strip) {
+            std::printf("a hidden layer of %d is cut into strips of %d\n", static_cast<int>(hidden),
+                        static_cast<int>(sparsae_selftest::hidden_strip(m)));
+            failures++;
+        }
+    }
 }
 
 }  // namespace
 
 int main() {
-    for (const char* isa : {"portable", "avx2", "avx512"}) {
+    check_strips();
+    for (const char* isa : {"portable", "neon", "avx2", "avx512"}) {
         if (sparsae_select_isa(isa) != 0) continue;
         for (const std::int64_t tokens : {0, 1, 5, 16, 63, 64, 130})
             for (const double density : {0.0, 0.1, 0.6, 1.0})
@@ -97,7 +296,18 @@ int main() {
                     check<std::int32_t, std::uint16_t>(3, 4, 16, 16, tokens, density, threads);
                     check<std::int64_t, std::uint16_t>(4, 7, 3, 5, tokens, density, threads);
                     check<std::int32_t, std::uint16_t>(2, 2, 6, 9, tokens, density, threads);
+                    check<std::int32_t, std::uint16_t, std::uint16_t>(37, 21, 1, 1, tokens, density, threads);
+                    check<std::int32_t, std::uint16_t, std::uint16_t>(5, 6, 4, 4, tokens, density, threads);
                 }
+        for (const std::int64_t tokens : {0, 1, 17, 64, 130})
+            for (const bool gated : {false, true})
+                for (const int threads : {1, 2}) {
+                    check_mlp(7, 22, 5, 1, tokens, gated, threads);
+                    check_mlp(16, 48, 33, 1, tokens, gated, threads);
+                    check_mlp(8, 24, 12, 4, tokens, gated, threads);
+                    check_mlp(9, 15, 6, 3, tokens, gated, threads);
+                }
+        check_rounding();
         std::printf("%s: %d failures\n", isa, failures);
     }
     return failures != 0;

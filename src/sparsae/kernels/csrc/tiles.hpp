@@ -8,14 +8,16 @@
 
 namespace SPARSAE_ISA {
 
-// Vectors of tokens that a weight meets at once with the sums in registers, of which there are 32 with AVX-512 and NEON,
-// 16 with AVX2 and SSE. A block's four rows or columns are worked on together.
-constexpr int MOST_VECTORS = 4;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int MOST_BLOCK_VECTORS = 4;
+constexpr int REGISTERS = 32;
 #else
-constexpr int MOST_BLOCK_VECTORS = 2;
+constexpr int REGISTERS = 16;
 #endif
+
+// Vectors of tokens that a weight meets at once with the sums in registers: with four lanes in as many as fit, since index
+// and address cost the same for each weight. A block's four rows or columns are worked on together.
+constexpr int MOST_VECTORS = LANES == 4 && REGISTERS == 32 ? 8 : 4;
+constexpr int MOST_BLOCK_VECTORS = REGISTERS / 8;
 
 constexpr int CHUNK = 16;  // features that are transposed and written together: a cache line of float32
 

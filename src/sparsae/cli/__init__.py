@@ -1,30 +1,40 @@
 """The commands: arguments in, one call, a table or JSON out. Nothing else imports this module.
 
 Whatever needs torch is imported inside the command that uses it, so that `--help`, a wrong setting and `--print-config`
-answer at once. An InputError becomes one line on standard error and exit code 2, and so does a wrong argument.
+answer at once. The commands below `bench` live in that package. An InputError becomes one line on standard error and
+exit code 2, and so does a wrong argument.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import sparsae
+from sparsae.cli import experiments
+from sparsae.cli.bench import bench
+from sparsae.cli.output import (
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    JsonFile,
+    output,
+    readable,
+    show_table,
+    show_values,
+)
 from sparsae.config.load import annotated, methods, presets, resolve
 from sparsae.errors import InputError
-from sparsae.train.rundir import describe, refuse_occupied, to_json, write_atomically
+from sparsae.experiments.directory import is_experiment
+from sparsae.train.rundir import describe, refuse_occupied, refuse_unwritable
 
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
-_EXIT_INPUT, _EXIT_INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="sparsae",
@@ -33,11 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
+app.add_typer(bench, name="bench")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
-JsonFile = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
-]
 Teacher = Annotated[bool, typer.Option("--teacher", help="Use the teacher (the average) instead of the student.")]
 
 
@@ -79,7 +87,7 @@ def train(
 ) -> None:
     """Train a model that is sparse from the first step to the last."""
     quiet = json_file == "-"
-    _check_json(json_file)
+    refuse_unwritable("--json", json_file)
     if resume is not None:
         options: dict[str, object] = {
             "CONFIG": config,
@@ -93,7 +101,7 @@ def train(
         given = [name for name, value in options.items() if value not in (None, [])]
         if given:
             raise InputError(f"--resume continues a run with its own settings: leave out {', '.join(given)}")
-        with _output(json_file) as result:
+        with output(json_file) as result:
             from sparsae.train.run import resume as continue_run
 
             result.update(continue_run(resume, quiet))
@@ -118,7 +126,7 @@ def train(
         typer.echo(annotated(resolved), nl=False)
         return
     if dry_run:
-        with _output(json_file) as result:
+        with output(json_file) as result:
             from sparsae.train.plan import plan
 
             result.update(plan(resolved))
@@ -127,7 +135,7 @@ def train(
         return
     directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
     refuse_occupied(directory)
-    with _output(json_file) as result:
+    with output(json_file) as result:
         from sparsae.train.run import start
 
         result.update(start(resolved, directory, quiet))
@@ -149,13 +157,13 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Loss, perplexity and bits per byte of a run's model on a text."""
-    _check_json(json_file)
-    with _output(json_file) as result:
+    refuse_unwritable("--json", json_file)
+    with output(json_file) as result:
         from sparsae.evaluate.perplexity import evaluate_run
 
         result.update(evaluate_run(run, data, teacher, max_tokens))
     if json_file != "-":
-        _show_values(f"{run} on {data or 'its held-out text'}", result)
+        show_values(f"{run} on {data or 'its held-out text'}", result)
 
 
 @app.command()
@@ -178,7 +186,12 @@ def generate(
 
 @app.command()
 def report(run: Run) -> None:
-    """Write a run's report.html again."""
+    """Write the report.html of a run, or of an experiment, again."""
+    if is_experiment(run):
+        from sparsae.experiments.page import write_page
+
+        typer.echo(write_page(run))
+        return
     from sparsae.report.page import write_report
 
     typer.echo(write_report(run))
@@ -201,11 +214,15 @@ def export(
 @app.command()
 def info(run: Run, json_file: JsonFile = None) -> None:
     """What is known of a run: settings, progress and results."""
-    _check_json(json_file)
-    with _output(json_file) as result:
+    refuse_unwritable("--json", json_file)
+    with output(json_file) as result:
         result.update(describe(run))
     if json_file != "-":
-        _show_values(str(run), result)
+        show_values(str(run), result)
+
+
+for _command in (experiments.compare, experiments.ablate, experiments.sensitivity):
+    app.command()(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,11 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename or 'a file'}: cannot be read or written: {error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     else:
         return code if isinstance(code, int) else 0
     print(f"sparsae: error: {' '.join(message.split())}", file=sys.stderr)
-    return _EXIT_INPUT
+    return EXIT_INPUT
 
 
 def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:
@@ -241,45 +258,20 @@ def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:
 
 def _exit_if_stopped(summary: Mapping[str, Any]) -> None:
     if not summary["finished"]:
-        raise typer.Exit(_EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _free_directory(name: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
 
 
-def _check_json(file: str | None) -> None:
-    """Refuses, before any work, a place where the result could not be written."""
-    if file is None or file == "-":
-        return
-    folder = Path(file).parent
-    if Path(file).is_dir():
-        raise InputError(f"--json: {file} is a directory; give a file, or - for standard output")
-    if not folder.is_dir():
-        raise InputError(f"--json: no directory {folder}; give a file in one that exists, or - for standard output")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--json: no permission to write in {folder}; give a file elsewhere, or - for standard output")
-
-
-@contextlib.contextmanager
-def _output(json_file: str | None) -> Iterator[dict[str, Any]]:
-    """A dictionary to fill, written as JSON at the end; meanwhile standard output carries nothing else."""
-    result: dict[str, Any] = {}
-    with contextlib.redirect_stdout(sys.stderr) if json_file == "-" else contextlib.nullcontext():
-        yield result
-    if json_file == "-":
-        typer.echo(to_json(result, indent=2))
-    elif json_file is not None:
-        write_atomically(Path(json_file), to_json(result, indent=2) + "\n")
-
-
 def _show_plan(plan: Mapping[str, Any]) -> None:
     """Layers, then what the run costs beside the dense model (by part where the plan has parts), then the rest."""
     layers = [
-        (layer["name"], layer["out"], layer["in"], _readable(layer["nnz"]), f"{layer['density']:.4f}")
+        (layer["name"], layer["out"], layer["in"], readable(layer["nnz"]), f"{layer['density']:.4f}")
         for layer in plan["layers"]
     ]
-    _show_table("Sparsified layers", ("layer", "out", "in", "nnz", "density"), layers)
+    show_table("Sparsified layers", ("layer", "out", "in", "nnz", "density"), layers)
     costs = []
     for name, here, dense in (
         ("parameters", "parameters", "parameters_dense"),
@@ -290,59 +282,12 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
         for part in dict.fromkeys((*ours, *theirs)):
             a, b = ours.get(part, 0), theirs.get(part)
             ratio = f"{a / b:.3f}" if b else "-"
-            costs.append((f"{name}: {part}" if part else name, _readable(a), _readable(b), ratio))
-    _show_table("Cost", ("", "here", "dense", "ratio"), costs)
+            costs.append((f"{name}: {part}" if part else name, readable(a), readable(b), ratio))
+    show_table("Cost", ("", "here", "dense", "ratio"), costs)
     shown = ("steps", "tokens", "train_flops_per_step", "expected_seconds")
-    _show_values("Run", {key: plan[key] for key in shown})
+    show_values("Run", {key: plan[key] for key in shown})
 
 
 def _by_part(amount: Any) -> dict[str, Any]:
     """{"": total} and, where the amount is given by part, each part after it."""
     return {"": sum(amount.values()), **amount} if isinstance(amount, Mapping) else {"": amount}
-
-
-def _show_values(title: str, values: Mapping[str, Any]) -> None:
-    rows: list[tuple[str, ...]] = []
-    for key, value in values.items():
-        for name, part in value.items() if isinstance(value, Mapping) else [("", value)]:
-            rows.append((f"{key}.{name}" if name else key, _readable(part)))
-    _show_table(title, ("", ""), rows)
-
-
-def _readable(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float) and abs(value) >= 1e12:
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A rich table on a terminal, aligned plain lines elsewhere."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title, show_header=any(columns), title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index and any(columns) else "left")
-        for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    lines = ([list(columns)] if any(columns) else []) + cells
-    widths = [max((len(line[index]) for line in lines), default=0) for index in range(len(columns))]
-    numeric = any(columns)  # every table with a header has numbers after its first column
-    typer.echo(title)
-    for line in lines:
-        padded = [
-            cell.rjust(width) if index and numeric else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        typer.echo(("  " + "  ".join(padded)).rstrip())

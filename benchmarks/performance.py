@@ -1,0 +1,78 @@
+"""The tables of docs/performance.md from the JSON files of `sparsae bench`: `python benchmarks/performance.py`.
+
+Reads docs/results/performance/*.json and writes each table between its markers on the page; a file that is not there
+leaves its table as it is. `make performance` measures everything first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparsae.bench import kernels, roofline, step, topology
+from sparsae.bench.rows import Column, Row, groups, markdown
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS, PAGE = DOCS / "results" / "performance", DOCS / "performance.md"
+CASE = ("backend", "unit", "tokens", "dtype", "threads")
+
+
+def by_sparsity(rows: Sequence[Row], which: str, key: str, form: str) -> str:
+    """Geometric means over the layers of one pass: a line for each contender, a column for each sparsity."""
+    means = [mean for mean in kernels.means(rows) if mean["pass"] == which]
+    told = [name for name in CASE if name in ("backend", "unit") or len({mean[name] for mean in means}) > 1]
+    sparsities = sorted({mean["sparsity"] for mean in means})
+    lines: list[Row] = []
+    for case, group in groups(means, told).items():
+        cells = {mean["sparsity"]: mean.get(key) for mean in group}
+        lines.append({**dict(zip(told, case, strict=True)), **{f"{s:g}": cells.get(s) for s in sparsities}})
+    columns = [Column(name, name) for name in told]
+    return markdown([*columns, *(Column(f"{100 * s:g} %", f"{s:g}", form) for s in sparsities)], lines)
+
+
+def scaling(rows: Sequence[Row]) -> str:
+    """The means of more threads than the fewest."""
+    keys = ("backend", "unit", "sparsity", "threads", "pass", "ratio", "scaling", "dense's")
+    columns = [column for column in kernels.MEANS if column.title in keys]
+    return markdown(columns, [mean for mean in kernels.means(rows) if "scaling" in mean])
+
+
+# marker on the page: (file, from its rows to a table)
+TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+    "roofline": ("roofline", lambda rows: markdown(roofline.COLUMNS, rows)),
+    "both": ("kernels", lambda rows: by_sparsity(rows, kernels.BOTH, "ratio", ".2f")),
+    "both-cpu": ("kernels", lambda rows: by_sparsity(rows, kernels.BOTH, "cpu_ratio", ".2f")),
+    "forward": ("kernels", lambda rows: by_sparsity(rows, kernels.FORWARD, "ratio", ".2f")),
+    "peak": ("kernels", lambda rows: by_sparsity(rows, kernels.BOTH, "peak_share", ".1%")),
+    "threads": ("kernels-threads", scaling),
+    "step": ("step", lambda rows: markdown(step.COLUMNS, rows)),
+    "step-threads": ("step-threads", lambda rows: markdown(step.COLUMNS, rows)),
+    "topology": ("topology", lambda rows: markdown(topology.COLUMNS, rows)),
+    "slopes": ("topology", lambda rows: markdown(topology.SLOPES, topology.slopes(rows))),
+}
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with the table of every file that is there. Raises KeyError where the page lacks a marker."""
+    for marker, (name, table) in TABLES.items():
+        begin, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+        if begin not in page or end not in page:
+            raise KeyError(marker)
+        file = results / f"{name}.json"
+        if file.is_file():
+            text = begin + table(json.loads(file.read_text("utf-8"))) + "\n" + end
+            page = re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _, text=text: text, page, flags=re.DOTALL)
+    return page
+
+
+def main() -> int:
+    """Rewrite the page."""
+    PAGE.write_text(filled(PAGE.read_text("utf-8"), RESULTS), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

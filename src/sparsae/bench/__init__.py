@@ -1,0 +1,1 @@
+"""What it costs: kernels, whole training steps and topology updates, beside dense layers and beside other libraries."""

@@ -1,0 +1,270 @@
+"""Whole training steps of a model, dense beside sparse: the run's own loop over random tokens.
+
+A step is a step of the project's `Trainer`: loss, backward pass, clipping, AdamW, and on an update's step all that the
+update does. The models take turns in one process; the peak memory of each is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsae.bench.clock import using_threads
+from sparsae.bench.rows import Column, Row
+from sparsae.config.load import resolve
+from sparsae.config.schema import Config
+from sparsae.config.topology import StaticConfig
+from sparsae.core.randomness import generator
+from sparsae.data.batches import Batches
+from sparsae.errors import InputError
+from sparsae.evaluate.generation import next_tokens
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.registry import choose_backend
+from sparsae.nn.linear import sparse_layers
+from sparsae.train.assemble import optimizer_of, trainer_of
+from sparsae.train.build import build, check
+from sparsae.train.loop import Trainer
+from sparsae.train.memory import keep_freed_memory
+from sparsae.train.progress import Display
+from sparsae.train.rundir import MetricsWriter
+from sparsae.train.trackers import Trackers
+
+STEP, UPDATE, DECODE = "step", "update", "decode"
+_EVERY = 4  # steps from one measured update to the next
+
+COLUMNS = (
+    Column("what", "what", width=6),
+    Column("backend", "backend", width=10),
+    Column("unit", "unit", width=5),
+    Column("sparsity", "sparsity", "g"),
+    Column("threads", "threads", width=7),
+    Column("ms", lambda row: 1e3 * row["seconds"], ",.1f", 10),
+    Column("tokens/s", "tokens_per_second", ",.0f", 9),
+    Column("dense", "dense_tokens_per_second", ",.0f", 9),
+    Column("ratio", "ratio", ".2f", 6),
+    Column("in steps", "steps", ".2f"),
+    Column("peak MB", lambda row: _mega(row.get("peak_bytes")), ",.0f"),
+    Column("dense MB", lambda row: _mega(row.get("dense_peak_bytes")), ",.0f"),
+)
+
+
+@dataclass(eq=False)
+class _Model:
+    """A model in training, and the seconds that its steps took."""
+
+    backend: str
+    config: Config
+    trainer: Trainer
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {STEP: [], UPDATE: [], DECODE: []})
+
+    @property
+    def searches(self) -> bool:
+        return self.trainer.sparsifier is not None and self.config.topology.rule != "static"
+
+    def step(self, counts: bool) -> None:
+        due = self.trainer.sparsifier is not None and self.trainer.sparsifier.update_due
+        start = time.perf_counter()
+        self.trainer.train_step()
+        if counts:
+            self.seconds[UPDATE if due else STEP].append(time.perf_counter() - start)
+
+    def decode(self, tokens: int, counts: bool) -> None:
+        """One token at a time after a prompt of one, the seconds of one token."""
+        self.trainer.model.eval()
+        settings = self.config.model
+        made = next_tokens(
+            self.trainer.model,
+            [0],
+            context=settings.context,
+            vocabulary=self.config.data.tokenizer_vocab,
+            temperature=0.0,
+            top_k=0,
+            rng=generator(0, "decode"),
+        )
+        next(made)  # reads the prompt, and prepares the weights once
+        start = time.perf_counter()
+        for _ in islice(made, tokens):
+            pass
+        if counts:
+            self.seconds[DECODE].append((time.perf_counter() - start) / tokens)
+
+    def median(self, what: str) -> float | None:
+        return statistics.median(self.seconds[what]) if self.seconds[what] else None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is measured. decode: tokens to decode a round, 0: none. memory: measure peak memory too.
+
+    threads: None for what the settings say, or else torch's choice.
+    """
+
+    preset: str
+    method: str
+    settings: Sequence[str]
+    sparsities: Sequence[float]
+    backends: Sequence[str]
+    steps: int
+    decode: int
+    threads: int | None
+    memory: bool
+
+    def __post_init__(self) -> None:
+        for config in self.configs():
+            if config.sparsity.sparsity == 0:
+                raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
+            if config.training.device not in ("auto", "cpu"):
+                raise InputError(f"training.device '{config.training.device}': steps are measured on the CPU")
+            check(config)
+            unit = config.sparsity.unit
+            for backend in self.backends:
+                choose_backend(backend, Layout(unit, unit, torch.zeros(1, dtype=torch.int32)), torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.sparsities)
+
+    def configs(self) -> Iterator[Config]:
+        """The sparse configuration of each sparsity: no teacher, and updates where the rule has any."""
+        for sparsity in self.sparsities:
+            config = resolve(
+                None,
+                self.preset,
+                self.method,
+                self.settings,
+                options={"--sparsity": ("sparsity.sparsity", sparsity)},
+            )
+            config = _with(config, "teacher", enabled=False)
+            # Long enough that the last update counted is within the part of the run that has updates.
+            config = _with(config, "training", steps=20 * (self.steps + 2))
+            if hasattr(config.topology, "every"):
+                config = _with(config, "topology", every=_EVERY, start=0.0, stop=1.0)
+            yield config
+
+    def measure(self) -> Iterator[list[Row]]:
+        """The rows of one sparsity after the other."""
+        keep_freed_memory(torch.device("cpu"))  # as a training run does
+        for config in self.configs():
+            threads = self.threads or config.training.threads or torch.get_num_threads()
+            with using_threads(threads):
+                rows = self._rows(config, threads)
+            yield rows
+
+    def _rows(self, config: Config, threads: int) -> list[Row]:
+        dense = _Model("dense", dense_twin(config), trainer(dense_twin(config)))
+        sparse = []
+        for backend in self.backends:
+            own = _with(config, "sparsity", backend=backend)
+            sparse.append(_Model(backend, own, trainer(own)))
+        models = [dense, *sparse]
+        rounds = 0
+        while rounds <= self.steps or any(m.searches and not m.seconds[UPDATE] for m in models):
+            for model in models:
+                model.step(counts=rounds > 0)
+            rounds += 1
+        for round_ in range(4 if self.decode else 0):
+            for model in models:
+                model.decode(self.decode, counts=round_ > 0)
+        for model in models:
+            model.trainer.metrics.close()
+        memory = {m.backend: _peak(m.config, threads) for m in models} if self.memory else {}
+        return [row for model in sparse for row in self._compare(model, dense, memory, threads)]
+
+    def _compare(self, model: _Model, dense: _Model, memory: Mapping[str, Row], threads: int) -> Iterator[Row]:
+        config, trainer_ = model.config, model.trainer
+        common: Row = {
+            "backend": model.backend,
+            "preset": self.preset,
+            "method": self.method,
+            "unit": "x".join(map(str, config.sparsity.unit)),
+            "sparsity": config.sparsity.sparsity,
+            "precision": config.training.precision,
+            "threads": threads,
+            "parameters": sum(p.numel() for p in trainer_.model.parameters()),
+            "dense_parameters": sum(p.numel() for p in dense.trainer.model.parameters()),
+            "nnz": sum(layer.topology.nnz for layer in sparse_layers(trainer_.model).values()),
+        }
+        for what, tokens in ((STEP, trainer_.tokens_per_step), (DECODE, 1)):
+            seconds, theirs = model.median(what), dense.median(what)
+            if seconds is None or theirs is None:
+                continue
+            yield {
+                "what": what,
+                **common,
+                "tokens": tokens,
+                "seconds": seconds,
+                "dense_seconds": theirs,
+                "ratio": theirs / seconds,
+                "tokens_per_second": tokens / seconds,
+                "dense_tokens_per_second": tokens / theirs,
+                **(_memory_of(memory, model.backend) if what == STEP else {}),
+            }
+        step, update = model.median(STEP), model.median(UPDATE)
+        if step is not None and update is not None:
+            # What an update adds to the step that it follows, the gradients at sampled units included.
+            extra = max(0.0, update - step)
+            yield {"what": UPDATE, **common, "seconds": extra, "step_seconds": step, "steps": extra / step}
+
+
+def dense_twin(config: Config) -> Config:
+    """The same model with every connection, trained in the same way."""
+    dense = _with(config, "sparsity", sparsity=0.0, min_density=None, max_density=None, head_min_density=0.0)
+    return dense.model_copy(update={"topology": StaticConfig(), "method": "dense"})
+
+
+def trainer(config: Config) -> Trainer:
+    """The loop of a run with new weights, over random tokens; its metrics go nowhere."""
+    device = torch.device("cpu")
+    context, vocabulary = config.model.context, config.data.tokenizer_vocab
+    model = build(config, vocabulary, 0, device)
+    windows = max(8, config.training.batch_size)
+    rng = generator(config.seed, "bench tokens")
+    tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng).numpy()
+    metrics = Path(os.devnull)
+    return trainer_of(
+        config,
+        model,
+        optimizer_of(model, config.training),
+        Batches(tokens, context, config.training.batch_size, config.seed),
+        torch.zeros(0, context + 1, dtype=torch.int64),
+        tokens,
+        MetricsWriter(metrics),
+        Trackers(config.tracking, metrics, {}),
+        Display(quiet=True),
+        device,
+    )
+
+
+def _peak(config: Config, threads: int) -> Row:
+    """Peak memory of a process that trains this configuration for two steps: see `sparsae.bench.memory`."""
+    task = json.dumps({"config": config.model_dump(mode="json"), "threads": threads})
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsae.bench.memory"], input=task, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip()}")
+    return dict(json.loads(done.stdout))
+
+
+def _memory_of(memory: Mapping[str, Row], backend: str) -> Row:
+    if not memory:
+        return {}
+    return memory[backend] | {"dense_peak_bytes": memory["dense"]["peak_bytes"]}
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _mega(count: float | None) -> float | None:
+    return None if count is None else count / 1e6

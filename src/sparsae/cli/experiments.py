@@ -1,0 +1,221 @@
+"""The commands that run experiments: many runs that answer one question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
+from sparsae.config.complaints import nearest, shown
+from sparsae.config.load import methods, parse_override, presets
+from sparsae.errors import InputError
+from sparsae.experiments.plan import Plan, read_plan
+from sparsae.experiments.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
+from sparsae.train.rundir import refuse_unwritable
+
+Given = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PLAN.yaml] [section.key=value ...]", help="A plan, and settings of every run."),
+]
+Preset = Annotated[str | None, typer.Option(help=f"Model and run: {', '.join(presets())}.  (default: demo)")]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 3)")
+]
+Sparsities = Annotated[str | None, typer.Option(metavar="LIST", help="Such as 0.8,0.9,0.95.  (default: 0.9)")]
+MatchOn = Annotated[
+    str | None, typer.Option("--match", metavar="flops|tokens|steps", help="What the runs have in common.")
+]
+BudgetOf = Annotated[
+    float | None, typer.Option(metavar="F", help="So much of it; else what the reference takes for training.steps.")
+]
+Reference = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What the others are held against.  (default: static)")
+]
+Rates = Annotated[
+    str | None,
+    typer.Option("--learning-rates", metavar="LIST", help="Tune over this grid, for each method and sparsity."),
+]
+Share = Annotated[
+    float | None, typer.Option("--tuning-share", metavar="F", help="Length of a trial in terms of a run.  (default: 1)")
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or that of the same plan, stopped before.")]
+Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time on this machine.")]
+Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto or local.")]
+
+
+def compare(
+    given: Given = None,
+    *,
+    out: Out,
+    preset: Preset = None,
+    compared: Annotated[
+        str | None, typer.Option("--methods", metavar="LIST", help=f"Of: {', '.join(methods())}.")
+    ] = None,
+    seeds: Seeds = None,
+    sparsities: Sparsities = None,
+    match: MatchOn = None,
+    budget: BudgetOf = None,
+    reference: Reference = None,
+    learning_rates: Rates = None,
+    tuning_share: Share = None,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare methods at the same cost: each method, seed and sparsity is a run. Started again, it goes on."""
+    options = _options(preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share)
+    if compared is not None:
+        options["methods"] = _names(compared)
+    _run(_plan(given, options), out, jobs, ray, json_file)
+
+
+def ablate(
+    given: Given = None,
+    *,
+    out: Out,
+    names: Annotated[
+        str | None, typer.Option("--variants", metavar="LIST", help=f"Of: {', '.join(ABLATIONS)}.  (default: all)")
+    ] = None,
+    preset: Preset = None,
+    seeds: Seeds = None,
+    sparsities: Sparsities = None,
+    match: MatchOn = None,
+    budget: BudgetOf = None,
+    learning_rates: Rates = None,
+    tuning_share: Share = None,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Take the written method apart: without its search, teacher, burn-in, resets; with other proxies."""
+    wanted = list(ABLATIONS) if names is None else _names(names)
+    for name in wanted:
+        if name not in ABLATIONS:
+            raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
+    options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share)
+    options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
+    _run(_plan(given, options), out, jobs, ray, json_file)
+
+
+def sensitivity(
+    given: Given = None,
+    *,
+    out: Out,
+    method: Annotated[str, typer.Option(metavar="NAME", help="A method that scores candidates.")] = WRITTEN,
+    sequences: Annotated[str, typer.Option(metavar="LIST", help="Sizes of the micro-batch.")] = "1,4,16",
+    modes: Annotated[str, typer.Option(metavar="LIST", help="How it is drawn.")] = ",".join(MODES),
+    preset: Preset = None,
+    seeds: Seeds = None,
+    sparsities: Sparsities = None,
+    match: MatchOn = None,
+    budget: BudgetOf = None,
+    learning_rates: Rates = None,
+    tuning_share: Share = None,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    json_file: JsonFile = None,
+) -> None:
+    """How the micro-batch that scores candidates matters: their ranking, acceptance, final loss."""
+    for mode in _names(modes):
+        if mode not in MODES:
+            raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
+    counts = [int(_number("--sequences", entry, int)) for entry in _names(sequences)]
+    variants = sensitivity_variants(method, counts, _names(modes))
+    options = {"match": "steps"} | _options(
+        preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share
+    )
+    options |= {"kind": "sensitivity", "methods": [], "variants": variants}
+    if "resampled-4" in variants:  # the default of both methods that score candidates
+        options["reference"] = "resampled-4"
+    _run(_plan(given, options), out, jobs, ray, json_file)
+
+
+def _plan(given: list[str] | None, options: dict[str, object]) -> Plan:
+    overrides = [entry for entry in given or [] if "=" in entry]
+    files = [entry for entry in given or [] if "=" not in entry]
+    if len(files) > 1:
+        raise InputError(
+            f"two plans: {shown(files[0])} and {shown(files[1])}; give one, and settings as section.key=value"
+        )
+    return read_plan(Path(files[0]) if files else None, options, [parse_override(entry) for entry in overrides])
+
+
+def _options(
+    preset: str | None,
+    seeds: str | None,
+    sparsities: str | None,
+    match: str | None,
+    budget: float | None,
+    reference: str | None,
+    learning_rates: str | None,
+    tuning_share: float | None,
+) -> dict[str, object]:
+    """The options that were given, by the keys of a plan."""
+    numbers = seeds and [_number("--seeds", entry, int) for entry in _names(seeds)]
+    options = {
+        "preset": preset,
+        "seeds": numbers[0] if numbers and seeds is not None and "," not in seeds else numbers,
+        "sparsities": sparsities and [_number("--sparsities", entry, float) for entry in _names(sparsities)],
+        "match": match,
+        "budget": budget,
+        "reference": reference,
+        "tuning.learning_rates": learning_rates
+        and [_number("--learning-rates", entry, float) for entry in _names(learning_rates)],
+        "tuning.share": tuning_share,
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{option}: must be {what} with commas between, not {shown(text)}") from None
+
+
+def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:
+    refuse_unwritable("--json", json_file)
+    if ray is not None and jobs != 1:
+        raise InputError("--jobs is for one machine and --ray for a cluster: give one of them")
+    quiet = json_file == "-"
+    with output(json_file) as result:
+        from sparsae.experiments.compare import Experiment
+        from sparsae.experiments.execution import Executor, InOrder, Workers
+
+        def executor(lock: int) -> Executor:
+            if ray is not None:
+                from sparsae.experiments.cluster import Cluster
+
+                return Cluster(ray)
+            return InOrder() if jobs == 1 else Workers(jobs, lock)
+
+        found: dict[str, Any] | None = Experiment(plan, out, quiet).run(executor)
+        if found is None:
+            typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED)
+        result.update(found)
+    if not quiet:
+        _show(found, out)
+
+
+def _show(results: Mapping[str, Any], out: Path) -> None:
+    from sparsae.experiments.tables import rank_table, results_table
+
+    for table in [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]:
+        brief = table.brief()
+        show_table(brief.title, brief.columns, brief.rows, brief.names)
+    for entry in results["conclusions"]:
+        best = entry["winner"]
+        said = f"{best} is better than every other" if best else "no method is better than every other"
+        typer.echo(f"sparsity {entry['sparsity']:g}: {said}")
+    for warning in results["warnings"]:
+        typer.echo(f"warning: {warning}")
+    typer.echo(f"written: {out / 'report.html'}, results.json, table.md, table.tex")

@@ -1,0 +1,130 @@
+"""The narrower dense model that has as many parameters as a sparse one has active: the method `dense_small`.
+
+Parameters are counted from the shapes alone, without torch, so that a run's settings say its width before it begins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from sparsae.config.schema import Config, ModelConfig, SparsityConfig
+from sparsae.errors import InputError
+
+
+def narrowed(config: Config) -> Config:
+    """The dense model, no wider than the given one, whose parameters are nearest to its active ones at its sparsity.
+
+    Layers, heads and context stay; the width is a multiple of twice the heads (of the heads where it was no such
+    multiple before). The MLP's width shrinks with it, and then takes up what that rounding left, in eights where it is
+    64 or more. Settings whose sparsity is 0 are narrow already.
+
+    Raises InputError where even one pair of features a head has more parameters than are wanted.
+    """
+    if config.sparsity.sparsity == 0:
+        return config
+    model, vocabulary = config.model, _vocabulary(config)
+    target = count_parameters(model, vocabulary, config.sparsity)
+    step = model.heads * (2 if model.width % (2 * model.heads) == 0 else 1)
+    candidates = [_of_width(model, width) for width in range(step, model.width + 1, step)]
+    best = min(candidates, key=lambda narrow: abs(count_parameters(narrow, vocabulary) - target))
+    if best is candidates[0] and count_parameters(best, vocabulary) > 1.5 * target:
+        raise InputError(
+            f"method dense_small: no width has as few as the {target:,} parameters that are active at "
+            f"sparsity.sparsity {config.sparsity.sparsity:g}: lower it, or take fewer model.heads"
+        )
+    best = _with_mlp_for(best, vocabulary, target)
+    return config.model_copy(update={"model": best, "sparsity": SparsityConfig(sparsity=0.0)})
+
+
+def count_parameters(model: ModelConfig, vocabulary: int, sparsity: SparsityConfig | None = None) -> int:
+    """Parameters of a model, or those that exist of one that is sparse so."""
+    linear = _linear_shapes(model)
+    head = 0 if model.tie_embeddings else vocabulary * model.width
+    if sparsity is not None:
+        selected = {
+            name: rows * columns
+            for name, (rows, columns) in linear.items()
+            if (not sparsity.include or any(fnmatchcase(name, glob) for glob in sparsity.include))
+            and not any(fnmatchcase(name, glob) for glob in sparsity.exclude)
+        }
+        inactive = sum(selected.values()) + (head if sparsity.sparsify_head else 0)
+        unit = math.prod(sparsity.unit)
+        active = unit * round((1.0 - sparsity.sparsity) * (inactive // unit))
+    else:
+        inactive = active = 0
+    weights = sum(rows * columns for rows, columns in linear.values())
+    return weights - inactive + active + head + _other_parameters(model, vocabulary)
+
+
+def _linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear layers inside the blocks, by the names that `transformers` gives them."""
+    width = model.width
+    shapes: dict[str, tuple[int, int]] = {}
+    if model.family == "gpt2":
+        hidden = _mlp_width(model)
+        block = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width)}
+        block |= {"mlp.c_fc": (hidden, width), "mlp.c_proj": (width, hidden)}
+        prefix = "transformer.h"
+    else:
+        hidden = _mlp_width(model)
+        keys = width // model.heads * (model.kv_heads or model.heads)
+        block = {"self_attn.q_proj": (width, width), "self_attn.o_proj": (width, width)}
+        block |= {"self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)}
+        block |= {"mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width), "mlp.down_proj": (width, hidden)}
+        prefix = "model.layers"
+    for layer in range(model.layers):
+        shapes |= {f"{prefix}.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def _other_parameters(model: ModelConfig, vocabulary: int) -> int:
+    """Embeddings, norms and biases."""
+    width = model.width
+    if model.family == "llama":
+        return vocabulary * width + width * (2 * model.layers + 1)
+    biases = sum(rows for rows, _ in _linear_shapes(model).values())
+    return (vocabulary + model.context) * width + biases + 2 * width * (2 * model.layers + 1)
+
+
+def _with_mlp_for(model: ModelConfig, vocabulary: int, target: int) -> ModelConfig:
+    """The model with the MLP width that brings its parameters nearest to the target."""
+    hidden = _mlp_width(model)
+    unit = 8 if hidden >= 64 else 1
+    wider = model.model_copy(update={"mlp_width": hidden + unit})
+    missing, gained = (target - count_parameters(model, vocabulary)), count_parameters(wider, vocabulary)
+    units = round(missing / (gained - count_parameters(model, vocabulary)))
+    return model.model_copy(update={"mlp_width": max(unit, hidden + unit * units)})
+
+
+def _mlp_width(model: ModelConfig) -> int:
+    default = 4 * model.width if model.family == "gpt2" else 64 * max(1, round(8 * model.width / 3 / 64))
+    return model.mlp_width or default
+
+
+def _of_width(model: ModelConfig, width: int) -> ModelConfig:
+    hidden = model.mlp_width and max(1, round(model.mlp_width * width / model.width))
+    return model.model_copy(update={"width": width, "mlp_width": hidden})
+
+
+def _vocabulary(config: Config) -> int:
+    """Entries of the embedding; of a tokenizer that is yet to be trained, as many as it may have."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    if config.data.tokenizer == "train":
+        return config.data.tokenizer_vocab
+    path = Path(config.data.tokenizer).expanduser()
+    files = [path] if path.is_file() else [path / "tokenizer.json", path / "vocab.json"]
+    for file in filter(Path.is_file, files):
+        try:
+            content = json.loads(file.read_text("utf-8"))
+            added = content.get("added_tokens", []) if "model" in content else []
+            entries = content["model"]["vocab"] if "model" in content else content
+            return len({*entries, *(token["content"] for token in added)})
+        except (OSError, ValueError, KeyError, TypeError):
+            break
+    raise InputError(
+        f"{path}: cannot tell how many entries this tokenizer has, which method dense_small needs: set model.vocab_size"
+    )

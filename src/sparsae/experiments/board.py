@@ -1,0 +1,112 @@
+"""The progress of all runs of an experiment in one display, with the time that is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from sparsae.experiments.units import Unit, outcome, progress
+
+
+class Board:
+    """A bar for the whole and one for each run in progress on a terminal; a line for each run that ended elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._live = self.console.is_terminal and not quiet
+        self._units: Sequence[Unit] = ()
+        self._running: dict[str, Unit] = {}
+        self._view: Progress | None = None
+        self._ended = threading.Event()
+        self._clock: Callable[[], float] = time.monotonic
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def watching(self, units: Sequence[Unit], out: Path) -> Iterator[None]:
+        """Follow these units, of which some may be done already, from their metrics."""
+        self._units, self._out, self._running = units, out, {}
+        self._began, self._before = self._clock(), self._done()
+        self._ended.clear()
+        ticker = threading.Thread(target=self._tick, daemon=True)
+        if self._live:
+            self._view = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self.console,
+                transient=True,
+                expand=True,
+            )
+            self._view.start()
+            ticker.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            if self._view is not None:
+                ticker.join()
+                self._view.stop()
+                self._view = None
+
+    def begin(self, unit: Unit) -> None:
+        """A unit is being run."""
+        self._running[unit.name] = unit
+
+    def end(self, unit: Unit) -> None:
+        """A unit reached its end."""
+        self._running.pop(unit.name, None)
+        result = outcome(self._out / unit.name) or {}
+        loss = result.get("validation_loss")
+        what = "diverged" if result.get("diverged") else f"validation loss {loss:.4f}" if loss is not None else "ended"
+        count = sum(outcome(self._out / each.name) is not None for each in self._units)
+        seconds = f" in {result['seconds']:.0f} s" if "seconds" in result else ""
+        left = f" · {self._left(self._done())} left" if count < len(self._units) else ""
+        self.say(f"[{count}/{len(self._units)}] {unit.name}: {what}{seconds}{left}")
+
+    def _done(self) -> float:
+        """Operations done so far, of all units together."""
+        done = 0.0
+        for unit in self._units:
+            if outcome(self._out / unit.name) is not None:
+                done += unit.flops
+            else:
+                done += unit.flops * self._share(unit)
+        return done
+
+    def _share(self, unit: Unit) -> float:
+        return min(1.0, progress(self._out / unit.name) / unit.config.training.steps)
+
+    def _left(self, done: float) -> str:
+        spent, gained = self._clock() - self._began, done - self._before
+        if gained <= 0:
+            return "?"
+        seconds = round(spent / gained * (sum(unit.flops for unit in self._units) - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def _tick(self) -> None:
+        view = self._view
+        assert view is not None
+        whole = view.add_task("all runs", total=1.0, note="")
+        tasks: dict[str, TaskID] = {}
+        while not self._ended.wait(1.0):
+            done = self._done()
+            share = done / max(1, sum(unit.flops for unit in self._units))
+            view.update(whole, completed=share, note=f"{share:.0%} · {self._left(done)} left")
+            running = dict(self._running)
+            for name in [name for name in tasks if name not in running]:
+                view.remove_task(tasks.pop(name))
+            for name, unit in running.items():
+                if name not in tasks:
+                    tasks[name] = view.add_task(name, total=1.0, note="")
+                steps = unit.config.training.steps
+                at = self._share(unit)
+                view.update(tasks[name], completed=at, note=f"step {round(at * steps)}/{steps}")

@@ -1,0 +1,86 @@
+"""The directory of an experiment, which one process at a time may work in.
+
+plan.yaml  runs/  tuning/  results.json  table.md  table.tex  report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparsae.config.complaints import shown
+from sparsae.config.load import read_settings
+from sparsae.errors import InputError
+from sparsae.experiments.plan import Plan, parse_plan
+from sparsae.train.rundir import refuse_occupied, write_atomically
+
+_PATIENCE = 30.0  # seconds in which the workers of a killed experiment save and end
+
+
+def is_experiment(path: Path) -> bool:
+    """Whether a directory is that of an experiment."""
+    return (path / "plan.yaml").is_file()
+
+
+def saved_plan(out: Path) -> Plan:
+    """The plan of an experiment. InputError where there is none or it is damaged."""
+    file = out / "plan.yaml"
+    if not file.is_file():
+        raise InputError(f"{out}: not the directory of an experiment: it has no plan.yaml")
+    return parse_plan(read_settings(file), str(file))
+
+
+def check_place(out: Path, plan: Plan) -> None:
+    """InputError where the directory holds anything but an experiment of this very plan."""
+    if not is_experiment(out):
+        refuse_occupied(out)
+        return
+    there = saved_plan(out)
+    for name in type(plan).model_fields:
+        ours, theirs = getattr(plan, name), getattr(there, name)
+        if ours != theirs:
+            raise InputError(
+                f"{out}: holds an experiment whose {name} differ ({shown(_plain(theirs))} there, {shown(_plain(ours))} "
+                "here): give a new --out, or the plan that it was begun with"
+            )
+
+
+@contextmanager
+def claimed(out: Path, plan: Plan) -> Iterator[int]:
+    """The directory, made if it is new and locked against others; gives the descriptor that holds the lock.
+
+    Raises InputError where it cannot be written or another process works in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; choose another directory") from None
+    try:
+        _acquire(lock, out)
+        if not is_experiment(out):
+            write_atomically(out / "plan.yaml", plan.dump())
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _acquire(lock: int, out: Path) -> None:
+    waited_until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > waited_until:
+                raise InputError(f"{out}: another process works on this experiment; wait for it, or stop it") from None
+            time.sleep(0.2)
+        else:
+            return
+
+
+def _plain(value: object) -> object:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

@@ -1,0 +1,327 @@
+"""The figures of an experiment: methods as lines and points, each in its own colour and mark throughout the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from sparsae.report.data import RunData, Topology
+from sparsae.report.readable import compact, duration, percent, tick
+from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
+
+Row = Mapping[str, Any]
+Against = Literal["train_flops", "tokens", "seconds"]
+_DASHES = ("-", "--", ":", "-.")
+_MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("p", "⬟"))
+_UNITS = {"train_flops": "training FLOPs", "tokens": "training tokens", "seconds": "seconds"}
+_PARTS = {"student": "student", "teacher": "teacher", "search": "search", "dense_gradients": "growth gradients"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method is drawn."""
+
+    colour: str
+    dash: str
+    marker: str
+    symbol: str
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """A look for each method: eight colours and marks, the line's dashes changing where they come round again."""
+    return {
+        name: Look(f"series{i % 8}", _DASHES[i // 8 % 4], *_MARKS[i % 8])
+        for i, name in enumerate(dict.fromkeys(methods))
+    }
+
+
+def keys(look: Mapping[str, Look], shown: Sequence[str]) -> list[Key]:
+    """A legend."""
+    return [Key(name, look[name].colour, look[name].symbol) for name in look if name in shown]
+
+
+def loss_curves(rows: Sequence[Row], look: Mapping[str, Look], against: Against, sparsity: float) -> Panel | None:
+    """Mean validation loss over seeds; bands reach from the best to the worst seed."""
+    curves = {name: _curve(mine, against) for name, mine in _by_method(rows, sparsity).items()}
+    curves = {name: found for name, found in curves.items() if len(found[0]) > 1}
+    if not curves:
+        return None
+    early = [y[min(2, len(y) - 1)].max() for _, y in curves.values()]
+    low = min(y.min() for _, y in curves.values())
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, "nats per token", x=_UNITS[against])
+        for name, (x, y) in curves.items():
+            style = look[name]
+            ax.fill_between(x, y.min(axis=1), y.max(axis=1), color=COLOURS[style.colour], alpha=0.15, linewidth=0)
+            ax.plot(
+                x, y.mean(axis=1), color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3
+            )
+        # The first steps fall so far that nothing else could be seen.
+        margin = 0.04 * (max(early) - low) or 0.01
+        ax.set_ylim(low - margin, max(early) + margin)
+        ax.set_xlim(left=0)
+
+    ends = "; ".join(f"{name} ends at {y[-1].mean():.4f}" for name, (_, y) in curves.items())
+    unit = {"train_flops": "FLOPs", "tokens": "tokens", "seconds": "time"}[against]
+    return panel(
+        f"curve-{against.replace('_', '-')}-{_suffix(sparsity)}",
+        f"Validation loss against {unit} · {percent(sparsity)} sparse",
+        f"Validation loss in nats per token against {_UNITS[against]} at {percent(sparsity)} sparsity: {ends}.",
+        draw,
+        keys(look, list(curves)),
+        height=3.0,
+    )
+
+
+def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look]) -> Panel | None:
+    """Final loss of each method at each sparsity, with its 95 % interval over seeds."""
+    sparsities = sorted({entry["sparsity"] for entry in summary})
+    known = [entry for entry in summary if entry["validation_loss"] is not None]
+    if len(sparsities) < 2 or not known:
+        return None
+    names = list(dict.fromkeys(entry["method"] for entry in known))
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, "nats per token, 95 % interval", x="sparsity")
+        for index, name in enumerate(names):
+            style, mine = look[name], [entry for entry in known if entry["method"] == name]
+            shift = 0.06 * (index - (len(names) - 1) / 2)
+            x = [sparsities.index(entry["sparsity"]) + shift for entry in mine]
+            intervals = [entry["validation_loss"] for entry in mine]
+            y = [interval["mean"] for interval in intervals]
+            error = [0.0 if interval["high"] is None else interval["high"] - interval["mean"] for interval in intervals]
+            ax.errorbar(
+                x, y, yerr=error, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker,
+                markersize=4.5, linewidth=1.0, elinewidth=1.2, capsize=2.5,
+            )  # fmt: skip
+        ax.set_xticks(range(len(sparsities)), [percent(sparsity) for sparsity in sparsities])
+        ax.set_xlim(-0.5, len(sparsities) - 0.5)
+
+    text = "; ".join(f"{e['method']} {e['validation_loss']['mean']:.4f} at {percent(e['sparsity'])}" for e in known)
+    return panel(
+        "loss-by-sparsity",
+        "Final loss against sparsity",
+        f"Final validation loss against sparsity: {text}.",
+        draw,
+        keys(look, names),
+        height=3.2,
+    )
+
+
+def differences(
+    summary: Sequence[Row], rows: Sequence[Row], look: Mapping[str, Look], sparsity: float, reference: str
+) -> Panel | None:
+    """Each method's paired difference from the reference: the mean, its 95 % interval, and every seed."""
+    entries = [e for e in summary if e["sparsity"] == sparsity and e["difference"] is not None]
+    if not entries:
+        return None
+    held = {r["seed"]: r["validation_loss"] for r in rows if (r["method"], r["sparsity"]) == (reference, sparsity)}
+
+    def draw(figure: Figure) -> None:
+        width, height = figure.get_size_inches()
+        left = 0.2 + 0.078 * max(len(entry["method"]) for entry in entries)
+        ax = figure.add_axes((left / width, 0.44 / height, (width - left - 0.15) / width, (height - 0.5) / height))
+        for at, entry in enumerate(entries):
+            style, difference = look[entry["method"]], entry["difference"]
+            mine = {
+                r["seed"]: r["validation_loss"]
+                for r in rows
+                if (r["method"], r["sparsity"]) == (entry["method"], sparsity) and not r["diverged"]
+            }
+            seeds = [mine[n] - held[n] for n in mine if held.get(n) is not None]
+            ax.plot(seeds, [at + 0.22] * len(seeds), "|", color=COLOURS["muted"], markersize=5, markeredgewidth=0.9)
+            if difference["high"] is not None:
+                ax.plot([difference["low"], difference["high"]], [at, at], color=COLOURS[style.colour], linewidth=1.6)
+            ax.plot([difference["mean"]], [at], marker=style.marker, color=COLOURS[style.colour], markersize=5.5)
+        ax.axvline(0, color=COLOURS["ink"], linewidth=0.8)
+        ax.set_yticks(range(len(entries)), [entry["method"] for entry in entries])
+        ax.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        ax.set_ylim(len(entries) - 0.4, -0.6)
+        ax.grid(axis="x")
+        ax.set_xlabel(f"nats less {reference} (left is better)")
+        ax.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0")
+        )
+
+    text = "; ".join(f"{e['method']} {e['difference']['mean']:+.4f} ({e['verdict']})" for e in entries)
+    return panel(
+        f"difference-{_suffix(sparsity)}",
+        f"Paired difference from {reference} · {percent(sparsity)} sparse",
+        f"Paired difference of the final loss from {reference}'s at {percent(sparsity)} sparsity: {text}.",
+        draw,
+        [Key("mean and 95 % interval", "ink", "●"), Key("a seed", "muted", "|")],
+        height=0.62 + 0.36 * len(entries),
+    )
+
+
+def tuning_curves(tuning: Sequence[Row], look: Mapping[str, Look], sparsity: float) -> Panel | None:
+    """Loss of each trial against its learning rate; the chosen one is ringed."""
+    groups = [group for group in tuning if group["sparsity"] == sparsity]
+    losses = [t["validation_loss"] for g in groups for t in g["trials"] if t["validation_loss"] is not None]
+    if not losses:
+        return None
+    rates = sorted({trial["learning_rate"] for group in groups for trial in group["trials"]})
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, "nats per token", x="learning rate")
+        for group in groups:
+            style = look[group["method"]]
+            done = [trial for trial in group["trials"] if trial["validation_loss"] is not None]
+            x, y = [t["learning_rate"] for t in done], [t["validation_loss"] for t in done]
+            ax.plot(x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=4)
+            best = [(a, b) for a, b in zip(x, y, strict=True) if a == group["learning_rate"]]
+            ax.plot(*zip(*best, strict=True), "o", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS["ink"])
+        ax.set_xscale("log")
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.xaxis.set_minor_formatter(NullFormatter())
+
+    text = "; ".join(f"{group['method']} chose {group['learning_rate']:g}" for group in groups)
+    return panel(
+        f"tuning-{_suffix(sparsity)}",
+        f"Learning rates that were tried · {percent(sparsity)} sparse",
+        f"Validation loss of the trials against the learning rate at {percent(sparsity)} sparsity: {text}.",
+        draw,
+        [*keys(look, [group["method"] for group in groups]), Key("chosen", "ink", "○")],
+        height=2.8,
+    )
+
+
+def cost_bars(rows: Sequence[Row], sparsity: float, key: str, unit: Literal["FLOPs", "time"]) -> Panel | None:
+    """The mean cost of a run of each method, by part, as stacked bars."""
+    groups = {name: [row[key] for row in mine if row.get(key)] for name, mine in _by_method(rows, sparsity).items()}
+    groups = {name: parts for name, parts in groups.items() if parts}
+    if not groups:
+        return None
+    names = list(dict.fromkeys(part for parts in groups.values() for run in parts for part in run))
+    means = {
+        name: {p: float(np.mean([run.get(p, 0) for run in parts])) for p in names} for name, parts in groups.items()
+    }
+    names = [part for part in names if any(mean[part] > 0 for mean in means.values())]
+    written = duration if unit == "time" else compact
+
+    def draw(figure: Figure) -> None:
+        width = figure.get_figwidth()
+        left, right = 0.2 + 0.078 * max(map(len, means)), 0.75
+        ax = figure.add_axes((left / width, 0.02, (width - left - right) / width, 0.96))
+        for at, mean in enumerate(means.values()):
+            start = 0.0
+            for index, part in enumerate(names):
+                ax.barh(at, mean[part], left=start, height=0.62, color=COLOURS[f"series{index % 8}"])
+                start += mean[part]
+            ax.annotate(
+                written(start), (start, at), (4, 0), textcoords="offset points", va="center", color=COLOURS["ink"]
+            )
+        ax.set_yticks(range(len(means)), list(means))
+        ax.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        ax.set_xticks([])
+        ax.spines["bottom"].set_visible(False)
+        ax.set_ylim(len(means) - 0.5, -0.5)
+
+    text = "; ".join(f"{name}: {', '.join(f'{p} {written(mean[p])}' for p in names)}" for name, mean in means.items())
+    labels = {part: _PARTS.get(part, part.replace("_", " ")) for part in names}
+    return panel(
+        f"cost-{unit.lower()}-{_suffix(sparsity)}",
+        f"{'Training FLOPs' if unit == 'FLOPs' else 'Time'} of a run by part · {percent(sparsity)} sparse",
+        f"Mean {unit} of a run by part at {percent(sparsity)} sparsity: {text}.",
+        draw,
+        [Key(labels[part], f"series{index % 8}", "■") for index, part in enumerate(names)],
+        height=0.2 + 0.27 * len(means),
+    )
+
+
+Movement = Literal["turnover", "distance", "itop"]
+_MOVEMENTS: Mapping[Movement, tuple[str, str, Callable[[Topology, float], float]]] = {
+    "turnover": ("Turnover", "swaps, share of connections", lambda u, nnz: u.swaps / nnz if nnz else math.nan),
+    "distance": ("Distance to the first topology", "share of connections", lambda u, nnz: u.hamming_start),
+    "itop": ("Positions ever active (ITOP rate)", "share of all positions", lambda u, nnz: u.itop_rate),
+}
+
+
+def telemetry(
+    runs: Mapping[str, RunData],
+    look: Mapping[str, Look],
+    sparsity: float,
+    kind: Movement,
+) -> Panel | None:
+    """How the topologies of one seed's runs move, against the share of the run that is done."""
+    title, unit, value = _MOVEMENTS[kind]
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for name, run in runs.items():
+        rows = run.updates if kind == "turnover" else run.topologies
+        if run.updates:
+            nnz = sum(layer.nnz for layer in run.topologies[0].layers.values())
+            lines[name] = ([u.step / max(1, run.last_step) for u in rows], [value(u, nnz) for u in rows])
+    if not lines:
+        return None
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, unit, x="share of the run")
+        for name, (x, y) in lines.items():
+            style = look[name]
+            ax.plot(x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
+
+    text = "; ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items())
+    heading = f"{title} · {percent(sparsity)} sparse"
+    return panel(f"{kind}-{_suffix(sparsity)}", heading, f"{title}: {text}.", draw, keys(look, list(lines)))
+
+
+def layer_densities(runs: Mapping[str, RunData], look: Mapping[str, Look], sparsity: float) -> Panel | None:
+    """The density of every sparse layer at the end of one seed's runs."""
+    last: dict[str, Topology] = {name: run.topologies[-1] for name, run in runs.items() if run.topologies}
+    last = {name: topology for name, topology in last.items() if topology.layers}
+    if not last:
+        return None
+
+    def draw(figure: Figure) -> None:
+        ax = axes(figure, "density at the end", x="sparse layer, in the model's order")
+        for name, topology in last.items():
+            y = [layer.density for layer in topology.layers.values()]
+            style = look[name]
+            ax.plot(
+                range(len(y)), y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3,
+                linewidth=1.0,
+            )  # fmt: skip
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+
+    text = "; ".join(f"{n}: {', '.join(percent(x.density) for x in t.layers.values())}" for n, t in last.items())
+    return panel(
+        f"layers-{_suffix(sparsity)}",
+        f"Density by layer · {percent(sparsity)} sparse",
+        f"Density of the sparse layers in order: {text}.",
+        draw,
+        keys(look, list(last)),
+    )
+
+
+def _suffix(sparsity: float) -> str:
+    """Makes a figure's name one of its sparsity's."""
+    return f"{sparsity:g}".replace(".", "-")
+
+
+def _by_method(rows: Sequence[Row], sparsity: float) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["sparsity"] == sparsity and not row["diverged"]:
+            groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
+def _curve(rows: Sequence[Row], against: Against) -> tuple[Any, Any]:
+    """(mean x, losses by point and seed) where all seeds have the point."""
+    points = min(len(row["curve"]) for row in rows)
+    x = np.array([[row["curve"][i][against] for row in rows] for i in range(points)], dtype=float)
+    y = np.array([[row["curve"][i]["loss"] for row in rows] for i in range(points)], dtype=float)
+    return x.mean(axis=1) if points else x, y

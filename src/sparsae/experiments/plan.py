@@ -1,0 +1,218 @@
+"""What an experiment compares: its plan, read from a YAML file and the command line. Needs no torch.
+
+A plan names variants (a method and settings), sparsities and seeds, what the runs are matched on, and the learning
+rates among which each variant finds its own. Whatever has a default may be left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sparsae.config import Config, Section
+from sparsae.config.complaints import explain, nearest, unknown_key
+from sparsae.config.load import has_sparsity, methods, presets, read_settings, resolve
+from sparsae.config.text import dump_yaml
+from sparsae.errors import InputError
+
+Match = Literal["flops", "tokens", "steps"]
+Tree = dict[str, Any]
+Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class Variant(Section):
+    """A method, by the name under which it is compared."""
+
+    method: str = Field(description="a method by name")
+    settings: Tree = Field(default={}, description="settings of its own, in the form of a settings file")
+    match: Match | None = Field(default=None, description="what its runs are matched on; null: as the plan says")
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, method: str) -> str:
+        if method not in methods():
+            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
+        return method
+
+
+class Tuning(Section):
+    """How each variant finds its learning rate."""
+
+    learning_rates: list[Annotated[float, Field(gt=0.0)]] = Field(
+        default=[], description="the grid, tried by every variant at every sparsity; empty: no tuning"
+    )
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="length of a trial in terms of a compared run"
+    )
+    seed: Seed = Field(default=1000, description="seed of the trials, outside the compared ones")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _in_order(cls, rates: list[float]) -> list[float]:
+        if len(rates) == 1:
+            raise ValueError("one learning rate is no grid: set training.learning_rate, or give two or more")
+        if len(set(rates)) < len(rates):
+            raise ValueError("a learning rate is given twice")
+        return sorted(rates)
+
+
+class Plan(Section):
+    """A whole experiment."""
+
+    kind: Literal["comparison", "ablation", "sensitivity"] = Field(default="comparison", description="what is asked")
+    preset: str = Field(default="demo", description="model and run")
+    methods: list[str] = Field(default=[], description="methods to compare as they are")
+    variants: dict[str, Variant] = Field(default={}, description="further ones: a name, a method, its own settings")
+    sparsities: list[Sparsity] = Field(default=[0.9], min_length=1, description="sparsities at which all are compared")
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="seeds, or how many")
+    match: Match = Field(default="flops", description="what the runs have in common")
+    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="how much of that; null: what the reference takes for training.steps"
+    )
+    reference: str | None = Field(
+        default=None, description="what the others are held against; null: static, or the first"
+    )
+    tuning: Tuning = Tuning()
+    settings: Tree = Field(default={}, description="settings of every run, in the form of a settings file")
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_is_known(cls, preset: str) -> str:
+        if preset not in presets():
+            raise ValueError(f"no preset '{preset}'; {nearest(preset, presets())}")
+        return preset
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_of_seeds(cls, seeds: object) -> object:
+        if isinstance(seeds, int) and not isinstance(seeds, bool):
+            if not 1 <= seeds <= 1000:
+                raise ValueError(f"must be 1 to 1000 seeds, or a list of them, not {seeds}")
+            return list(range(seeds))
+        return seeds
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name, values in (("methods", self.methods), ("sparsities", self.sparsities), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: one is given twice")
+        for name in self.methods:
+            if name not in methods():
+                raise ValueError(f"methods: no method '{name}'; {nearest(name, methods())}")
+        for name in self.variants:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"variants: '{name}' cannot name a directory: use letters, digits and . _ + -")
+            if name in self.methods:
+                raise ValueError(f"variants: '{name}' is among the methods already; give it another name")
+        if not self.all_variants:
+            raise ValueError(f"methods: name at least one of: {', '.join(methods())}")
+        if self.reference is not None and self.reference not in self.all_variants:
+            raise ValueError(
+                f"reference: '{self.reference}' is not compared; {nearest(self.reference, self.all_variants)}"
+            )
+        if self.tuning.learning_rates and self.tuning.seed in self.seeds:
+            raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the compared seeds; give another")
+        for name, of in (("seed", self.settings), ("sparsity", self.settings.get("sparsity", {}))):
+            if isinstance(of, Mapping) and name in of and (name == "seed" or not isinstance(of[name], Mapping)):
+                raise ValueError(
+                    f"settings: leave out {name}: the plan's {'seeds' if name == 'seed' else 'sparsities'} say it"
+                )
+        return self
+
+    @cached_property
+    def all_variants(self) -> dict[str, Variant]:
+        """Everything compared, by name and in order."""
+        return {name: Variant(method=name) for name in self.methods} | self.variants
+
+    @property
+    def held_against(self) -> str:
+        """The reference's name."""
+        return self.reference or ("static" if "static" in self.all_variants else next(iter(self.all_variants)))
+
+    def match_of(self, variant: str) -> Match:
+        """What a variant's runs are matched on."""
+        return self.all_variants[variant].match or self.match
+
+    def config(
+        self, variant: str, sparsity: float, seed: int, learning_rate: float | None = None, steps: int | None = None
+    ) -> Config:
+        """The settings of one run. Raises InputError for settings that are wrong."""
+        chosen = self.all_variants[variant]
+        given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
+        if has_sparsity(chosen.method):
+            given["sparsities"] = ("sparsity.sparsity", sparsity)
+        if learning_rate is not None:
+            given["learning_rates"] = ("training.learning_rate", learning_rate)
+        if steps is not None:
+            given["steps"] = ("training.steps", steps)
+        trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
+        return resolve(None, self.preset, chosen.method, options=given, trees=trees)
+
+    def dump(self) -> str:
+        """The plan as YAML, every key included."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def read_plan(file: Path | None, options: Mapping[str, object], overrides: Sequence[Tree]) -> Plan:
+    """The plan of a file, of options (dotted keys of a plan) that win over it, and of settings that win over both.
+
+    Raises InputError: one line that names what is wrong and what would be right.
+    """
+    tree = read_settings(file) if file else {}
+    origins: dict[tuple[str, ...], str] = {(): str(file)} if file else {}
+    for key, value in options.items():
+        *sections, last = key.split(".")
+        inner = tree
+        for name in sections:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"{file}: {name}: must be a section (key: value)")
+        inner[last] = value
+        origins[tuple(key.split("."))] = f"--{last.replace('_', '-')}"
+    settings = tree.setdefault("settings", {})
+    for override in overrides:
+        if isinstance(settings, dict):
+            _merge(settings, override)
+    return parse_plan(tree, str(file) if file else "the command line", origins)
+
+
+def parse_plan(tree: Mapping[str, Any], where: str, origins: Mapping[tuple[str, ...], str] | None = None) -> Plan:
+    """A plan from the tree of its keys; `where` names its home in the InputError that a wrong one raises."""
+    try:
+        return Plan.model_validate(tree)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+        keys = tuple(str(key) for key in error["loc"])
+        if error["type"] == "extra_forbidden":
+            section: type[Section] = Plan
+            if len(keys) > 1:
+                section = Tuning if keys[0] == "tuning" else Variant
+            raise InputError(f"{where}: {unknown_key(keys, section.model_fields, ())}") from None
+        if error["type"] == "missing":
+            raise InputError(f"{where}: {'.'.join(keys)}: is needed") from None
+        homes = {keys[:n]: home for n in range(len(keys) + 1) if (home := (origins or {}).get(keys[:n]))}
+        raise InputError(explain(error, error["loc"], homes or {(): where, keys: where})) from None
+
+
+def _merge(tree: Tree, other: Tree) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def cells(plan: Plan) -> Iterator[tuple[int, float, str]]:
+    """(seed, sparsity, variant) of every compared run, a whole seed before the next."""
+    for seed in plan.seeds:
+        for sparsity in plan.sparsities:
+            for variant in plan.all_variants:
+                yield seed, sparsity, variant

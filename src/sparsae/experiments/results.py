@@ -1,0 +1,150 @@
+"""What an experiment found, as tidy rows: one a compared run, and the trials of the learning rates beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsae import __version__
+from sparsae.experiments.matching import Budget
+from sparsae.experiments.plan import Plan
+from sparsae.experiments.ranking import rank_agreement, summarize_rankings
+from sparsae.experiments.summary import conclusions, summarize, warnings
+from sparsae.experiments.tables import results_table
+from sparsae.experiments.units import Unit, outcome
+from sparsae.train.rundir import RunDirectory, to_json, write_atomically
+
+# Keys of results.json, at any depth, that a second experiment of the same plan does not repeat.
+TIMING = ("seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes")
+_OTHER_STATE = 16  # bytes of a float32 parameter outside the sparse layers: weight, gradient, two moments
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A compared run."""
+
+    variant: str
+    sparsity: float
+    seed: int
+    budget: Budget
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that tries a learning rate."""
+
+    variant: str
+    sparsity: float
+    learning_rate: float
+    unit: Unit
+
+    def loss(self, out: Path) -> float:
+        """Final validation loss; infinite where the run diverged or is not done."""
+        loss = (outcome(out / self.unit.name) or {}).get("validation_loss")
+        return math.inf if loss is None else float(loss)
+
+
+def collect(plan: Plan, out: Path, cells: Sequence[Cell], trials: Sequence[Trial], complete: bool) -> dict[str, Any]:
+    """The content of results.json from the runs that are done."""
+    rows = [_row(plan, out, cell) for cell in cells]
+    tuning = _tuning(out, trials) if cells else []
+    results: dict[str, Any] = {
+        "kind": plan.kind,
+        "complete": complete,
+        "sparsae": __version__,
+        "reference": plan.held_against,
+        "plan": plan.model_dump(mode="json"),
+        "rows": rows,
+        "tuning": tuning,
+    }
+    if rankings := summarize_rankings(rows):
+        results["ranking"] = rankings
+    results["summary"] = summarize(rows, plan.held_against)
+    results["conclusions"] = conclusions(rows)
+    results["warnings"] = warnings(results)
+    return results
+
+
+def write_results(results: dict[str, Any], out: Path) -> None:
+    """results.json, table.md and table.tex, each whole or not at all."""
+    write_atomically(out / "results.json", to_json(results, indent=1) + "\n")
+    table = results_table(results)
+    write_atomically(out / "table.md", table.markdown())
+    write_atomically(out / "table.tex", table.latex())
+
+
+def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
+    run, config = out / cell.unit.name, cell.unit.config
+    found = outcome(run) or {}
+    flops = found.get("train_flops")
+    spent: Any = {"flops": flops, "tokens": found.get("tokens"), "steps": found.get("steps")}[cell.budget.match]
+    diverged = bool(found.get("diverged"))
+    row: dict[str, Any] = {
+        "method": cell.variant,
+        "seed": cell.seed,
+        "sparsity": cell.sparsity,
+        "match": cell.budget.match,
+        "budget": cell.budget.amount,
+        "budget_deviation": None if diverged else spent / cell.budget.amount - 1.0,
+        "learning_rate": config.training.learning_rate,
+        "diverged": diverged,
+    }
+    copied = (
+        "validation_loss", "validation_perplexity", "teacher_validation_loss", "train_flops", "train_flops_by_part",
+        "train_flops_dense_equivalent", "tokens", "steps", "parameters", "nnz", "seconds", "seconds_by_part",
+        "tokens_per_second", "peak_memory_bytes", "study_flops", "device", "torch",
+    )  # fmt: skip
+    row |= {key: found.get(key) for key in copied}
+    if "train_flops" in row and not diverged:
+        others = found["parameters"] - found["nnz"]
+        teacher = 4 * others if config.teacher.enabled else 0
+        row["state_bytes"] = found["state_bytes_sparse_layers"] + _OTHER_STATE * others + teacher
+        row["accepted_updates"], row["updates"] = found["topology_updates_accepted"], found["topology_updates"]
+    row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.unit.name
+    metrics = [] if diverged else RunDirectory(run).read_metrics()
+    row["curve"] = _curve(metrics)
+    if row["study_flops"]:
+        row["ranking"] = rank_agreement([entry for entry in metrics if entry.get("kind") == "topology"])
+    return row
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    keys = ("step", "tokens", "train_flops", "seconds", "loss")
+    return [{key: row[key] for key in keys} for row in rows if row.get("kind") == "validation"]
+
+
+def _tuning(out: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, float], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.variant, trial.sparsity), []).append(trial)
+    found = []
+    for (variant, sparsity), mine in groups.items():
+        best = min(mine, key=lambda trial: (trial.loss(out), trial.learning_rate))
+        outcomes = [outcome(out / trial.unit.name) or {} for trial in mine]
+        rates = [trial.learning_rate for trial in mine]
+        found.append(
+            {
+                "method": variant,
+                "sparsity": sparsity,
+                "learning_rate": best.learning_rate,
+                "at_edge": best.learning_rate in (min(rates), max(rates)),
+                "train_flops": sum(result.get("train_flops", 0) for result in outcomes),
+                "trials": [
+                    {
+                        "learning_rate": trial.learning_rate,
+                        "validation_loss": result.get("validation_loss"),
+                        "diverged": bool(result.get("diverged")),
+                        "steps": result.get("steps"),
+                        "train_flops": result.get("train_flops"),
+                        "seconds": result.get("seconds"),
+                        "run": trial.unit.name,
+                    }
+                    for trial, result in zip(mine, outcomes, strict=True)
+                ],
+            }
+        )
+    return found

@@ -1,0 +1,145 @@
+"""Rows put together: each method at each sparsity over its seeds, against the reference, and what may be concluded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsae.experiments.statistics import (
+    Difference,
+    Interval,
+    Verdict,
+    equivalent_tokens,
+    holm,
+    mean_interval,
+    paired_difference,
+    winner,
+)
+
+Row = Mapping[str, Any]
+_MEANS = ("train_flops", "tokens", "steps", "seconds", "parameters", "state_bytes", "accepted_updates", "updates")
+
+
+def summarize(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
+    """An entry a sparsity and method, in the order of the rows."""
+    entries = []
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["sparsity"] == sparsity:
+                groups.setdefault(row["method"], []).append(row)
+        entries += _of_one_sparsity(groups, sparsity, reference)
+    return entries
+
+
+def conclusions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each sparsity the method that is better than every other, or None; one that ever diverged is not."""
+    found = []
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+        losses: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row["sparsity"] == sparsity and not row["diverged"]:
+                losses.setdefault(row["method"], {})[row["seed"]] = row["validation_loss"]
+        failed = {row["method"] for row in rows if row["sparsity"] == sparsity and row["diverged"]}
+        best = winner(losses)
+        found.append({"sparsity": sparsity, "winner": None if best in failed else best})
+    return found
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before believing a number."""
+    found = []
+    edges = [
+        f"{group['method']} at {group['sparsity']:g} ({group['learning_rate']:g})"
+        for group in results["tuning"]
+        if group["at_edge"]
+    ]
+    if edges:
+        found.append(f"the best learning rate is at the edge of the grid, which was too narrow for {', '.join(edges)}")
+    for row in results["rows"]:
+        if row["diverged"]:
+            found.append(f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: diverged")
+        elif abs(row["budget_deviation"]) > 0.02:
+            found.append(
+                f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: spent "
+                f"{row['budget_deviation']:+.1%} of its budget of {row['match']}"
+            )
+    seeds = {row["seed"] for row in results["rows"]}
+    if len(seeds) == 1:
+        found.append("one seed: there are no intervals, and no method can be called better")
+    return found
+
+
+def _of_one_sparsity(groups: Mapping[str, list[Row]], sparsity: float, reference: str) -> list[dict[str, Any]]:
+    losses = {
+        name: {r["seed"]: r["validation_loss"] for r in rows if not r["diverged"]} for name, rows in groups.items()
+    }
+    held_against = losses.get(reference, {})
+    differences = {name: paired_difference(mine, held_against) for name, mine in losses.items() if name != reference}
+    tested = {name: d.p for name, d in differences.items() if d is not None and d.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    curve = _mean_curve(groups.get(reference, []))
+    entries = []
+    for name, rows in groups.items():
+        done = [row for row in rows if not row["diverged"]]
+        difference = differences.get(name)
+        entries.append(
+            {
+                "method": name,
+                "sparsity": sparsity,
+                "validation_loss": _interval(mean_interval(list(losses[name].values()))) if done else None,
+                "diverged": len(rows) - len(done),
+                "learning_rate": rows[0]["learning_rate"],
+                **{key: _mean([row[key] for row in done]) for key in _MEANS},
+                "difference": _difference(difference, adjusted.get(name)),
+                "verdict": _verdict(name == reference, difference, complete=len(done) == len(rows)),
+                "equivalent_tokens": _equivalent(curve, difference) if difference else None,
+            }
+        )
+    return entries
+
+
+def _verdict(is_reference: bool, difference: Difference | None, complete: bool) -> Verdict:
+    """Nothing is decided by the runs that are left of a method where others diverged."""
+    if is_reference:
+        return "reference"
+    return difference.verdict if difference is not None and complete else "undecided"
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    return {"n": interval.n, "mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def _difference(difference: Difference | None, adjusted: float | None) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    return {**_interval(difference.interval), "t": difference.t, "p": difference.p, "p_holm": adjusted}
+
+
+def _equivalent(curve: Sequence[tuple[float, float]], difference: Difference) -> dict[str, Any]:
+    """Of the mean difference and, where there is one, of the ends of its interval: a lower loss is worth more."""
+    interval = difference.interval
+    middle = equivalent_tokens(curve, interval.mean)
+    ends = [None if end is None else equivalent_tokens(curve, end).ratio for end in (interval.high, interval.low)]
+    tokens = curve[-1][0] if curve else None
+    return {
+        "ratio": middle.ratio,
+        "low": ends[0],
+        "high": ends[1],
+        "more_tokens": None if middle.ratio is None or tokens is None else (middle.ratio - 1) * tokens,
+        "how": middle.how,
+    }
+
+
+def _mean_curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """(tokens, mean loss) at the steps that all seeds were validated at."""
+    curves = [{point["tokens"]: point["loss"] for point in row["curve"]} for row in rows if not row["diverged"]]
+    if not curves:
+        return []
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [(tokens, sum(curve[tokens] for curve in curves) / len(curves)) for tokens in shared]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

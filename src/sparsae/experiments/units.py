@@ -1,0 +1,90 @@
+"""One run of an experiment: where it lies, and how it is begun, gone on with, or left as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsae.config import Config
+from sparsae.errors import DivergedError, InputError
+from sparsae.train.rundir import RunDirectory, read_json, to_json, write_atomically
+
+_DIVERGED = "diverged.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run by its directory below the experiment's, its settings, and the operations that it is expected to take."""
+
+    name: str
+    config: Config
+    flops: int
+
+    def to_json(self, out: Path) -> str:
+        """One line for a worker."""
+        return json.dumps({"directory": str(out / self.name), "config": self.config.model_dump(mode="json")})
+
+
+def outcome(directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; of one that diverged, {"diverged": true, "steps", "train_flops"}; else None."""
+    if (directory / _DIVERGED).is_file():
+        return read_json(directory / _DIVERGED)
+    summary = directory / "summary.json"
+    if summary.is_file() and (read := read_json(summary)).get("finished"):
+        return read
+    return None
+
+
+def check_same(directory: Path, config: Config) -> None:
+    """InputError where a directory holds the run of other settings."""
+    begun = outcome(directory) is not None or RunDirectory(directory).saved_steps()
+    if (directory / "config.yaml").is_file() and begun:
+        there = RunDirectory(directory).config()
+        if there != config:
+            raise InputError(
+                f"{directory}: holds a run with other settings; give a new --out, or remove that directory"
+            )
+
+
+def run_unit(directory: Path, config: Config) -> bool:
+    """Bring a run to its end: True; False where a signal stopped it after it was saved.
+
+    A finished run is left as it is, one with a checkpoint is gone on with, and whatever else is there is begun again.
+    """
+    if outcome(directory) is not None:
+        return True
+    from sparsae.train.run import resume, start
+
+    try:
+        if RunDirectory(directory).saved_steps():
+            summary = resume(directory, quiet=True)
+        else:
+            if directory.exists():
+                shutil.rmtree(directory)
+            summary = start(config, directory, quiet=True)
+    except DivergedError as error:
+        directory.mkdir(parents=True, exist_ok=True)
+        record = {"diverged": True, "steps": error.step, "train_flops": error.train_flops, "message": str(error)}
+        write_atomically(directory / _DIVERGED, to_json(record, indent=2) + "\n")
+        return True
+    return bool(summary["finished"])
+
+
+def progress(directory: Path) -> int:
+    """Steps done by a run, as far as its metrics say; reads only their end."""
+    try:
+        with (directory / "metrics.jsonl").open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 65536))
+            lines = stream.read().split(b"\n")
+    except OSError:
+        return 0
+    for line in reversed(lines[:-1]):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

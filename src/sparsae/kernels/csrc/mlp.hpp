@@ -1,0 +1,315 @@
+// A sparse MLP, Y = f(X Wu^T + bu) Wd^T + bd, or gated: (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd. A tile of tokens goes
+// through all of it while it is in the cache, so that the hidden layer never exists in memory; backward computes it again.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <type_traits>
+
+#include "activation.hpp"
+#include "backward.hpp"
+#include "forward.hpp"
+
+namespace SPARSAE_ISA {
+
+using sparsae::Mlp;
+
+// Rows [first, last) of the grid of W times a tile, into all features of another tile.
+template <int V, class Rows>
+void rows_of_tile(const Problem& w, const Rows& rows, std::int64_t first, std::int64_t last, const float* x, float* out) {
+    for (std::int64_t r = first; r < last; r++) rows.template multiply<V>(r, x, out + r * w.unit_out * V * LANES);
+}
+
+// Row-order views of the three weights.
+template <class Rows>
+struct MlpRows {
+    Rows up, gate, down;
+};
+
+// scratch: for each thread tiles of the input, of the hidden layer (two where gated), and a strip of the output.
+template <int V, class Element, class Rows>
+void mlp_forward_tiles(const Mlp& m, const MlpRows<Rows>& rows, float* scratch, std::int64_t per_thread, int threads) {
+    constexpr int width = V * LANES;
+    const Problem &up = m.up, &down = m.down;
+    const std::int64_t tiles = (up.tokens + width - 1) / width;
+    const std::int64_t strip = larger(1, CHUNK / down.unit_out);
+    const Activation f = activation(m.activation);
+    const auto* x = static_cast<const Element*>(up.x);
+    auto* y = static_cast<Element*>(down.y);
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (std::int64_t t = 0; t < tiles; t++) {
+        float* tile = scratch + thread_number() * per_thread;
+        float* hidden = tile + padded(up.in) * width;
+        float* gate = hidden + padded(up.out) * width;
+        float* out = m.gated ? gate + padded(up.out) * width : gate;
+        const std::int64_t first = t * width, n = smaller(width, up.tokens - first);
+        pack<V>(x + first * up.in, up.in, n, up.in, tile);
+        const NextTile<Element> next(x + (first + n) * up.in, up.in, smaller(width, up.tokens - first - n));
+        rows_of_tile<V>(up, rows.up, 0, up.grid_rows(), tile, hidden);
+        if (m.gated) {
+            rows_of_tile<V>(m.gate, rows.gate, 0, m.gate.grid_rows(), tile, gate);
+            f.activate(gate, hidden, hidden, up.out * width);
+        } else {
+            f.activate(hidden, nullptr, hidden, up.out * width);
+        }
+        for (std::int64_t r0 = 0; r0 < down.grid_rows(); r0 += strip) {
+            const std::int64_t r1 = smaller(r0 + strip, down.grid_rows());
+            next.fetch(r0 / strip, (down.grid_rows() + strip - 1) / strip);
+            for (std::int64_t r = r0; r < r1; r++)
+                rows.down.template multiply<V>(r, hidden, out + (r - r0) * down.unit_out * width);
+            unpack<V>(out, (r1 - r0) * down.unit_out, y + first * down.out + r0 * down.unit_out, down.out, n);
+        }
+        stream_fence();
+    }
+}
+
+// Column-order views of the three weights.
+template <class Columns>
+struct MlpColumns {
+    Columns up, gate, down;
+};
+
+template <int V>
+SPARSAE_INLINE float sum_of(const float* row) {
+    Vec total = load(row);
+    SPARSAE_UNROLL
+    for (int v = 1; v < V; v++) total = total + load(row + v * LANES);
+    alignas(64) float lane[LANES];
+    store(lane, total);
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += lane[i];
+    return sum;
+}
+
+// The hidden features [h0, h1) of a tile, whole units of all weights: recomputed, and turned in place into the gradients
+// of what goes into the activation. hidden (and gate) are tiles of all hidden features; strips: 4 * (h1 - h0) features.
+template <int V, class Rows, class Columns>
+void hidden_backward(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<Columns>& columns, const Activation& f,
+                     std::int64_t h0, std::int64_t h1, const float* x, const float* dy, float* hidden, float* gate,
+                     float* strips, bool first) {
+    constexpr int width = V * LANES;
+    const std::int64_t b_out = m.up.unit_out, b_in = m.down.unit_in, size = (h1 - h0) * width;
+    rows_of_tile<V>(m.up, rows.up, h0 / b_out, h1 / b_out, x, hidden);
+    if (m.gated) rows_of_tile<V>(m.gate, rows.gate, h0 / b_out, h1 / b_out, x, gate);
+    float *fz = strips, *dfz = fz + size, *da = dfz + size, *product = da + size;
+    float *z = (m.gated ? gate : hidden) + h0 * width, *up = hidden + h0 * width;
+    f.differentiate(z, fz, dfz, size);
+    const float* a = fz;
+    if (m.gated) {
+        for (std::int64_t i = 0; i < size; i++) product[i] = fz[i] * up[i];
+        a = product;
+    }
+    for (std::int64_t c = h0 / b_in; c < h1 / b_in; c++) {
+        const std::int64_t at = (c * b_in - h0) * width;
+        columns.down.template multiply<V, true, true>(c, dy, a + at, da + at, m.down.dvalues, first);
+    }
+    if (m.gated)
+        for (std::int64_t i = 0; i < size; i++) {
+            z[i] = da[i] * up[i] * dfz[i];
+            up[i] = da[i] * fz[i];
+        }
+    else
+        for (std::int64_t i = 0; i < size; i++) z[i] = da[i] * dfz[i];
+    const auto add_to = [&](float* dbias, const float* dz) {
+        for (std::int64_t h = h0; dbias != nullptr && h < h1; h++) {
+            const float sum = sum_of<V>(dz + h * width);
+            dbias[h] = first ? sum : dbias[h] + sum;
+        }
+    };
+    add_to(m.up.dbias, hidden);
+    if (m.gated) add_to(m.gate.dbias, gate);
+}
+
+// The input's gradient and the weights' of up and gate, for strips of input features.
+template <int V, class Element, class Columns>
+void input_backward(const Mlp& m, const MlpColumns<Columns>& columns, std::int64_t c0, std::int64_t c1,
+                    const float* x, const float* hidden, const float* gate, float* strip, Element* dx, std::int64_t n,
+                    bool first) {
+    constexpr int width = V * LANES;
+    const std::int64_t b_in = m.up.unit_in, features = (c1 - c0) * b_in;
+    float* second = strip + features * width;
+    for (std::int64_t c = c0; c < c1; c++) {
+        const std::int64_t offset = (c - c0) * b_in * width;
+        const float* xs = x + c * b_in * width;
+        columns.up.template multiply<V, true, true>(c, hidden, xs, strip + offset, m.up.dvalues, first);
+        if (m.gated)
+            columns.gate.template multiply<V, true, true>(c, gate, xs, second + offset, m.gate.dvalues, first);
+    }
+    if (m.gated)
+        for (std::int64_t i = 0; i < features * width; i++) strip[i] += second[i];
+    unpack<V>(strip, features, dx + c0 * b_in, m.up.in, n);
+}
+
+// Where part `part` of `parts` begins among `total` steps of work, which `before` counts.
+template <class Before>
+std::int64_t balanced(std::int64_t total, int part, int parts, const Before& before) {
+    if (part == parts) return total;
+    const std::int64_t target = before(total) * part / parts;
+    std::int64_t low = 0, high = total;
+    while (low < high) {
+        const std::int64_t middle = (low + high) / 2;
+        if (before(middle) < target)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+// Hidden features that are worked on together: whole units of the weights on both sides.
+inline std::int64_t hidden_strip(const Mlp& m) {
+    std::int64_t strip = std::lcm(m.up.unit_out, m.down.unit_in);
+    while (strip < CHUNK && m.up.out % (2 * strip) == 0) strip *= 2;
+    return strip;
+}
+
+// scratch: two input tiles (one where one thread works), a tile of dY, one of the hidden layer (two where gated), then
+// the strips of each thread.
+template <int V, class Element, class Rows, class Columns>
+void mlp_backward_tiles(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<Columns>& columns, float* scratch,
+                        std::int64_t per_thread, int threads) {
+    constexpr int width = V * LANES;
+    const Problem &up = m.up, &gate = m.gate, &down = m.down;
+    const Activation f = activation(m.activation);
+    const std::int64_t x_size = padded(up.in) * width, dy_size = padded(down.out) * width, h_size = padded(up.out) * width;
+    float* dy_tile = scratch + 2 * x_size;
+    float* hidden = dy_tile + dy_size;
+    float* gates = hidden + h_size;
+    const auto* x = static_cast<const Element*>(up.x);
+    const auto* dy = static_cast<const Element*>(down.dy);
+    auto* dx = static_cast<Element*>(up.dx);
+    const std::int64_t hs = hidden_strip(m), h_strips = up.out / hs;
+    const std::int64_t cs = larger(1, CHUNK / up.unit_in), c_strips = (up.grid_cols() + cs - 1) / cs;
+    const auto hidden_work = [&](std::int64_t s) {
+        const std::int64_t h = s * hs;
+        return std::int64_t{up.row_ptr[h / up.unit_out]} + (m.gated ? gate.row_ptr[h / up.unit_out] : 0) +
+               2 * down.col_ptr[h / down.unit_in] + 8 * s;
+    };
+    const auto input_work = [&](std::int64_t s) {
+        const std::int64_t c = smaller(s * cs, up.grid_cols());
+        return std::int64_t{up.col_ptr[c]} + (m.gated ? gate.col_ptr[c] : 0) + 4 * s;
+    };
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int parts = team_size(), part = thread_number();
+        const std::int64_t hs0 = balanced(h_strips, part, parts, hidden_work);
+        const std::int64_t hs1 = balanced(h_strips, part + 1, parts, hidden_work);
+        const std::int64_t cs0 = balanced(c_strips, part, parts, input_work);
+        const std::int64_t cs1 = balanced(c_strips, part + 1, parts, input_work);
+        const auto share = [&](std::int64_t features, int at) {
+            return smaller(padded(features) / CHUNK * at / parts * CHUNK, features);
+        };
+        const std::int64_t x0 = share(up.in, part), x1 = share(up.in, part + 1);
+        const std::int64_t y0 = share(down.out, part), y1 = share(down.out, part + 1);
+        float* strips = scratch + 2 * x_size + dy_size + (m.gated ? 2 : 1) * h_size + part * per_thread;
+        for (std::int64_t at = 0, t = 0; at < up.tokens; at += width, t++) {
+            const std::int64_t n = smaller(width, up.tokens - at);
+            // Two input tiles in turn: others may still read the last one.
+            float* x_tile = scratch + (parts > 1 ? t % 2 : 0) * x_size;
+            if (x1 > x0) pack<V>(x + at * up.in + x0, up.in, n, x1 - x0, x_tile + x0 * width);
+            if (y1 > y0) pack<V>(dy + at * down.out + y0, down.out, n, y1 - y0, dy_tile + y0 * width);
+#pragma omp barrier
+            for (std::int64_t s = hs0; s < hs1; s++)
+                hidden_backward<V>(m, rows, columns, f, s * hs, (s + 1) * hs, x_tile, dy_tile, hidden, gates, strips,
+                                   t == 0);
+#pragma omp barrier
+            for (std::int64_t s = cs0; s < cs1; s++)
+                input_backward<V>(m, columns, s * cs, smaller((s + 1) * cs, up.grid_cols()), x_tile, hidden, gates,
+                                  strips, dx + at * up.in, n, t == 0);
+        }
+        stream_fence();
+    }
+}
+
+template <class Rows, class Columns>
+void mlp_as(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<Columns>& columns, float* scratch, int vectors,
+            std::int64_t per_thread, int threads, bool backward) {
+    const auto tiles = [&](auto element, auto v) {
+        if (backward)
+            mlp_backward_tiles<v, decltype(element)>(m, rows, columns, scratch, per_thread, threads);
+        else
+            mlp_forward_tiles<v, decltype(element)>(m, rows, scratch, per_thread, threads);
+    };
+    const auto of = [&](auto element) {
+        if (vectors == 4)
+            tiles(element, std::integral_constant<int, 4>());
+        else if (vectors == 2)
+            tiles(element, std::integral_constant<int, 2>());
+        else
+            tiles(element, std::integral_constant<int, 1>());
+    };
+    m.up.bfloat16 ? of(BFloat16{}) : of(float{});
+}
+
+// Indices are 32 bits wide and columns 16: what an MLP of fewer than 65,536 features has.
+inline void mlp(const Mlp& m, bool backward) {
+    using Column = std::uint16_t;
+    using Index = std::int32_t;
+    const Problem &up = m.up, &down = m.down, &gate = m.gated ? m.gate : m.up;
+    const Problem* weights[] = {&up, &down, &gate};
+    const int count = m.gated ? 3 : 2;
+    if (up.tokens == 0) {
+        if (!backward) return;
+        for (int i = 0; i < count; i++) {
+            const Problem& w = *weights[i];
+            std::fill_n(w.dvalues, w.count * w.unit_out * w.unit_in, 0.0f);
+            if (w.dbias) std::fill_n(w.dbias, w.out, 0.0f);
+        }
+        return;
+    }
+    const bool blocks = up.blocks();
+    const std::int64_t hidden = (m.gated ? 2 : 1) * padded(up.out);
+    // What is gathered from at a time: the input (and dY), then the hidden layer.
+    const std::int64_t features = larger(padded(up.in) + (backward ? padded(down.out) : 0), hidden);
+    const int vectors = tile_vectors(features, up.tokens, static_cast<int>(smaller(4, blocks ? MOST_BLOCK_VECTORS : MOST_VECTORS)));
+    const std::int64_t width = vectors * LANES;
+    const std::int64_t strip = backward ? larger(4 * hidden_strip(m), 2 * padded(larger(CHUNK, up.unit_in)))
+                                        : padded(up.in) + hidden + padded(larger(CHUNK, down.unit_out));
+    const std::int64_t steps = backward ? smaller(up.out / hidden_strip(m), up.in) : (up.tokens + width - 1) / width;
+    const int threads = static_cast<int>(larger(1, smaller(up.threads, steps)));
+    const std::int64_t shared = backward ? (2 * padded(up.in) + padded(down.out) + hidden) * width : 0;
+    const std::int64_t per_thread = strip * width;
+    std::int64_t copied = 0;
+    if (!blocks)
+        for (int i = 0; i < count; i++) copied += padded(weights[i]->count) + padded(weights[i]->out);
+    float* scratch = sparsae::workspace(shared + threads * per_thread + copied);
+    if (blocks) {
+        const auto rows = [&](const Problem& w) {
+            return BlockRows<Column>{w.row_ptr, static_cast<const Column*>(w.columns), w.source, w.values, w.bias,
+                                     w.unit_out, w.unit_in};
+        };
+        const auto columns = [&](const Problem& w) {
+            return BlockColumns<Index>{w.col_ptr, static_cast<const Index*>(w.indices), w.values, w.grid_rows(), w.unit_out,
+                                       w.unit_in};
+        };
+        return mlp_as(m, MlpRows<BlockRows<Column>>{rows(up), rows(gate), rows(down)},
+                      MlpColumns<BlockColumns<Index>>{columns(up), columns(gate), columns(down)}, scratch, vectors,
+                      per_thread, threads, backward);
+    }
+    float* free = scratch + shared + threads * per_thread;
+    float* ordered[3] = {};
+    for (int i = 0; i < count; i++) {
+        // Backward reads the rows of the hidden layer's weights only.
+        if (backward && weights[i] == &down) continue;
+        const Problem& w = *weights[i];
+        ordered[i] = free;
+        free += padded(w.count) + padded(w.out);
+        into_row_order<Index>(w, ordered[i], reinterpret_cast<std::int32_t*>(ordered[i] + padded(w.count)));
+    }
+    const auto rows = [&](const Problem& w, const float* values) {
+        return WeightRows<Column>{w.row_ptr, static_cast<const Column*>(w.columns), values, w.bias};
+    };
+    const auto columns = [&](const Problem& w) {
+        return WeightColumns<Index>{w.col_ptr, static_cast<const Index*>(w.indices), w.values, w.grid_rows()};
+    };
+    mlp_as(m, MlpRows<WeightRows<Column>>{rows(up, ordered[0]), rows(gate, ordered[2]), rows(down, ordered[1])},
+           MlpColumns<WeightColumns<Index>>{columns(up), columns(gate), columns(down)}, scratch, vectors, per_thread,
+           threads, backward);
+}
+
+inline void mlp_forward(const Mlp& m) { mlp(m, false); }
+inline void mlp_backward(const Mlp& m) { mlp(m, true); }
+
+}  // namespace SPARSAE_ISA

@@ -1,0 +1,169 @@
+"""A whole sparse MLP as one differentiable operator: up, activation (gated or not) and down, by the native kernels.
+
+    Y = f(X Wu^T + bu) Wd^T + bd        or        Y = (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd
+
+The hidden layer is never stored: backward computes it again, tile by tile. Only where a probe wants gradients at other
+units of these weights (kernels/probe.py) is backward composed of the single layers' operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsae.kernels import native
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.function import sparse_linear_backward
+from sparsae.kernels.probe import open_probe
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+# (gradient of f(z), z) to the gradient of z: autograd does not look into an operator.
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu_tanh": lambda df, z: torch.ops.aten.gelu_backward(df, z, approximate="tanh"),
+    "gelu": torch.ops.aten.gelu_backward,
+    "relu": lambda df, z: torch.ops.aten.threshold_backward(df, z, 0),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+@torch.library.custom_op("sparsae::mlp", mutates_args=())
+def sparse_mlp(
+    x: Tensor,
+    values: list[Tensor],
+    biases: list[Tensor],
+    structures: list[Tensor],
+    hidden_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    """x: (..., in) float32 or bfloat16 to (..., out). Lists go by weight: up, down and, where gated, gate.
+
+    values: in x's dtype. biases: (0,) for none. structures: for each weight its indices and the four of `native.Index`.
+    """
+    x_TI = x.reshape(-1, x.shape[-1])
+    weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
+    return native.mlp_forward(weights, x_TI, activation).view(*x.shape[:-1], out_features)
+
+
+@sparse_mlp.register_fake
+def _(
+    x: Tensor,
+    values: list[Tensor],
+    biases: list[Tensor],
+    structures: list[Tensor],
+    hidden_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("sparsae::mlp_backward", mutates_args=())
+def sparse_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: list[Tensor],
+    biases: list[Tensor],
+    structures: list[Tensor],
+    hidden_features: int,
+    out_features: int,
+    activation: str,
+) -> list[Tensor]:
+    """dX, then the gradients of the values, then of the biases ((0,) for none)."""
+    dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, x.shape[-1])
+    weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
+    if any(open_probe(weight.layout.indices) is not None for weight in weights):
+        gradients = composed_backward(weights, dy_TO, x_TI, activation)
+    else:
+        gradients = native.mlp_backward(weights, dy_TO, x_TI, activation)
+    if biases[1].numel():
+        gradients.biases[1] = dy_TO.sum(0)
+    return [
+        gradients.x.view(x.shape),
+        *(gradient.to(v.dtype) for gradient, v in zip(gradients.values, values, strict=True)),
+        *(b.new_empty(0) if g is None else g.to(b.dtype) for g, b in zip(gradients.biases, biases, strict=True)),
+    ]
+
+
+@sparse_mlp_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    values: list[Tensor],
+    biases: list[Tensor],
+    structures: list[Tensor],
+    hidden_features: int,
+    out_features: int,
+    activation: str,
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (x, *values, *biases)]
+
+
+def composed_backward(
+    weights: Sequence[native.Weight], dy_TO: Tensor, x_TI: Tensor, activation: str
+) -> native.MlpGradients:
+    """As `native.mlp_backward`, from the single layers' operators, whose probes are answered."""
+    up, down, *gate = weights
+    z_up = _product(up, x_TI)
+    if not gate:
+        dhidden, ddown = _backward_of(down, dy_TO, ACTIVATIONS[activation](z_up))
+        dz = [_DERIVATIVES[activation](dhidden, z_up)]
+    else:
+        z_gate = _product(gate[0], x_TI)
+        factor = ACTIVATIONS[activation](z_gate)
+        dhidden, ddown = _backward_of(down, dy_TO, factor * z_up)
+        dz = [dhidden * factor, _DERIVATIVES[activation](dhidden * z_up, z_gate)]
+    parts = [_backward_of(weight, d, x_TI) for weight, d in zip((up, *gate), dz, strict=True)]
+    dx = parts[0][0] if not gate else parts[0][0] + parts[1][0]
+    sums = [None if w.bias is None else d.sum(0) for w, d in zip((up, *gate), dz, strict=True)]
+    return native.MlpGradients(dx, [parts[0][1], ddown, *(p[1] for p in parts[1:])], [sums[0], None, *sums[1:]])
+
+
+def _product(weight: native.Weight, x_TI: Tensor) -> Tensor:
+    return native.forward(weight.values, weight.layout, native.Index(*weight.layout.derived), x_TI, weight.bias)
+
+
+def _backward_of(weight: native.Weight, dy_TO: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    layout = weight.layout
+    return sparse_linear_backward(
+        dy_TO, x_TI, weight.values, layout.indices, layout.derived, *layout.shape, "cpu", True, True
+    )
+
+
+def _weights(
+    values: list[Tensor], biases: list[Tensor], structures: list[Tensor], in_features: int, hidden: int, out: int
+) -> list[native.Weight]:
+    shapes = [(hidden, in_features), (out, hidden), (hidden, in_features)]
+    weights = []
+    for number, (value, bias) in enumerate(zip(values, biases, strict=True)):
+        indices, *derived = structures[5 * number : 5 * number + 5]
+        unit = (1, 1) if value.dim() == 1 else (value.shape[1], value.shape[2])
+        layout = Layout(shapes[number], unit, indices, derived)
+        weights.append(native.Weight(value.float().contiguous(), bias.float() if bias.numel() else None, layout))
+    return weights
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, biases, structures, *ctx.settings = inputs
+    ctx.count = len(values)
+    ctx.save_for_backward(x, *values, *biases, *structures)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    values, biases, structures = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
+    dx, *gradients = torch.ops.sparsae.mlp_backward(dy, x, values, biases, structures, *ctx.settings)
+    dbiases = [g if b.numel() else None for g, b in zip(gradients[ctx.count :], biases, strict=True)]
+    return dx, gradients[: ctx.count], dbiases, [None] * len(structures), None, None, None
+
+
+sparse_mlp.register_autograd(_backward, setup_context=_setup_context)

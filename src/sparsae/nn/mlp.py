@@ -1,0 +1,109 @@
+"""The MLPs of GPT-2 and Llama over sparse layers: one fused operator where the native kernels serve them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from sparsae.kernels import breakeven, native
+from sparsae.kernels.cpu import is_native
+from sparsae.kernels.mlp import sparse_mlp
+from sparsae.nn.linear import SparseLinear
+
+# Of transformers' MLP classes: the names of the layers up, down and gate, and of the activation.
+_LAYERS = {
+    "GPT2MLP": (("c_fc", "c_proj"), "act"),
+    "LlamaMLP": (("up_proj", "down_proj", "gate_proj"), "act_fn"),
+}
+_ACTIVATIONS = {
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+class FusedMLP(nn.Module):
+    """Stands for a GPT-2 or Llama MLP whose layers are sparse; they keep their names, and so does everything saved.
+
+    Where the fused operator cannot serve (another backend, layers of different units) or would not pay (a token or two,
+    many weights) the module that it stands for computes, with the same layers.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        """Takes over the layers of `original`, an MLP that `recognized` says yes to."""
+        super().__init__()
+        self._names, self._activation = _LAYERS[type(original).__name__]
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        # In a tuple, so that its parameters are not counted twice.
+        self._original = (original,)
+
+    @property
+    def original(self) -> nn.Module:
+        """The module that this one stands for, with the layers as they are now."""
+        (original,) = self._original
+        for name, child in self.named_children():
+            setattr(original, name, child)
+        return original
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) to (..., out)."""
+        layers: list[Any] = [self._modules[name] for name in self._names]
+        activation = _kernel_of(self._modules[self._activation])
+        if activation is None or not self._fuses(layers, x):
+            return self.original(x)
+        values = [layer.values for layer in layers]
+        biases = [layer.values.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values, biases = x.to(dtype), [v.to(dtype) for v in values], [b.to(dtype) for b in biases]
+        structures = [tensor for layer in layers for tensor in (layer.indices, *layer.derived_indices)]
+        up, down = layers[:2]
+        y = sparse_mlp(x, values, biases, structures, up.out_features, down.out_features, activation)
+        dropout = self._modules.get("dropout")
+        return y if dropout is None else dropout(y)
+
+    def _fuses(self, layers: list[Any], x: Tensor) -> bool:
+        # A hook wants to see what goes through; for a token or two the single layers are faster.
+        if x.numel() <= 2 * x.shape[-1] or any(type(layer) is not SparseLinear for layer in layers):
+            return False
+        if any(map(hooked, (*layers, self._modules[self._activation], *self._original))):
+            return False
+        # The operator computes all gradients.
+        if torch.is_grad_enabled() and not all(layer.values.requires_grad for layer in layers):
+            return False
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if any(layer.kernel != "cpu" for layer in layers) or not is_native(dtype):
+            return False
+        layouts = [layer.layout for layer in layers]
+        return native.mlp_refusal(layouts) is None and breakeven.fusing_pays(layouts)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anybody listens to what goes through this module, or through every module."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or bool(_has_any_global_hook())
+
+
+def _kernel_of(activation: nn.Module | None) -> str | None:
+    """The kernels' name of an activation; None for one that they do not know."""
+    if type(activation) is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    return _ACTIVATIONS.get(type(activation).__name__)
+
+
+def recognized(module: nn.Module) -> bool:
+    """Whether this is an MLP of transformers with sparse layers and an activation that the kernels know."""
+    name = type(module).__name__
+    if name not in _LAYERS or not type(module).__module__.startswith("transformers."):
+        return False
+    layers, activation = _LAYERS[name]
+    return _kernel_of(getattr(module, activation)) is not None and all(
+        isinstance(getattr(module, layer), SparseLinear) for layer in layers
+    )

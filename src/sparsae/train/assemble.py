@@ -1,0 +1,91 @@
+"""The objects of a run, put together: what `run` and the benchmarks train with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.schema import Config, TrainingConfig
+from sparsae.data.batches import Batches
+from sparsae.distill import Teacher
+from sparsae.nn.linear import sparse_layers
+from sparsae.optim import AdamW, parameter_groups
+from sparsae.rules import build_rule
+from sparsae.train.build import head_layouts
+from sparsae.train.costs import RunCosts
+from sparsae.train.loop import Trainer
+from sparsae.train.micro_batch import MicroBatches
+from sparsae.train.progress import Display
+from sparsae.train.rundir import MetricsWriter
+from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.trackers import Trackers
+
+
+def optimizer_of(model: nn.Module, settings: TrainingConfig) -> AdamW:
+    """AdamW over the model's parameters, as the settings have it."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+
+
+def trainer_of(
+    config: Config,
+    model: nn.Module,
+    optimizer: AdamW,
+    batches: Batches,
+    validation: Tensor,
+    micro_tokens: Any,
+    metrics: MetricsWriter,
+    trackers: Trackers,
+    display: Display,
+    device: torch.device,
+) -> Trainer:
+    """The loop with the Sparsifier and the teacher that the configuration wants.
+
+    micro_tokens: the held-out tokens that score candidates.
+    """
+    sparsifier, teacher = None, None
+    micro: MicroBatches | None = None
+    rule = build_rule(config.topology)
+    if sparse_layers(model):
+        if rule.micro_batch:
+            micro = MicroBatches(micro_tokens, config.model.context, rule.micro_batch, config.seed, device)
+        sparsifier = Sparsifier(
+            model,
+            optimizer,
+            SparsifierConfig(
+                steps=config.training.steps,
+                topology=config.topology,
+                teacher=config.teacher,
+                accumulation=config.training.accumulation,
+                seed=config.seed,
+                min_density=config.sparsity.density_bounds[0],
+                max_density=config.sparsity.density_bounds[1],
+                head_min_density=config.sparsity.head_min_density,
+                sparsity=config.sparsity.sparsity if rule.prunes else None,
+                budget=config.sparsity.budget,
+            ),
+            score=(lambda step: trainer.score(step)) if micro else None,
+            study=(lambda: trainer.study()) if rule.micro_batch and rule.micro_batch.study else None,
+            heads=head_layouts(model, config),
+        )
+        teacher = sparsifier.teacher
+    elif config.teacher.enabled:
+        teacher = Teacher(model, config.teacher)
+    trainer = Trainer(
+        config,
+        model,
+        optimizer,
+        sparsifier,
+        teacher,
+        batches,
+        validation,
+        micro,
+        RunCosts(model, config, rule.micro_batch),
+        metrics,
+        trackers,
+        display,
+        device,
+    )
+    return trainer

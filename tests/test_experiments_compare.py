@@ -1,0 +1,262 @@
+"""Experiments from plan to results: matching, tuning, stopping at any moment and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.cli import main
+from sparsae.experiments.results import TIMING
+
+pytestmark = pytest.mark.slow
+SMALL = [
+    "data.tokenizer_vocab=300", "model.layers=2", "model.width=32", "model.heads=2", "model.context=32",
+    "training.batch_size=4", "training.log_every=5", "training.validation_sequences=4", "training.device=cpu",
+    "training.steps=24",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of every run: a tiny model on a few documents."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(30):
+        lines = [f"item {j} of list {i}: {'abc' * (j % 5)} has {j % 7} parts and {i % 3} colours" for j in range(60)]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    # Sums depend on the number of threads in their last bits, and workers share the machine's.
+    threads = "training.threads=1"
+    return [*SMALL, threads, f"data.source={folder}", f"data.cache={tmp_path_factory.mktemp('cache')}"]
+
+
+def without_timing(value: Any) -> Any:
+    """The part of results.json that a second experiment repeats."""
+    if isinstance(value, dict):
+        return {key: without_timing(inner) for key, inner in value.items() if key not in TIMING}
+    return [without_timing(inner) for inner in value] if isinstance(value, list) else value
+
+
+def results(out: Path) -> dict[str, Any]:
+    return without_timing(json.loads((out / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def arguments(settings: list[str]) -> list[str]:
+    """A comparison with everything in it: dense and sparse methods, tuning, two seeds."""
+    plan = "compare --methods dense,static,sparsae --seeds 2 --sparsities 0.9 --learning-rates 1e-3,4e-3"
+    return [*plan.split(), "--tuning-share", "0.5", *settings]
+
+
+@pytest.fixture(scope="module")
+def unbroken(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of that comparison, run without a stop."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert main([*arguments, "--out", str(out)]) == 0
+    return out
+
+
+def test_every_method_seed_and_sparsity_is_a_row(unbroken: Path) -> None:
+    found = results(unbroken)
+    keys = [(row["seed"], row["sparsity"], row["method"]) for row in found["rows"]]
+    assert keys == [(n, 0.9, m) for n in (0, 1) for m in ("dense", "static", "sparsae")]
+    assert found["complete"]
+    for row in found["rows"]:
+        assert row["validation_loss"] > 0
+        assert row["train_flops"] == sum(row["train_flops_by_part"].values())
+        assert row["state_bytes"] > 0
+        assert row["curve"][-1]["loss"] == row["validation_loss"]
+        assert row["accepted_updates"] == (0 if row["method"] != "sparsae" else row["updates"])
+
+
+def test_counted_flops_are_within_a_step_of_the_budget(unbroken: Path) -> None:
+    rows = results(unbroken)["rows"]
+    budgets = {row["sparsity"]: row["train_flops"] for row in rows if row["method"] == "static"}
+    for row in rows:
+        assert row["budget"] == budgets[row["sparsity"]]
+        assert abs(row["train_flops"] - row["budget"]) < row["train_flops"] / row["steps"]
+        assert row["budget_deviation"] == pytest.approx(row["train_flops"] / row["budget"] - 1)
+    steps = {row["method"]: row["steps"] for row in rows if row["sparsity"] == 0.9}
+    assert steps["static"] == 24
+    assert steps["dense"] < steps["sparsae"] < steps["static"]
+
+
+def test_each_method_tries_as_many_learning_rates_and_takes_the_best(unbroken: Path) -> None:
+    found = results(unbroken)
+    assert [(group["method"], group["sparsity"]) for group in found["tuning"]] == [
+        (method, 0.9) for method in ("dense", "static", "sparsae")
+    ]
+    for group in found["tuning"]:
+        assert [trial["learning_rate"] for trial in group["trials"]] == [1e-3, 4e-3]
+        best = min(group["trials"], key=lambda trial: trial["validation_loss"])
+        assert group["learning_rate"] == best["learning_rate"]
+        assert group["at_edge"]
+        assert group["train_flops"] == sum(trial["train_flops"] for trial in group["trials"])
+        mine = [r for r in found["rows"] if (r["method"], r["sparsity"]) == (group["method"], group["sparsity"])]
+        assert {row["learning_rate"] for row in mine} == {group["learning_rate"]}
+        # Half the budget is half the operations.
+        assert all(trial["train_flops"] < 0.6 * mine[0]["budget"] for trial in group["trials"])
+
+
+def test_seeds_pair_the_data(unbroken: Path) -> None:
+    """What the untrained model loses depends on the seed alone between methods of the same sparsity."""
+    first = {(r["method"], r["seed"], r["sparsity"]): r["curve"][0]["loss"] for r in results(unbroken)["rows"]}
+    assert first["static", 0, 0.9] == first["sparsae", 0, 0.9] != first["static", 1, 0.9]
+
+
+def kill_and_go_on(arguments: list[str], out: Path, number: int, after: Callable[[], bool]) -> None:
+    command = [sys.executable, "-m", "sparsae", *arguments, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not after() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert main([*arguments, "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "pattern"),
+    [
+        (signal.SIGTERM, "tuning/static-0.9-1000-lr0.001/metrics.jsonl"),
+        (signal.SIGKILL, "runs/sparsae-0.9-0/checkpoints/step-*/state.json"),
+    ],
+)
+def test_killed_and_started_again_it_ends_with_the_same_results(
+    arguments: list[str], unbroken: Path, tmp_path: Path, number: int, pattern: str
+) -> None:
+    out = tmp_path / "out"
+    kill_and_go_on(arguments, out, number, lambda: any(out.glob(pattern)))
+    assert results(out) == results(unbroken)
+
+
+def test_a_finished_comparison_runs_nothing_again(arguments: list[str], unbroken: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.glob("*/*/summary.json")}
+    assert main([*arguments, "--out", str(unbroken)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in unbroken.glob("*/*/summary.json")} == before
+
+
+def test_a_changed_plan_is_refused(arguments: list[str], unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--match", "steps", "--out", str(unbroken)]) == 2
+    message = capsys.readouterr().err.splitlines()
+    assert len(message) == 1
+    assert "match differ" in message[0]
+
+
+def test_the_page_stands_alone_and_tells_what_was_compared(unbroken: Path) -> None:
+    page = (unbroken / "report.html").read_text()
+    for section in ("results", "curves", "topology", "cost", "tuning", "settings", "reading"):
+        assert f'<section id="{section}"' in page
+    assert "edge of the grid" in page
+    assert "static" in page
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
+    assert "<script" not in page
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_report_writes_the_page_again(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (unbroken / "report.html").read_text()
+    (unbroken / "report.html").unlink()
+    assert main(["report", str(unbroken)]) == 0
+    assert capsys.readouterr().out.strip() == str(unbroken / "report.html")
+    assert (unbroken / "report.html").read_text() == before
+
+
+def test_the_tables_have_every_method_at_every_sparsity(unbroken: Path) -> None:
+    markdown, latex = (unbroken / "table.md").read_text(), (unbroken / "table.tex").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("| 90 %")]
+    assert len(rows) == 3
+    assert latex.count(r"\\") == 4
+    assert all(part in latex for part in (r"\toprule", r"\bottomrule", r"90 \%"))
+
+
+def test_killed_workers_save_and_the_results_are_the_same(arguments: list[str], unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    jobs = [*arguments, "--jobs", "2"]
+    kill_and_go_on(jobs, out, signal.SIGKILL, lambda: any(out.glob("tuning/sparsae-*/metrics.jsonl")))
+    assert results(out) == results(unbroken)
+
+
+def test_a_run_that_diverges_is_a_trial_that_failed(settings: list[str], tmp_path: Path) -> None:
+    plan = [
+        "compare",
+        "--methods",
+        "static",
+        "--seeds",
+        "1",
+        "--learning-rates",
+        "1e-3,1e30",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main([*plan, *settings, "training.clip=null"]) == 0
+    found = results(tmp_path / "o")
+    good, bad = found["tuning"][0]["trials"]
+    assert (good["diverged"], bad["diverged"]) == (False, True)
+    assert bad["train_flops"] > 0
+    assert found["rows"][0]["learning_rate"] == 1e-3
+    assert found["conclusions"] == [{"sparsity": 0.9, "winner": None}]
+
+
+WRONG = {
+    "nothing to compare": ([], "name at least one of"),
+    "an unknown method": (["--methods", "statik"], "did you mean static"),
+    "a method twice": (["--methods", "static,static"], "given twice"),
+    "no number": (["--methods", "static", "--sparsities", "0.9,high"], "--sparsities: must be numbers"),
+    "sparsity 1": (["--methods", "static", "--sparsities", "1"], "must be below 1"),
+    "an unknown match": (["--methods", "static", "--match", "time"], "'flops', 'tokens' or 'steps'"),
+    "an absent reference": (["--methods", "static", "--reference", "dense"], "'dense' is not compared"),
+    "a grid of one": (["--methods", "static", "--learning-rates", "1e-3"], "one learning rate is no grid"),
+    "an unknown setting": (["--methods", "static", "training.stepz=3"], "did you mean"),
+    "a setting of another rule": (["--methods", "static", "topology.every=3"], "topology.every"),
+    "a seed among the settings": (["--methods", "static", "seed=3"], "leave out seed"),
+    "a budget below a step": (["--methods", "static", "--budget", "1"], "raise --budget"),
+    "two plans": (["a.yaml", "b.yaml"], "two plans"),
+    "no such plan": (["a.yaml"], "cannot read"),
+    "both ways to run": (["--methods", "static", "--jobs", "2", "--ray", "auto"], "give one of them"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_plan_gives_one_line_and_writes_nothing(
+    name: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, expected = WRONG[name]
+    assert main(["compare", *options, "--out", "out", *(settings if options[:1] != ["a.yaml"] else [])]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparsae: error")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_in_a_file(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Variants with settings and a match of their own; the command line wins over the file."""
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "methods: [static]\nseeds: [5]\nmatch: tokens\nsparsities: [0.8]\n"
+        "variants:\n  one: {method: sparsae, settings: {topology: {candidates: 1}}}\n"
+        "  small: {method: dense_small, match: flops}\n"
+    )
+    out = tmp_path / "out"
+    assert main(["compare", str(plan), "--sparsities", "0.9", "--out", str(out), *settings]) == 0
+    rows = {row["method"]: row for row in results(out)["rows"]}
+    assert [(r["seed"], r["sparsity"]) for r in rows.values()] == [(5, 0.9)] * 3
+    assert rows["one"]["steps"] == rows["static"]["steps"] == 24
+    assert rows["small"]["match"] == "flops"
+    assert rows["small"]["train_flops"] == pytest.approx(rows["static"]["train_flops"], rel=0.05)
+    assert rows["small"]["parameters"] == pytest.approx(rows["static"]["parameters"], rel=0.2)
+    assert "topology.candidates" in (out / "report.html").read_text()

@@ -1,0 +1,60 @@
+"""What goes wrong around the runs of an experiment must not pass for results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.config.load import dump
+from sparsae.errors import InputError
+from sparsae.experiments import execution
+from sparsae.experiments.matching import with_steps
+from sparsae.experiments.plan import Plan
+from sparsae.experiments.units import check_same
+
+
+class Quiet:
+    """A board that shows nothing."""
+
+    def begin(self, unit: Any) -> None: ...
+
+    def end(self, unit: Any) -> None: ...
+
+
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def to_json(self, out: Path) -> str:
+        return json.dumps({"name": self.name})
+
+
+class Idle:
+    """A worker process that answers at once."""
+
+    def poll(self) -> int:
+        return 0
+
+
+def test_a_full_disk_while_workers_run_ends_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(execution, "_worker", lambda *_: Idle())
+    monkeypatch.setattr(execution, "_ask", lambda *_: {"finished": True})
+
+    def ended(unit: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    workers = execution.Workers(2, 0)
+    with pytest.raises(OSError, match="No space left"):
+        workers.run([Named(f"unit {k}") for k in range(6)], tmp_path, Quiet(), ended)  # type: ignore[arg-type, list-item]
+
+
+def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:
+    config = Plan(methods=["static"], preset="tiny").config("static", 0.9, 0)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "summary.json").write_text(json.dumps({"finished": True}))
+    check_same(tmp_path, config)
+    with pytest.raises(InputError, match="other settings"):
+        check_same(tmp_path, with_steps(config, 7))

@@ -1,0 +1,149 @@
+"""Intervals and tests against numbers worked by hand and against scipy's own; what must not be said of few seeds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from sparsae.experiments.statistics import (
+    Equivalent,
+    equivalent_tokens,
+    holm,
+    mean_interval,
+    paired_difference,
+    winner,
+)
+from sparsae.experiments.summary import conclusions, summarize
+
+losses = st.floats(0.5, 10.0, allow_nan=False).map(lambda x: round(x, 4))
+
+
+def test_the_interval_of_three_values_by_hand() -> None:
+    # 1, 2, 3: mean 2, s = 1, s / sqrt(3) = 0.57735, t(2) at 97.5 % = 4.30265.
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert (interval.n, interval.mean) == (3, 2.0)
+    assert interval.high == pytest.approx(2 + 4.30265273 * 0.57735027)
+    assert interval.low == pytest.approx(2 - 4.30265273 * 0.57735027)
+
+
+def test_one_value_has_no_interval() -> None:
+    interval = mean_interval([1.5])
+    assert (interval.mean, interval.low, interval.high) == (1.5, None, None)
+    assert not interval.excludes_zero
+
+
+def test_the_paired_test_by_hand() -> None:
+    # Differences -1, -2, -3: t = -2 / (1 / sqrt(3)) = -3.4641, two-sided p with 2 degrees of freedom = 0.0742.
+    difference = paired_difference({1: 4.0, 2: 3.0, 3: 2.0}, {1: 5.0, 2: 5.0, 3: 5.0, 4: 9.0})
+    assert difference is not None
+    assert difference.t == pytest.approx(-math.sqrt(12))
+    assert difference.p == pytest.approx(0.0741799, abs=1e-6)
+    assert difference.verdict == "undecided"  # a mean of -2 with an interval of -4.48 to 0.48
+
+
+@given(st.lists(st.tuples(losses, losses), min_size=2, max_size=8))
+def test_intervals_and_tests_are_those_of_scipy(pairs: list[tuple[float, float]]) -> None:
+    a, b = (np.array(side) for side in zip(*pairs, strict=True))
+    assume(np.ptp(a - b) > 1e-6)
+    difference = paired_difference(dict(enumerate(a)), dict(enumerate(b)))
+    expected = stats.ttest_rel(a, b)
+    bounds = expected.confidence_interval(0.95)
+    assert difference is not None
+    assert difference.t == pytest.approx(expected.statistic, rel=1e-6, abs=1e-9)
+    assert difference.p == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
+    assert (difference.interval.low, difference.interval.high) == pytest.approx((bounds.low, bounds.high), abs=1e-9)
+    assert (difference.verdict == "undecided") == (bounds.low <= 0 <= bounds.high)
+
+
+def test_equal_differences_leave_no_doubt() -> None:
+    same = paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    less = paired_difference({0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5})
+    assert same is not None
+    assert less is not None
+    assert (same.p, same.verdict) == (1.0, "undecided")
+    assert (less.p, less.verdict) == (0.0, "better")
+
+
+def test_without_a_shared_seed_nothing_is_paired() -> None:
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_holm_by_hand() -> None:
+    # Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, 0.04, the last raised to the one before it.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([]) == []
+
+
+class TestWinner:
+    def test_is_better_than_every_other(self) -> None:
+        runs = {"a": {0: 1.0, 1: 1.1, 2: 1.2}, "b": {0: 2.0, 1: 2.1, 2: 2.2}, "c": {0: 3.0, 1: 3.2, 2: 3.1}}
+        assert winner(runs) == "a"
+
+    def test_there_is_none_where_the_interval_crosses_zero(self) -> None:
+        runs = {"a": {0: 1.0, 1: 1.1, 2: 1.2}, "b": {0: 1.9, 1: 1.0, 2: 1.4}}
+        assert np.mean(list(runs["a"].values())) < np.mean(list(runs["b"].values()))
+        assert winner(runs) is None
+
+    def test_there_is_none_with_one_seed(self) -> None:
+        assert winner({"a": {0: 1.0}, "b": {0: 9.0}}) is None
+
+    def test_there_is_none_without_a_rival(self) -> None:
+        assert winner({"a": {0: 1.0, 1: 1.0}}) is None
+
+
+class TestEquivalentTokens:
+    # A curve that falls as a power law exactly: 2 + 3 (tokens / 1000)^-0.5.
+    curve = tuple((t * 100.0, 2 + 3 * (t / 10) ** -0.5) for t in range(1, 11))
+
+    def test_the_same_loss_needs_the_same_tokens(self) -> None:
+        assert equivalent_tokens(self.curve, 0.0).ratio == pytest.approx(1.0)
+
+    def test_a_lower_loss_needs_what_the_power_law_says(self) -> None:
+        # 2 + 3 r^-0.5 = 4 at r = 2.25.
+        found = equivalent_tokens(self.curve, -1.0)
+        assert found.how == "power law"
+        assert found.ratio == pytest.approx(2.25, rel=0.05)
+
+    def test_a_higher_loss_lies_on_the_curve(self) -> None:
+        # At half the tokens the loss is 2 + 3 sqrt(2).
+        found = equivalent_tokens(self.curve, 3 * math.sqrt(2) - 3)
+        assert found.how == "interpolation"
+        assert found.ratio == pytest.approx(0.5)
+
+    def test_nothing_is_said_of_what_the_curve_cannot_tell(self) -> None:
+        assert equivalent_tokens(self.curve, -3.5).ratio is None  # below the asymptote
+        assert equivalent_tokens(self.curve, -2.5).ratio is None  # 36 times the tokens
+        assert equivalent_tokens(self.curve, 50.0).ratio is None  # above the first validation
+        assert equivalent_tokens(self.curve[-3:], -0.1) == Equivalent(
+            None, "fewer than five validations of the reference"
+        )
+        rising = [(t, -loss) for t, loss in self.curve]
+        assert equivalent_tokens([(t, 9 + loss) for t, loss in rising], -0.1).ratio is None
+
+
+def row(method: str, seed: int, loss: float, diverged: bool = False) -> dict[str, object]:
+    counts = dict.fromkeys(
+        ("train_flops", "tokens", "steps", "seconds", "parameters", "state_bytes", "accepted_updates", "updates"), 1.0
+    )
+    return {
+        "method": method, "seed": seed, "sparsity": 0.9, "learning_rate": 1e-3, "diverged": diverged,
+        "validation_loss": None if diverged else loss, "curve": [], **counts,
+    }  # fmt: skip
+
+
+def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
+    rows = [row("static", n, 3.0 + n) for n in range(3)] + [row("set", n, 2.0 + n + 0.1 * n) for n in range(3)]
+    rows += [row("rigl", 0, 1.0), row("rigl", 1, 2.0), row("rigl", 2, 0.0, diverged=True)]
+    static, changed, partial = summarize(rows, "static")
+    assert (static["verdict"], static["difference"]) == ("reference", None)
+    assert changed["difference"]["mean"] == pytest.approx(-0.9)
+    assert changed["verdict"] == "better"
+    assert partial["diverged"] == 1
+    assert partial["difference"]["n"] == 2
+    assert partial["difference"]["mean"] == pytest.approx(-2.0)
+    assert conclusions(rows) == [{"sparsity": 0.9, "winner": None}]  # the better one diverged once

@@ -1,0 +1,67 @@
+"""Installing where there is no C++ compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+INSTALLED_FROM = ["pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "src"]
+BUILDERS = ["cmake", "ninja"]
+
+CHOOSE = """
+import torch
+from sparsae.core.randomness import generator
+from sparsae.core.topology import Topology
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.registry import choose_backend
+for size in (64, 96):
+    topology = Topology.random((size, size), size, generator(0, "install"))
+    print(choose_backend("auto", Layout(topology.shape, topology.unit, topology.indices), torch.float32).name)
+"""
+
+
+@pytest.mark.slow
+def test_without_a_compiler(tmp_path: Path) -> None:
+    missing = [tool for tool in BUILDERS if shutil.which(tool) is None]
+    missing += [module for module in ("pip", "scikit_build_core") if importlib.util.find_spec(module) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    checkout, tools, site = tmp_path / "checkout", tmp_path / "tools", tmp_path / "site"
+    checkout.mkdir()
+    tools.mkdir()
+    for name in INSTALLED_FROM:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("_native.*", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, checkout / name)
+    for tool in BUILDERS:
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    # Nothing but the build tools on the path.
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "PYTHONPATH")}
+    environment["PATH"] = str(tools)
+    offline = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    install = [sys.executable, "-m", "pip", "install", "--verbose", *offline, "--target", site, checkout]
+    installed = subprocess.run(install, env=environment, capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    assert (installed.stdout + installed.stderr).count("no C++ compiler") == 1
+    kernels = site / "sparsae" / "kernels"
+    assert (kernels / "native.py").exists()
+    assert not (kernels / "_native.so").exists()
+    assert not (kernels / "csrc").exists()
+
+    # Without `site` no .pth file puts the checkout that is tested before the installation.
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    environment["PYTHONPATH"] = os.pathsep.join([str(site), *libraries])
+    used = subprocess.run([sys.executable, "-S", "-c", CHOOSE], env=environment, capture_output=True, text=True)
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.split() == ["reference", "reference"]
+    warnings = [line for line in used.stderr.splitlines() if "native kernels were not compiled" in line]
+    assert len(warnings) == 1
+    assert used.stderr.splitlines() == warnings
