@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-# torch.compile imports setuptools when it first compiles C++, and that replaces distutils: under warnings that are errors,
-# and after others have imported distutils, it fails. Imported here it is there already.
+# torch.compile imports setuptools when it first compiles C++, and that replaces distutils: with warnings as errors, and
+# after others have imported distutils, it fails. Imported here it is there already.
 with contextlib.suppress(ImportError), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import setuptools  # noqa: F401
