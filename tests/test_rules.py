@@ -21,6 +21,7 @@ from sparsae.nn.linear import SparseLinear
 from sparsae.rules import RULES, build_rule
 from sparsae.rules.base import Candidate, LayerView, Observation, Score, head_counts, head_densities
 from sparsae.rules.evolution import Evolution, EvolutionState
+from sparsae.rules.parts import keeps_bounds
 from sparsae.rules.proposers import PROPOSERS, Temperatures, reset
 from sparsae.rules.proxy import Running, combine, diversity, known_gradient_norm
 from sparsae.surgery import Swap, plan
@@ -155,11 +156,13 @@ def test_head_floors_reject() -> None:
     assert head_counts(topology, heads).tolist() == [4, 4, 4, 4]
     assert head_densities(topology, heads).tolist() == [0.5] * 4
     view = LayerView(topology, torch.ones(16), (1, 32), heads=heads, head_floor=4)
-    assert view.keeps_bounds(topology)
+    assert view.keeps_floor(topology)
     moved, _ = topology.replace(topology.indices[:1], torch.tensor([17]))
     assert head_counts(moved, heads).tolist() == [4 - 1 + 1, 4, 4, 4]
     moved, _ = topology.replace(topology.indices[:1], torch.tensor([18]))
-    assert not view.keeps_bounds(moved)
+    assert not view.keeps_floor(moved)
+    assert not keeps_bounds({"layer": view}, Swap({"layer": topology.indices[:1]}, {"layer": torch.tensor([18])}))
+    assert keeps_bounds({"layer": view}, Swap({"layer": topology.indices[:1]}, {"layer": torch.tensor([17])}))
 
 
 def score(cross_entropy: float, spread: float = 0.0, active: float = 0.0) -> Score:

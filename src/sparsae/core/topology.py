@@ -135,23 +135,27 @@ class Topology:
         grown unit: (count,) int64. Raises ValueError where a dropped unit is not active, a grown one is, or one is
         repeated.
         """
+        # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
         grow = grow.to(self.indices.device, self.indices.dtype).sort().values
-        if grow.numel() and (bool(self.contains(grow).any()) or bool((grow[1:] == grow[:-1]).any())):
+        before = torch.searchsorted(self.indices, grow)  # active units below each grown one
+        clash = bool((self.indices[before.clamp(max=self.count - 1)] == grow).any()) if self.count else False
+        if clash or bool((grow[1:] == grow[:-1]).any()):
             raise ValueError("a grown unit is already active or given twice")
         keep = torch.ones(self.count, dtype=torch.bool, device=self.indices.device)
-        # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
         keep[self.positions(drop.sort().values)] = False
         kept_at = keep.nonzero().squeeze(1)
         if self.count - kept_at.numel() != drop.numel():
             raise ValueError("a dropped unit is given twice")
-        kept = self.indices[kept_at]
-        # Two sorted lists are merged by each element's rank in the other.
-        at_kept = torch.arange(kept.numel(), device=kept.device) + torch.searchsorted(grow, kept)
-        at_grown = torch.arange(grow.numel(), device=kept.device) + torch.searchsorted(kept, grow)
-        indices = torch.empty(kept.numel() + grow.numel(), dtype=self.indices.dtype, device=kept.device)
-        indices[at_kept] = kept
+        # A grown unit stands where as many kept and grown ones come before it; the kept ones fill the other places.
+        kept_before = torch.cat([before.new_zeros(1), keep.cumsum(0)])
+        at_grown = kept_before[before] + torch.arange(grow.numel(), device=grow.device)
+        is_kept = torch.ones(kept_at.numel() + grow.numel(), dtype=torch.bool, device=grow.device)
+        is_kept[at_grown] = False
+        at_kept = is_kept.nonzero().squeeze(1)
+        indices = torch.empty(is_kept.numel(), dtype=self.indices.dtype, device=grow.device)
+        indices[at_kept] = self.indices[kept_at]
         indices[at_grown] = grow
-        source = torch.full((indices.numel(),), -1, dtype=torch.int64, device=kept.device)
+        source = torch.full((indices.numel(),), -1, dtype=torch.int64, device=grow.device)
         source[at_kept] = kept_at
         return Topology(self.shape, indices, self.unit), source
 

@@ -55,10 +55,12 @@ class LayerView:
         """(count,) |w| of each unit, the L2 norm of a block."""
         return unit_magnitude(self.values)
 
-    def keeps_bounds(self, topology: Topology) -> bool:
-        """Whether a new topology of this layer stays inside its bounds and above its heads' floor."""
-        if not self.bounds[0] <= topology.count <= self.bounds[1]:
-            return False
+    def holds(self, count: int) -> bool:
+        """Whether so many active units are inside this layer's bounds."""
+        return self.bounds[0] <= count <= self.bounds[1]
+
+    def keeps_floor(self, topology: Topology) -> bool:
+        """Whether a new topology of this layer leaves every attention head its floor."""
         if self.heads is None or not self.head_floor:
             return True
         return int(head_counts(topology, self.heads).min()) >= self.head_floor

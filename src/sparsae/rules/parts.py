@@ -129,10 +129,13 @@ def candidate(observation: Observation, name: str, drop: Mapping[str, Tensor], g
 
 def keeps_bounds(views: Mapping[str, LayerView], swap: Swap) -> bool:
     """Whether every touched layer stays inside its bounds and above its heads' floors after a swap."""
-    for name in swap.count_changes():
-        view = views[name]
-        empty = view.topology.indices[:0]
-        after, _ = view.topology.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
-        if not view.keeps_bounds(after):
+    for name, change in swap.count_changes().items():
+        view, empty = views[name], views[name].topology.indices[:0]
+        if not view.holds(view.topology.count + change):
+            return False
+        # Counts are known without the new topology, which takes as long as a candidate's layer to make.
+        if view.head_floor and not view.keeps_floor(
+            view.topology.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))[0]
+        ):
             return False
     return True
