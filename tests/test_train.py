@@ -411,7 +411,7 @@ def test_ctrl_c_saves_and_resume_finishes(text: Path, tmp_path: Path) -> None:
     settings = [
         f"data.source={text}", f"data.cache={tmp_path / 'cache'}", "data.tokenizer_vocab=300", "model.layers=1",
         "model.width=32", "model.heads=2", "model.context=32", "training.batch_size=2",
-        "training.validation_sequences=4", "tracking.sample_tokens=5", "topology.every=20",
+        "training.validation_sequences=4", "tracking.sample_tokens=5", "topology.every=20", "training.threads=1",
     ]  # fmt: skip
     command = [sys.executable, "-m", "sparsae", "train", "--steps", "400", "--out", str(tmp_path / "run")]
     command += [part for setting in settings for part in ("--set", setting)]
