@@ -7,21 +7,21 @@ dense.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.schema import ModelConfig
 from sparsae.core.heads import HeadLayout
-from sparsae.core.randomness import generator
 from sparsae.errors import InputError
+from sparsae.parameterization import Parameterization, Role, initial_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# transformers' initializer_range, and GPT-2's own.
+# transformers' initializer_range.
 INITIAL_STD = 0.02
 
 
@@ -100,40 +100,79 @@ def attention_heads(config: ModelConfig) -> dict[str, HeadLayout]:
     return {**outputs, "*.self_attn.o_proj": HeadLayout("in", size)}
 
 
-def initial_std(config: ModelConfig, layer: str) -> float:
-    """Standard deviation of a dense linear layer's initial weights: 0.02, GPT-2's residual outputs 0.02 / sqrt(2 L)."""
-    if config.family == "gpt2" and layer.endswith(".c_proj"):
-        return INITIAL_STD / math.sqrt(2 * config.layers)
-    return INITIAL_STD
+def parameterized(model: ModelConfig, config: ParameterizationConfig) -> Parameterization:
+    """The parameterization of a model of one of the architectures."""
+    roles: dict[str, Role]
+    if model.family == "gpt2":
+        roles = {"*.c_proj": "residual", "transformer.ln_f": "final_norm"}
+    else:
+        roles = {"model.norm": "final_norm"}
+        if config.name != "sp":  # where Llama's residual projections start like its other layers
+            roles |= {"*.o_proj": "residual", "*.down_proj": "residual"}
+    roles["lm_head"] = "head"
+    return Parameterization(config, model.width, model.layers, roles, model.tie_embeddings, INITIAL_STD)
 
 
-def materialize(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The modules that multiply queries and keys, in the model's order."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("attn", "self_attn")]
+
+
+def scale_attention(model: nn.Module, parameterization: Parameterization) -> None:
+    """Let queries and keys be multiplied as the parameterization has it, in place.
+
+    Raises InputError for a version of transformers whose attention has no scale to set.
+    """
+    for attention in attention_modules(model):
+        scale = parameterization.attention_scale(attention.head_dim)
+        if not hasattr(attention, "scaling"):
+            raise InputError(
+                "parameterization.name: this version of transformers has no attention scale to set: "
+                "install a newer one, or use sp"
+            )
+        attention.scaling = scale
+
+
+@torch.no_grad()
+def fold_attention_scale(model: nn.Module) -> None:
+    """Move the scale of attention into the queries of a dense model, in place: the same function at 1 / sqrt(d_head).
+
+    What a configuration of transformers cannot say, its weights can: anything that loads them computes the same.
+    """
+    for attention in attention_modules(model):
+        standard = attention.head_dim**-0.5
+        factor = getattr(attention, "scaling", standard) / standard
+        if factor == 1.0:
+            continue
+        if hasattr(attention, "c_attn"):  # transformers' Conv1D: (in, out), with the queries' columns first
+            attention.c_attn.weight[:, : attention.embed_dim] *= factor
+            attention.c_attn.bias[: attention.embed_dim] *= factor
+        else:
+            for parameter in attention.q_proj.parameters():
+                parameter *= factor
+        attention.scaling = standard
+
+
+def materialize(model: nn.Module, parameterization: Parameterization, seed: int, device: torch.device) -> None:
     """Allocate and initialize, on `device`, every parameter and buffer that is still on the meta device.
 
     Norms start at 1, biases at 0, embeddings and linear weights normal, each from its own generator by (seed, name),
-    so no value depends on what else exists. Tied weights stay tied.
+    so no value depends on what else exists; the parameterization scales them. Tied weights stay tied.
     """
-    made: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
+    made = {
+        id(parameter): nn.Parameter(
+            initial_value(name, parameter.shape, role, density, parameterization, seed).to(device),
+            parameter.requires_grad,
+        )
+        for name, parameter, role, density in parameterization.parameters(model)
+        if parameter.is_meta
+    }
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                if id(parameter) not in made:
-                    value = _initial(module, name, module_name, parameter.shape, config, seed)
-                    made[id(parameter)] = nn.Parameter(value.to(device), parameter.requires_grad)
                 setattr(module, name, made[id(parameter)])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _recompute_buffers(module, device)
-
-
-def _initial(
-    module: nn.Module, name: str, module_name: str, shape: torch.Size, config: ModelConfig, seed: int
-) -> Tensor:
-    if name == "bias":
-        return torch.zeros(shape)
-    if "Norm" in type(module).__name__:
-        return torch.ones(shape)
-    std = INITIAL_STD if isinstance(module, nn.Embedding) else initial_std(config, module_name)
-    return torch.randn(shape, generator=generator(seed, "weights", f"{module_name}.{name}")) * std
 
 
 def _recompute_buffers(module: nn.Module, device: torch.device) -> None:
