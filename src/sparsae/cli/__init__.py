@@ -221,7 +221,7 @@ def info(run: Run, json_file: JsonFile = None) -> None:
         show_values(str(run), result)
 
 
-for _command in (experiments.compare, experiments.ablate, experiments.sensitivity):
+for _command in (experiments.compare, experiments.ablate, experiments.sensitivity, experiments.transfer):
     app.command()(_command)
 
 

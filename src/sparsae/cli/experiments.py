@@ -12,7 +12,9 @@ from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, shown
 from sparsae.config.load import methods, parse_override, presets
 from sparsae.errors import InputError
-from sparsae.experiments.plan import Plan, read_plan
+from sparsae.experiments.grid import PARAMETERIZATIONS
+from sparsae.experiments.plan import P, Plan, read_plan
+from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.experiments.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.train.rundir import refuse_unwritable
 
@@ -69,7 +71,7 @@ def compare(
     options = _options(preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share)
     if compared is not None:
         options["methods"] = _names(compared)
-    _run(_plan(given, options), out, jobs, ray, json_file)
+    _run(_plan(given, options, Plan), out, jobs, ray, json_file)
 
 
 def ablate(
@@ -97,7 +99,7 @@ def ablate(
             raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share)
     options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
-    _run(_plan(given, options), out, jobs, ray, json_file)
+    _run(_plan(given, options, Plan), out, jobs, ray, json_file)
 
 
 def sensitivity(
@@ -130,17 +132,62 @@ def sensitivity(
     options |= {"kind": "sensitivity", "methods": [], "variants": variants}
     if "resampled-4" in variants:  # the default of both methods that score candidates
         options["reference"] = "resampled-4"
-    _run(_plan(given, options), out, jobs, ray, json_file)
+    _run(_plan(given, options, Plan), out, jobs, ray, json_file)
 
 
-def _plan(given: list[str] | None, options: dict[str, object]) -> Plan:
+def transfer(
+    given: Given = None,
+    *,
+    out: Out,
+    parameterizations: Annotated[
+        str | None, typer.Option(metavar="LIST", help=f"Of: {', '.join(PARAMETERIZATIONS)}.  (default: sp,mup,supar)")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 256)")] = None,
+    sparsities: Annotated[
+        str | None, typer.Option(metavar="LIST", help="0: a dense model.  (default: 0.5,0.75,0.9)")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Tried at each.  (default: 2^-11 to 2^-5)")
+    ] = None,
+    initial_scales: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Factors on initial weights, tried at each.  (default: 1)")
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="Of every sparse run.  (default: static)")] = None,
+    heads: Annotated[
+        str | None, typer.Option(metavar="scaled|constant", help="Heads of one size, or of one number, in all widths.")
+    ] = None,
+    preset: Preset = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 1)")
+    ] = None,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Find the best learning rate at every width and sparsity: does it stay? Started again, it goes on."""
+    options = _options(preset, seeds, sparsities, None, None, None, None, None)
+    lists: dict[str, tuple[str | None, type[int] | type[float]]] = {
+        "widths": (widths, int),
+        "learning_rates": (learning_rates, float),
+        "initial_scales": (initial_scales, float),
+    }
+    for key, (text, kind) in lists.items():
+        if text is not None:
+            options[key] = [_number(f"--{key.replace('_', '-')}", entry, kind) for entry in _names(text)]
+    if parameterizations is not None:
+        options["parameterizations"] = _names(parameterizations)
+    options |= {key: value for key, value in {"method": method, "heads": heads}.items() if value is not None}
+    _run(_plan(given, options, TransferPlan), out, jobs, ray, json_file)
+
+
+def _plan(given: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
     overrides = [entry for entry in given or [] if "=" in entry]
     files = [entry for entry in given or [] if "=" not in entry]
     if len(files) > 1:
         raise InputError(
             f"two plans: {shown(files[0])} and {shown(files[1])}; give one, and settings as section.key=value"
         )
-    return read_plan(Path(files[0]) if files else None, options, [parse_override(entry) for entry in overrides])
+    return read_plan(Path(files[0]) if files else None, options, [parse_override(entry) for entry in overrides], plan)
 
 
 def _options(
@@ -181,7 +228,7 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
         raise InputError(f"{option}: must be {what} with commas between, not {shown(text)}") from None
 
 
-def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:
+def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:
     refuse_unwritable("--json", json_file)
     if ray is not None and jobs != 1:
         raise InputError("--jobs is for one machine and --ray for a cluster: give one of them")
@@ -189,6 +236,7 @@ def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | Non
     with output(json_file) as result:
         from sparsae.experiments.compare import Experiment
         from sparsae.experiments.execution import Executor, InOrder, Workers
+        from sparsae.experiments.transfer.study import Transfer
 
         def executor(lock: int) -> Executor:
             if ray is not None:
@@ -197,7 +245,8 @@ def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | Non
                 return Cluster(ray)
             return InOrder() if jobs == 1 else Workers(jobs, lock)
 
-        found: dict[str, Any] | None = Experiment(plan, out, quiet).run(executor)
+        experiment = Transfer(plan, out, quiet) if isinstance(plan, TransferPlan) else Experiment(plan, out, quiet)
+        found: dict[str, Any] | None = experiment.run(executor)
         if found is None:
             typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)
@@ -208,11 +257,16 @@ def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | Non
 
 def _show(results: Mapping[str, Any], out: Path) -> None:
     from sparsae.experiments.tables import rank_table, results_table
+    from sparsae.experiments.transfer.results import movement_table, optimum_table
 
-    for table in [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]:
+    if results["kind"] == "transfer":
+        tables = [optimum_table(results), movement_table(results)]
+    else:
+        tables = [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]
+    for table in tables:
         brief = table.brief()
         show_table(brief.title, brief.columns, brief.rows, brief.names)
-    for entry in results["conclusions"]:
+    for entry in results.get("conclusions", []):
         best = entry["winner"]
         said = f"{best} is better than every other" if best else "no method is better than every other"
         typer.echo(f"sparsity {entry['sparsity']:g}: {said}")
