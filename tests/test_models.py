@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import ModelConfig
+from sparsae.config import ModelConfig, ParameterizationConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
-from sparsae.models import attention_heads, build_model, decoder_and_head, hidden_states, initial_std, materialize
+from sparsae.models import attention_heads, build_model, decoder_and_head, hidden_states, materialize, parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import linear_layers, sparsify, weight_shape
+from sparsae.parameterization import Parameterization
 
 VOCAB, EOS, CPU = 300, 7, torch.device("cpu")
 CONFIGS = [
@@ -32,8 +33,12 @@ every_config = pytest.mark.parametrize(
 
 def make(config: ModelConfig, seed: int = 0) -> Any:
     model = build_model(config, VOCAB, EOS)
-    materialize(model, config, seed, CPU)
+    materialize(model, standard(config), seed, CPU)
     return model.eval()
+
+
+def standard(config: ModelConfig) -> Parameterization:
+    return parameterized(config, ParameterizationConfig())
 
 
 def tokens(config: ModelConfig, sequences: int = 3) -> Tensor:
@@ -125,7 +130,7 @@ def test_what_exists_already_stays() -> None:
     model = build_model(config, VOCAB, EOS)
     sparsify(model, 0.9, initializer=lambda name, topology, rng: torch.full(topology.values_shape, 3.0))
     dense_weights = sum(p.numel() for p in model.parameters() if p.is_meta)
-    materialize(model, config, 0, CPU)
+    materialize(model, standard(config), 0, CPU)
     assert not any(p.is_meta for p in model.parameters())
     assert all((layer.values == 3.0).all() for layer in sparse_layers(model).values())
     # Embeddings, norms and biases were allocated, and no matrix of a sparse layer.
@@ -141,7 +146,8 @@ def test_initial_std_is_that_of_transformers_dense_layers(config: ModelConfig) -
     assert len(layers) == config.layers * (4 if config.family == "gpt2" else 7)
     for name, layer in layers.items():
         assert isinstance(layer.weight, Tensor)
-        assert layer.weight.std().item() == pytest.approx(initial_std(config, name), rel=0.06), name
+        expected = standard(config).initial_std(standard(config).role(name))
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.06), name
 
 
 @every_config

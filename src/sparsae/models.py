@@ -7,21 +7,21 @@ dense.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.schema import ModelConfig
 from sparsae.core.heads import HeadLayout
-from sparsae.core.randomness import generator
 from sparsae.errors import InputError
+from sparsae.parameterization import Parameterization, Role, initial_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# transformers' initializer_range, and GPT-2's own.
+# transformers' initializer_range.
 INITIAL_STD = 0.02
 
 
@@ -100,40 +100,50 @@ def attention_heads(config: ModelConfig) -> dict[str, HeadLayout]:
     return {**outputs, "*.self_attn.o_proj": HeadLayout("in", size)}
 
 
-def initial_std(config: ModelConfig, layer: str) -> float:
-    """Standard deviation of a dense linear layer's initial weights: 0.02, GPT-2's residual outputs 0.02 / sqrt(2 L)."""
-    if config.family == "gpt2" and layer.endswith(".c_proj"):
-        return INITIAL_STD / math.sqrt(2 * config.layers)
-    return INITIAL_STD
+def parameterized(model: ModelConfig, config: ParameterizationConfig) -> Parameterization:
+    """The parameterization of a model of one of the architectures."""
+    roles: dict[str, Role]
+    if model.family == "gpt2":
+        roles = {"*.c_proj": "residual", "transformer.ln_f": "final_norm"}
+    else:
+        roles = {"model.norm": "final_norm"}
+        if config.name != "sp":  # where Llama's residual projections start like its other layers
+            roles |= {"*.o_proj": "residual", "*.down_proj": "residual"}
+    roles["lm_head"] = "head"
+    return Parameterization(config, model.width, model.layers, roles, model.tie_embeddings, INITIAL_STD)
 
 
-def materialize(model: nn.Module, config: ModelConfig, seed: int, device: torch.device) -> None:
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The modules that multiply queries and keys, in the model's order: they have `scaling` and `head_dim`.
+
+    Raises InputError for a version of transformers in which they have not.
+    """
+    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("attn", "self_attn")]
+    if not all(hasattr(module, "scaling") for module in found):
+        raise InputError("this version of transformers has no scaling to set in its attention: install a newer one")
+    return found
+
+
+def materialize(model: nn.Module, parameterization: Parameterization, seed: int, device: torch.device) -> None:
     """Allocate and initialize, on `device`, every parameter and buffer that is still on the meta device.
 
     Norms start at 1, biases at 0, embeddings and linear weights normal, each from its own generator by (seed, name),
-    so no value depends on what else exists. Tied weights stay tied.
+    so no value depends on what else exists; the parameterization scales them. Tied weights stay tied.
     """
-    made: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
+    made = {
+        id(parameter): nn.Parameter(
+            initial_value(name, parameter.shape, role, density, parameterization, seed).to(device),
+            parameter.requires_grad,
+        )
+        for name, parameter, role, density in parameterization.parameters(model)
+        if parameter.is_meta
+    }
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                if id(parameter) not in made:
-                    value = _initial(module, name, module_name, parameter.shape, config, seed)
-                    made[id(parameter)] = nn.Parameter(value.to(device), parameter.requires_grad)
                 setattr(module, name, made[id(parameter)])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _recompute_buffers(module, device)
-
-
-def _initial(
-    module: nn.Module, name: str, module_name: str, shape: torch.Size, config: ModelConfig, seed: int
-) -> Tensor:
-    if name == "bias":
-        return torch.zeros(shape)
-    if "Norm" in type(module).__name__:
-        return torch.ones(shape)
-    std = INITIAL_STD if isinstance(module, nn.Embedding) else initial_std(config, module_name)
-    return torch.randn(shape, generator=generator(seed, "weights", f"{module_name}.{name}")) * std
 
 
 def _recompute_buffers(module: nn.Module, device: torch.device) -> None:

@@ -8,13 +8,15 @@ long average, and its first update (1 - beta1) / sqrt(1 - beta2) of a fresh star
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsae.nn.linear import sparse_layers
+from sparsae.errors import InputError
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.parameterization import Parameterization, Scale
 
 
 class AdamW(torch.optim.Optimizer):
@@ -128,16 +130,72 @@ def _bias_correction(steps: Tensor, beta: float, out: Tensor | None = None) -> T
     return torch.mul(steps, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for `AdamW`: sparse values (decayed, steps per weight), matrices (decayed), vectors (not decayed)."""
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    parameterization: Parameterization | None = None,
+    *,
+    lr: float | None = None,
+    eps: float = 1e-8,
+) -> list[dict[str, Any]]:
+    """Groups for `AdamW`: sparse values (decayed, steps per weight), matrices (decayed), vectors (not decayed).
+
+    Under a parameterization each of the three is divided by the scales of its parameters. Its groups have their own
+    "lr", "eps" and "weight_decay", which every optimizer of the Adam family understands, and as "lr_scale" the factor
+    in their learning rate: a schedule sets `group["lr"] = rate * group["lr_scale"]`. Where scales follow the density,
+    each sparse layer is a group.
+
+    Raises ValueError for a parameterization without `lr`, InputError for a role of it that matches no module.
+    """
     sparse = {id(layer.values) for layer in sparse_layers(model).values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     values = [p for p in parameters if id(p) in sparse]
     matrices = [p for p in parameters if id(p) not in sparse and p.dim() >= 2]
     vectors = [p for p in parameters if id(p) not in sparse and p.dim() < 2]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": values, "weight_decay": weight_decay, "per_weight_step": True},
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    if parameterization is None:
+        return groups
+    if lr is None:
+        raise ValueError("a parameterization scales the learning rate: give lr")
+    scales = {id(p): parameterization.scale(role, d) for _, p, role, d in parameterization.parameters(model)}
+    scaled = []
+    for group in groups:
+        divided: dict[Any, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            alone = parameterization.dynamic and id(p) in sparse
+            divided.setdefault(id(p) if alone else scales[id(p)], []).append(p)
+        for together in divided.values():
+            scale = scales[id(together[0])]
+            own = {"params": together, "lr": lr, "lr_scale": 1.0, "eps": eps * scale.epsilon}
+            scaled.append(group | own | {"base_weight_decay": group["weight_decay"]})
+            _rescale(scaled[-1], scale)
+    return scaled
+
+
+def follow_density(
+    optimizer: torch.optim.Optimizer, layers: Mapping[str, SparseLinear], parameterization: Parameterization
+) -> None:
+    """Give the group of each sparse layer the scale of the density that the layer has.
+
+    Its learning rate changes in proportion. Raises InputError where a layer has no group of its own that
+    `parameter_groups` made.
+    """
+    groups = {id(group["params"][0]): group for group in optimizer.param_groups}
+    for name, layer in layers.items():
+        group = groups.get(id(layer.values), {})
+        if "lr_scale" not in group or len(group["params"]) > 1:
+            raise InputError(
+                f"the optimizer has no group for {name} alone: build it from parameter_groups with the parameterization"
+            )
+        _rescale(group, parameterization.scale(parameterization.role(name), layer.topology.density))
+
+
+def _rescale(group: dict[str, Any], scale: Scale) -> None:
+    group["lr"] *= scale.rate / group["lr_scale"]
+    group["lr_scale"] = scale.rate
+    group["weight_decay"] = group["base_weight_decay"] * scale.decay

@@ -9,7 +9,7 @@ included.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from sparsae.core.topology import Topology
 from sparsae.nn.linear import SparseLinear
+
+InitialStd = Callable[[str, Topology], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +128,16 @@ class Plan:
                 teacher[name].follow(change)
 
 
-def plan(layers: Mapping[str, SparseLinear], swap: Swap, initialization: str, rng: torch.Generator) -> Plan:
-    """Work out a swap; grown values by `initialization` ("zero" or "kaiming_uniform") from `rng`.
+def plan(
+    layers: Mapping[str, SparseLinear],
+    swap: Swap,
+    initialization: str,
+    rng: torch.Generator,
+    initial_std: InitialStd | None = None,
+) -> Plan:
+    """Work out a swap; grown values by `initialization` ("zero", "kaiming_uniform" or "normal") from `rng`.
 
+    initial_std: standard deviation of a layer's values, given its name and its topology after the swap: for "normal".
     Raises ValueError where the model's number of units would change by anything but what the swap says, where a dropped
     unit is not active, and where a grown one is.
     """
@@ -145,11 +154,15 @@ def plan(layers: Mapping[str, SparseLinear], swap: Swap, initialization: str, rn
         empty = before.indices[:0]
         after, source = before.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
         values = remap(layer.values.data, source)
+        is_new = source < 0
         if initialization == "kaiming_uniform":
-            is_new = source < 0
             values[is_new] = kaiming_uniform(after, rng).to(values.device, values.dtype)[is_new.cpu()]
+        elif initialization == "normal" and initial_std is not None:
+            drawn = torch.randn(int(is_new.sum()), *values.shape[1:], generator=rng) * initial_std(name, after)
+            values[is_new] = drawn.to(values.device, values.dtype)
         elif initialization != "zero":
-            raise ValueError(f"unknown initialization '{initialization}': use zero or kaiming_uniform")
+            known = "zero, kaiming_uniform, or with initial_std normal"
+            raise ValueError(f"unknown initialization '{initialization}': use {known}")
         changes[name] = Change(before, after, source, values)
     return Plan(layers, changes)
 

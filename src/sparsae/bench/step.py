@@ -234,7 +234,7 @@ def trainer(config: Config) -> Trainer:
     return trainer_of(
         config,
         model,
-        optimizer_of(model, config.training),
+        optimizer_of(model, config),
         Batches(tokens, context, config.training.batch_size, config.seed),
         torch.zeros(0, context + 1, dtype=torch.int64),
         tokens,

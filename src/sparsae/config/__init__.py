@@ -1,5 +1,6 @@
 """Settings: their schema, the named presets and methods, and how a run's settings are put together."""
 
+from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.schema import (
     Config,
     DataConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "MagnitudeConfig",
     "MicroBatchConfig",
     "ModelConfig",
+    "ParameterizationConfig",
     "ProxyConfig",
     "ResetConfig",
     "RiglConfig",

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Text
 from sparsae.config.topology import EvolutionConfig, PruningConfig, RuleConfig
 
@@ -210,6 +211,7 @@ class Config(Section):
     sparsity: SparsityConfig = SparsityConfig()
     topology: RuleConfig = EvolutionConfig()
     teacher: TeacherConfig = TeacherConfig()
+    parameterization: ParameterizationConfig = ParameterizationConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -241,7 +241,9 @@ class EvolutionConfig(Section):
     sample_ratio: Positive = Field(
         default=1.0, description="gamma, sampled inactive positions a guided proposal sees, in terms of nnz"
     )
-    initialization: Literal["zero", "kaiming_uniform"] = Field(default="zero", description="values of new connections")
+    initialization: Literal["zero", "kaiming_uniform", "normal"] = Field(
+        default="zero", description="values of new connections; normal: as the layer's first ones were drawn"
+    )
     redraws: Count = Field(default=20, description="draws before a candidate that keeps leaving the bounds is given up")
     proxy: ProxyConfig = ProxyConfig()
     micro_batch: MicroBatchConfig = MicroBatchConfig()

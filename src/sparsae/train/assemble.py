@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import Config, TrainingConfig
+from sparsae.config.schema import Config
 from sparsae.data.batches import Batches
 from sparsae.distill import Teacher
+from sparsae.models import parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
@@ -23,10 +24,17 @@ from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from sparsae.train.trackers import Trackers
 
 
-def optimizer_of(model: nn.Module, settings: TrainingConfig) -> AdamW:
-    """AdamW over the model's parameters, as the settings have it."""
-    groups = parameter_groups(model, settings.weight_decay)
-    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+def optimizer_of(model: nn.Module, config: Config) -> AdamW:
+    """AdamW over the parameters of a model whose layers have the densities that they start with."""
+    settings = config.training
+    groups = parameter_groups(
+        model,
+        settings.weight_decay,
+        parameterized(config.model, config.parameterization),
+        lr=settings.learning_rate,
+        eps=settings.epsilon,
+    )
+    return AdamW(groups, betas=(settings.beta1, settings.beta2))
 
 
 def trainer_of(
@@ -69,6 +77,7 @@ def trainer_of(
             score=(lambda step: trainer.score(step)) if micro else None,
             study=(lambda: trainer.study()) if rule.micro_batch and rule.micro_batch.study else None,
             heads=head_layouts(model, config),
+            parameterization=parameterized(config.model, config.parameterization),
         )
         teacher = sparsifier.teacher
     elif config.teacher.enabled:

@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import Config, ModelConfig
+from sparsae.config.schema import Config
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.models import attention_heads, build_model, initial_std, materialize
+from sparsae.models import attention_heads, attention_modules, build_model, materialize, parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import Initializer, head_floor, layer_counts, linear_layers, sparsify, weight_shape
+from sparsae.parameterization import Parameterization
 
 
 def check(config: Config) -> None:
@@ -43,6 +44,10 @@ def check(config: Config) -> None:
 def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
     """The model of a run with new weights (none on the meta device); dense ones of sparse layers never exist."""
     model = build_model(config.model, vocab_size, eos_id, device="meta")
+    parameterization = parameterized(config.model, config.parameterization)
+    if parameterization.config.name != "sp":
+        for attention in attention_modules(model):
+            attention.scaling = parameterization.attention_scale(attention.head_dim)
     if config.sparsity.sparsity > 0:
         low, high = config.sparsity.density_bounds
         if config.initial_sparsity != config.sparsity.sparsity:
@@ -59,7 +64,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             sparsify_head=config.sparsity.sparsify_head,
             heads=head_layouts(model, config),
             head_min_density=config.sparsity.head_min_density,
-            initializer=_initializer(config.model),
+            initializer=_initializer(parameterization),
             backend=config.sparsity.backend,
             seed=config.seed,
         )
@@ -69,7 +74,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
                 layer.indices = layer.indices.to(device)
                 layer.choose_kernel()
     if device.type != "meta":
-        materialize(model, config.model, config.seed, device)
+        materialize(model, parameterization, config.seed, device)
     return model
 
 
@@ -99,14 +104,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _initializer(config: ModelConfig) -> Initializer:
-    """N(0, std^2 / density): a sparse layer's outputs start with the variance of the dense layer's.
+def _initializer(parameterization: Parameterization) -> Initializer:
+    """Normal, for the density of the layer: unless settings say otherwise, outputs start as the dense layer's do.
 
     With density d an output sums d times as many terms, so the weights of those that exist are 1 / sqrt(d) larger.
     """
 
     def draw(name: str, topology: Topology, rng: torch.Generator) -> Tensor:
-        std = initial_std(config, name) / topology.density**0.5
+        std = parameterization.initial_std(parameterization.role(name), topology.density)
         return torch.randn(topology.values_shape, generator=rng) * std
 
     return draw

@@ -169,7 +169,7 @@ class Trainer:
             step, settings.steps, settings.warmup, settings.final_learning_rate
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         alpha = self.warmup.alpha(step) if self.teacher else 0.0
         update_due = self.sparsifier is not None and self.sparsifier.update_due
         if self.micro_batches and update_due:

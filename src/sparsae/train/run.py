@@ -119,7 +119,7 @@ def _prepare(config: Config, display: Display) -> _Parts:
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     keep_freed_memory(device)
     forget_peak(device)
-    optimizer = optimizer_of(model, config.training)
+    optimizer = optimizer_of(model, config)
     return _Parts(config, device, corpus, model, optimizer, batches, validation, micro)
 
 

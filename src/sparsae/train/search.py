@@ -17,7 +17,7 @@ from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
 from sparsae.rules.proxy import activity, diversity, known_gradient_norm
-from sparsae.surgery import Change, Plan, Swap, TeacherLayer, plan
+from sparsae.surgery import Change, InitialStd, Plan, Swap, TeacherLayer, plan
 from sparsae.train.telemetry import TopologyTelemetry
 
 # The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
@@ -67,13 +67,14 @@ class TopologySearch:
         head_floors: Mapping[str, int],
         score: ScoreFunction | None,
         study: StudyFunction | None = None,
+        initial_std: InitialStd | None = None,
         steps: int,
         passes: int,
         seed: int,
     ) -> None:
         """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes (else empty).
 
-        passes: backward passes an optimizer step.
+        passes: backward passes an optimizer step. initial_std: as `surgery.plan` has it.
         """
         self.rule = rule
         self.state = rule.initial_state()
@@ -81,7 +82,7 @@ class TopologySearch:
         self._model, self._layers, self._optimizer, self._teacher = model, layers, optimizer, teacher
         self.bounds, self.ends = dict(bounds), dict(ends)
         self._heads, self._head_floors = heads, head_floors
-        self._score, self._study = score, study
+        self._score, self._study, self._initial_std = score, study, initial_std
         self._steps, self._passes, self._seed = steps, passes, seed
         self._probes: dict[str, Probe] = {}
         self._norms: dict[str, float] = {}
@@ -187,7 +188,8 @@ class TopologySearch:
         }
 
     def _plan(self, swap: Swap, step: int, index: int) -> Plan:
-        return plan(self._layers, swap, self.rule.initialization, generator(self._seed, "grown values", step, index))
+        rng = generator(self._seed, "grown values", step, index)
+        return plan(self._layers, swap, self.rule.initialization, rng, self._initial_std)
 
     def _measure(self, candidate: Plan | None, views: Mapping[str, LayerView], step: int) -> Score:
         assert self._score is not None

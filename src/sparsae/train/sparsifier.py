@@ -26,10 +26,13 @@ from sparsae.config.section import Count, Section, Share
 from sparsae.config.topology import EvolutionConfig, RuleConfig
 from sparsae.core.budgets import density_bounds
 from sparsae.core.heads import HeadLayout
+from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import head_floor, layer_counts
+from sparsae.optim import follow_density
+from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 from sparsae.rules.base import Rule
 from sparsae.train.burn_in import BurnIn
@@ -61,9 +64,10 @@ class Sparsifier:
     model: a model with `SparseLinear` layers. optimizer: any torch optimizer over its parameters. score: the mean cross
     entropy (a scalar that autograd can differentiate) of the model on held-out data, given the step; the same data for
     equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
+    parameterization: what the optimizer's groups were made for, if anything; grown weights that start "normal" need it.
 
     Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, the rule cannot do
-    without scores, or a rule prunes without a sparsity to end at, or to one below the model's.
+    without scores or a parameterization, or a rule prunes without a sparsity to end at, or to one below the model's.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Sparsifier:
         score: ScoreFunction | None = None,
         study: StudyFunction | None = None,
         heads: Mapping[str, HeadLayout] | None = None,
+        parameterization: Parameterization | None = None,
     ) -> None:
         self.config = config
         self.step = 0
@@ -94,6 +99,10 @@ class Sparsifier:
         self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
         rule = rule if score is not None else rule.without_scores()
         ends = self._ends(rule)
+        if rule.initialization == "normal" and parameterization is None:
+            raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
+        self._parameterization = parameterization
+        self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
         self._burn_in = BurnIn(rule.burn_in, self._layers)
         heads = {name: layout for name, layout in (heads or {}).items() if self._fits(name, layout)}
         self.search = TopologySearch(
@@ -108,6 +117,7 @@ class Sparsifier:
             head_floors=self._head_floors(heads),
             score=score,
             study=study,
+            initial_std=self._initial_std if parameterization else None,
             steps=config.steps,
             passes=config.accumulation,
             seed=config.seed,
@@ -143,6 +153,7 @@ class Sparsifier:
         update = self.search.update(self.step)
         if update is not None and update.accepted:
             self._burn_in.begin({name: change.grown for name, change in update.changes.items()})
+            self._follow_density()
         self.search.arm(self.step + 1)
         return update
 
@@ -154,6 +165,7 @@ class Sparsifier:
             "burn_in_steps_left": self._burn_in.steps_left,
             "bounds": {name: list(bounds) for name, bounds in self.search.bounds.items()},
             "ends": {name: list(ends) for name, ends in self.search.ends.items()},
+            "initial_densities": self._initial_densities,
         }
         tensors = {f"telemetry.{name}": tensor for name, tensor in self.search.telemetry.state().items()}
         tensors |= {f"burn_in.{name}": new for name, new in self._burn_in.new.items()}
@@ -169,7 +181,19 @@ class Sparsifier:
         self.search.bounds = {name: (low, high) for name, (low, high) in plain["bounds"].items()}
         self.search.ends = {name: (first, last) for name, (first, last) in plain["ends"].items()}
         self.search.telemetry.restore(_below(tensors, "telemetry."))
+        self._initial_densities = dict(plain["initial_densities"])
+        self._follow_density()
         self.search.arm(self.step + 1)
+
+    def _follow_density(self) -> None:
+        if self._parameterization is not None and self._parameterization.dynamic:
+            follow_density(self._optimizer, self._layers, self._parameterization)
+
+    def _initial_std(self, name: str, topology: Topology) -> float:
+        """Of weights that are drawn for a layer: for its first density, or where rates follow it for the present."""
+        assert self._parameterization is not None
+        density = topology.density if self._parameterization.dynamic else self._initial_densities[name]
+        return self._parameterization.initial_std(self._parameterization.role(name), density)
 
     def _fits(self, name: str, heads: HeadLayout) -> bool:
         """Whether a layer is sparse and no block of it crosses two heads."""
