@@ -43,6 +43,13 @@ Rates = Annotated[
 Share = Annotated[
     float | None, typer.Option("--tuning-share", metavar="F", help="Length of a trial in terms of a run.  (default: 1)")
 ]
+Parameterizations = Annotated[
+    str | None, typer.Option(metavar="LIST", help=f"Of: {', '.join(PARAMETERIZATIONS)}.  (default: sp,mup,supar)")
+]
+Method = Annotated[str | None, typer.Option(metavar="NAME", help="Of every sparse run.  (default: static)")]
+Heads = Annotated[
+    str | None, typer.Option(metavar="scaled|constant", help="Heads of one size, or of one number, at all widths.")
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or that of the same plan, stopped before.")]
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time on this machine.")]
 Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto or local.")]
@@ -71,7 +78,7 @@ def compare(
     options = _options(preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share)
     if compared is not None:
         options["methods"] = _names(compared)
-    _run(_plan(given, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, options, Plan), out, jobs, ray, json_file)
 
 
 def ablate(
@@ -99,7 +106,7 @@ def ablate(
             raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share)
     options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
-    _run(_plan(given, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, options, Plan), out, jobs, ray, json_file)
 
 
 def sensitivity(
@@ -124,7 +131,7 @@ def sensitivity(
     for mode in _names(modes):
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
-    counts = [int(_number("--sequences", entry, int)) for entry in _names(sequences)]
+    counts = [int(count) for count in _numbers("--sequences", sequences, int)]
     variants = sensitivity_variants(method, counts, _names(modes))
     options = {"match": "steps"} | _options(
         preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share
@@ -132,16 +139,14 @@ def sensitivity(
     options |= {"kind": "sensitivity", "methods": [], "variants": variants}
     if "resampled-4" in variants:  # the default of both methods that score candidates
         options["reference"] = "resampled-4"
-    _run(_plan(given, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, options, Plan), out, jobs, ray, json_file)
 
 
 def transfer(
     given: Given = None,
     *,
     out: Out,
-    parameterizations: Annotated[
-        str | None, typer.Option(metavar="LIST", help=f"Of: {', '.join(PARAMETERIZATIONS)}.  (default: sp,mup,supar)")
-    ] = None,
+    parameterizations: Parameterizations = None,
     widths: Annotated[str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 256)")] = None,
     sparsities: Annotated[
         str | None, typer.Option(metavar="LIST", help="0: a dense model.  (default: 0.5,0.75,0.9)")
@@ -152,10 +157,8 @@ def transfer(
     initial_scales: Annotated[
         str | None, typer.Option(metavar="LIST", help="Factors on initial weights, tried at each.  (default: 1)")
     ] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="Of every sparse run.  (default: static)")] = None,
-    heads: Annotated[
-        str | None, typer.Option(metavar="scaled|constant", help="Heads of one size, or of one number, in all widths.")
-    ] = None,
+    method: Method = None,
+    heads: Heads = None,
     preset: Preset = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 1)")
@@ -165,22 +168,38 @@ def transfer(
     json_file: JsonFile = None,
 ) -> None:
     """Find the best learning rate at every width and sparsity: does it stay? Started again, it goes on."""
-    options = _options(preset, seeds, sparsities, None, None, None, None, None)
-    lists: dict[str, tuple[str | None, type[int] | type[float]]] = {
-        "widths": (widths, int),
-        "learning_rates": (learning_rates, float),
-        "initial_scales": (initial_scales, float),
+    options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
+    if learning_rates is not None:
+        options["learning_rates"] = _numbers("--learning-rates", learning_rates, float)
+    if initial_scales is not None:
+        options["initial_scales"] = _numbers("--initial-scales", initial_scales, float)
+    _run(read(given, options, TransferPlan), out, jobs, ray, json_file)
+
+
+def grid_options(
+    preset: str | None,
+    method: str | None,
+    heads: str | None,
+    parameterizations: str | None,
+    widths: str | None,
+    sparsities: str | None,
+    seeds: str | None,
+) -> dict[str, object]:
+    """The options that were given of an experiment over a grid, by the keys of its plan."""
+    options = {
+        "preset": preset,
+        "method": method,
+        "heads": heads,
+        "parameterizations": parameterizations and _names(parameterizations),
+        "widths": widths and _numbers("--widths", widths, int),
+        "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
+        "seeds": seeds and _seeds(seeds),
     }
-    for key, (text, kind) in lists.items():
-        if text is not None:
-            options[key] = [_number(f"--{key.replace('_', '-')}", entry, kind) for entry in _names(text)]
-    if parameterizations is not None:
-        options["parameterizations"] = _names(parameterizations)
-    options |= {key: value for key, value in {"method": method, "heads": heads}.items() if value is not None}
-    _run(_plan(given, options, TransferPlan), out, jobs, ray, json_file)
+    return {key: value for key, value in options.items() if value is not None}
 
 
-def _plan(given: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
+def read(given: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
+    """The plan that arguments and options say. Raises InputError for whatever is wrong with it."""
     overrides = [entry for entry in given or [] if "=" in entry]
     files = [entry for entry in given or [] if "=" not in entry]
     if len(files) > 1:
@@ -201,16 +220,14 @@ def _options(
     tuning_share: float | None,
 ) -> dict[str, object]:
     """The options that were given, by the keys of a plan."""
-    numbers = seeds and [_number("--seeds", entry, int) for entry in _names(seeds)]
     options = {
         "preset": preset,
-        "seeds": numbers[0] if numbers and seeds is not None and "," not in seeds else numbers,
-        "sparsities": sparsities and [_number("--sparsities", entry, float) for entry in _names(sparsities)],
+        "seeds": seeds and _seeds(seeds),
+        "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
         "match": match,
         "budget": budget,
         "reference": reference,
-        "tuning.learning_rates": learning_rates
-        and [_number("--learning-rates", entry, float) for entry in _names(learning_rates)],
+        "tuning.learning_rates": learning_rates and _numbers("--learning-rates", learning_rates, float),
         "tuning.share": tuning_share,
     }
     return {key: value for key, value in options.items() if value is not None}
@@ -220,12 +237,22 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
+    return [_number(option, word, kind) for word in _names(text)]
+
+
 def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
     try:
         return kind(text)
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise InputError(f"{option}: must be {what} with commas between, not {shown(text)}") from None
+
+
+def _seeds(text: str) -> float | list[float]:
+    """A list of seeds, or how many."""
+    found = _numbers("--seeds", text, int)
+    return found[0] if found and "," not in text else found
 
 
 def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:

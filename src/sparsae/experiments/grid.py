@@ -8,33 +8,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
 
 from sparsae.config import Config, ModelConfig
 from sparsae.config.complaints import nearest
-from sparsae.config.load import has_sparsity, resolve
+from sparsae.config.load import has_sparsity, methods, resolve
 from sparsae.errors import InputError
+from sparsae.experiments.plan import BasePlan, Seed
 
 Tree = Mapping[str, Any]
 Heads = Literal["scaled", "constant"]
 
-# By name: the parameterization, and what its initial variances are divided by. SP and µP as they are published know
-# nothing of density; "-active" corrects their initial values, and only those, for it.
-PARAMETERIZATIONS: Mapping[str, tuple[str, str]] = {
-    "sp": ("sp", "dense"),
-    "sp-active": ("sp", "active"),
-    "mup": ("mup", "dense"),
-    "mup-active": ("mup", "active"),
-    "supar": ("supar", "active"),
+# Settings of the section `parameterization` by name. SP and µP as they are published know nothing of density; "-active"
+# corrects their initial values, and only those, for it.
+PARAMETERIZATIONS: Mapping[str, Mapping[str, object]] = {
+    "sp": {"name": "sp", "initial_fan_in": "dense", "dynamic": False},
+    "sp-active": {"name": "sp", "initial_fan_in": "active", "dynamic": False},
+    "mup": {"name": "mup", "initial_fan_in": "dense", "dynamic": False},
+    "mup-active": {"name": "mup", "initial_fan_in": "active", "dynamic": False},
+    "supar": {"name": "supar", "initial_fan_in": "active", "dynamic": False},
+    "supar-dynamic": {"name": "supar", "initial_fan_in": "active", "dynamic": True},
 }
 
-# Settings that a grid gives to every run, and by which of its lists.
+# Settings that a grid gives to every run, and by which of its lists. model.width is free: it says at which width
+# model.heads and model.mlp_width are as they are given.
 SAID: Mapping[str, str] = {
     "seed": "seeds",
-    "model.width": "widths",
     "sparsity.sparsity": "sparsities",
     "parameterization.name": "parameterizations",
     "parameterization.initial_fan_in": "parameterizations",
+    "parameterization.dynamic": "parameterizations",
 }
 
 
@@ -58,12 +63,11 @@ class Base:
 
         Raises InputError for settings that are wrong, or a width that the heads or an MLP cannot follow.
         """
-        name, fan_in = PARAMETERIZATIONS[parameterization]
         given: dict[str, tuple[str, object]] = {
             "seeds": ("seed", seed),
-            "parameterizations": ("parameterization.name", name),
-            "initial variances": ("parameterization.initial_fan_in", fan_in),
         }
+        for key, value in PARAMETERIZATIONS[parameterization].items():
+            given[f"parameterizations: {parameterization}: {key}"] = (f"parameterization.{key}", value)
         method, trees = self.method, self.trees
         if sparsity > 0:
             given["sparsities"] = ("sparsity.sparsity", sparsity)
@@ -99,10 +103,43 @@ def _scaled(name: str, value: int, width: int, base: int) -> int:
     return value * width // base
 
 
-def check_names(names: Sequence[str], method: str) -> None:
-    """ValueError for a parameterization that does not exist, or a method without a sparsity of its own."""
-    for name in names:
-        if name not in PARAMETERIZATIONS:
-            raise ValueError(f"parameterizations: no '{name}'; {nearest(name, PARAMETERIZATIONS)}")
-    if not has_sparsity(method) or method == "dense_small":
-        raise ValueError(f"method: '{method}' has no sparsity to vary; its models are those of sparsity 0")
+class GridPlan(BasePlan):
+    """The plan of an experiment over a grid."""
+
+    method: str = Field(default="static", description="the method of every sparse run; sparsity 0 is dense")
+    parameterizations: list[str] = Field(
+        default=["sp", "mup", "supar"], min_length=1, description=f"of: {', '.join(PARAMETERIZATIONS)}"
+    )
+    widths: list[Annotated[int, Field(ge=1)]] = Field(default=[256], min_length=1, description="model widths")
+    sparsities: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        default=[0.5, 0.75, 0.9], min_length=1, description="sparsities; 0: dense"
+    )
+    heads: Heads = Field(
+        default="scaled", description="attention heads of one size, more of them in wider models; or of one number"
+    )
+    seeds: list[Seed] = Field(default=[0], min_length=1, description="seeds, or how many")
+
+    @field_validator("method")
+    @classmethod
+    def _has_a_sparsity(cls, method: str) -> str:
+        if method not in methods():
+            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
+        if not has_sparsity(method) or method == "dense_small":
+            raise ValueError(f"'{method}' has no sparsity to vary: dense models are those of sparsity 0")
+        return method
+
+    @field_validator("parameterizations")
+    @classmethod
+    def _are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in PARAMETERIZATIONS:
+                raise ValueError(f"no '{name}'; {nearest(name, PARAMETERIZATIONS)}")
+        return names
+
+    def said(self) -> dict[str, str]:
+        """See `BasePlan`."""
+        return dict(SAID)
+
+    def base(self) -> Base:
+        """What all runs have in common."""
+        return Base(self.preset, self.method, self.heads, [(self.settings, "settings")])

@@ -10,13 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sparsae.config import Config
-from sparsae.config.complaints import nearest
-from sparsae.config.load import methods
-from sparsae.experiments.grid import SAID, Base, check_names
-from sparsae.experiments.plan import BasePlan, Seed
+from sparsae.experiments.grid import Base, GridPlan
 
-Width = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Value = Annotated[float, Field(gt=0.0)]
 
 
@@ -41,33 +36,16 @@ class Point:
         )
 
 
-class TransferPlan(BasePlan):
+class TransferPlan(GridPlan):
     """Learning rates, and scales of initial values, at every width and sparsity under every parameterization."""
 
     kind: Literal["transfer"] = Field(default="transfer", description="what is asked")
-    method: str = Field(default="static", description="the method of every sparse run; sparsity 0 is dense")
-    parameterizations: list[str] = Field(
-        default=["sp", "mup", "supar"], min_length=1, description="of: sp, sp-active, mup, mup-active, supar"
-    )
-    widths: list[Width] = Field(default=[256], min_length=1, description="model widths")
-    sparsities: list[Share] = Field(default=[0.5, 0.75, 0.9], min_length=1, description="sparsities; 0: dense")
     learning_rates: list[Value] = Field(
         default=[2.0**-n for n in range(11, 4, -1)], min_length=1, description="peak learning rates"
     )
     initial_scales: list[Value] = Field(
         default=[1.0], min_length=1, description="factors on the standard deviation of all initial weights"
     )
-    heads: Literal["scaled", "constant"] = Field(
-        default="scaled", description="attention heads of one size, more of them in wider models; or of one number"
-    )
-    seeds: list[Seed] = Field(default=[0], min_length=1, description="seeds, or how many")
-
-    @field_validator("method")
-    @classmethod
-    def _is_known(cls, method: str) -> str:
-        if method not in methods():
-            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
-        return method
 
     @field_validator("learning_rates", "initial_scales")
     @classmethod
@@ -76,18 +54,14 @@ class TransferPlan(BasePlan):
 
     @model_validator(mode="after")
     def _sweeps(self) -> Self:
-        check_names(self.parameterizations, self.method)
         if max(len(self.learning_rates), len(self.initial_scales)) < 2:
             raise ValueError("learning_rates: one value is no sweep: give two or more, or two or more initial_scales")
         return self
 
     def said(self) -> dict[str, str]:
         """See `BasePlan`."""
-        return {
-            **SAID,
-            "training.learning_rate": "learning_rates",
-            "parameterization.initial_scale": "initial_scales",
-        }
+        rates, scales = "training.learning_rate", "parameterization.initial_scale"
+        return {**super().said(), rates: "learning_rates", scales: "initial_scales"}
 
     @property
     def knobs(self) -> list[str]:
@@ -107,7 +81,7 @@ class TransferPlan(BasePlan):
 
     @cached_property
     def _base(self) -> Base:
-        return Base(self.preset, self.method, self.heads, [(self.settings, "settings")])
+        return self.base()
 
     def config(self, point: Point) -> Config:
         """The settings of one run. Raises InputError for settings that are wrong."""

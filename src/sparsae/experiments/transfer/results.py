@@ -26,6 +26,7 @@ from sparsae.train.rundir import to_json, write_atomically
 
 Row = Mapping[str, Any]
 LABELS = {"learning_rate": "learning rate", "initial_scale": "initial scale"}
+_NAMED = 6  # optima that a warning names
 _COPIED = ("validation_loss", "steps", "tokens", "train_flops", "parameters", "nnz", "seconds", "device", "torch")
 
 
@@ -217,7 +218,8 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
             if e["edge"] == edge
         ]
         if cells:
-            found.append(f"the optimum is {what}, for {'; '.join(cells)}")
+            more = f"; and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
+            found.append(f"the optimum is {what}, for {'; '.join(cells[:_NAMED])}{more}")
     diverged = sum(row["diverged"] for row in results["rows"])
     if diverged:
         found.append(f"{diverged} of {len(results['rows'])} runs diverged; their values are left out of the fits")
