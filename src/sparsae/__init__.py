@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsae.nn.sparsify import sparsify as sparsify
     from sparsae.optim import AdamW as AdamW
     from sparsae.optim import parameter_groups as parameter_groups
+    from sparsae.parameterization import Parameterization as Parameterization
     from sparsae.surgery import Swap as Swap
     from sparsae.train.sparsifier import Sparsifier as Sparsifier
     from sparsae.train.sparsifier import SparsifierConfig as SparsifierConfig
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdamW": "sparsae.optim",
     "InputError": "sparsae.errors",
+    "Parameterization": "sparsae.parameterization",
     "SparseLinear": "sparsae.nn.linear",
     "Sparsifier": "sparsae.train.sparsifier",
     "SparsifierConfig": "sparsae.train.sparsifier",

@@ -115,14 +115,43 @@ def parameterized(model: ModelConfig, config: ParameterizationConfig) -> Paramet
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """The modules that multiply queries and keys, in the model's order: they have `scaling` and `head_dim`.
+    """The modules that multiply queries and keys, in the model's order."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("attn", "self_attn")]
 
-    Raises InputError for a version of transformers in which they have not.
+
+def scale_attention(model: nn.Module, parameterization: Parameterization) -> None:
+    """Let queries and keys be multiplied as the parameterization has it, in place.
+
+    Raises InputError for a version of transformers whose attention has no scale to set.
     """
-    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("attn", "self_attn")]
-    if not all(hasattr(module, "scaling") for module in found):
-        raise InputError("this version of transformers has no scaling to set in its attention: install a newer one")
-    return found
+    for attention in attention_modules(model):
+        scale = parameterization.attention_scale(attention.head_dim)
+        if not hasattr(attention, "scaling"):
+            raise InputError(
+                "parameterization.name: this version of transformers has no attention scale to set: "
+                "install a newer one, or use sp"
+            )
+        attention.scaling = scale
+
+
+@torch.no_grad()
+def fold_attention_scale(model: nn.Module) -> None:
+    """Move the scale of attention into the queries of a dense model, in place: the same function at 1 / sqrt(d_head).
+
+    What a configuration of transformers cannot say, its weights can: anything that loads them computes the same.
+    """
+    for attention in attention_modules(model):
+        standard = attention.head_dim**-0.5
+        factor = getattr(attention, "scaling", standard) / standard
+        if factor == 1.0:
+            continue
+        if hasattr(attention, "c_attn"):  # transformers' Conv1D: (in, out), with the queries' columns first
+            attention.c_attn.weight[:, : attention.embed_dim] *= factor
+            attention.c_attn.bias[: attention.embed_dim] *= factor
+        else:
+            for parameter in attention.q_proj.parameters():
+                parameter *= factor
+        attention.scaling = standard
 
 
 def materialize(model: nn.Module, parameterization: Parameterization, seed: int, device: torch.device) -> None:

@@ -167,8 +167,8 @@ def parameter_groups(
     for group in groups:
         divided: dict[Any, list[nn.Parameter]] = {}
         for p in group["params"]:
-            alone = parameterization.dynamic and id(p) in sparse
-            divided.setdefault(id(p) if alone else scales[id(p)], []).append(p)
+            scale, alone = scales[id(p)], parameterization.dynamic and id(p) in sparse
+            divided.setdefault(id(p) if alone else (scale.rate, scale.epsilon, scale.decay), []).append(p)
         for together in divided.values():
             scale = scales[id(together[0])]
             own = {"params": together, "lr": lr, "lr_scale": 1.0, "eps": eps * scale.epsilon}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsae.kernels import native
-from sparsae.models import decoder_and_head
+from sparsae.models import attention_modules, decoder_and_head
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.mlp import hooked
 
@@ -78,6 +78,8 @@ class FastDecoder(Decoder):
         shape = (architecture.layers, 2, 1, architecture.kv_heads, context, architecture.head_size)
         # keys and values: (layer, 2, 1, head, position, head size)
         self._cache = torch.empty(shape)
+        # None where a version of transformers has no scaling: it multiplies by torch's own, 1 / sqrt(head size).
+        self._scales = [getattr(attention, "scaling", None) for attention in attention_modules(model)]
         self._head = product(decoder_and_head(model)[1])
 
     @torch.no_grad()
@@ -105,7 +107,9 @@ class FastDecoder(Decoder):
         keys[0, :, self._length - 1] = k
         values[0, :, self._length - 1] = v
         past, grouped = slice(0, self._length), q.shape[1] != keys.shape[1]
-        out = functional.scaled_dot_product_attention(q, keys[:, :, past], values[:, :, past], enable_gqa=grouped)
+        out = functional.scaled_dot_product_attention(
+            q, keys[:, :, past], values[:, :, past], scale=self._scales[layer], enable_gqa=grouped
+        )
         return out.reshape(1, -1)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
+from sparsae.models import fold_attention_scale
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
 
@@ -36,6 +37,7 @@ def export_run(path: Path, to: Path, teacher: bool = False) -> None:
         for name, layer in layers.items()
     }
     model = densify(loaded.model)
+    fold_attention_scale(model)
     partial = to.with_name(f".{to.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,7 +12,7 @@ from sparsae.config.schema import Config
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.models import attention_heads, attention_modules, build_model, materialize, parameterized
+from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import Initializer, head_floor, layer_counts, linear_layers, sparsify, weight_shape
 from sparsae.parameterization import Parameterization
@@ -46,8 +46,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
     model = build_model(config.model, vocab_size, eos_id, device="meta")
     parameterization = parameterized(config.model, config.parameterization)
     if parameterization.config.name != "sp":
-        for attention in attention_modules(model):
-            attention.scaling = parameterization.attention_scale(attention.head_dim)
+        scale_attention(model, parameterization)
     if config.sparsity.sparsity > 0:
         low, high = config.sparsity.density_bounds
         if config.initial_sparsity != config.sparsity.sparsity:

@@ -181,7 +181,7 @@ class Sparsifier:
         self.search.bounds = {name: (low, high) for name, (low, high) in plain["bounds"].items()}
         self.search.ends = {name: (first, last) for name, (first, last) in plain["ends"].items()}
         self.search.telemetry.restore(_below(tensors, "telemetry."))
-        self._initial_densities = dict(plain["initial_densities"])
+        self._initial_densities = dict(plain.get("initial_densities", self._initial_densities))
         self._follow_density()
         self.search.arm(self.step + 1)
 
