@@ -36,7 +36,7 @@ def coordinates(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps that are measured.  (default: 10)")] = None,
     layers: Annotated[int | None, typer.Option(metavar="N", help="Transformer blocks.  (default: 2)")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="F", help="Of every step, without warm-up.  (default: 2^-8)")
+        float | None, typer.Option(metavar="F", help="Of every step, without warm-up.  (default: 2^-9)")
     ] = None,
     method: Method = None,
     heads: Heads = None,

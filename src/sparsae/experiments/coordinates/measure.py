@@ -95,7 +95,9 @@ class Gauge:
         return found
 
     def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = self.module.forward(x.float() if x.is_floating_point() else x)
+        # What a layer gets under autocast may be narrower than its weights.
+        wide = x.to(next(self.module.parameters()).dtype) if x.is_floating_point() else x
+        y: Tensor = self.module.forward(wide)
         return y
 
     def _add(self, quantity: Quantity, values: Tensor) -> None:

@@ -53,7 +53,7 @@ class CoordinatesPlan(GridPlan):
     layers: Count = Field(default=2, description="transformer blocks")
     steps: Count = Field(default=10, description="optimizer steps that are measured")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(
-        default=2.0**-8, description="learning rate of every step, without warm-up"
+        default=2.0**-9, description="learning rate of every step, without warm-up"
     )
 
     def said(self) -> dict[str, str]:
