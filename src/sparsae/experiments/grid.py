@@ -61,7 +61,7 @@ class Base:
     ) -> Config:
         """The settings of one run; sparsity 0 is the method `dense`. `more`: origin -> (key, value).
 
-        Raises InputError for settings that are wrong, or a width that the heads or an MLP cannot follow.
+        Raises InputError for settings that are wrong, or a width that the heads cannot follow.
         """
         given: dict[str, tuple[str, object]] = {
             "seeds": ("seed", seed),
@@ -90,7 +90,7 @@ class Base:
             if model.kv_heads is not None:
                 found["kv_heads"] = _scaled("kv_heads", model.kv_heads, width, model.width)
         if model.mlp_width is not None:
-            found["mlp_width"] = _scaled("mlp_width", model.mlp_width, width, model.width)
+            found["mlp_width"] = max(1, round(model.mlp_width * width / model.width))
         return found
 
 
