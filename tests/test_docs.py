@@ -139,6 +139,7 @@ def test_the_method_page_names_every_setting_of_the_method() -> None:
     named = {first_code(row[2]) for row in rows}
     wanted = {f"topology.{key}" for key in leaves(config.topology.model_dump())} - {"topology.rule"}
     wanted |= {f"teacher.{key}" for key in leaves(config.teacher.model_dump())} - {"teacher.enabled"}
+    wanted |= {f"parameterization.{key}" for key in leaves(config.parameterization.model_dump())}
     assert wanted <= named
 
 

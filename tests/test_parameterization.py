@@ -161,6 +161,31 @@ def test_a_built_model_starts_and_learns_by_its_scales(family: list[str], tied: 
         assert groups[id(head.weight)]["lr"] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(
+    "extra", [[], ["model.tie_embeddings=false"], ["model.family=llama"]], ids=["tied", "free", "llama"]
+)
+def test_epsilon_follows_the_gradients(extra: list[str]) -> None:
+    def gradients(width: int, sparsity: float) -> dict[str, tuple[Role, float, float]]:
+        shape = [f"model.width={width}", f"model.heads={width // 16}", f"sparsity.sparsity={sparsity}"]
+        config = config_of(*shape, "parameterization.name=supar", "sparsity.budget=uniform", *extra)
+        model, mine = built(config), parameterized(config.model, config.parameterization)
+        tokens = torch.randint(300, (8, 25), generator=generator(0, "tokens"))
+        functional.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        return {
+            name.replace(".values", ".weight"): (
+                role,
+                float(p.grad.square().mean().sqrt()),
+                mine.scale(role, d).epsilon,
+            )
+            for name, p, role, d in mine.parameters(model)
+        }
+
+    base, wide = gradients(64, 0.0), gradients(256, 0.9)
+    for name, (role, gradient, epsilon) in wide.items():
+        tolerance = 0.5 if role in ("vector", "final_norm") else 0.2
+        assert gradient / base[name][1] == pytest.approx(epsilon / base[name][2], rel=tolerance), name
+
+
 def test_a_narrower_dense_model_is_scaled_by_its_own_width() -> None:
     config = config_of(*SUPAR, "model.vocab_size=300", method="dense_small")
     assert config.model.width < 64
@@ -480,6 +505,8 @@ def test_models_and_optimizers_that_do_not_fit_are_refused() -> None:
         parameter_groups(model, 0.1, mine)
     with pytest.raises(InputError, match="no group for 0 alone"):
         follow_density(torch.optim.SGD(model.parameters(), 0.1), sparse_layers(model), mine)
+    with pytest.raises(InputError, match="no group for 0 alone"):
+        Sparsifier(model, AdamW(parameter_groups(model, 0.1)), SparsifierConfig(steps=5), parameterization=mine)
     normal = SparsifierConfig(steps=5, topology=EvolutionConfig(initialization="normal"))
     with pytest.raises(InputError, match="give Sparsifier one"):
         Sparsifier(model, AdamW(model.parameters()), normal)

@@ -103,6 +103,7 @@ class Sparsifier:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
         self._parameterization = parameterization
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
+        self._follow_density()
         self._burn_in = BurnIn(rule.burn_in, self._layers)
         heads = {name: layout for name, layout in (heads or {}).items() if self._fits(name, layout)}
         self.search = TopologySearch(
