@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.cli import main
+from sparsae.config.load import resolve
 from sparsae.experiments.plan import parse_plan
 from sparsae.experiments.results import TIMING
 from sparsae.experiments.transfer.basins import Basin, fit_basin, mean_losses, movement
 from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.experiments.transfer.results import collect, movement_table
+from sparsae.train.build import build
+
+CPU = torch.device("cpu")
 
 SMALL = [
     "data.tokenizer_vocab=300", "model.layers=1", "model.width=32", "model.heads=2", "model.context=16",
@@ -286,3 +291,15 @@ def test_dense_runs_leave_the_rule_and_heads_stay_or_grow() -> None:
     models = {width: configs[width, 0.5].model for width in (128, 512)}
     assert {width: model.width // model.heads for width, model in models.items()} == {128: 64, 512: 64}
     assert {width: model.mlp_width for width, model in models.items()} == {128: 341, 512: 1365}
+
+
+def test_the_initial_scale_multiplies_every_weight_that_is_drawn() -> None:
+    """Matrices and active values, not norms and biases."""
+    once, twice = (
+        build(resolve(None, None, "static", [*SMALL, f"parameterization.initial_scale={scale}"]), 300, 0, CPU)
+        for scale in (1.0, 2.0)
+    )
+    others = dict(twice.named_parameters())
+    for name, parameter in once.named_parameters():
+        drawn = parameter.dim() > 1 or name.endswith(".values")
+        torch.testing.assert_close(others[name], 2 * parameter if drawn else parameter)
