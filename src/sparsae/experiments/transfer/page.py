@@ -49,7 +49,7 @@ def _headline(results: Results) -> list[Tile]:
     tiles = [
         Tile(
             f"{entry['parameterization']}: optimum over {entry['over']}",
-            f"{'≥ ' if entry['at_least'] else ''}× {entry['factor']:.2f}",
+            f"{'≥ ' if entry['at_least'] else ''}{entry['factor']:.2f} ×",
             [f"of the {LABELS[entry['knob']]}, highest over lowest"],
         )
         for entry in results["movements"]
