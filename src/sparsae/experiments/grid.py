@@ -63,9 +63,7 @@ class Base:
 
         Raises InputError for settings that are wrong, or a width that the heads cannot follow.
         """
-        given: dict[str, tuple[str, object]] = {
-            "seeds": ("seed", seed),
-        }
+        given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
         for key, value in PARAMETERIZATIONS[parameterization].items():
             given[f"parameterizations: {parameterization}: {key}"] = (f"parameterization.{key}", value)
         method, trees = self.method, self.trees
@@ -98,7 +96,7 @@ def _scaled(name: str, value: int, width: int, base: int) -> int:
     if value * width % base:
         raise InputError(
             f"widths: {width}: model.{name} would be {value * width / base:g}, being {value} at width {base}: give "
-            "widths that keep it whole, or set it otherwise"
+            "widths that keep it whole, or constant heads"
         )
     return value * width // base
 
