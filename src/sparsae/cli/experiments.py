@@ -287,7 +287,7 @@ def _show(results: Mapping[str, Any], out: Path) -> None:
     from sparsae.experiments.transfer.results import movement_table, optimum_table
 
     if results["kind"] == "transfer":
-        tables = [optimum_table(results), movement_table(results)]
+        tables = [optimum_table(results), *([movement_table(results)] if results["movements"] else [])]
     else:
         tables = [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]
     for table in tables:

@@ -51,7 +51,7 @@ def collect(
 
 def write_results(results: Mapping[str, Any], out: Path) -> None:
     """results.json, table.md and table.tex, each whole or not at all."""
-    tables = [movement_table(results), optimum_table(results)]
+    tables = [*([movement_table(results)] if results["movements"] else []), optimum_table(results)]
     write_atomically(out / "results.json", to_json(results, indent=1) + "\n")
     write_atomically(out / "table.md", "\n".join(table.markdown() for table in tables))
     write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
