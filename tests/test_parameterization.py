@@ -19,6 +19,7 @@ from torch.nn import functional
 from sparsae.config import Config, EvolutionConfig, ModelConfig, ParameterizationConfig
 from sparsae.config.load import resolve
 from sparsae.core.randomness import generator
+from sparsae.core.schedules import cosine_with_warmup
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
 from sparsae.errors import InputError
@@ -384,6 +385,10 @@ def test_a_run_that_stops_and_goes_on_is_the_same(
     def interrupted(self: Trainer) -> None:
         step(self)
         scales.append([group["lr_scale"] for group in self.optimizer.param_groups])
+        schedule = config.training.warmup, config.training.final_learning_rate
+        rate = config.training.learning_rate * cosine_with_warmup(self.step - 1, config.training.steps, *schedule)
+        for group in self.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate * group["lr_scale"])
         for name, layer in self.sparsifier._layers.items():  # type: ignore[union-attr]
             group = next(g for g in self.optimizer.param_groups if g["params"][0] is layer.values)
             assert group["lr_scale"] == pytest.approx(16 / 32 / layer.topology.density), name
@@ -462,6 +467,7 @@ def test_every_way_to_attend_uses_the_scale(family: list[str]) -> None:
     torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-4, atol=1e-3)
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(torch.compile(model, backend="eager")(tokens).logits, whole, rtol=1e-4, atol=1e-3)
+    torch.compiler.reset()  # what was traced would stay alive
     for attention in attention_modules(model):
         attention.scaling = 1 / 4
     assert float((model(tokens).logits - whole).abs().max()) > 0.1

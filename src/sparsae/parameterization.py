@@ -36,16 +36,15 @@ Role = Literal["embedding", "hidden", "residual", "vector", "final_norm", "head"
 class Scale:
     """What a parameter's settings are multiplied by, its forward multiplier folded in.
 
-    multiplier: of initial values. rate: of the learning rate. epsilon: of AdamW's. decay: of the weight decay that an
-    optimizer multiplies by the scaled learning rate. fan_in: what the initial variance is divided by before the
-    multiplier.
+    fan_in: what the initial variance is divided by before the multiplier. multiplier: of initial values. rate: of the
+    learning rate. epsilon: of AdamW's. decay: of a weight decay that the optimizer multiplies by the scaled rate.
     """
 
-    multiplier: float = 1.0
-    rate: float = 1.0
-    epsilon: float = 1.0
-    decay: float = 1.0
-    fan_in: float = 1.0
+    fan_in: float
+    multiplier: float
+    rate: float
+    epsilon: float
+    decay: float
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,25 @@ class Parameterization:
         Gradients shrink as 1 / m where the output is divided by m, whatever the density: with variances over m rho,
         rho takes as much from the number of terms as it adds to their squares. Epsilon goes with them.
         """
-        config = self.config
+        config, supar = self.config, self.config.name == "supar"
         m = 1.0 if config.name == "sp" else self.width / config.base_width
-        rho = density / config.base_density if config.name == "supar" else 1.0
-        corrected = rho if config.name == "supar" else density if config.initial_fan_in == "active" else 1.0
-        multiplier, rate, fan_in, gradient = 1.0, 1.0, 1.0, 1.0 / m
+        rho = density / config.base_density if supar else 1.0
+        # By what the variance makes up for the inputs that a layer does not have.
+        active = rho if supar else density if config.initial_fan_in == "active" else 1.0
+        fan_in, multiplier, rate, gradient = 1.0, 1.0, 1.0, 1.0 / m
         if role in ("hidden", "residual"):
-            rate, fan_in = 1.0 / (m * rho), m * corrected
+            fan_in, rate = m * active, 1.0 / (m * rho)
         elif role == "embedding":
             multiplier = config.embedding_multiplier
         elif role == "head":
-            # Its multiplier is over the active fan-in, so its variance under SµPar is not.
+            # Under SµPar its multiplier is over the inputs that it has, so its variance is not.
+            fan_in = 1.0 if supar else active
             multiplier, gradient = config.output_multiplier / (m * rho), 1.0 / (m * rho)
-            fan_in = 1.0 if config.name == "supar" else corrected
         elif role == "final_norm" and self.tied:
             multiplier = config.output_multiplier / (m * config.embedding_multiplier)
         epsilon = (gradient if config.scale_epsilon else 1.0) / multiplier
         decay = (1.0 if config.weight_decay == "independent" else rate) / (multiplier * rate)
-        return Scale(multiplier, multiplier * rate, epsilon, decay, fan_in)
+        return Scale(fan_in, multiplier, multiplier * rate, epsilon, decay)
 
     def initial_std(self, role: Role, density: float = 1.0) -> float:
         """Standard deviation of the initial weights of an embedding, or of a layer of some density."""
