@@ -22,9 +22,9 @@ import json, sys
 from pathlib import Path
 from sparsae.experiments.cluster import Cluster
 from sparsae.experiments.compare import Experiment
-from sparsae.experiments.plan import parse_plan
+from sparsae.experiments.plan import Plan, parse_plan
 
-plan, out = parse_plan(json.loads(sys.argv[1]), "the test"), Path(sys.argv[2])
+plan, out = parse_plan(json.loads(sys.argv[1]), "the test", Plan), Path(sys.argv[2])
 assert Experiment(plan, out, quiet=True).run(lambda lock: Cluster("local", local_cores=2)) is not None
 """
 

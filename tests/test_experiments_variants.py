@@ -13,7 +13,7 @@ from sparsae.cli import main
 from sparsae.config import StaticConfig, TeacherConfig
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
-from sparsae.experiments.plan import parse_plan
+from sparsae.experiments.plan import Plan, parse_plan
 from sparsae.experiments.ranking import rank_agreement
 from sparsae.experiments.variants import ABLATIONS, WRITTEN, ablation_variants, sensitivity_variants
 
@@ -43,13 +43,13 @@ class TestAblations:
     def test_each_changes_one_thing_of_the_written_method(self) -> None:
         written = resolve(method=WRITTEN)
         for name, variant in ablation_variants(list(ABLATIONS)).items():
-            config = parse_plan({"variants": {name: variant}}, "here").config(name, 0.9, 0)
+            config = parse_plan({"variants": {name: variant}}, "here", Plan).config(name, 0.9, 0)
             assert (config == written) == (name == "written")
             assert config.training == written.training
 
     def test_without_evolution_the_teacher_stays(self) -> None:
         variants = ablation_variants(["no-evolution-static", "no-teacher"])
-        plan = parse_plan({"variants": variants, "settings": {"topology": {"every": 7}}}, "here")
+        plan = parse_plan({"variants": variants, "settings": {"topology": {"every": 7}}}, "here", Plan)
         still, untaught = (plan.config(name, 0.9, 0) for name in variants)
         assert still.topology == StaticConfig()
         assert still.teacher == resolve(method=WRITTEN).teacher
@@ -75,7 +75,7 @@ class TestSensitivity:
     def test_variants_cover_sizes_and_modes(self) -> None:
         variants = sensitivity_variants("sparsae", [1, 16], ["static", "pooled"])
         assert list(variants) == ["static-1", "static-16", "pooled-1", "pooled-16"]
-        config = parse_plan({"variants": variants}, "here").config("pooled-16", 0.9, 0)
+        config = parse_plan({"variants": variants}, "here", Plan).config("pooled-16", 0.9, 0)
         assert config.topology.rule == "evolution"
         batch = config.topology.micro_batch
         assert (batch.mode, batch.sequences, batch.study) == ("pooled", 16, True)

@@ -110,7 +110,8 @@ def parameterized(model: ModelConfig, config: ParameterizationConfig) -> Paramet
         if config.name != "sp":  # where Llama's residual projections start like its other layers
             roles |= {"*.o_proj": "residual", "*.down_proj": "residual"}
     roles["lm_head"] = "head"
-    return Parameterization(config, model.width, model.layers, roles, model.tie_embeddings, INITIAL_STD)
+    std = INITIAL_STD * config.initial_scale
+    return Parameterization(config, model.width, model.layers, roles, model.tie_embeddings, std)
 
 
 def attention_modules(model: nn.Module) -> list[Any]:

@@ -1,8 +1,8 @@
 """The commands: arguments in, one call, a table or JSON out. Nothing else imports this module.
 
 Whatever needs torch is imported inside the command that uses it, so that `--help`, a wrong setting and `--print-config`
-answer at once. The commands below `bench` live in that package. An InputError becomes one line on standard error and
-exit code 2, and so does a wrong argument.
+answer at once. The commands below `bench` and `check`, and those that run experiments, have modules of their own. An
+InputError becomes one line on standard error and exit code 2, and so does a wrong argument.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import typer
 import sparsae
 from sparsae.cli import experiments
 from sparsae.cli.bench import bench
+from sparsae.cli.check import check
 from sparsae.cli.output import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
@@ -44,6 +45,7 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(check, name="check")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
 Teacher = Annotated[bool, typer.Option("--teacher", help="Use the teacher (the average) instead of the student.")]
@@ -221,7 +223,7 @@ def info(run: Run, json_file: JsonFile = None) -> None:
         show_values(str(run), result)
 
 
-for _command in (experiments.compare, experiments.ablate, experiments.sensitivity):
+for _command in (experiments.compare, experiments.ablate, experiments.sensitivity, experiments.transfer):
     app.command()(_command)
 
 

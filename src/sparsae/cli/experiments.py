@@ -12,7 +12,9 @@ from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, shown
 from sparsae.config.load import methods, parse_override, presets
 from sparsae.errors import InputError
-from sparsae.experiments.plan import Plan, read_plan
+from sparsae.experiments.grid import PARAMETERIZATIONS
+from sparsae.experiments.plan import P, Plan, read_plan
+from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.experiments.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.train.rundir import refuse_unwritable
 
@@ -40,6 +42,13 @@ Rates = Annotated[
 ]
 Share = Annotated[
     float | None, typer.Option("--tuning-share", metavar="F", help="Length of a trial in terms of a run.  (default: 1)")
+]
+Parameterizations = Annotated[
+    str | None, typer.Option(metavar="LIST", help=f"Of: {', '.join(PARAMETERIZATIONS)}.  (default: sp,mup,supar)")
+]
+Method = Annotated[str | None, typer.Option(metavar="NAME", help="Of every sparse run.  (default: static)")]
+Heads = Annotated[
+    str | None, typer.Option(metavar="scaled|constant", help="Heads of one size, or of one number, at all widths.")
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or that of the same plan, stopped before.")]
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time on this machine.")]
@@ -69,7 +78,7 @@ def compare(
     options = _options(preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share)
     if compared is not None:
         options["methods"] = _names(compared)
-    _run(_plan(given, options), out, jobs, ray, json_file)
+    _run(read(given, options, Plan), out, jobs, ray, json_file)
 
 
 def ablate(
@@ -97,7 +106,7 @@ def ablate(
             raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share)
     options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
-    _run(_plan(given, options), out, jobs, ray, json_file)
+    _run(read(given, options, Plan), out, jobs, ray, json_file)
 
 
 def sensitivity(
@@ -122,7 +131,7 @@ def sensitivity(
     for mode in _names(modes):
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
-    counts = [int(_number("--sequences", entry, int)) for entry in _names(sequences)]
+    counts = [int(count) for count in _numbers("--sequences", sequences, int)]
     variants = sensitivity_variants(method, counts, _names(modes))
     options = {"match": "steps"} | _options(
         preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share
@@ -130,17 +139,74 @@ def sensitivity(
     options |= {"kind": "sensitivity", "methods": [], "variants": variants}
     if "resampled-4" in variants:  # the default of both methods that score candidates
         options["reference"] = "resampled-4"
-    _run(_plan(given, options), out, jobs, ray, json_file)
+    _run(read(given, options, Plan), out, jobs, ray, json_file)
 
 
-def _plan(given: list[str] | None, options: dict[str, object]) -> Plan:
+def transfer(
+    given: Given = None,
+    *,
+    out: Out,
+    parameterizations: Parameterizations = None,
+    widths: Annotated[str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 256)")] = None,
+    sparsities: Annotated[
+        str | None, typer.Option(metavar="LIST", help="0: a dense model.  (default: 0.5,0.75,0.9)")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Tried at each.  (default: 2^-11 to 2^-5)")
+    ] = None,
+    initial_scales: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Factors on initial weights, tried at each.  (default: 1)")
+    ] = None,
+    method: Method = None,
+    heads: Heads = None,
+    preset: Preset = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 1)")
+    ] = None,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Find the best learning rate at every width and sparsity: does it stay? Started again, it goes on."""
+    options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
+    if learning_rates is not None:
+        options["learning_rates"] = _numbers("--learning-rates", learning_rates, float)
+    if initial_scales is not None:
+        options["initial_scales"] = _numbers("--initial-scales", initial_scales, float)
+    _run(read(given, options, TransferPlan), out, jobs, ray, json_file)
+
+
+def grid_options(
+    preset: str | None,
+    method: str | None,
+    heads: str | None,
+    parameterizations: str | None,
+    widths: str | None,
+    sparsities: str | None,
+    seeds: str | None,
+) -> dict[str, object]:
+    """The options that were given of an experiment over a grid, by the keys of its plan."""
+    options = {
+        "preset": preset,
+        "method": method,
+        "heads": heads,
+        "parameterizations": parameterizations and _names(parameterizations),
+        "widths": widths and _numbers("--widths", widths, int),
+        "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
+        "seeds": seeds and _seeds(seeds),
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def read(given: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
+    """The plan that arguments and options say. Raises InputError for whatever is wrong with it."""
     overrides = [entry for entry in given or [] if "=" in entry]
     files = [entry for entry in given or [] if "=" not in entry]
     if len(files) > 1:
         raise InputError(
             f"two plans: {shown(files[0])} and {shown(files[1])}; give one, and settings as section.key=value"
         )
-    return read_plan(Path(files[0]) if files else None, options, [parse_override(entry) for entry in overrides])
+    return read_plan(Path(files[0]) if files else None, options, [parse_override(entry) for entry in overrides], plan)
 
 
 def _options(
@@ -154,16 +220,14 @@ def _options(
     tuning_share: float | None,
 ) -> dict[str, object]:
     """The options that were given, by the keys of a plan."""
-    numbers = seeds and [_number("--seeds", entry, int) for entry in _names(seeds)]
     options = {
         "preset": preset,
-        "seeds": numbers[0] if numbers and seeds is not None and "," not in seeds else numbers,
-        "sparsities": sparsities and [_number("--sparsities", entry, float) for entry in _names(sparsities)],
+        "seeds": seeds and _seeds(seeds),
+        "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
         "match": match,
         "budget": budget,
         "reference": reference,
-        "tuning.learning_rates": learning_rates
-        and [_number("--learning-rates", entry, float) for entry in _names(learning_rates)],
+        "tuning.learning_rates": learning_rates and _numbers("--learning-rates", learning_rates, float),
         "tuning.share": tuning_share,
     }
     return {key: value for key, value in options.items() if value is not None}
@@ -171,6 +235,10 @@ def _options(
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
+    return [_number(option, word, kind) for word in _names(text)]
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
@@ -181,7 +249,13 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
         raise InputError(f"{option}: must be {what} with commas between, not {shown(text)}") from None
 
 
-def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:
+def _seeds(text: str) -> float | list[float]:
+    """A list of seeds, or how many."""
+    found = _numbers("--seeds", text, int)
+    return found[0] if found and "," not in text else found
+
+
+def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:
     refuse_unwritable("--json", json_file)
     if ray is not None and jobs != 1:
         raise InputError("--jobs is for one machine and --ray for a cluster: give one of them")
@@ -189,6 +263,7 @@ def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | Non
     with output(json_file) as result:
         from sparsae.experiments.compare import Experiment
         from sparsae.experiments.execution import Executor, InOrder, Workers
+        from sparsae.experiments.transfer.study import Transfer
 
         def executor(lock: int) -> Executor:
             if ray is not None:
@@ -197,7 +272,8 @@ def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | Non
                 return Cluster(ray)
             return InOrder() if jobs == 1 else Workers(jobs, lock)
 
-        found: dict[str, Any] | None = Experiment(plan, out, quiet).run(executor)
+        experiment = Transfer(plan, out, quiet) if isinstance(plan, TransferPlan) else Experiment(plan, out, quiet)
+        found: dict[str, Any] | None = experiment.run(executor)
         if found is None:
             typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)
@@ -208,11 +284,16 @@ def _run(plan: Plan, out: Path, jobs: int, ray: str | None, json_file: str | Non
 
 def _show(results: Mapping[str, Any], out: Path) -> None:
     from sparsae.experiments.tables import rank_table, results_table
+    from sparsae.experiments.transfer.results import movement_table, optimum_table
 
-    for table in [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]:
+    if results["kind"] == "transfer":
+        tables = [optimum_table(results), *([movement_table(results)] if results["movements"] else [])]
+    else:
+        tables = [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]
+    for table in tables:
         brief = table.brief()
         show_table(brief.title, brief.columns, brief.rows, brief.names)
-    for entry in results["conclusions"]:
+    for entry in results.get("conclusions", []):
         best = entry["winner"]
         said = f"{best} is better than every other" if best else "no method is better than every other"
         typer.echo(f"sparsity {entry['sparsity']:g}: {said}")

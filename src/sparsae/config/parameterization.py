@@ -24,6 +24,9 @@ class ParameterizationConfig(Section):
         default="active",
         description="initial variances divided by the layer's density, or as in a dense layer (sp, mup)",
     )
+    initial_scale: Positive = Field(
+        default=1.0, description="factor on the standard deviation of all initial weights, 0.02 at the base width"
+    )
     embedding_multiplier: Positive = Field(default=1.0, description="factor on the embeddings")
     output_multiplier: Positive = Field(default=1.0, description="factor on the logits, beside the width's own")
     weight_decay: Literal["independent", "coupled"] = Field(

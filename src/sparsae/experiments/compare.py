@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
 from sparsae.experiments.plan import Plan, cells
 from sparsae.experiments.results import Cell, Trial, collect, write_results
-from sparsae.experiments.units import Unit, check_same, outcome
+from sparsae.experiments.units import Unit, forget_checkpoints, outcome, unit_of
 from sparsae.train.build import check
 from sparsae.train.progress import Display
-from sparsae.train.run import with_absolute_paths
 
 
 @dataclass
@@ -59,16 +57,10 @@ class Schedule:
         cost = self.cost(variant, sparsity)
         steps = cost.steps(self.budget(variant, sparsity).part(share), f"{variant} at sparsity {sparsity:g}")
         config = with_steps(self.plan.config(variant, sparsity, seed, learning_rate), steps)
-        if config.training.checkpoint_every is None:
-            # What a kill costs is at most a tenth of a run.
-            every = max(10, steps // 10)
-            config = config.model_copy(
-                update={"training": config.training.model_copy(update={"checkpoint_every": every})}
-            )
         name = f"{folder}/{variant}-{sparsity:g}-{seed}"
         if folder == "tuning":
             name += f"-lr{learning_rate:g}"
-        return Unit(name, with_absolute_paths(config), cost.flops(steps))
+        return unit_of(name, config, cost.flops(steps))
 
 
 class Units:
@@ -107,9 +99,12 @@ class Experiment:
         """
         with claimed(self.out, self.plan) as lock:
             with closing(executor(lock)) as runs:
-                if not self._execute([trial.unit for trial in self.trials], runs, self._forget_checkpoints):
+                # A trial has said what it had to: its learning rate. Its weights would fill the disk.
+                forget = partial(forget_checkpoints, self.out)
+                if not execute([trial.unit for trial in self.trials], self.out, self.board, forget, runs):
                     return None
-                if not self._execute([cell.unit for cell in self.cells], runs, lambda _: self._write_rows()):
+                compared = [cell.unit for cell in self.cells]
+                if not execute(compared, self.out, self.board, lambda _: self._write_rows(), runs):
                     return None
             return self._write()
 
@@ -148,16 +143,6 @@ class Experiment:
         mine = [trial for trial in self.trials if (trial.variant, trial.sparsity) == (variant, sparsity)]
         best = min(mine, key=lambda trial: (trial.loss(self.out), trial.learning_rate), default=None)
         return best.learning_rate if best else None
-
-    def _execute(self, units: Iterable[Unit], executor: Executor, ended: Callable[[Unit], None]) -> bool:
-        unique = list({unit.name: unit for unit in units}.values())
-        for unit in unique:
-            check_same(self.out / unit.name, unit.config)
-        return execute(unique, self.out, self.board, ended, executor)
-
-    def _forget_checkpoints(self, trial: Unit) -> None:
-        """A trial has said what it had to: its learning rate. Its weights would fill the disk."""
-        shutil.rmtree(self.out / trial.name / "checkpoints", ignore_errors=True)
 
     def _write_rows(self) -> None:
         """What is known so far, for whoever cannot wait."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from sparsae.config.complaints import shown
 from sparsae.config.load import read_settings
 from sparsae.errors import InputError
-from sparsae.experiments.plan import Plan, parse_plan
+from sparsae.experiments.plan import BasePlan, Plan, parse_plan
+from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.train.rundir import refuse_occupied, write_atomically
 
 _PATIENCE = 30.0  # seconds in which the workers of a killed experiment save and end
@@ -26,22 +27,24 @@ def is_experiment(path: Path) -> bool:
     return (path / "plan.yaml").is_file()
 
 
-def saved_plan(out: Path) -> Plan:
+def saved_plan(out: Path) -> BasePlan:
     """The plan of an experiment. InputError where there is none or it is damaged."""
     file = out / "plan.yaml"
     if not file.is_file():
         raise InputError(f"{out}: not the directory of an experiment: it has no plan.yaml")
-    return parse_plan(read_settings(file), str(file))
+    tree = read_settings(file)
+    plan: type[BasePlan] = TransferPlan if tree.get("kind") == "transfer" else Plan
+    return parse_plan(tree, str(file), plan)
 
 
-def check_place(out: Path, plan: Plan) -> None:
+def check_place(out: Path, plan: BasePlan) -> None:
     """InputError where the directory holds anything but an experiment of this very plan."""
     if not is_experiment(out):
         refuse_occupied(out)
         return
     there = saved_plan(out)
     for name in type(plan).model_fields:
-        ours, theirs = getattr(plan, name), getattr(there, name)
+        ours, theirs = getattr(plan, name), getattr(there, name)  # kinds that have other keys differ at the first
         if ours != theirs:
             raise InputError(
                 f"{out}: holds an experiment whose {name} differ ({shown(_plain(theirs))} there, {shown(_plain(ours))} "
@@ -50,7 +53,7 @@ def check_place(out: Path, plan: Plan) -> None:
 
 
 @contextmanager
-def claimed(out: Path, plan: Plan) -> Iterator[int]:
+def claimed(out: Path, plan: BasePlan) -> Iterator[int]:
     """The directory, made if it is new and locked against others; gives the descriptor that holds the lock.
 
     Raises InputError where it cannot be written or another process works in it.

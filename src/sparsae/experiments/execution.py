@@ -16,7 +16,7 @@ from types import FrameType
 
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
-from sparsae.experiments.units import Unit, outcome, run_unit
+from sparsae.experiments.units import Unit, check_same, outcome, run_unit
 
 Ended = Callable[[Unit], None]
 
@@ -36,7 +36,13 @@ class Executor(ABC):
 
 
 def execute(units: Sequence[Unit], out: Path, board: Board, ended: Ended, executor: Executor) -> bool:
-    """Bring all units to their ends, as `Executor.run`; those that are done already are left as they are."""
+    """Bring all units to their ends, each once, as `Executor.run`; those that are done are left as they are.
+
+    Raises InputError also where the directory of one holds a run of other settings.
+    """
+    units = list({unit.name: unit for unit in units}.values())
+    for unit in units:
+        check_same(out / unit.name, unit.config)
     todo = [unit for unit in units if outcome(out / unit.name) is None]
     with board.watching(units, out):
         return executor.run(todo, out, board, ended) if todo else True

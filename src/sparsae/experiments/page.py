@@ -12,6 +12,7 @@ from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments import figures as draw
 from sparsae.experiments.tables import Table, interval_text, rank_table, results_table
+from sparsae.experiments.transfer import page as transfer
 from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
 from sparsae.report.markup import Tile
@@ -36,7 +37,10 @@ def write_page(out: Path) -> Path:
     if not results.get("rows"):
         raise InputError(f"{file}: no run has ended yet")
     page = out / "report.html"
-    write_atomically(page, document(_title(results), _body(results, _first_runs(results, out))))
+    if results["kind"] == "transfer":
+        write_atomically(page, document(transfer.title(results), transfer.body(results)))
+    else:
+        write_atomically(page, document(_title(results), _body(results, _first_runs(results, out))))
     return page
 
 

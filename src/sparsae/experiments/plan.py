@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -64,23 +64,12 @@ class Tuning(Section):
         return sorted(rates)
 
 
-class Plan(Section):
-    """A whole experiment."""
+class BasePlan(Section):
+    """What every experiment's plan says."""
 
-    kind: Literal["comparison", "ablation", "sensitivity"] = Field(default="comparison", description="what is asked")
+    kind: str = Field(description="what is asked")
     preset: str = Field(default="demo", description="model and run")
-    methods: list[str] = Field(default=[], description="methods to compare as they are")
-    variants: dict[str, Variant] = Field(default={}, description="further ones: a name, a method, its own settings")
-    sparsities: list[Sparsity] = Field(default=[0.9], min_length=1, description="sparsities at which all are compared")
     seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="seeds, or how many")
-    match: Match = Field(default="flops", description="what the runs have in common")
-    budget: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=None, description="how much of that; null: what the reference takes for training.steps"
-    )
-    reference: str | None = Field(
-        default=None, description="what the others are held against; null: static, or the first"
-    )
-    tuning: Tuning = Tuning()
     settings: Tree = Field(default={}, description="settings of every run, in the form of a settings file")
 
     @field_validator("preset")
@@ -100,10 +89,54 @@ class Plan(Section):
         return seeds
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        for name, values in (("methods", self.methods), ("sparsities", self.sparsities), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
+    def _lists_repeat_nothing(self) -> Self:
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{name}: one is given twice")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_leave_the_rest(self) -> Self:
+        for key, said_by in self.said().items():
+            *sections, last = key.split(".")
+            tree: object = self.settings
+            for section in sections:
+                tree = tree.get(section, {}) if isinstance(tree, Mapping) else {}
+            if isinstance(tree, Mapping) and last in tree and (sections or not isinstance(tree[last], Mapping)):
+                raise ValueError(f"settings: leave out {key}: the plan's {said_by} say it")
+        return self
+
+    def said(self) -> dict[str, str]:
+        """Settings that the plan itself gives to every run, and by which of its keys."""
+        return {"seed": "seeds", "sparsity.sparsity": "sparsities"}
+
+    def dump(self) -> str:
+        """The plan as YAML, every key included."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+P = TypeVar("P", bound=BasePlan)
+
+
+class Plan(BasePlan):
+    """A comparison of methods."""
+
+    kind: Literal["comparison", "ablation", "sensitivity"] = Field(default="comparison", description="what is asked")
+    methods: list[str] = Field(default=[], description="methods to compare as they are")
+    variants: dict[str, Variant] = Field(default={}, description="further ones: a name, a method, its own settings")
+    sparsities: list[Sparsity] = Field(default=[0.9], min_length=1, description="sparsities at which all are compared")
+    match: Match = Field(default="flops", description="what the runs have in common")
+    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="how much of that; null: what the reference takes for training.steps"
+    )
+    reference: str | None = Field(
+        default=None, description="what the others are held against; null: static, or the first"
+    )
+    tuning: Tuning = Tuning()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
         for name in self.methods:
             if name not in methods():
                 raise ValueError(f"methods: no method '{name}'; {nearest(name, methods())}")
@@ -120,11 +153,6 @@ class Plan(Section):
             )
         if self.tuning.learning_rates and self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the compared seeds; give another")
-        for name, of in (("seed", self.settings), ("sparsity", self.settings.get("sparsity", {}))):
-            if isinstance(of, Mapping) and name in of and (name == "seed" or not isinstance(of[name], Mapping)):
-                raise ValueError(
-                    f"settings: leave out {name}: the plan's {'seeds' if name == 'seed' else 'sparsities'} say it"
-                )
         return self
 
     @cached_property
@@ -156,12 +184,8 @@ class Plan(Section):
         trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
         return resolve(None, self.preset, chosen.method, options=given, trees=trees)
 
-    def dump(self) -> str:
-        """The plan as YAML, every key included."""
-        return dump_yaml(self.model_dump(mode="json"))
 
-
-def read_plan(file: Path | None, options: Mapping[str, object], overrides: Sequence[Tree]) -> Plan:
+def read_plan(file: Path | None, options: Mapping[str, object], overrides: Sequence[Tree], plan: type[P]) -> P:
     """The plan of a file, of options (dotted keys of a plan) that win over it, and of settings that win over both.
 
     Raises InputError: one line that names what is wrong and what would be right.
@@ -181,18 +205,20 @@ def read_plan(file: Path | None, options: Mapping[str, object], overrides: Seque
     for override in overrides:
         if isinstance(settings, dict):
             _merge(settings, override)
-    return parse_plan(tree, str(file) if file else "the command line", origins)
+    return parse_plan(tree, str(file) if file else "the command line", plan, origins)
 
 
-def parse_plan(tree: Mapping[str, Any], where: str, origins: Mapping[tuple[str, ...], str] | None = None) -> Plan:
+def parse_plan(
+    tree: Mapping[str, Any], where: str, plan: type[P], origins: Mapping[tuple[str, ...], str] | None = None
+) -> P:
     """A plan from the tree of its keys; `where` names its home in the InputError that a wrong one raises."""
     try:
-        return Plan.model_validate(tree)
+        return plan.model_validate(tree)
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
         keys = tuple(str(key) for key in error["loc"])
         if error["type"] == "extra_forbidden":
-            section: type[Section] = Plan
+            section: type[Section] = plan
             if len(keys) > 1:
                 section = Tuning if keys[0] == "tuning" else Variant
             raise InputError(f"{where}: {unknown_key(keys, section.model_fields, ())}") from None

@@ -28,6 +28,22 @@ class Unit:
         return json.dumps({"directory": str(out / self.name), "config": self.config.model_dump(mode="json")})
 
 
+def unit_of(name: str, config: Config, flops: int) -> Unit:
+    """A unit that can be gone on with from anywhere, and loses at most a tenth of itself when it is killed."""
+    from sparsae.train.run import with_absolute_paths
+
+    training = config.training
+    if training.checkpoint_every is None:
+        every = max(10, training.steps // 10)
+        config = config.model_copy(update={"training": training.model_copy(update={"checkpoint_every": every})})
+    return Unit(name, with_absolute_paths(config), flops)
+
+
+def forget_checkpoints(out: Path, unit: Unit) -> None:
+    """Remove the weights of a finished unit, of which only the results are wanted."""
+    shutil.rmtree(out / unit.name / "checkpoints", ignore_errors=True)
+
+
 def outcome(directory: Path) -> dict[str, Any] | None:
     """The summary of a finished run; of one that diverged, {"diverged": true, "steps", "train_flops"}; else None."""
     if (directory / _DIVERGED).is_file():

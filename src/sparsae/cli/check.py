@@ -1,0 +1,74 @@
+"""`sparsae check ...`: whether a parameterization does what it is for, before anything is trained at length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Preset, grid_options, read
+from sparsae.cli.output import JsonFile, output, show_table
+from sparsae.experiments.coordinates.plan import CoordinatesPlan
+from sparsae.train.rundir import refuse_occupied, refuse_unwritable
+
+check = typer.Typer()
+
+
+@check.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    """Check that a parameterization keeps scales over widths and densities."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@check.command()
+def coordinates(
+    given: Given = None,
+    *,
+    parameterizations: Parameterizations = None,
+    widths: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 128,256,512,1024)")
+    ] = None,
+    sparsities: Annotated[
+        str | None, typer.Option(metavar="LIST", help="0: dense.  (default: 0 and 1 - 2^-1 to 1 - 2^-7)")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps that are measured.  (default: 10)")] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Transformer blocks.  (default: 2)")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="F", help="Of every step, without warm-up.  (default: 2^-9)")
+    ] = None,
+    method: Method = None,
+    heads: Heads = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 1)")
+    ] = None,
+    preset: Preset = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new directory for report.html and coordinates.json.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Scales of activations, gradients and updates in the first steps, and their slopes over densities and widths."""
+    refuse_unwritable("--json", json_file)
+    options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
+    own = {"steps": steps, "layers": layers, "learning_rate": learning_rate}
+    options |= {key: value for key, value in own.items() if value is not None}
+    plan = read(given, options, CoordinatesPlan)
+    if out is not None:
+        refuse_occupied(out)
+    with output(json_file) as result:
+        from sparsae.experiments.coordinates.page import slope_table, warnings
+        from sparsae.experiments.coordinates.study import measure, write
+
+        result.update(measure(plan, quiet=json_file == "-"))
+        if out is not None:
+            write(result, out)
+    if json_file == "-":
+        return
+    table = slope_table(result)
+    show_table(table.title, table.columns, table.rows, table.names)
+    for warning in warnings(result):
+        typer.echo(f"warning: {warning}")
+    if out is not None:
+        typer.echo(f"written: {out / 'report.html'}, coordinates.json")

@@ -1,0 +1,117 @@
+"""How scales depend on density and on width: slopes of logarithms, and which of them are as they should be."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from sparsae.experiments.coordinates.measure import LOGITS, Quantity, Scale
+from sparsae.experiments.coordinates.plan import Case
+
+Axis = Literal["density", "width"]
+Row = Mapping[str, Any]
+TOLERANCE = 0.1
+
+
+def slope(points: Iterable[tuple[float, float]]) -> float | None:
+    """Least squares slope of log y on log x; None where fewer than two x differ."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    x_mean, y_mean = (math.fsum(values) / len(logs) for values in zip(*logs, strict=True))
+    squares = math.fsum((x - x_mean) ** 2 for x, _ in logs)
+    return math.fsum((x - x_mean) * (y - y_mean) for x, y in logs) / squares
+
+
+def wanted(axis: Axis, quantity: str, layer: str) -> float:
+    """The slope of a parameterization that keeps every layer learning at the same pace.
+
+    0, but for gradients over width: with logits divided by the width those of hidden features fall with it.
+    """
+    return -1.0 if (axis, quantity) == ("width", "gradient") and layer != LOGITS else 0.0
+
+
+def slopes(measured: Mapping[Case, Sequence[Scale]]) -> list[dict[str, Any]]:
+    """A row a parameterization, axis, width or sparsity held fixed, layer, quantity and step.
+
+    A point is the mean of the log scale over the seeds; seeds in which it is 0 or was not reached are left out.
+    """
+    points = _points(measured)
+    rows = []
+    for axis in get_args(Axis):
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for point in points:
+            held = point["width" if axis == "density" else "sparsity"]
+            key = (point["parameterization"], held, point["layer"], point["quantity"], point["step"])
+            groups.setdefault(key, []).append(point)
+        for (parameterization, held, layer, quantity, step), mine in groups.items():
+            found = slope((point[axis], point["scale"]) for point in mine)
+            if found is None:
+                continue
+            aim = wanted(axis, quantity, layer)
+            rows.append(
+                {
+                    "parameterization": parameterization,
+                    "axis": axis,
+                    "width": held if axis == "density" else None,
+                    "sparsity": None if axis == "density" else held,
+                    "layer": layer,
+                    "quantity": quantity,
+                    "step": step,
+                    "slope": found,
+                    "wanted": aim,
+                    "within": abs(found - aim) <= TOLERANCE,
+                    "points": [{key: p[key] for key in ("width", "sparsity", "density", "scale")} for p in mine],
+                }
+            )
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """An entry a parameterization, axis and quantity: what its slopes are over layers, steps and whatever is fixed."""
+    entries = []
+    for name in dict.fromkeys(row["parameterization"] for row in rows):
+        for axis in get_args(Axis):
+            for quantity in get_args(Quantity):
+                mine = [r for r in rows if (r["parameterization"], r["axis"], r["quantity"]) == (name, axis, quantity)]
+                if not mine:
+                    continue
+                found = [row["slope"] for row in mine]
+                entries.append(
+                    {
+                        "parameterization": name,
+                        "axis": axis,
+                        "quantity": quantity,
+                        "wanted": min(row["wanted"] for row in mine),
+                        "slopes": len(found),
+                        "smallest": min(found),
+                        "median": statistics.median(found),
+                        "largest": max(found),
+                        "share_within": sum(row["within"] for row in mine) / len(mine),
+                    }
+                )
+    return entries
+
+
+def _points(measured: Mapping[Case, Sequence[Scale]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[Any, ...], list[Scale]] = {}
+    for case, found in measured.items():
+        for scale in found:
+            if 0 < scale.scale < math.inf:
+                key = (case.parameterization, case.width, case.sparsity, scale.layer, scale.quantity, scale.step)
+                groups.setdefault(key, []).append(scale)
+    names = ("parameterization", "width", "sparsity", "layer", "quantity", "step")
+    return [
+        {
+            **dict(zip(names, key, strict=True)),
+            "density": _geometric_mean([scale.density for scale in mine]),
+            "scale": _geometric_mean([scale.scale for scale in mine]),
+        }
+        for key, mine in groups.items()
+    ]
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))

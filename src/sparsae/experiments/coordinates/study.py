@@ -1,0 +1,112 @@
+"""A check of coordinates from its plan to its results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sparsae import __version__
+from sparsae.data import prepare
+from sparsae.experiments.coordinates.measure import Scale, scales
+from sparsae.experiments.coordinates.page import body, title
+from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
+from sparsae.experiments.coordinates.slopes import TOLERANCE, slopes, summary
+from sparsae.experiments.matching import Cost
+from sparsae.report.page import document
+from sparsae.report.readable import duration
+from sparsae.train.build import check
+from sparsae.train.progress import Display
+from sparsae.train.rundir import to_json, write_atomically
+
+
+def measure(plan: CoordinatesPlan, quiet: bool = False) -> dict[str, Any]:
+    """Run every case of a plan; its slopes and their summary.
+
+    Raises InputError, before anything is run, for whatever is wrong with the plan.
+    """
+    configs = dict(plan.configs())
+    for config in {(case.width, case.sparsity): config for case, config in configs.items()}.values():
+        check(config)
+    display = Display(quiet)
+    corpus = prepare(next(iter(configs.values())).data, display.stage)
+    display.close()
+    costs: dict[tuple[int, float], int] = {}
+    for case, config in configs.items():
+        if (case.width, case.sparsity) not in costs:
+            costs[case.width, case.sparsity] = Cost(config, corpus.vocab_size).flops(1)
+    found: dict[Case, list[Scale]] = {}
+    total = plan.steps * sum(costs[case.width, case.sparsity] for case in configs)
+    with _Progress(quiet, total, len(configs)) as progress:
+        for case, config in configs.items():
+            with progress.of(case):
+                cost = costs[case.width, case.sparsity]
+                found[case] = list(scales(config, corpus, lambda cost=cost: progress.add(cost)))  # type: ignore[misc]
+    rows = slopes(found)
+    short = {case: len({scale.step for scale in mine}) for case, mine in found.items()}
+    return {
+        "kind": plan.kind,
+        "sparsae": __version__,
+        "plan": plan.model_dump(mode="json"),
+        "tolerance": TOLERANCE,
+        "summary": summary(rows),
+        "rows": rows,
+        "diverged": [{**vars(case), "steps": steps} for case, steps in short.items() if steps < plan.steps],
+    }
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """coordinates.json and report.html into a directory, which is made if it is new."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "coordinates.json", to_json(results, indent=1) + "\n")
+    write_atomically(out / "report.html", document(title(results), body(results)))
+
+
+class _Progress:
+    """How far the measurements are, by counted operations: a bar on a terminal, a line for each case elsewhere."""
+
+    def __init__(self, quiet: bool, total: int, cases: int) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._total, self._cases, self._done, self._ended = total, cases, 0, 0
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            expand=True,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> _Progress:
+        self._began = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @contextmanager
+    def of(self, case: Case) -> Iterator[None]:
+        """A case is measured."""
+        name = f"{case.parameterization}, width {case.width}, sparsity {case.sparsity:g}, seed {case.seed}"
+        self._bar.update(self._task, description=name)
+        yield
+        self._ended += 1
+        if self._bar.disable:
+            left = (time.monotonic() - self._began) * (self._total - self._done) / max(1, self._done)
+            said = f"[{self._ended}/{self._cases}] {name} · {duration(round(left))} left"
+            self._console.print(said, markup=False, soft_wrap=True)
+
+    def add(self, cost: int) -> None:
+        """A step of so many operations is done."""
+        self._done += cost
+        self._bar.advance(self._task, cost)

@@ -1,0 +1,143 @@
+"""One run's settings at a width, a sparsity and under a parameterization: what is varied where settings shall transfer.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from sparsae.config import Config, ModelConfig
+from sparsae.config.complaints import nearest
+from sparsae.config.load import has_sparsity, methods, resolve
+from sparsae.errors import InputError
+from sparsae.experiments.plan import BasePlan, Seed
+
+Tree = Mapping[str, Any]
+Heads = Literal["scaled", "constant"]
+
+# Settings of the section `parameterization` by name. SP and µP as they are published know nothing of density; "-active"
+# corrects their initial values, and only those, for it.
+PARAMETERIZATIONS: Mapping[str, Mapping[str, object]] = {
+    "sp": {"name": "sp", "initial_fan_in": "dense", "dynamic": False},
+    "sp-active": {"name": "sp", "initial_fan_in": "active", "dynamic": False},
+    "mup": {"name": "mup", "initial_fan_in": "dense", "dynamic": False},
+    "mup-active": {"name": "mup", "initial_fan_in": "active", "dynamic": False},
+    "supar": {"name": "supar", "initial_fan_in": "active", "dynamic": False},
+    "supar-dynamic": {"name": "supar", "initial_fan_in": "active", "dynamic": True},
+}
+
+# Settings that a grid gives to every run, and by which of its lists. model.width is free: it says at which width
+# model.heads and model.mlp_width are as they are given.
+SAID: Mapping[str, str] = {
+    "seed": "seeds",
+    "sparsity.sparsity": "sparsities",
+    "parameterization.name": "parameterizations",
+    "parameterization.initial_fan_in": "parameterizations",
+    "parameterization.dynamic": "parameterizations",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all runs of a grid have in common.
+
+    heads: "scaled", as many as keep the size that they have in the settings, or "constant", the settings' number of
+    them at every width. trees: settings in the form of files, later ones winning, each with its origin.
+    """
+
+    preset: str
+    method: str
+    heads: Heads
+    trees: Sequence[tuple[Tree, str]]
+
+    def config(
+        self, parameterization: str, width: int, sparsity: float, seed: int, **more: tuple[str, object]
+    ) -> Config:
+        """The settings of one run; sparsity 0 is the method `dense`. `more`: origin -> (key, value).
+
+        Raises InputError for settings that are wrong, or a width that the heads cannot follow.
+        """
+        given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
+        for key, value in PARAMETERIZATIONS[parameterization].items():
+            given[f"parameterizations: {parameterization}: {key}"] = (f"parameterization.{key}", value)
+        method, trees = self.method, self.trees
+        if sparsity > 0:
+            given["sparsities"] = ("sparsity.sparsity", sparsity)
+        else:
+            # The rule's settings say nothing of a model whose connections all exist.
+            method, trees = "dense", [({k: v for k, v in tree.items() if k != "topology"}, at) for tree, at in trees]
+        given |= {f"width {width}: {key}": (f"model.{key}", value) for key, value in self._of_width(width).items()}
+        return resolve(None, self.preset, method, options={**given, **more}, trees=trees)
+
+    @cached_property
+    def _model(self) -> ModelConfig:
+        return resolve(None, self.preset, self.method, trees=self.trees).model
+
+    def _of_width(self, width: int) -> dict[str, int]:
+        """The keys of the section `model` that follow the width."""
+        model = self._model
+        found = {"width": width}
+        if self.heads == "scaled":
+            found["heads"] = _scaled("heads", model.heads, width, model.width)
+            if model.kv_heads is not None:
+                found["kv_heads"] = _scaled("kv_heads", model.kv_heads, width, model.width)
+        if model.mlp_width is not None:
+            found["mlp_width"] = max(1, round(model.mlp_width * width / model.width))
+        return found
+
+
+def _scaled(name: str, value: int, width: int, base: int) -> int:
+    if value * width % base:
+        raise InputError(
+            f"widths: {width}: model.{name} would be {value * width / base:g}, being {value} at width {base}: give "
+            "widths that keep it whole, or constant heads"
+        )
+    return value * width // base
+
+
+class GridPlan(BasePlan):
+    """The plan of an experiment over a grid."""
+
+    method: str = Field(default="static", description="the method of every sparse run; sparsity 0 is dense")
+    parameterizations: list[str] = Field(
+        default=["sp", "mup", "supar"], min_length=1, description=f"of: {', '.join(PARAMETERIZATIONS)}"
+    )
+    widths: list[Annotated[int, Field(ge=1)]] = Field(default=[256], min_length=1, description="model widths")
+    sparsities: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        default=[0.5, 0.75, 0.9], min_length=1, description="sparsities; 0: dense"
+    )
+    heads: Heads = Field(
+        default="scaled", description="attention heads of one size, more of them in wider models; or of one number"
+    )
+    seeds: list[Seed] = Field(default=[0], min_length=1, description="seeds, or how many")
+
+    @field_validator("method")
+    @classmethod
+    def _has_a_sparsity(cls, method: str) -> str:
+        if method not in methods():
+            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
+        if not has_sparsity(method) or method == "dense_small":
+            raise ValueError(f"'{method}' has no sparsity to vary: dense models are those of sparsity 0")
+        return method
+
+    @field_validator("parameterizations")
+    @classmethod
+    def _are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in PARAMETERIZATIONS:
+                raise ValueError(f"no '{name}'; {nearest(name, PARAMETERIZATIONS)}")
+        return names
+
+    def said(self) -> dict[str, str]:
+        """See `BasePlan`."""
+        return dict(SAID)
+
+    def base(self) -> Base:
+        """What all runs have in common."""
+        return Base(self.preset, self.method, self.heads, [(self.settings, "settings")])

@@ -1,0 +1,1 @@
+"""Where the best learning rate lies over widths and sparsities, under each parameterization."""

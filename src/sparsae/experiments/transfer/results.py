@@ -1,0 +1,228 @@
+"""What a transfer experiment found: a row a run, an optimum a width and sparsity, and how far optima move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from sparsae import __version__
+from sparsae.config import Config
+from sparsae.experiments.statistics import mean_interval
+from sparsae.experiments.tables import Table, interval_text
+from sparsae.experiments.transfer.basins import (
+    Basin,
+    Cell,
+    Over,
+    fit_basin,
+    log2_interval,
+    mean_losses,
+    movement,
+)
+from sparsae.experiments.transfer.plan import Point, TransferPlan
+from sparsae.report.readable import UNKNOWN, percent
+from sparsae.train.rundir import to_json, write_atomically
+
+Row = Mapping[str, Any]
+LABELS = {"learning_rate": "learning rate", "initial_scale": "initial scale"}
+_NAMED = 6  # optima that a warning names
+_COPIED = ("validation_loss", "steps", "tokens", "train_flops", "parameters", "nnz", "seconds", "device", "torch")
+
+
+def collect(
+    plan: TransferPlan, done: Mapping[Point, Mapping[str, Any]], configs: Mapping[Point, Config]
+) -> dict[str, Any]:
+    """The content of results.json from the outcomes of the runs that are done."""
+    rows = [_row(point, found, configs[point]) for point, found in done.items()]
+    optima = [entry for knob in plan.knobs for entry in _optima(rows, knob)]
+    results: dict[str, Any] = {
+        "kind": plan.kind,
+        "complete": len(rows) == len(list(plan.points())),
+        "sparsae": __version__,
+        "plan": plan.model_dump(mode="json"),
+        "rows": rows,
+        "optima": optima,
+        "movements": _movements(optima),
+    }
+    results["warnings"] = _warnings(results)
+    return results
+
+
+def write_results(results: Mapping[str, Any], out: Path) -> None:
+    """results.json, table.md and table.tex, each whole or not at all."""
+    tables = [*([movement_table(results)] if results["movements"] else []), optimum_table(results)]
+    write_atomically(out / "results.json", to_json(results, indent=1) + "\n")
+    write_atomically(out / "table.md", "\n".join(table.markdown() for table in tables))
+    write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
+
+
+def movement_table(results: Mapping[str, Any]) -> Table:
+    """How far the optimum moves under each parameterization, beside each other."""
+    rows = []
+    for entry in results["movements"]:
+        interval = entry["factor_interval"]
+        rows.append(
+            [
+                LABELS[entry["knob"]],
+                entry["over"],
+                entry["parameterization"],
+                f"{'≥ ' if entry['at_least'] else ''}{entry['factor']:.2f}",
+                f"{interval['low']:.2f}–{interval['high']:.2f}" if interval else UNKNOWN,
+                interval_text(entry["slope_interval"], signed=True) if entry["slope_interval"] else UNKNOWN,
+            ]
+        )
+    columns = ["optimum of", "over", "parameterization", "factor", "95 % interval", "slope"]
+    return Table("How far the optimum moves: highest over lowest, and log-log slope.", columns, rows, 3)
+
+
+def optimum_table(results: Mapping[str, Any]) -> Table:
+    """The optimum at each width and sparsity."""
+    rows = []
+    for entry in results["optima"]:
+        interval = entry["interval"]
+        rows.append(
+            [
+                LABELS[entry["knob"]],
+                entry["parameterization"],
+                str(entry["width"]),
+                percent(entry["sparsity"]),
+                f"{entry['optimum']:.3g}",
+                f"{interval['low']:.3g}–{interval['high']:.3g}" if interval else UNKNOWN,
+                f"{entry['loss']:.4f}",
+                {None: "inside", "divergence": "before divergence"}.get(entry["edge"], f"{entry['edge']} tried"),
+                str(entry["diverged"]),
+            ]
+        )
+    columns = [
+        "optimum of", "parameterization", "width", "sparsity", "optimum", "95 % interval", "loss (nats)", "where",
+        "diverged",
+    ]  # fmt: skip
+    return Table("Optima by parabolas through the mean losses over seeds.", columns, rows, 2)
+
+
+def basin_of(rows: Sequence[Row], knob: str) -> dict[int, dict[float, float | None]]:
+    """Seed -> value of the setting -> validation loss: the lowest over the other setting; None where all diverged."""
+    found: dict[int, dict[float, float | None]] = {}
+    for row in rows:
+        losses = found.setdefault(row["seed"], {})
+        known = [loss for loss in (losses.get(row[knob]), row["validation_loss"]) if loss is not None]
+        losses[row[knob]] = min(known, default=None)
+    return found
+
+
+def by_cell(rows: Sequence[Row]) -> dict[tuple[str, int, float], list[Row]]:
+    """Rows by (parameterization, width, sparsity)."""
+    groups: dict[tuple[str, int, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["parameterization"], row["width"], row["sparsity"]), []).append(row)
+    return groups
+
+
+def _row(point: Point, found: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    return {
+        "parameterization": point.parameterization,
+        "width": point.width,
+        "sparsity": point.sparsity,
+        "learning_rate": point.learning_rate,
+        "initial_scale": point.initial_scale,
+        "seed": point.seed,
+        "heads": config.model.heads,
+        "diverged": bool(found.get("diverged")),
+        **{key: found.get(key) for key in _COPIED},
+        "run": point.name,
+    }
+
+
+def _optima(rows: Sequence[Row], knob: str) -> list[dict[str, Any]]:
+    """An entry a parameterization, width and sparsity of which a run came to its end."""
+    entries = []
+    for (parameterization, width, sparsity), mine in by_cell(rows).items():
+        curves = basin_of(mine, knob)
+        basin = fit_basin(mean_losses(list(curves.values())))
+        if basin is None:
+            continue
+        seeds = {seed: found for seed, curve in curves.items() if (found := fit_basin(curve))}
+        interval = log2_interval([found.value for found in seeds.values()])
+        entries.append(
+            {
+                "knob": knob,
+                "parameterization": parameterization,
+                "width": width,
+                "sparsity": sparsity,
+                "optimum": basin.value,
+                "loss": basin.loss,
+                "edge": basin.edge,
+                "interval": interval and {"n": interval.n, "low": interval.low, "high": interval.high},
+                "by_seed": {str(seed): _basin(found) for seed, found in seeds.items()},
+                "diverged": sum(row["diverged"] for row in mine),
+            }
+        )
+    return entries
+
+
+def _movements(optima: Sequence[Row]) -> list[dict[str, Any]]:
+    """An entry a setting, what it moves over and parameterization, so that these stand beside each other."""
+    entries = []
+    keys = dict.fromkeys((entry["knob"], entry["parameterization"]) for entry in optima)
+    for knob in dict.fromkeys(knob for knob, _ in keys):
+        for over in get_args(Over):
+            for parameterization in [name for of, name in keys if of == knob]:
+                mine = [e for e in optima if (e["knob"], e["parameterization"]) == (knob, parameterization)]
+                if entry := _movement(mine, over):
+                    entries.append({"knob": knob, "over": over, "parameterization": parameterization, **entry})
+    return entries
+
+
+def _movement(optima: Sequence[Row], over: Over) -> dict[str, Any] | None:
+    whole = movement({_cell(e): _fitted(e) for e in optima}, over)
+    if whole is None:
+        return None
+    seeds = sorted(set.intersection(*(set(entry["by_seed"]) for entry in optima)))
+    found = [movement({_cell(e): _fitted(e["by_seed"][seed]) for e in optima}, over) for seed in seeds]
+    each = [one for one in found if one is not None]
+    factors = log2_interval([one.factor for one in each])
+    slopes = [one.slope for one in each if one.slope is not None]
+    slope = mean_interval(slopes) if slopes else None
+    return {
+        "factor": whole.factor,
+        "factor_interval": factors and {"n": factors.n, "low": factors.low, "high": factors.high},
+        "slope": whole.slope,
+        "slope_interval": slope and {"n": slope.n, "mean": slope.mean, "low": slope.low, "high": slope.high},
+        "at_least": whole.at_least,
+    }
+
+
+def _cell(entry: Row) -> Cell:
+    return entry["width"], entry["sparsity"]
+
+
+def _basin(basin: Basin) -> dict[str, Any]:
+    return {"optimum": basin.value, "loss": basin.loss, "edge": basin.edge}
+
+
+def _fitted(entry: Row) -> Basin:
+    return Basin(math.log2(entry["optimum"]), entry["loss"], entry["edge"])
+
+
+def _warnings(results: Mapping[str, Any]) -> list[str]:
+    found = []
+    for edge, what in (
+        ("lowest", "the lowest value tried: the grid was too narrow"),
+        ("highest", "the highest value tried: the grid was too narrow"),
+        ("divergence", "the last value before runs diverge: it is known as well as the grid is fine"),
+    ):
+        cells = [
+            f"{e['parameterization']} at width {e['width']}, sparsity {e['sparsity']:g}"
+            for e in results["optima"]
+            if e["edge"] == edge
+        ]
+        if cells:
+            more = f"; and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
+            found.append(f"the optimum is {what}, for {'; '.join(cells[:_NAMED])}{more}")
+    diverged = sum(row["diverged"] for row in results["rows"])
+    if diverged:
+        found.append(f"{diverged} of {len(results['rows'])} runs diverged; their values are left out of the fits")
+    if len({row["seed"] for row in results["rows"]}) == 1:
+        found.append("one seed: there are no intervals")
+    return found

@@ -1,0 +1,72 @@
+"""A transfer experiment from its plan to its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparsae.data import prepare
+from sparsae.experiments.board import Board
+from sparsae.experiments.directory import check_place, claimed
+from sparsae.experiments.execution import Executor, execute
+from sparsae.experiments.matching import Cost
+from sparsae.experiments.page import write_page
+from sparsae.experiments.transfer.plan import Point, TransferPlan
+from sparsae.experiments.transfer.results import collect, write_results
+from sparsae.experiments.units import Unit, forget_checkpoints, outcome, unit_of
+from sparsae.train.build import check
+from sparsae.train.progress import Display
+
+
+class Transfer:
+    """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either."""
+
+    def __init__(self, plan: TransferPlan, out: Path, quiet: bool = False) -> None:
+        check_place(out, plan)
+        self.plan, self.out, self.board = plan, out, Board(quiet)
+        self._display = Display(quiet)
+        self._configs = {point: plan.config(point) for point in plan.points()}
+        for config in {(point.width, point.sparsity): config for point, config in self._configs.items()}.values():
+            check(config)
+
+    def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
+        """Execute what is not yet done; the results, or None where a signal stopped it after saving.
+
+        executor: what makes the executor from the descriptor that locks the directory.
+        """
+        units = self.units
+        with claimed(self.out, self.plan) as lock, closing(executor(lock)) as runs:
+            if not execute(list(units.values()), self.out, self.board, self._ended, runs):
+                return None
+            results = self._results()
+            write_results(results, self.out)
+            write_page(self.out)
+            return results
+
+    @cached_property
+    def units(self) -> dict[Point, Unit]:
+        """The run of every point of the sweep."""
+        data = next(iter(self._configs.values())).data
+        vocabulary = prepare(data, self._display.stage).vocab_size
+        self._display.close()
+        costs: dict[tuple[int, float], int] = {}
+        for point, config in self._configs.items():
+            cell = point.width, point.sparsity
+            if cell not in costs:
+                costs[cell] = Cost(config, vocabulary).flops(config.training.steps)
+        return {
+            point: unit_of(point.name, config, costs[point.width, point.sparsity])
+            for point, config in self._configs.items()
+        }
+
+    def _ended(self, unit: Unit) -> None:
+        """Of hundreds of runs only the losses are wanted; what is known so far is there for whoever cannot wait."""
+        forget_checkpoints(self.out, unit)
+        write_results(self._results(), self.out)
+
+    def _results(self) -> dict[str, Any]:
+        done = {point: found for point, unit in self.units.items() if (found := outcome(self.out / unit.name))}
+        return collect(self.plan, done, {point: self._configs[point] for point in done})
