@@ -98,10 +98,10 @@ def test_slopes_of_a_known_scaling() -> None:
     """Updates that grow as density^0.25 and activations that do not, averaged in the log over two seeds."""
     measured = {
         Case("supar", width, sparsity, seed): [
-            Scale("layer", "activation", 0, 3.0 * 2.0 ** (seed - 0.5), 1 - sparsity),
-            Scale("layer", "gradient", 0, 1.0 / width, 1 - sparsity),
-            Scale("layer", "update", 0, width**0.5 * (1 - sparsity) ** 0.25, 1 - sparsity),
-            Scale("silent", "update", 0, 0.0, 1 - sparsity),
+            Scale("layer", "activation", 0, 3.0 * 2.0 ** (seed - 0.5), 1 - sparsity, width),
+            Scale("layer", "gradient", 0, 1.0 / width, 1 - sparsity, width),
+            Scale("layer", "update", 0, width**0.5 * (1 - sparsity) ** 0.25, 1 - sparsity, width * (1 - sparsity)),
+            Scale("silent", "update", 0, 0.0, 1 - sparsity, width),
         ]
         for width in (16, 64)
         for sparsity in (0.0, 0.5, 0.9)
@@ -127,6 +127,11 @@ def test_slopes_of_a_known_scaling() -> None:
     shares = {(e["axis"], e["quantity"]): e["share_within"] for e in summary(rows)}
     assert shares["density", "update"] == 0
     assert shares["width", "gradient"] == 1
+    # The update's layer sums width * density weights.
+    few = [row for row in slopes(measured, 32) if row["quantity"] == "update"]
+    assert [(row["axis"], row["width"], [p["sparsity"] for p in row["points"]]) for row in few] == [
+        ("density", 64, [0.0, 0.5])
+    ]
 
 
 @pytest.mark.parametrize("method", ["static", "rigl", "dense"])
@@ -165,8 +170,8 @@ def test_the_command_writes_slopes_a_table_and_a_page(
     file = tmp_path / "slopes.json"
     arguments = [*COMMAND.split(), "--out", str(tmp_path / "out"), "--json", str(file), *settings]
     assert main(arguments) == 0
-    found: dict[str, Any] = json.loads(file.read_text())
-    assert found == json.loads((tmp_path / "out" / "coordinates.json").read_text())
+    found: dict[str, Any] = json.loads((tmp_path / "out" / "coordinates.json").read_text())
+    assert found["rows"] == json.loads(file.read_text())
     # six layers, three quantities, two steps, at two widths and at two sparsities, three parameterizations
     assert len(found["rows"]) == 6 * 3 * 2 * 4 * 3
     assert {row["parameterization"] for row in found["rows"]} == {"sp", "mup", "supar"}
@@ -185,8 +190,10 @@ def test_the_command_writes_slopes_a_table_and_a_page(
 def test_a_run_that_diverges_is_told(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     options = "--parameterizations sp --widths 16 --learning-rate 1e30 --steps 3 --json -"
     assert main([*COMMAND.split(), *options.split(), *settings]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {(entry["sparsity"], entry["steps"] < 3) for entry in found["diverged"]} == {(0.5, True), (0.9, True)}
+    printed = capsys.readouterr()
+    assert {row["step"] for row in json.loads(printed.out)} < {0, 1, 2}
+    assert printed.err.count("sp at width 16, sparsity 0.5, seed 0: diverged after") == 1
+    assert printed.err.count("sp at width 16, sparsity 0.9, seed 0: diverged after") == 1
 
 
 def test_published_baselines_know_nothing_of_density() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Preset, grid_options, read
-from sparsae.cli.output import JsonFile, output, show_table
+from sparsae.cli.output import output, show_table
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.train.rundir import refuse_occupied, refuse_unwritable
 
@@ -38,6 +38,10 @@ def coordinates(
     learning_rate: Annotated[
         float | None, typer.Option(metavar="F", help="Of every step, without warm-up.  (default: 2^-9)")
     ] = None,
+    least_fan_in: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Slopes over layers whose outputs sum at least so many weights.  (default: 0)"),
+    ] = None,
     method: Method = None,
     heads: Heads = None,
     seeds: Annotated[
@@ -47,28 +51,30 @@ def coordinates(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new directory for report.html and coordinates.json.")
     ] = None,
-    json_file: JsonFile = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the slopes as JSON; - for standard output.")
+    ] = None,
 ) -> None:
     """Scales of activations, gradients and updates in the first steps, and their slopes over densities and widths."""
     refuse_unwritable("--json", json_file)
     options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
-    own = {"steps": steps, "layers": layers, "learning_rate": learning_rate}
+    own = {"steps": steps, "layers": layers, "learning_rate": learning_rate, "least_fan_in": least_fan_in}
     options |= {key: value for key, value in own.items() if value is not None}
     plan = read(given, options, CoordinatesPlan)
     if out is not None:
         refuse_occupied(out)
-    with output(json_file) as result:
+    with output(json_file, "rows") as result:
         from sparsae.experiments.coordinates.page import slope_table, warnings
         from sparsae.experiments.coordinates.study import measure, write
 
         result.update(measure(plan, quiet=json_file == "-"))
         if out is not None:
             write(result, out)
+    for warning in warnings(result):
+        typer.echo(f"warning: {warning}", err=True)
     if json_file == "-":
         return
     table = slope_table(result)
     show_table(table.title, table.columns, table.rows, table.names)
-    for warning in warnings(result):
-        typer.echo(f"warning: {warning}")
     if out is not None:
         typer.echo(f"written: {out / 'report.html'}, coordinates.json")

@@ -19,15 +19,16 @@ EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 @contextlib.contextmanager
-def output(json_file: str | None) -> Iterator[dict[str, Any]]:
-    """A dictionary to fill, written as JSON at the end; meanwhile standard output carries nothing else."""
+def output(json_file: str | None, part: str | None = None) -> Iterator[dict[str, Any]]:
+    """A dictionary to fill, written as JSON at the end, or one part of it; until then standard output is left alone."""
     result: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr) if json_file == "-" else contextlib.nullcontext():
         yield result
+    text = to_json(result if part is None else result[part], indent=2)
     if json_file == "-":
-        typer.echo(to_json(result, indent=2))
+        typer.echo(text)
     elif json_file is not None:
-        write_atomically(Path(json_file), to_json(result, indent=2) + "\n")
+        write_atomically(Path(json_file), text + "\n")
 
 
 def show_values(title: str, values: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from sparsae.data import Batches, Corpus
 from sparsae.errors import DivergedError
 from sparsae.models import decoder_and_head
 from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.sparsify import linear_layers
+from sparsae.nn.sparsify import linear_layers, weight_shape
 from sparsae.report.readable import short_names
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, choose_device
@@ -41,13 +41,17 @@ EMBEDDING, LOGITS = "embedding", "logits"
 
 @dataclass(frozen=True)
 class Scale:
-    """A root mean square of one layer in one step, and the density of the layer then (of the model: others' layers)."""
+    """A root mean square of one layer in one step, and the density of the layer then (of the model: others' layers).
+
+    fan_in: how many weights an output of the layer sums, on average; infinite for an embedding, which sums none.
+    """
 
     layer: str
     quantity: Quantity
     step: int
     scale: float
     density: float
+    fan_in: float
 
 
 @dataclass(eq=False)
@@ -130,6 +134,7 @@ def scales(config: Config, corpus: Corpus, stepped: Callable[[], None] = lambda:
     try:
         for step in range(config.training.steps):
             densities = {name: _density(gauge.module, config) for name, gauge in gauges.items()}
+            fan_ins = {name: _fan_in(gauge.module) for name, gauge in gauges.items()}
             recording = True
             trainer.train_step()
             for gauge in gauges.values():
@@ -137,7 +142,7 @@ def scales(config: Config, corpus: Corpus, stepped: Callable[[], None] = lambda:
             stepped()
             for name, gauge in gauges.items():
                 for quantity, scale in gauge.take().items():
-                    yield Scale(name, quantity, step, scale, densities[name])
+                    yield Scale(name, quantity, step, scale, densities[name], fan_ins[name])
     except DivergedError:
         return
     finally:
@@ -161,6 +166,12 @@ def _gauges(model: nn.Module, config: Config) -> dict[str, Gauge]:
 
 def _density(module: nn.Module, config: Config) -> float:
     return module.topology.density if isinstance(module, SparseLinear) else 1.0 - config.sparsity.sparsity
+
+
+def _fan_in(module: nn.Module) -> float:
+    if isinstance(module, SparseLinear):
+        return module.topology.nnz / module.out_features
+    return math.inf if isinstance(module, nn.Embedding) else weight_shape(module)[1]
 
 
 def _trainer(config: Config, corpus: Corpus) -> Trainer:

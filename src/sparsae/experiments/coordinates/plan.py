@@ -12,8 +12,10 @@ from sparsae.config import Config
 from sparsae.config.section import Count
 from sparsae.experiments.grid import Base, GridPlan, Tree
 
-# Beneath the settings that are given: real text and small models, so that a check takes minutes.
-DEFAULTS: Tree = {"model": {"context": 128}, "data": {"tokenizer_vocab": 1024}}
+# Beneath the settings that are given: real text, and so few tokens that a step's change agrees with each token's input.
+# What parameterizations promise is the size of that part; over many tokens the rest of Adam's signs is noise, which adds
+# up to the root of the number of terms.
+DEFAULTS: Tree = {"model": {"context": 8}, "training": {"batch_size": 1}, "data": {"tokenizer_vocab": 1024}}
 
 # The first steps are full steps: a rate that stays, and gradients as they are.
 FIXED: Tree = {
@@ -54,6 +56,9 @@ class CoordinatesPlan(GridPlan):
     steps: Count = Field(default=10, description="optimizer steps that are measured")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=2.0**-9, description="learning rate of every step, without warm-up"
+    )
+    least_fan_in: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="slopes leave out layers whose outputs sum fewer weights, on average; 0: none"
     )
 
     def said(self) -> dict[str, str]:

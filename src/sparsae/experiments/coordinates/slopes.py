@@ -33,12 +33,13 @@ def wanted(axis: Axis, quantity: str, layer: str) -> float:
     return -1.0 if (axis, quantity) == ("width", "gradient") and layer != LOGITS else 0.0
 
 
-def slopes(measured: Mapping[Case, Sequence[Scale]]) -> list[dict[str, Any]]:
+def slopes(measured: Mapping[Case, Sequence[Scale]], least_fan_in: float = 0.0) -> list[dict[str, Any]]:
     """A row a parameterization, axis, width or sparsity held fixed, layer, quantity and step.
 
-    A point is the mean of the log scale over the seeds; seeds in which it is 0 or was not reached are left out.
+    A point is the mean of the log scale over the seeds; seeds in which it is 0 or was not reached are left out, and
+    layers whose outputs sum fewer than `least_fan_in` weights, on average.
     """
-    points = _points(measured)
+    points = _points(measured, least_fan_in)
     rows = []
     for axis in get_args(Axis):
         groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -95,11 +96,11 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return entries
 
 
-def _points(measured: Mapping[Case, Sequence[Scale]]) -> list[dict[str, Any]]:
+def _points(measured: Mapping[Case, Sequence[Scale]], least_fan_in: float) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Scale]] = {}
     for case, found in measured.items():
         for scale in found:
-            if 0 < scale.scale < math.inf:
+            if 0 < scale.scale < math.inf and scale.fan_in >= least_fan_in:
                 key = (case.parameterization, case.width, case.sparsity, scale.layer, scale.quantity, scale.step)
                 groups.setdefault(key, []).append(scale)
     names = ("parameterization", "width", "sparsity", "layer", "quantity", "step")

@@ -47,7 +47,7 @@ def measure(plan: CoordinatesPlan, quiet: bool = False) -> dict[str, Any]:
             with progress.of(case):
                 cost = costs[case.width, case.sparsity]
                 found[case] = list(scales(config, corpus, lambda cost=cost: progress.add(cost)))  # type: ignore[misc]
-    rows = slopes(found)
+    rows = slopes(found, plan.least_fan_in)
     short = {case: len({scale.step for scale in mine}) for case, mine in found.items()}
     return {
         "kind": plan.kind,
