@@ -12,9 +12,9 @@ from sparsae.config import Config
 from sparsae.config.section import Count
 from sparsae.experiments.grid import Base, GridPlan, Tree
 
-# Beneath the settings that are given: real text, and few tokens, so that a step's change agrees with each token's input.
-# What parameterizations promise is the size of that part; over many tokens the rest of Adam's signs is noise, which adds
-# up to the root of the number of terms.
+# Beneath the settings that are given: real text, and few tokens, so that a step's change agrees with each one's input.
+# Parameterizations promise the size of that part. Over many tokens the rest of Adam's signs is noise, which adds up to
+# the root of the number of terms.
 DEFAULTS: Tree = {"model": {"context": 8}, "training": {"batch_size": 1}, "data": {"tokenizer_vocab": 1024}}
 
 # The first steps are full steps: a rate that stays, and gradients as they are.
