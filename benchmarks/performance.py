@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md from the JSON files of `sparsae bench`: `python benchmarks/performance.py`.
+"""Tables and plots of docs/performance.md from the JSON files of `sparsae bench`: `python benchmarks/performance.py`.
 
-Reads docs/results/performance/*.json and writes each table between its markers on the page; a file that is not there
-leaves its table as it is. `make performance` measures everything first.
+Reads docs/results/performance/*.json and writes each table between its markers on the page, each plot into docs/images;
+a file that is not there leaves them as they are. `make performance` measures everything first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsae.bench import kernels, roofline, step, topology
+from sparsae.bench import kernels, plots, roofline, step, topology
 from sparsae.bench.rows import Column, Row, groups, markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -55,6 +55,10 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
 }
 
 
+# file: how its rows are drawn
+PLOTS = {"kernels": plots.kernels, "topology": plots.topology}
+
+
 def filled(page: str, results: Path) -> str:
     """The page with the table of every file that is there. Raises KeyError where the page lacks a marker."""
     for marker, (name, table) in TABLES.items():
@@ -69,8 +73,12 @@ def filled(page: str, results: Path) -> str:
 
 
 def main() -> int:
-    """Rewrite the page."""
+    """Rewrite the page and its plots."""
     PAGE.write_text(filled(PAGE.read_text("utf-8"), RESULTS), "utf-8")
+    for name, draw in PLOTS.items():
+        file = RESULTS / f"{name}.json"
+        if file.is_file():
+            (DOCS / "images" / f"{name}.svg").write_text(draw(json.loads(file.read_text("utf-8"))), "utf-8")
     return 0
 
 

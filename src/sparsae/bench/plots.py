@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib import rc_context
@@ -72,18 +73,25 @@ def steps(rows: Sequence[Row]) -> str:
 
 
 def topology(rows: Sequence[Row]) -> str:
-    """Seconds of an update over nnz, both logarithmic, with a line of slope 1 for the eye."""
+    """Seconds of an update over nnz, with a line of slope 1 for the eye, and for each active weight over the width."""
+    colours = {kind: f"C{index}" for index, (kind,) in enumerate(groups(rows, ["update"]))}
+    styles = dict(zip(sorted({row["sparsity"] for row in rows}), cycle(["-", "--", ":", "-."]), strict=False))
     with rc_context(_STYLE):  # type: ignore[arg-type]
-        figure, (ax,) = _figure([""], "active weights")
+        figure, (whole, each) = _figure(["", ""], "active weights", legend=1.6)
         for (kind, sparsity), group in groups(rows, ["update", "sparsity"]).items():
-            points = sorted((row["nnz"], row["seconds"]) for row in group)
-            ax.loglog(*zip(*points, strict=True), marker="o", label=f"{kind}, {100 * sparsity:g} % sparse")
+            ordered = sorted(group, key=lambda row: row["nnz"])
+            look = {"marker": "o", "markersize": 3.5, "color": colours[kind], "linestyle": styles[sparsity]}
+            whole.loglog(*zip(*((row["nnz"], row["seconds"]) for row in ordered), strict=True), **look)
+            share = [(row["width"], 1e9 * row["seconds"] / row["nnz"]) for row in ordered]
+            each.loglog(*zip(*share, strict=True), label=f"{kind}, {100 * sparsity:g} % sparse", **look)
         first, last = min(row["nnz"] for row in rows), max(row["nnz"] for row in rows)
         slowest = max(rows, key=lambda row: row["seconds"])
         linear = [slowest["seconds"] * nnz / slowest["nnz"] for nnz in (first, last)]
-        ax.loglog([first, last], linear, color="black", linewidth=0.8, linestyle=":", label="linear")
-        ax.set_ylabel("seconds an update")
-        ax.legend()
+        whole.loglog([first, last], linear, color="black", linewidth=0.8, label="linear")
+        whole.set_ylabel("seconds an update")
+        each.set_ylabel("nanoseconds an update and active weight")
+        each.set_xlabel("width")
+        figure.legend(loc="outside right upper")
         return _svg(figure)
 
 
