@@ -19,7 +19,7 @@ from sparsae.core.topology import Topology
 from sparsae.data import prepare
 from sparsae.experiments.coordinates.measure import Gauge, Scale, scales
 from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
-from sparsae.experiments.coordinates.slopes import slope, slopes, summary
+from sparsae.experiments.coordinates.slopes import slope, slopes, summary, without_slope
 from sparsae.experiments.plan import parse_plan
 from sparsae.nn.linear import SparseLinear
 
@@ -221,6 +221,8 @@ WRONG = {
     "a setting that the grid makes": (["sparsity.sparsity=0.5"], "leave out sparsity.sparsity"),
     "an unknown setting": (["training.stepz=3"], "did you mean"),
     "a method without sparsity": (["--method", "dense"], "no sparsity to vary"),
+    "no slope": (["--widths", "64", "--sparsities", "0.5"], "one of each has no slope"),
+    "a method that prunes": (["--method", "gmp"], "starts at sparsity 0"),
     "no steps": (["--steps", "0"], "must be at least 1"),
     "heads of no kind": (["--heads", "many"], "'scaled' or 'constant'"),
 }
@@ -236,3 +238,15 @@ def test_wrong_input_gives_one_line_and_writes_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_least_fan_in_leaves_out_are_named() -> None:
+    measured = {
+        Case("sp", 16, sparsity, 0): [
+            Scale("embedding", "update", 0, 1.0, 1 - sparsity, math.inf),
+            Scale("layer", "update", 0, 1.0, 1 - sparsity, 16 * (1 - sparsity)),
+        ]
+        for sparsity in (0.0, 0.5)
+    }
+    assert without_slope(measured, slopes(measured, 8)) == []
+    assert without_slope(measured, slopes(measured, 16)) == ["layer"]

@@ -199,9 +199,10 @@ def test_a_narrower_dense_model_is_scaled_by_its_own_width() -> None:
     assert group["lr_scale"] == pytest.approx(16 / config.model.width)
 
 
+@pytest.mark.parametrize("more", [[], ["model.tie_embeddings=false", "sparsity.exclude=['*.c_attn']"]])
 @pytest.mark.parametrize(("base", "fan_in"), [("sparsity.sparsity=0", "active"), ("sparsity.sparsity=0.75", "dense")])
-def test_at_the_base_all_three_are_the_same_but_for_attention(base: str, fan_in: str) -> None:
-    shape = [base, "sparsity.budget=uniform", "parameterization.base_width=64"]
+def test_at_the_base_all_three_are_the_same_but_for_attention(base: str, fan_in: str, more: list[str]) -> None:
+    shape = [base, "sparsity.budget=uniform", "parameterization.base_width=64", *more]
     density = "parameterization.base_density=" + ("1.0" if "=0.75" not in base else "0.25")
     models, groups = [], []
     for name in ("sp", "mup", "supar"):

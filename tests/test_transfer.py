@@ -144,6 +144,25 @@ class TestResults:
         assert any("diverged" in warning for warning in found["warnings"])
         assert [row[2] for row in movement_table(found).rows] == ["sp", "supar"]
 
+    def test_what_lies_at_an_edge_or_nowhere_is_a_bound(self) -> None:
+        tree = {
+            "parameterizations": ["sp", "supar"], "sparsities": [0.5, 0.75, 0.9], "seeds": 2,
+            "learning_rates": [2.0**-n for n in range(6, 10)],
+        }  # fmt: skip
+        # Under "sp" the optimum leaves the grid: every rate diverges at the highest sparsity.
+        found = outcomes(parse_plan(tree, "here", TransferPlan), {"sp": 1.2, "supar": -1.0})
+        assert found["without_optimum"] == [{"parameterization": "sp", "width": 256, "sparsity": 0.9}]
+        assert any("no value came to its end with every seed, for sp at" in warning for warning in found["warnings"])
+        moved = {e["parameterization"]: e for e in found["movements"]}
+        for name in ("sp", "supar"):
+            assert moved[name]["at_least"]
+            assert moved[name]["factor_interval"] is None
+            assert moved[name]["slope_interval"]["high"] is None
+        assert all(row[5].startswith("(") for row in movement_table(found).rows)
+        edges = [entry for entry in found["optima"] if entry["edge"]]
+        assert edges
+        assert all(entry["interval"] is None for entry in edges)
+
     def test_a_second_knob_is_swept_and_the_best_of_the_other_taken(self) -> None:
         tree = {
             "parameterizations": ["supar"], "sparsities": [0.5], "initial_scales": [4.0, 0.5, 1.0],

@@ -83,17 +83,18 @@ class Parameterization:
         named = (role for glob, role in self.roles.items() if fnmatchcase(name, glob))
         return next(named, "embedding" if isinstance(module, nn.Embedding) else "hidden")
 
-    def scale(self, role: Role, density: float = 1.0) -> Scale:
-        """The factors on a parameter of a layer of some density, 1 for a dense one.
+    def scale(self, role: Role, density: float | None = None) -> Scale:
+        """The factors on a parameter of a layer of some density; None: of one that is as dense as at the base.
 
         Gradients shrink as 1 / m where the output is divided by m, whatever the density: with variances over m rho,
-        rho takes as much from the number of terms as it adds to their squares. Epsilon goes with them.
+        rho takes as much from the number of terms as it adds to their squares. Epsilon goes with them. (Behind a
+        sparse head, whose variance stays, they shrink as 1 / (m sqrt(rho)): that is left out.)
         """
         config, supar = self.config, self.config.name == "supar"
         m = 1.0 if config.name == "sp" else self.width / config.base_width
-        rho = density / config.base_density if supar else 1.0
+        rho = 1.0 if density is None or not supar else density / config.base_density
         # By what the variance makes up for the inputs that a layer does not have.
-        active = rho if supar else density if config.initial_fan_in == "active" else 1.0
+        active = rho if supar else (density or 1.0) if config.initial_fan_in == "active" else 1.0
         fan_in, multiplier, rate, gradient = 1.0, 1.0, 1.0, 1.0 / m
         if role in ("hidden", "residual"):
             fan_in, rate = m * active, 1.0 / (m * rho)
@@ -109,8 +110,8 @@ class Parameterization:
         decay = (1.0 if config.weight_decay == "independent" else rate) / (multiplier * rate)
         return Scale(fan_in, multiplier, multiplier * rate, epsilon, decay)
 
-    def initial_std(self, role: Role, density: float = 1.0) -> float:
-        """Standard deviation of the initial weights of an embedding, or of a layer of some density."""
+    def initial_std(self, role: Role, density: float | None = None) -> float:
+        """Standard deviation of the initial weights of an embedding, or of a layer of some density (see `scale`)."""
         scale = self.scale(role, density)
         std = self.std / math.sqrt(2 * self.blocks) if role == "residual" else self.std
         return std / scale.fan_in**0.5 * scale.multiplier
@@ -119,8 +120,11 @@ class Parameterization:
         """What the products of queries and keys are multiplied by."""
         return head_size**-0.5 if self.config.name == "sp" else 1.0 / head_size
 
-    def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role, float]]:
+    def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role, float | None]]:
         """(name, parameter, role, density) of every parameter, each once however it is tied.
+
+        What is dense in a sparse model is so at the base (None), and so is a dense head; the hidden layers of a dense
+        model have a density of 1, which is more than the base's where that is sparse.
 
         Raises InputError for a glob that matches no module.
         """
@@ -129,20 +133,21 @@ class Parameterization:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise InputError(f"role {self.roles[glob]}: {glob} matches no module of this model")
         seen: set[int] = set()
+        others = None if any(isinstance(module, SparseLinear) for module in model.modules()) else 1.0
         for module_name, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     full = f"{module_name}.{name}" if module_name else name
-                    yield full, parameter, *self._kind(module_name, module, parameter)
+                    yield full, parameter, *self._kind(module_name, module, parameter, others)
 
-    def _kind(self, name: str, module: nn.Module, parameter: Tensor) -> tuple[Role, float]:
+    def _kind(self, name: str, module: nn.Module, parameter: Tensor, others: float | None) -> tuple[Role, float | None]:
         role = self.role(name, module)
         if isinstance(module, SparseLinear) and parameter is module.values:
             return role, module.topology.density
         if parameter.dim() < 2 and role != "final_norm":
-            return "vector", 1.0
-        return role, 1.0
+            return "vector", None
+        return role, others if role in ("hidden", "residual") else None
 
 
 @torch.no_grad()
@@ -158,7 +163,7 @@ def initialize(model: nn.Module, parameterization: Parameterization, seed: int) 
 
 
 def initial_value(
-    name: str, shape: torch.Size, role: Role, density: float, parameterization: Parameterization, seed: int
+    name: str, shape: torch.Size, role: Role, density: float | None, parameterization: Parameterization, seed: int
 ) -> Tensor:
     """The initial value of one parameter on the CPU; `name` is its full name."""
     if role in ("vector", "final_norm"):

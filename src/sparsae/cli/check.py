@@ -65,11 +65,9 @@ def coordinates(
         refuse_occupied(out)
     with output(json_file, "rows") as result:
         from sparsae.experiments.coordinates.page import slope_table, warnings
-        from sparsae.experiments.coordinates.study import measure, write
+        from sparsae.experiments.coordinates.study import measure
 
-        result.update(measure(plan, quiet=json_file == "-"))
-        if out is not None:
-            write(result, out)
+        result.update(measure(plan, out, quiet=json_file == "-"))
     for warning in warnings(result):
         typer.echo(f"warning: {warning}", err=True)
     if json_file == "-":

@@ -24,13 +24,15 @@ def check(config: Config) -> None:
     Raises InputError.
     """
     sparsity = config.sparsity
-    if sparsity.sparsity == 0:
-        if config.topology.rule != "static":
-            raise InputError(
-                f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
-            )
-        return
+    if sparsity.sparsity == 0 and config.topology.rule != "static":
+        raise InputError(
+            f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
+        )
     model = build_model(config.model, config.model.vocab_size or 512, 0, device="meta")
+    if config.parameterization.name != "sp":
+        scale_attention(model, parameterized(config.model, config.parameterization))
+    if sparsity.sparsity == 0:
+        return
     layers = linear_layers(model, sparsity.include, sparsity.exclude, sparsity.sparsify_head)
     if not layers:
         raise InputError("no linear layer to sparsify: sparsity.include / sparsity.exclude leave none")

@@ -70,8 +70,10 @@ def slope_table(results: Results) -> Table:
 
 
 def warnings(results: Results) -> list[str]:
-    """Runs that ended early."""
-    return [
+    """Layers without a slope, and runs that ended early."""
+    lacking = results["without_slope"]
+    layers = [f"no slope over density for {', '.join(lacking)}: least_fan_in leaves fewer than two densities"]
+    return (layers if lacking else []) + [
         f"{entry['parameterization']} at width {entry['width']}, sparsity {entry['sparsity']:g}, seed {entry['seed']}: "
         f"diverged after {entry['steps']} steps"
         for entry in results["diverged"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparsae.config import Config
 from sparsae.config.section import Count
+from sparsae.errors import InputError
 from sparsae.experiments.grid import Base, GridPlan, Tree
 
 # Beneath the settings that are given: real text, and few tokens, so that a step's change agrees with each one's input.
@@ -61,6 +62,12 @@ class CoordinatesPlan(GridPlan):
         default=0.0, description="slopes leave out layers whose outputs sum fewer weights, on average; 0: none"
     )
 
+    @model_validator(mode="after")
+    def _varies(self) -> Self:
+        if len(self.widths) == len(self.sparsities) == 1:
+            raise ValueError("widths, sparsities: one of each has no slope: give two or more of one")
+        return self
+
     def said(self) -> dict[str, str]:
         """See `BasePlan`."""
         check = {f"{section}.{key}": "method of measuring" for section, keys in FIXED.items() for key in keys}
@@ -83,4 +90,10 @@ class CoordinatesPlan(GridPlan):
             for sparsity in self.sparsities:
                 for name in self.parameterizations:
                     for seed in self.seeds:
-                        yield Case(name, width, sparsity, seed), base.config(name, width, sparsity, seed)
+                        config = base.config(name, width, sparsity, seed)
+                        if config.initial_sparsity != config.sparsity.sparsity:
+                            raise InputError(
+                                f"method {self.method} starts at sparsity {config.initial_sparsity:g} everywhere: "
+                                "its first steps say nothing of density; use a method that keeps the sparsity"
+                            )
+                        yield Case(name, width, sparsity, seed), config

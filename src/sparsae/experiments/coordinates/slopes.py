@@ -70,6 +70,15 @@ def slopes(measured: Mapping[Case, Sequence[Scale]], least_fan_in: float = 0.0) 
     return rows
 
 
+def without_slope(measured: Mapping[Case, Sequence[Scale]], rows: Sequence[Row]) -> list[str]:
+    """Layers that were measured and have no slope over density, though densities differ."""
+    if len({case.sparsity for case in measured}) < 2:
+        return []
+    layers = dict.fromkeys(scale.layer for scales in measured.values() for scale in scales)
+    have = {row["layer"] for row in rows if row["axis"] == "density"}
+    return [layer for layer in layers if layer not in have]
+
+
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """An entry a parameterization, axis and quantity: what its slopes are over layers, steps and whatever is fixed."""
     entries = []

@@ -16,7 +16,7 @@ from sparsae.data import prepare
 from sparsae.experiments.coordinates.measure import Scale, scales
 from sparsae.experiments.coordinates.page import body, title
 from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
-from sparsae.experiments.coordinates.slopes import TOLERANCE, slopes, summary
+from sparsae.experiments.coordinates.slopes import TOLERANCE, slopes, summary, without_slope
 from sparsae.experiments.matching import Cost
 from sparsae.report.page import document
 from sparsae.report.readable import duration
@@ -25,14 +25,16 @@ from sparsae.train.progress import Display
 from sparsae.train.rundir import to_json, write_atomically
 
 
-def measure(plan: CoordinatesPlan, quiet: bool = False) -> dict[str, Any]:
-    """Run every case of a plan; its slopes and their summary.
+def measure(plan: CoordinatesPlan, out: Path | None, quiet: bool = False) -> dict[str, Any]:
+    """Run every case of a plan; its slopes and their summary, which `out` gets as coordinates.json and report.html.
 
-    Raises InputError, before anything is run, for whatever is wrong with the plan.
+    Raises InputError or OSError, before anything is run, for whatever is wrong with the plan or the directory.
     """
     configs = dict(plan.configs())
     for config in {(case.width, case.sparsity): config for case, config in configs.items()}.values():
         check(config)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     display = Display(quiet)
     corpus = prepare(next(iter(configs.values())).data, display.stage)
     display.close()
@@ -49,22 +51,20 @@ def measure(plan: CoordinatesPlan, quiet: bool = False) -> dict[str, Any]:
                 found[case] = list(scales(config, corpus, lambda cost=cost: progress.add(cost)))  # type: ignore[misc]
     rows = slopes(found, plan.least_fan_in)
     short = {case: len({scale.step for scale in mine}) for case, mine in found.items()}
-    return {
+    results = {
         "kind": plan.kind,
         "sparsae": __version__,
         "plan": plan.model_dump(mode="json"),
         "tolerance": TOLERANCE,
         "summary": summary(rows),
         "rows": rows,
+        "without_slope": without_slope(found, rows),
         "diverged": [{**vars(case), "steps": steps} for case, steps in short.items() if steps < plan.steps],
     }
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    """coordinates.json and report.html into a directory, which is made if it is new."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "coordinates.json", to_json(results, indent=1) + "\n")
-    write_atomically(out / "report.html", document(title(results), body(results)))
+    if out is not None:
+        write_atomically(out / "coordinates.json", to_json(results, indent=1) + "\n")
+        write_atomically(out / "report.html", document(title(results), body(results)))
+    return results
 
 
 class _Progress:

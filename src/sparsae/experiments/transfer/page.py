@@ -92,7 +92,8 @@ def _reading() -> str:
         "At an edge of what was tried, or where every higher value diverged, it is the best value itself, and a factor "
         "with such an optimum may be larger.",
         "Intervals are two-sided 95 % intervals of Student's t of the fits to each seed, in log2. A ratio of extremes "
-        "is never below 1 and grows with noise: the slope is the fairer number where few seeds were run.",
+        "is never below 1 and grows with noise: the slope is the fairer number where few seeds were run. "
+        "Where an optimum lies at an edge of the grid, or nowhere, both are bounds, and have no interval.",
         "A value with which any seed diverged is left out of the means.",
     ]
     return markup.section("reading", "How to read it", "What the numbers are.", markup.notes(entries))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from sparsae import __version__
 from sparsae.config import Config
-from sparsae.experiments.statistics import mean_interval
+from sparsae.experiments.statistics import Interval, mean_interval
 from sparsae.experiments.tables import Table, interval_text
 from sparsae.experiments.transfer.basins import (
     Basin,
@@ -36,6 +36,7 @@ def collect(
     """The content of results.json from the outcomes of the runs that are done."""
     rows = [_row(point, found, configs[point]) for point, found in done.items()]
     optima = [entry for knob in plan.knobs for entry in _optima(rows, knob)]
+    lacking = _without_optimum(rows, optima)
     results: dict[str, Any] = {
         "kind": plan.kind,
         "complete": len(rows) == len(list(plan.points())),
@@ -43,7 +44,8 @@ def collect(
         "plan": plan.model_dump(mode="json"),
         "rows": rows,
         "optima": optima,
-        "movements": _movements(optima),
+        "without_optimum": lacking,
+        "movements": _movements(optima, {cell["parameterization"] for cell in lacking}),
     }
     results["warnings"] = _warnings(results)
     return results
@@ -69,11 +71,12 @@ def movement_table(results: Mapping[str, Any]) -> Table:
                 entry["parameterization"],
                 f"{'≥ ' if entry['at_least'] else ''}{entry['factor']:.2f}",
                 f"{interval['low']:.2f}–{interval['high']:.2f}" if interval else UNKNOWN,
-                interval_text(entry["slope_interval"], signed=True) if entry["slope_interval"] else UNKNOWN,
+                _slope_text(entry),
             ]
         )
     columns = ["optimum of", "over", "parameterization", "factor", "95 % interval", "slope"]
-    return Table("How far the optimum moves: highest over lowest, and log-log slope.", columns, rows, 3)
+    heading = "How far the optimum moves: highest over lowest, and log-log slope (in brackets: one lies at an edge)."
+    return Table(heading, columns, rows, 3)
 
 
 def optimum_table(results: Mapping[str, Any]) -> Table:
@@ -119,6 +122,13 @@ def by_cell(rows: Sequence[Row]) -> dict[tuple[str, int, float], list[Row]]:
     return groups
 
 
+def _slope_text(entry: Row) -> str:
+    if entry["slope_interval"] is None:
+        return UNKNOWN
+    text = interval_text(entry["slope_interval"], signed=True)
+    return f"({text})" if entry["at_least"] else text
+
+
 def _row(point: Point, found: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return {
         "parameterization": point.parameterization,
@@ -143,7 +153,9 @@ def _optima(rows: Sequence[Row], knob: str) -> list[dict[str, Any]]:
         if basin is None:
             continue
         seeds = {seed: found for seed, curve in curves.items() if (found := fit_basin(curve))}
-        interval = log2_interval([found.value for found in seeds.values()])
+        # What lies at an edge of the grid says nothing of how much seeds differ.
+        inside = all(found.edge is None for found in seeds.values())
+        interval = log2_interval([found.value for found in seeds.values()]) if inside else None
         entries.append(
             {
                 "knob": knob,
@@ -161,35 +173,48 @@ def _optima(rows: Sequence[Row], knob: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _movements(optima: Sequence[Row]) -> list[dict[str, Any]]:
-    """An entry a setting, what it moves over and parameterization, so that these stand beside each other."""
+def _without_optimum(rows: Sequence[Row], optima: Sequence[Row]) -> list[dict[str, Any]]:
+    """Where no value of the setting came to its end with every seed: the optimum may be anywhere."""
+    names = ("parameterization", "width", "sparsity")
+    found = {tuple(entry[name] for name in names) for entry in optima}
+    return [dict(zip(names, cell, strict=True)) for cell in by_cell(rows) if cell not in found]
+
+
+def _movements(optima: Sequence[Row], lacking: Collection[str]) -> list[dict[str, Any]]:
+    """An entry a setting, what it moves over and parameterization, so that these stand beside each other.
+
+    lacking: parameterizations with a width and sparsity that has no optimum.
+    """
     entries = []
     keys = dict.fromkeys((entry["knob"], entry["parameterization"]) for entry in optima)
     for knob in dict.fromkeys(knob for knob, _ in keys):
         for over in get_args(Over):
             for parameterization in [name for of, name in keys if of == knob]:
                 mine = [e for e in optima if (e["knob"], e["parameterization"]) == (knob, parameterization)]
-                if entry := _movement(mine, over):
+                if entry := _movement(mine, over, parameterization in lacking):
                     entries.append({"knob": knob, "over": over, "parameterization": parameterization, **entry})
     return entries
 
 
-def _movement(optima: Sequence[Row], over: Over) -> dict[str, Any] | None:
+def _movement(optima: Sequence[Row], over: Over, lacks: bool) -> dict[str, Any] | None:
     whole = movement({_cell(e): _fitted(e) for e in optima}, over)
     if whole is None:
         return None
     seeds = sorted(set.intersection(*(set(entry["by_seed"]) for entry in optima)))
     found = [movement({_cell(e): _fitted(e["by_seed"][seed]) for e in optima}, over) for seed in seeds]
     each = [one for one in found if one is not None]
-    factors = log2_interval([one.factor for one in each])
+    bound = lacks or whole.at_least or any(one.at_least for one in each)
+    factors = None if bound else log2_interval([one.factor for one in each])
     slopes = [one.slope for one in each if one.slope is not None]
     slope = mean_interval(slopes) if slopes else None
+    if slope and bound:
+        slope = Interval(slope.n, slope.mean, None, None)
     return {
         "factor": whole.factor,
         "factor_interval": factors and {"n": factors.n, "low": factors.low, "high": factors.high},
         "slope": whole.slope,
         "slope_interval": slope and {"n": slope.n, "mean": slope.mean, "low": slope.low, "high": slope.high},
-        "at_least": whole.at_least,
+        "at_least": bound,
     }
 
 
@@ -220,6 +245,13 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
         if cells:
             more = f"; and {len(cells) - _NAMED} more" if len(cells) > _NAMED else ""
             found.append(f"the optimum is {what}, for {'; '.join(cells[:_NAMED])}{more}")
+    lacking = [
+        f"{cell['parameterization']} at width {cell['width']}, sparsity {cell['sparsity']:g}"
+        for cell in results["without_optimum"]
+    ]
+    if lacking:
+        more = f"; and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+        found.append(f"no value came to its end with every seed, for {'; '.join(lacking[:_NAMED])}{more}")
     diverged = sum(row["diverged"] for row in results["rows"])
     if diverged:
         found.append(f"{diverged} of {len(results['rows'])} runs diverged; their values are left out of the fits")
