@@ -1,14 +1,19 @@
-"""A small model, optimizers, and a loop such as anybody writes."""
+"""Small models and their settings, optimizers, and a loop such as anybody writes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsae.config import Config
+from sparsae.config.load import resolve
 from sparsae.core.randomness import generator
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, parameter_groups
+from sparsae.train.build import build
 from sparsae.train.sparsifier import Sparsifier
 
 
@@ -48,3 +53,16 @@ OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
 }
+
+
+def config_of(*overrides: str, method: str = "static") -> Config:
+    settings = ["model.width=64", "model.layers=2", "model.heads=4", "model.context=24", "training.device=cpu"]
+    return resolve(None, "demo", method, [*settings, "data.tokenizer_vocab=300", *overrides])
+
+
+def built(config: Config) -> Any:
+    return build(config, 300, 0, torch.device("cpu")).eval()
+
+
+SUPAR = ["parameterization.name=supar", "parameterization.base_width=16"]
+LLAMA = ["model.family=llama", "model.kv_heads=2", "model.mlp_width=256"]
