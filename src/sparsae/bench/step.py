@@ -7,7 +7,6 @@ update does. The models take turns in one process; the peak memory of each is me
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +30,10 @@ from sparsae.evaluate.generation import next_tokens
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import sparse_layers
-from sparsae.train.assemble import optimizer_of, trainer_of
+from sparsae.train.assemble import silent_trainer
 from sparsae.train.build import build, check
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import keep_freed_memory
-from sparsae.train.progress import Display
-from sparsae.train.rundir import MetricsWriter
-from sparsae.train.trackers import Trackers
 
 STEP, UPDATE, DECODE = "step", "update", "decode"
 _EVERY = 4  # steps from one measured update to the next
@@ -230,17 +225,12 @@ def trainer(config: Config) -> Trainer:
     windows = max(8, config.training.batch_size)
     rng = generator(config.seed, "bench tokens")
     tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng).numpy()
-    metrics = Path(os.devnull)
-    return trainer_of(
+    return silent_trainer(
         config,
         model,
-        optimizer_of(model, config),
         Batches(tokens, context, config.training.batch_size, config.seed),
         torch.zeros(0, context + 1, dtype=torch.int64),
         tokens,
-        MetricsWriter(metrics),
-        Trackers(config.tracking, metrics, {}),
-        Display(quiet=True),
         device,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,3 +100,22 @@ def trainer_of(
         device,
     )
     return trainer
+
+
+def silent_trainer(
+    config: Config, model: nn.Module, batches: Batches, validation: Tensor, micro_tokens: Any, device: torch.device
+) -> Trainer:
+    """The loop for measurements, with a new optimizer: its metrics go nowhere and it shows nothing."""
+    nowhere = Path(os.devnull)
+    return trainer_of(
+        config,
+        model,
+        optimizer_of(model, config),
+        batches,
+        validation,
+        micro_tokens,
+        MetricsWriter(nowhere),
+        Trackers(config.tracking, nowhere, {}),
+        Display(quiet=True),
+        device,
+    )

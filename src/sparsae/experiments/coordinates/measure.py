@@ -11,10 +11,8 @@ that no dense weight is made and the connections that went and those that came b
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,13 +25,10 @@ from sparsae.models import decoder_and_head
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import linear_layers, weight_shape
 from sparsae.report.readable import short_names
-from sparsae.train.assemble import optimizer_of, trainer_of
+from sparsae.train.assemble import silent_trainer
 from sparsae.train.build import build, choose_device
 from sparsae.train.loop import Trainer
 from sparsae.train.micro_batch import split_held_out
-from sparsae.train.progress import Display
-from sparsae.train.rundir import MetricsWriter
-from sparsae.train.trackers import Trackers
 
 Quantity = Literal["activation", "gradient", "update"]
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -180,16 +175,11 @@ def _trainer(config: Config, corpus: Corpus) -> Trainer:
     context = config.model.context
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     _, micro = split_held_out(corpus.validation, context)
-    metrics = Path(os.devnull)
-    return trainer_of(
+    return silent_trainer(
         config,
         model,
-        optimizer_of(model, config),
         Batches(corpus.train, context, config.training.batch_size, config.seed),
         torch.zeros(0, context + 1, dtype=torch.int64),
         micro,
-        MetricsWriter(metrics),
-        Trackers(config.tracking, metrics, {}),
-        Display(quiet=True),
         device,
     )
