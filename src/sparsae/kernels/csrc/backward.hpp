@@ -13,19 +13,28 @@ using sparsae::Problem;
 template <class Index>
 struct WeightColumns {
     static constexpr int MOST_VECTORS_OF_TILE = MOST_VECTORS;
+    static constexpr std::int64_t STRIP = 256;  // columns that are packed and worked on together, at most
 
     const std::int32_t* col_ptr;
     const Index* indices;
     const float* values;
     std::int64_t grid_rows;
 
-    // Column `column`: dx[V * LANES] from the dY tile g, and the sums of its weights with x[V * LANES] over the tokens.
-    // Products are summed LANES at a time, then four at a time; the last of fewer than four are filled up with zero
-    // weights at a row that is there already.
+    // Columns [first, last): their dx, V * LANES each, from the dY tile g, and the sums of their weights with x over the
+    // tokens.
     template <int V, bool DX, bool DW>
-    SPARSAE_INLINE void multiply(std::int64_t column, const float* g, const float* x, float* dx, float* dvalues,
-                                 bool first) const {
-        const Index base = static_cast<Index>(column * grid_rows);
+    SPARSAE_INLINE void multiply(std::int64_t first, std::int64_t last, const float* g, const float* x, float* dx,
+                                 float* dvalues, bool first_tile) const {
+        for (std::int64_t c = first; c < last; c++, x += V * LANES, dx += V * LANES)
+            column<V, DX, DW>(c, g, x, dx, dvalues, first_tile);
+    }
+
+    // Products are summed LANES at a time, then four at a time; the last of fewer than four are filled up with zero weights
+    // at a row that is there already.
+    template <int V, bool DX, bool DW>
+    SPARSAE_OUTLINE void column(std::int64_t c, const float* g, const float* x, float* dx, float* dvalues,
+                                bool first) const {
+        const Index base = static_cast<Index>(c * grid_rows);
         const Index* const rows = indices;
         const float* const weights = values;
         const Vec zero = broadcast(0.0f);
@@ -46,8 +55,8 @@ struct WeightColumns {
             }
             return sum;
         };
-        std::int64_t k = col_ptr[column];
-        const std::int64_t end = col_ptr[column + 1];
+        std::int64_t k = col_ptr[c];
+        const std::int64_t end = col_ptr[c + 1];
         if (!DW) {
             for (; k < end; k++) product(k, weights[k]);
         } else {
@@ -76,6 +85,7 @@ struct WeightColumns {
 template <class Index>
 struct BlockColumns {
     static constexpr int MOST_VECTORS_OF_TILE = 8;  // the more, the less the sums over lanes weigh
+    static constexpr std::int64_t STRIP = CHUNK;
 
     const std::int32_t* col_ptr;
     const Index* indices;
@@ -83,17 +93,20 @@ struct BlockColumns {
     std::int64_t grid_rows;
     std::int64_t unit_out, unit_in;
 
+    // As WeightColumns::multiply, for columns of the grid.
     template <int V, bool DX, bool DW>
-    SPARSAE_INLINE void multiply(std::int64_t column, const float* g, const float* x, float* dx, float* dvalues,
-                                 bool first_tile) const {
-        std::int64_t j = 0;
-        if (DX) {
-            for (; j + 4 <= unit_in; j += 4) some_columns<V, 4>(column, j, g, dx + j * V * LANES);
-            for (; j < unit_in; j++) some_columns<V, 1>(column, j, g, dx + j * V * LANES);
-        }
-        if (DW) {
-            for (std::int64_t k = col_ptr[column]; k < col_ptr[column + 1]; k++)
-                gradient<V>(row_tile<V>(column, k, g), x, dvalues + k * unit_out * unit_in, first_tile);
+    SPARSAE_INLINE void multiply(std::int64_t first, std::int64_t last, const float* g, const float* x, float* dx,
+                                 float* dvalues, bool first_tile) const {
+        for (std::int64_t c = first; c < last; c++, x += unit_in * V * LANES, dx += unit_in * V * LANES) {
+            std::int64_t j = 0;
+            if (DX) {
+                for (; j + 4 <= unit_in; j += 4) some_columns<V, 4>(c, j, g, dx + j * V * LANES);
+                for (; j < unit_in; j++) some_columns<V, 1>(c, j, g, dx + j * V * LANES);
+            }
+            if (DW) {
+                for (std::int64_t k = col_ptr[c]; k < col_ptr[c + 1]; k++)
+                    gradient<V>(row_tile<V>(c, k, g), x, dvalues + k * unit_out * unit_in, first_tile);
+            }
         }
     }
 
@@ -220,13 +233,14 @@ std::int64_t strip_of_part(const Problem& p, const Columns& columns, std::int64_
     return part == parts ? strips : low;
 }
 
-// scratch: `threads` > 1 ? 2 : 1 groups of `group` tiles of dY, then for each thread two strips of columns.
+// scratch: `threads` > 1 ? 2 : 1 groups of `group` tiles of dY, then for each thread two strips of `together` columns.
 template <int V, class Element, bool DX, bool DW, class Columns>
-void backward_tiles(const Problem& p, const Columns& columns, float* scratch, std::int64_t group, int threads) {
+void backward_tiles(const Problem& p, const Columns& columns, float* scratch, std::int64_t group, std::int64_t together,
+                    int threads) {
     constexpr int width = V * LANES;
-    const std::int64_t strip = larger(1, CHUNK / p.unit_in);
+    const std::int64_t strip = larger(1, CHUNK / p.unit_in), most = larger(1, together / p.unit_in);
     const std::int64_t strips = (p.grid_cols() + strip - 1) / strip;
-    const std::int64_t tile_size = padded(p.out) * width, strip_size = padded(strip * p.unit_in) * width;
+    const std::int64_t tile_size = padded(p.out) * width, strip_size = padded(most * p.unit_in) * width;
     const auto* dy = static_cast<const Element*>(p.dy);
     const auto* x = static_cast<const Element*>(p.x);
     auto* dx = static_cast<Element*>(p.dx);
@@ -234,8 +248,9 @@ void backward_tiles(const Problem& p, const Columns& columns, float* scratch, st
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int parts = team_size(), part = thread_number();
-        const std::int64_t first_strip = strip_of_part(p, columns, strip, strips, part, parts);
-        const std::int64_t last_strip = strip_of_part(p, columns, strip, strips, part + 1, parts);
+        const std::int64_t first_column = strip_of_part(p, columns, strip, strips, part, parts) * strip;
+        const std::int64_t last_column =
+            smaller(strip_of_part(p, columns, strip, strips, part + 1, parts) * strip, p.grid_cols());
         // Each thread packs a share of the features of every dY tile.
         const std::int64_t chunks = padded(p.out) / CHUNK;
         const std::int64_t f0 = chunks * part / parts * CHUNK, f1 = smaller(chunks * (part + 1) / parts * CHUNK, p.out);
@@ -253,15 +268,11 @@ void backward_tiles(const Problem& p, const Columns& columns, float* scratch, st
             g = tiles;
             for (std::int64_t first = start; first < stop; first += width, g += tile_size) {
                 const std::int64_t n = smaller(width, stop - first);
-                for (std::int64_t s = first_strip; s < last_strip; s++) {
-                    const std::int64_t c0 = s * strip, c1 = smaller(c0 + strip, p.grid_cols());
+                for (std::int64_t c0 = first_column; c0 < last_column; c0 += most) {
+                    const std::int64_t c1 = smaller(c0 + most, last_column);
                     const std::int64_t at = first * p.in + c0 * p.unit_in, features = (c1 - c0) * p.unit_in;
                     if (DW) pack<V>(x + at, p.in, n, features, x_strip);
-                    for (std::int64_t c = c0; c < c1; c++) {
-                        const std::int64_t offset = (c - c0) * p.unit_in * width;
-                        columns.template multiply<V, DX, DW>(c, g, x_strip + offset, dx_strip + offset, p.dvalues,
-                                                             first == 0);
-                    }
+                    columns.template multiply<V, DX, DW>(c0, c1, g, x_strip, dx_strip, p.dvalues, first == 0);
                     if (DX) unpack<V>(dx_strip, features, dx + at, p.in, n);
                 }
             }

@@ -8,26 +8,87 @@ namespace SPARSAE_ISA {
 
 using sparsae::Problem;
 
-// The rows of W, single weights: the values in row order beside the columns.
-template <class Column>
+// The rows of W, single weights, in blocks of columns, of which one of a tile stays in a level-1 cache while all rows of a
+// strip read it: a copy in the order of block, row and column. It is made anew at each pass, since the parameter has changed.
 struct WeightRows {
     static constexpr int MOST_VECTORS_OF_TILE = MOST_VECTORS;
+    static constexpr std::int64_t STRIP = 256;  // rows that go through all blocks together
 
-    const std::int32_t* row_ptr;
-    const Column* columns;
-    const float* values;
-    const float* bias;
+    std::int64_t rows = 0, block = 1, blocks = 0;  // columns of a block; how many blocks
+    float* values = nullptr;
+    std::uint16_t* columns = nullptr;  // within the block
+    std::int32_t* segments = nullptr;  // where row r of block b starts, at b * rows + r
+    const float* bias = nullptr;
 
-    // Row `row` times a tile, into out[V * LANES]. Even and odd weights are summed apart, in two chains of additions.
+    WeightRows() = default;
+
+    WeightRows(const Problem& p, std::int64_t width, float* memory)
+        : rows(p.out), block(block_of(p, width)), blocks(larger(1, (p.in + block - 1) / block)), values(memory), bias(p.bias) {
+        columns = reinterpret_cast<std::uint16_t*>(memory + padded(p.count));
+        segments = reinterpret_cast<std::int32_t*>(memory + padded(p.count) + padded((p.count + 1) / 2));
+        p.indices_wide ? order<std::int64_t>(p) : order<std::int32_t>(p);
+    }
+
+    // Floats of memory that it takes.
+    static std::int64_t memory(const Problem& p, std::int64_t width) {
+        const std::int64_t block = block_of(p, width), blocks = larger(1, (p.in + block - 1) / block);
+        return padded(p.count) + padded((p.count + 1) / 2) + padded(blocks * p.out + 2);
+    }
+
+    // What the cache holds, but so much that a row has some weights in each block, and no more than 16 bits count. It
+    // depends on shapes alone, since blocks decide in which order is summed.
+    static std::int64_t block_of(const Problem& p, std::int64_t width) {
+        constexpr std::int64_t budget = 48 << 10, least = 16, most = 65536;
+        const std::int64_t wanted = larger(budget / (width * 4), least * p.out * p.in / larger(1, p.count));
+        const std::int64_t blocks = larger(1, larger((p.in + most - 1) / most, (p.in + wanted / 2) / wanted));
+        return larger(1, (p.in + blocks - 1) / blocks);
+    }
+
+    // A counting sort: next[i] is where the next weight of segment i goes, and in the end where segment i + 1 starts.
+    template <class Index>
+    void order(const Problem& p) const {
+        const auto* indices = static_cast<const Index*>(p.indices);
+        std::int32_t* const next = segments + 1;
+        const auto each = [&](const auto& visit) {
+            for (std::int64_t c = 0; c < p.in; c++)
+                for (std::int32_t k = p.col_ptr[c]; k < p.col_ptr[c + 1]; k++)
+                    visit(c / block * rows + indices[k] - c * rows, k, c % block);
+        };
+        const auto bytes = static_cast<std::size_t>(blocks * rows) * sizeof(std::int32_t);
+        segments[0] = 0;
+        if (blocks == 1) {
+            std::memcpy(next, p.row_ptr, bytes);
+        } else {
+            std::memset(next, 0, bytes + sizeof(std::int32_t));
+            each([&](std::int64_t segment, std::int32_t, std::int64_t) { next[segment + 1]++; });
+            for (std::int64_t i = 1; i < blocks * rows; i++) next[i] += next[i - 1];
+        }
+        each([&](std::int64_t segment, std::int32_t k, std::int64_t column) {
+            const std::int32_t at = next[segment]++;
+            values[at] = p.values[k];
+            columns[at] = static_cast<std::uint16_t>(column);
+        });
+    }
+
+    // Rows [first, last) times a tile, into as many features of `out`.
     template <int V>
-    SPARSAE_INLINE void multiply(std::int64_t row, const float* tile, float* out) const {
+    SPARSAE_INLINE void multiply(std::int64_t first, std::int64_t last, const float* tile, float* out) const {
+        constexpr int width = V * LANES;
+        for (std::int64_t b = 0; b < blocks; b++)
+            for (std::int64_t r = first; r < last; r++)
+                segment<V>(b, r, tile + b * block * width, out + (r - first) * width);
+    }
+
+    // Adds what one block gives to one row. Even and odd weights are summed apart, in two chains of additions.
+    template <int V>
+    SPARSAE_INLINE void segment(std::int64_t b, std::int64_t row, const float* tile, float* out) const {
         constexpr int width = V * LANES;
         Vec even[V], odd[V];
         const Vec start = broadcast(bias ? bias[row] : 0.0f), zero = broadcast(0.0f);
         SPARSAE_UNROLL
-        for (int v = 0; v < V; v++) even[v] = start, odd[v] = zero;
-        std::int64_t k = row_ptr[row];
-        const std::int64_t end = row_ptr[row + 1];
+        for (int v = 0; v < V; v++) even[v] = b ? load(out + v * LANES) : start, odd[v] = zero;
+        std::int64_t k = segments[b * rows + row];
+        const std::int64_t end = segments[b * rows + row + 1];
         for (; k + 2 <= end; k += 2) {
             const float *x0 = tile + std::int64_t{columns[k]} * width, *x1 = tile + std::int64_t{columns[k + 1]} * width;
             const float w0 = values[k], w1 = values[k + 1];
@@ -51,6 +112,7 @@ struct WeightRows {
 template <class Column>
 struct BlockRows {
     static constexpr int MOST_VECTORS_OF_TILE = MOST_BLOCK_VECTORS;
+    static constexpr std::int64_t STRIP = CHUNK;
 
     const std::int32_t* row_ptr;
     const Column* columns;
@@ -59,11 +121,14 @@ struct BlockRows {
     const float* bias;
     std::int64_t unit_out, unit_in;
 
+    // Rows [first, last) of the grid times a tile, into as many units of features of `out`.
     template <int V>
-    SPARSAE_INLINE void multiply(std::int64_t row, const float* tile, float* out) const {
-        std::int64_t i = 0;
-        for (; i + 4 <= unit_out; i += 4) some_rows<V, 4>(row, i, tile, out + i * V * LANES);
-        for (; i < unit_out; i++) some_rows<V, 1>(row, i, tile, out + i * V * LANES);
+    SPARSAE_INLINE void multiply(std::int64_t first, std::int64_t last, const float* tile, float* out) const {
+        for (std::int64_t row = first; row < last; row++, out += unit_out * V * LANES) {
+            std::int64_t i = 0;
+            for (; i + 4 <= unit_out; i += 4) some_rows<V, 4>(row, i, tile, out + i * V * LANES);
+            for (; i < unit_out; i++) some_rows<V, 1>(row, i, tile, out + i * V * LANES);
+        }
     }
 
     // Weight rows [first, first + N) of the blocks of one grid row.
@@ -119,7 +184,7 @@ template <int V, class Element, class Rows>
 void forward_tiles(const Problem& p, const Rows& rows, float* scratch, std::int64_t per_thread, int threads) {
     constexpr int width = V * LANES;
     const std::int64_t tiles = (p.tokens + width - 1) / width;
-    const std::int64_t strip = larger(1, CHUNK / p.unit_out);
+    const std::int64_t strip = larger(1, Rows::STRIP / p.unit_out);
     const std::int64_t strips = (p.grid_rows() + strip - 1) / strip;
     const auto* x = static_cast<const Element*>(p.x);
     auto* y = static_cast<Element*>(p.y);
@@ -134,8 +199,7 @@ void forward_tiles(const Problem& p, const Rows& rows, float* scratch, std::int6
         for (std::int64_t s = 0; s < strips; s++) {
             const std::int64_t r0 = s * strip, r1 = smaller(r0 + strip, p.grid_rows());
             next.fetch(s, strips);
-            for (std::int64_t r = r0; r < r1; r++)
-                rows.template multiply<V>(r, tile, out + (r - r0) * p.unit_out * width);
+            rows.template multiply<V>(r0, r1, tile, out);
             unpack<V>(out, (r1 - r0) * p.unit_out, y + first * p.out + r0 * p.unit_out, p.out, n);
         }
         stream_fence();

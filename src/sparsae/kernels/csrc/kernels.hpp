@@ -22,7 +22,7 @@ inline int team_size() { return 1; }
 
 namespace SPARSAE_ISA {
 
-// Tokens of a tile, in vectors: as many as keep the tile of `features` features in a level-2 cache and the accumulators in
+// Tokens of a tile, in vectors: as many as keep `features` features of it in a level-2 cache and the accumulators in
 // registers, and no more than there are tokens for. It depends on shapes alone, never on the number of threads, because
 // gradients are summed tile by tile.
 inline int tile_vectors(std::int64_t features, std::int64_t tokens, int most) {
@@ -44,45 +44,40 @@ void forward_as(const Problem& p, const Rows& rows, float* scratch, std::int64_t
         forward_tiles<1, Element>(p, rows, scratch, per_thread, threads);
 }
 
-// Single weights into row order, each to the next free place of its row: no permutation has to be kept.
-template <class Index>
-void into_row_order(const Problem& p, float* values, std::int32_t* next) {
-    const auto* indices = static_cast<const Index*>(p.indices);
-    std::memcpy(next, p.row_ptr, static_cast<std::size_t>(p.out) * sizeof(std::int32_t));
-    for (std::int64_t c = 0; c < p.in; c++)
-        for (std::int32_t k = p.col_ptr[c]; k < p.col_ptr[c + 1]; k++) values[next[indices[k] - c * p.out]++] = p.values[k];
-}
-
-template <class Column>
-void forward_columns(const Problem& p) {
-    const auto* columns = static_cast<const Column*>(p.columns);
-    const int vectors = tile_vectors(p.in, p.tokens, p.blocks() ? MOST_BLOCK_VECTORS : MOST_VECTORS);
+// `make` makes the rows, in `memory` floats of scratch.
+template <class Rows, class Make>
+void forward_over(const Problem& p, int vectors, std::int64_t memory, const Make& make) {
     const std::int64_t width = vectors * LANES;
     const std::int64_t tiles = (p.tokens + width - 1) / width;
     const int threads = static_cast<int>(larger(1, smaller(p.threads, tiles)));
-    const std::int64_t strip = padded(larger(CHUNK, p.unit_out));
-    const std::int64_t per_thread = (padded(p.in) + strip) * width;
-    const std::int64_t copied = p.blocks() ? 0 : padded(p.count) + padded(p.out);
-    float* scratch = sparsae::workspace(threads * per_thread + copied);
-    if (p.blocks()) {
-        const BlockRows<Column> rows{p.row_ptr, columns, p.source, p.values, p.bias, p.unit_out, p.unit_in};
-        p.bfloat16 ? forward_as<BFloat16>(p, rows, scratch, per_thread, threads, vectors)
-                   : forward_as<float>(p, rows, scratch, per_thread, threads, vectors);
-        return;
-    }
-    // The values in row order are made anew at each pass: the parameter has changed since.
-    float* values = scratch + threads * per_thread;
-    auto* next = reinterpret_cast<std::int32_t*>(values + padded(p.count));
-    p.indices_wide ? into_row_order<std::int64_t>(p, values, next) : into_row_order<std::int32_t>(p, values, next);
-    const WeightRows<Column> rows{p.row_ptr, columns, values, p.bias};
+    const std::int64_t per_thread = (padded(p.in) + padded(larger(Rows::STRIP, p.unit_out))) * width;
+    float* scratch = sparsae::workspace(threads * per_thread + memory);
+    const Rows rows = make(scratch + threads * per_thread);
     p.bfloat16 ? forward_as<BFloat16>(p, rows, scratch, per_thread, threads, vectors)
                : forward_as<float>(p, rows, scratch, per_thread, threads, vectors);
+}
+
+template <class Column>
+void forward_blocks(const Problem& p) {
+    using Rows = BlockRows<Column>;
+    forward_over<Rows>(p, tile_vectors(p.in, p.tokens, Rows::MOST_VECTORS_OF_TILE), 0, [&](float*) {
+        return Rows{p.row_ptr, static_cast<const Column*>(p.columns), p.source, p.values, p.bias, p.unit_out, p.unit_in};
+    });
+}
+
+inline void forward_weights(const Problem& p) {
+    constexpr int most = WeightRows::MOST_VECTORS_OF_TILE;
+    const int vectors = tile_vectors(WeightRows::block_of(p, most * LANES), p.tokens, most);
+    const std::int64_t width = vectors * LANES;
+    forward_over<WeightRows>(p, vectors, WeightRows::memory(p, width),
+                             [&](float* memory) { return WeightRows(p, width, memory); });
 }
 
 inline void forward(const Problem& p) {
     if (p.tokens == 0 || p.out == 0) return;
     if (p.tokens <= FEW_TOKENS) return forward_few(p);
-    p.columns_narrow ? forward_columns<std::uint16_t>(p) : forward_columns<std::int32_t>(p);
+    if (!p.blocks()) return forward_weights(p);
+    p.columns_narrow ? forward_blocks<std::uint16_t>(p) : forward_blocks<std::int32_t>(p);
 }
 
 // Tiles between two barriers of the threads: the more, the less one that is held up holds up the others, but no more than a
@@ -93,13 +88,14 @@ inline std::int64_t group_tiles(std::int64_t tile_size, std::int64_t tiles) {
 }
 
 template <int V, class Element, class Columns>
-void backward_vectors(const Problem& p, const Columns& columns, float* scratch, std::int64_t group, int threads) {
+void backward_vectors(const Problem& p, const Columns& columns, float* scratch, std::int64_t group, std::int64_t together,
+                      int threads) {
     if (p.dx && p.dvalues)
-        backward_tiles<V, Element, true, true>(p, columns, scratch, group, threads);
+        backward_tiles<V, Element, true, true>(p, columns, scratch, group, together, threads);
     else if (p.dx)
-        backward_tiles<V, Element, true, false>(p, columns, scratch, group, threads);
+        backward_tiles<V, Element, true, false>(p, columns, scratch, group, together, threads);
     else
-        backward_tiles<V, Element, false, true>(p, columns, scratch, group, threads);
+        backward_tiles<V, Element, false, true>(p, columns, scratch, group, together, threads);
 }
 
 template <class Element, class Columns>
@@ -110,18 +106,20 @@ void backward_as(const Problem& p, const Columns& columns) {
     const std::int64_t strip = larger(1, CHUNK / p.unit_in);
     const std::int64_t strips = (p.grid_cols() + strip - 1) / strip;
     const int threads = static_cast<int>(larger(1, smaller(p.threads, strips)));
-    const std::int64_t strip_size = padded(strip * p.unit_in) * width;
     const std::int64_t tile_size = padded(p.out) * width;
+    // A tile of dY that takes most of a level-2 cache leaves little to the columns.
+    const std::int64_t together = tile_size > (128 << 10) ? CHUNK : Columns::STRIP;
+    const std::int64_t strip_size = padded(larger(together, p.unit_in)) * width;
     const std::int64_t group = threads > 1 ? group_tiles(tile_size, (p.tokens + width - 1) / width) : 1;
     float* scratch = sparsae::workspace(2 * group * tile_size + threads * 2 * strip_size);
     if (vectors == 8)
-        backward_vectors<most, Element>(p, columns, scratch, group, threads);
+        backward_vectors<most, Element>(p, columns, scratch, group, together, threads);
     else if (vectors == 4)
-        backward_vectors<4, Element>(p, columns, scratch, group, threads);
+        backward_vectors<4, Element>(p, columns, scratch, group, together, threads);
     else if (vectors == 2)
-        backward_vectors<2, Element>(p, columns, scratch, group, threads);
+        backward_vectors<2, Element>(p, columns, scratch, group, together, threads);
     else
-        backward_vectors<1, Element>(p, columns, scratch, group, threads);
+        backward_vectors<1, Element>(p, columns, scratch, group, together, threads);
 }
 
 template <class Index>

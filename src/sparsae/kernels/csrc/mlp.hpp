@@ -14,12 +14,6 @@ namespace SPARSAE_ISA {
 
 using sparsae::Mlp;
 
-// Rows [first, last) of the grid of W times a tile, into all features of another tile.
-template <int V, class Rows>
-void rows_of_tile(const Problem& w, const Rows& rows, std::int64_t first, std::int64_t last, const float* x, float* out) {
-    for (std::int64_t r = first; r < last; r++) rows.template multiply<V>(r, x, out + r * w.unit_out * V * LANES);
-}
-
 // Row-order views of the three weights.
 template <class Rows>
 struct MlpRows {
@@ -32,7 +26,7 @@ void mlp_forward_tiles(const Mlp& m, const MlpRows<Rows>& rows, float* scratch, 
     constexpr int width = V * LANES;
     const Problem &up = m.up, &down = m.down;
     const std::int64_t tiles = (up.tokens + width - 1) / width;
-    const std::int64_t strip = larger(1, CHUNK / down.unit_out);
+    const std::int64_t strip = larger(1, Rows::STRIP / down.unit_out);
     const Activation f = activation(m.activation);
     const auto* x = static_cast<const Element*>(up.x);
     auto* y = static_cast<Element*>(down.y);
@@ -46,9 +40,9 @@ void mlp_forward_tiles(const Mlp& m, const MlpRows<Rows>& rows, float* scratch, 
         const std::int64_t first = t * width, n = smaller(width, up.tokens - first);
         pack<V>(x + first * up.in, up.in, n, up.in, tile);
         const NextTile<Element> next(x + (first + n) * up.in, up.in, smaller(width, up.tokens - first - n));
-        rows_of_tile<V>(up, rows.up, 0, up.grid_rows(), tile, hidden);
+        rows.up.template multiply<V>(0, up.grid_rows(), tile, hidden);
         if (m.gated) {
-            rows_of_tile<V>(m.gate, rows.gate, 0, m.gate.grid_rows(), tile, gate);
+            rows.gate.template multiply<V>(0, m.gate.grid_rows(), tile, gate);
             f.activate(gate, hidden, hidden, up.out * width);
         } else {
             f.activate(hidden, nullptr, hidden, up.out * width);
@@ -56,8 +50,7 @@ void mlp_forward_tiles(const Mlp& m, const MlpRows<Rows>& rows, float* scratch, 
         for (std::int64_t r0 = 0; r0 < down.grid_rows(); r0 += strip) {
             const std::int64_t r1 = smaller(r0 + strip, down.grid_rows());
             next.fetch(r0 / strip, (down.grid_rows() + strip - 1) / strip);
-            for (std::int64_t r = r0; r < r1; r++)
-                rows.down.template multiply<V>(r, hidden, out + (r - r0) * down.unit_out * width);
+            rows.down.template multiply<V>(r0, r1, hidden, out);
             unpack<V>(out, (r1 - r0) * down.unit_out, y + first * down.out + r0 * down.unit_out, down.out, n);
         }
         stream_fence();
@@ -90,8 +83,8 @@ void hidden_backward(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<C
                      float* strips, bool first) {
     constexpr int width = V * LANES;
     const std::int64_t b_out = m.up.unit_out, b_in = m.down.unit_in, size = (h1 - h0) * width;
-    rows_of_tile<V>(m.up, rows.up, h0 / b_out, h1 / b_out, x, hidden);
-    if (m.gated) rows_of_tile<V>(m.gate, rows.gate, h0 / b_out, h1 / b_out, x, gate);
+    rows.up.template multiply<V>(h0 / b_out, h1 / b_out, x, hidden + h0 * width);
+    if (m.gated) rows.gate.template multiply<V>(h0 / b_out, h1 / b_out, x, gate + h0 * width);
     float *fz = strips, *dfz = fz + size, *da = dfz + size, *product = da + size;
     float *z = (m.gated ? gate : hidden) + h0 * width, *up = hidden + h0 * width;
     f.differentiate(z, fz, dfz, size);
@@ -100,10 +93,7 @@ void hidden_backward(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<C
         for (std::int64_t i = 0; i < size; i++) product[i] = fz[i] * up[i];
         a = product;
     }
-    for (std::int64_t c = h0 / b_in; c < h1 / b_in; c++) {
-        const std::int64_t at = (c * b_in - h0) * width;
-        columns.down.template multiply<V, true, true>(c, dy, a + at, da + at, m.down.dvalues, first);
-    }
+    columns.down.template multiply<V, true, true>(h0 / b_in, h1 / b_in, dy, a, da, m.down.dvalues, first);
     if (m.gated)
         for (std::int64_t i = 0; i < size; i++) {
             z[i] = da[i] * up[i] * dfz[i];
@@ -129,13 +119,9 @@ void input_backward(const Mlp& m, const MlpColumns<Columns>& columns, std::int64
     constexpr int width = V * LANES;
     const std::int64_t b_in = m.up.unit_in, features = (c1 - c0) * b_in;
     float* second = strip + features * width;
-    for (std::int64_t c = c0; c < c1; c++) {
-        const std::int64_t offset = (c - c0) * b_in * width;
-        const float* xs = x + c * b_in * width;
-        columns.up.template multiply<V, true, true>(c, hidden, xs, strip + offset, m.up.dvalues, first);
-        if (m.gated)
-            columns.gate.template multiply<V, true, true>(c, gate, xs, second + offset, m.gate.dvalues, first);
-    }
+    const float* xs = x + c0 * b_in * width;
+    columns.up.template multiply<V, true, true>(c0, c1, hidden, xs, strip, m.up.dvalues, first);
+    if (m.gated) columns.gate.template multiply<V, true, true>(c0, c1, gate, xs, second, m.gate.dvalues, first);
     if (m.gated)
         for (std::int64_t i = 0; i < features * width; i++) strip[i] += second[i];
     unpack<V>(strip, features, dx + c0 * b_in, m.up.in, n);
@@ -164,6 +150,13 @@ inline std::int64_t hidden_strip(const Mlp& m) {
     return strip;
 }
 
+// Backward works on so many hidden features of a thread together, and on so many columns of the input: what the caches of
+// one core hold beside the tiles.
+inline std::int64_t hidden_together(const Mlp& m) {
+    return larger(1, (m.up.blocks() ? CHUNK : 64) / hidden_strip(m)) * hidden_strip(m);
+}
+inline std::int64_t input_together(const Mlp& m) { return larger(1, (m.up.blocks() ? CHUNK : 64) / m.up.unit_in); }
+
 // scratch: two input tiles (one where one thread works), a tile of dY, one of the hidden layer (two where gated), then
 // the strips of each thread.
 template <int V, class Element, class Rows, class Columns>
@@ -181,6 +174,7 @@ void mlp_backward_tiles(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumn
     auto* dx = static_cast<Element*>(up.dx);
     const std::int64_t hs = hidden_strip(m), h_strips = up.out / hs;
     const std::int64_t cs = larger(1, CHUNK / up.unit_in), c_strips = (up.grid_cols() + cs - 1) / cs;
+    const std::int64_t h_most = hidden_together(m), c_most = input_together(m);
     const auto hidden_work = [&](std::int64_t s) {
         const std::int64_t h = s * hs;
         return std::int64_t{up.row_ptr[h / up.unit_out]} + (m.gated ? gate.row_ptr[h / up.unit_out] : 0) +
@@ -211,13 +205,14 @@ void mlp_backward_tiles(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumn
             if (x1 > x0) pack<V>(x + at * up.in + x0, up.in, n, x1 - x0, x_tile + x0 * width);
             if (y1 > y0) pack<V>(dy + at * down.out + y0, down.out, n, y1 - y0, dy_tile + y0 * width);
 #pragma omp barrier
-            for (std::int64_t s = hs0; s < hs1; s++)
-                hidden_backward<V>(m, rows, columns, f, s * hs, (s + 1) * hs, x_tile, dy_tile, hidden, gates, strips,
-                                   t == 0);
+            for (std::int64_t h = hs0 * hs; h < hs1 * hs; h += h_most)
+                hidden_backward<V>(m, rows, columns, f, h, smaller(h + h_most, hs1 * hs), x_tile, dy_tile, hidden, gates,
+                                   strips, t == 0);
 #pragma omp barrier
-            for (std::int64_t s = cs0; s < cs1; s++)
-                input_backward<V>(m, columns, s * cs, smaller((s + 1) * cs, up.grid_cols()), x_tile, hidden, gates,
-                                  strips, dx + at * up.in, n, t == 0);
+            const std::int64_t last = smaller(cs1 * cs, up.grid_cols());
+            for (std::int64_t c = cs0 * cs; c < last; c += c_most)
+                input_backward<V>(m, columns, c, smaller(c + c_most, last), x_tile, hidden, gates, strips, dx + at * up.in,
+                                  n, t == 0);
         }
         stream_fence();
     }
@@ -265,15 +260,16 @@ inline void mlp(const Mlp& m, bool backward) {
     const std::int64_t features = larger(padded(up.in) + (backward ? padded(down.out) : 0), hidden);
     const int vectors = tile_vectors(features, up.tokens, static_cast<int>(smaller(4, blocks ? MOST_BLOCK_VECTORS : MOST_VECTORS)));
     const std::int64_t width = vectors * LANES;
-    const std::int64_t strip = backward ? larger(4 * hidden_strip(m), 2 * padded(larger(CHUNK, up.unit_in)))
-                                        : padded(up.in) + hidden + padded(larger(CHUNK, down.unit_out));
+    const std::int64_t rows_together = larger(blocks ? BlockRows<Column>::STRIP : WeightRows::STRIP, down.unit_out);
+    const std::int64_t strip = backward ? larger(4 * hidden_together(m), 2 * padded(input_together(m) * up.unit_in))
+                                        : padded(up.in) + hidden + padded(rows_together);
     const std::int64_t steps = backward ? smaller(up.out / hidden_strip(m), up.in) : (up.tokens + width - 1) / width;
     const int threads = static_cast<int>(larger(1, smaller(up.threads, steps)));
     const std::int64_t shared = backward ? (2 * padded(up.in) + padded(down.out) + hidden) * width : 0;
     const std::int64_t per_thread = strip * width;
-    std::int64_t copied = 0;
-    if (!blocks)
-        for (int i = 0; i < count; i++) copied += padded(weights[i]->count) + padded(weights[i]->out);
+    // Backward does not read the rows of down.
+    const auto ordered = [&](const Problem& w) { return blocks || (backward && &w == &down) ? 0 : WeightRows::memory(w, width); };
+    const std::int64_t copied = ordered(up) + ordered(down) + (m.gated ? ordered(gate) : 0);
     float* scratch = sparsae::workspace(shared + threads * per_thread + copied);
     if (blocks) {
         const auto rows = [&](const Problem& w) {
@@ -289,23 +285,19 @@ inline void mlp(const Mlp& m, bool backward) {
                       per_thread, threads, backward);
     }
     float* free = scratch + shared + threads * per_thread;
-    float* ordered[3] = {};
-    for (int i = 0; i < count; i++) {
-        // Backward reads the rows of the hidden layer's weights only.
-        if (backward && weights[i] == &down) continue;
-        const Problem& w = *weights[i];
-        ordered[i] = free;
-        free += padded(w.count) + padded(w.out);
-        into_row_order<Index>(w, ordered[i], reinterpret_cast<std::int32_t*>(ordered[i] + padded(w.count)));
-    }
-    const auto rows = [&](const Problem& w, const float* values) {
-        return WeightRows<Column>{w.row_ptr, static_cast<const Column*>(w.columns), values, w.bias};
+    MlpRows<WeightRows> rows;
+    const auto order = [&](WeightRows& view, const Problem& w) {
+        if (ordered(w) == 0) return;
+        view = WeightRows(w, width, free);
+        free += ordered(w);
     };
+    order(rows.up, up);
+    if (m.gated) order(rows.gate, gate);
+    order(rows.down, down);
     const auto columns = [&](const Problem& w) {
         return WeightColumns<Index>{w.col_ptr, static_cast<const Index*>(w.indices), w.values, w.grid_rows()};
     };
-    mlp_as(m, MlpRows<WeightRows<Column>>{rows(up, ordered[0]), rows(gate, ordered[2]), rows(down, ordered[1])},
-           MlpColumns<WeightColumns<Index>>{columns(up), columns(gate), columns(down)}, scratch, vectors, per_thread,
+    mlp_as(m, rows, MlpColumns<WeightColumns<Index>>{columns(up), columns(gate), columns(down)}, scratch, vectors, per_thread,
            threads, backward);
 }
 
