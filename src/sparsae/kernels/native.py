@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsae.kernels.backend import Layout
 
@@ -168,23 +169,26 @@ class Product:
     """
 
     def __init__(self, values: Tensor, layout: Layout, index: Index, bias: Tensor | None) -> None:
-        self._x = torch.zeros(1, layout.shape[1])
+        self._shape = torch.Size((1, layout.shape[1]))
         self._y = torch.zeros(1, layout.shape[0])
-        self._problem = _whole_problem(values, layout, index, bias, self._x)
+        self._problem = _whole_problem(values, layout, index, bias, torch.zeros(self._shape))
         self._problem.y = _pointer(self._y)
         # Kept alive as long as their addresses are used.
         self._keeps = [values, layout, index, bias]
-        if layout.unit == (1, 1):
-            row_values = values[torch.argsort(layout.indices % layout.grid_rows, stable=True)]
-            self._problem.row_values = _pointer(row_values)
-            self._keeps.append(row_values)
+        if layout.unit == (1, 1) and self._problem.columns_narrow:
+            rows = _row_order(values, layout)
+            self._problem.row_ptr, self._problem.columns, self._problem.row_values = map(_pointer, rows)
+            self._keeps.append(rows)
+        # One token takes microseconds: what is the same for all is looked up once.
+        self._forward, self._argument = _library().sparsae_forward, ctypes.byref(self._problem)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape != self._shape or x.dtype is not torch.float32:
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not float32 {tuple(self._shape)}")
         x = x.contiguous()
-        if x.shape != self._x.shape or x.dtype != torch.float32:
-            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not float32 {tuple(self._x.shape)}")
-        self._problem.x = _pointer(x)
-        _call("sparsae_forward", self._problem)
+        self._problem.x = x.data_ptr()
+        if self._forward(self._argument):
+            raise _no_memory()
         return self._y
 
 
@@ -378,7 +382,27 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 def _call(function: str, problem: _Problem | _Mlp) -> None:
     if getattr(_library(), function)(ctypes.byref(problem)):
-        raise MemoryError("no memory left for the native kernels' workspace")
+        raise _no_memory()
+
+
+def _no_memory() -> MemoryError:
+    return MemoryError("no memory left for the native kernels' workspace")
+
+
+def _row_order(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """(row starts, columns, values) of single weights in row order, rows filled up to whole steps with zero weights."""
+    step = 8  # ROW_STEP of csrc/problem.hpp
+    columns, rows = layout.indices // layout.grid_rows, layout.indices % layout.grid_rows
+    order = torch.argsort(rows, stable=True)
+    counts = torch.bincount(rows, minlength=layout.grid_rows)
+    starts = functional.pad(torch.cumsum((counts + step - 1) // step * step, 0), (1, 0))
+    shift = starts[:-1] - (torch.cumsum(counts, 0) - counts)
+    at = torch.arange(len(order)) + shift[rows[order]]
+    row_columns = torch.zeros(int(starts[-1]), dtype=torch.int16)
+    row_columns[at] = columns[order].to(torch.int16)
+    row_values = torch.zeros(int(starts[-1]))
+    row_values[at] = values[order]
+    return starts.to(torch.int32), row_columns, row_values
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -108,20 +108,19 @@ void forward_few_as(const Problem& p) {
         }
 }
 
-// Rows [first, last) of single weights times one token, in eight sums of which none waits for another.
+// Rows [first, last) of single weights times one token, in sums of which none waits for another. Rows are whole steps: the
+// lengths of their ends are too irregular to be foreseen, and every wrong guess would cost as much as several weights.
 template <class Element>
 SPARSAE_OUTLINE void rows_of_token(const Problem& p, std::int64_t first, std::int64_t last, const float* x, Element* y) {
     const auto* columns = static_cast<const std::uint16_t*>(p.columns);
+    std::int64_t k = p.row_ptr[first];
     for (std::int64_t r = first; r < last; r++) {
-        float s[8] = {};
-        std::int64_t k = p.row_ptr[r];
-        const std::int64_t end = p.row_ptr[r + 1];
-        for (; k + 8 <= end; k += 8) {
+        float s[sparsae::ROW_STEP] = {};
+        for (const std::int64_t end = p.row_ptr[r + 1]; k < end; k += sparsae::ROW_STEP) {
             SPARSAE_UNROLL
-            for (int i = 0; i < 8; i++) s[i] += p.row_values[k + i] * x[columns[k + i]];
+            for (int i = 0; i < sparsae::ROW_STEP; i++) s[i] += p.row_values[k + i] * x[columns[k + i]];
         }
-        float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-        for (; k < end; k++) sum += p.row_values[k] * x[columns[k]];
+        const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
         from_float(p.bias ? sum + p.bias[r] : sum, y[r]);
     }
 }
@@ -132,11 +131,12 @@ void forward_rows_as(const Problem& p) {
     auto* y = static_cast<Element*>(p.y);
     float* xs = sparsae::workspace(p.tokens * p.in);
     for (std::int64_t i = 0; i < p.tokens * p.in; i++) xs[i] = to_float(x[i]);
-    const int parts = static_cast<int>(larger(1, smaller(p.threads, p.count / 16384)));
+    const std::int64_t count = p.row_ptr[p.out];
+    const int parts = static_cast<int>(larger(1, smaller(p.threads, count / 16384)));
     const auto first_row = [&](int part) {
         if (part == parts) return p.out;
         const std::int32_t* end = p.row_ptr + p.out;
-        return static_cast<std::int64_t>(std::lower_bound(p.row_ptr, end, p.count * part / parts) - p.row_ptr);
+        return static_cast<std::int64_t>(std::lower_bound(p.row_ptr, end, count * part / parts) - p.row_ptr);
     };
 #pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1)
     for (int part = 0; part < parts; part++)

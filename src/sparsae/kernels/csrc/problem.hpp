@@ -6,6 +6,8 @@
 
 namespace sparsae {
 
+constexpr int ROW_STEP = 8;
+
 // A sparse (out, in) weight over a grid of units, and the activations of `tokens` tokens, row-major.
 //
 // Units are numbered down the columns of the grid; `indices` holds the active ones in ascending order, and `values` their
@@ -21,7 +23,9 @@ struct Problem {
     const void* columns;         // uint16 where columns_narrow, else int32
     const std::int32_t* source;  // of blocks only, else null
     const float* values;
-    const float* row_values;  // the values in row order where the caller has them (of single weights), else null
+    // The values in row order where the caller has them (of single weights), else null. Each row is then filled up to a multiple
+    // of ROW_STEP with zero weights, which row_ptr and columns count too.
+    const float* row_values;
     const float* bias;  // null, or (out,)
     const void* x;      // (tokens, in), element
     const void* dy;     // (tokens, out)
