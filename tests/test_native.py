@@ -17,7 +17,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels import native, registry
-from sparsae.kernels.backend import Layout
+from sparsae.kernels.backend import Gradients, Layout
 from sparsae.kernels.reference import Reference
 from sparsae.nn.linear import SparseLinear
 from tests.strategies import topologies
@@ -36,6 +36,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.select_isa(before)
 
 
+def asked_for(gradients: Gradients) -> list[Tensor]:
+    found = [gradient for gradient in gradients if gradient is not None]
+    assert len(found) == 3
+    return found
+
+
 class Case:
     """One layer with its activations, and its products in float64."""
 
@@ -51,18 +57,13 @@ class Case:
 
     def run(self) -> tuple[Tensor, ...]:
         y = native.forward(self.values, self.layout, self.index, self.x, self.bias)
-        dx, dvalues = native.backward(self.layout, self.index.col_ptr, self.dy, self.values, self.x)
-        assert dx is not None
-        assert dvalues is not None
-        return y, dx, dvalues
+        gradients = native.backward(self.layout, self.index.col_ptr, self.dy, self.values, self.x, bias=True)
+        return y, *asked_for(gradients)
 
     def exact(self) -> tuple[Tensor, ...]:
         values, x, dy = self.values.double(), self.x.double(), self.dy.double()
         y = Reference().spmm(values, self.layout, x, self.bias.double())
-        dx, dvalues = Reference().backward(values, self.layout, dy, x, True, True)
-        assert dx is not None
-        assert dvalues is not None
-        return y, dx, dvalues
+        return y, *asked_for(Reference().backward(values, self.layout, dy, x, True, True, True))
 
     def check(self) -> None:
         # The error of a sum of products is in proportion to its terms, not to what remains of them.
@@ -82,8 +83,7 @@ def test_random_shapes(isa: str, topology: Topology, tokens: int, seed: int) -> 
 def test_bfloat16(isa: str, topology: Topology, tokens: int, seed: int) -> None:
     case = Case(topology, tokens, seed, torch.bfloat16)
     case.check()
-    y, dx, dvalues = case.run()
-    assert (y.dtype, dx.dtype, dvalues.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert [result.dtype for result in case.run()] == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
 def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa: str) -> None:
@@ -143,13 +143,20 @@ def test_threads_that_meet_several_times_in_one_pass(isa: str) -> None:
 
 def test_parts_of_the_backward_pass_equal_the_whole(isa: str) -> None:
     case = Case(Topology.random((60, 50), 700, generator(0, "parts")), 90, 0)
-    _, dx, dvalues = case.run()
-    only_dx, none = native.backward(case.layout, case.index.col_ptr, case.dy, case.values)
-    assert none is None
-    assert torch.equal(only_dx, dx)
-    none, only_dvalues = native.backward(case.layout, case.index.col_ptr, case.dy, x_TI=case.x)
-    assert none is None
-    assert torch.equal(only_dvalues, dvalues)
+    _, dx, dvalues, dbias = case.run()
+    index = case.index.col_ptr
+    only_dx = native.backward(case.layout, index, case.dy, case.values)
+    assert only_dx.values is None
+    assert only_dx.bias is None
+    assert torch.equal(only_dx.x, dx)
+    only_dvalues = native.backward(case.layout, index, case.dy, x_TI=case.x, bias=True)
+    assert only_dvalues.x is None
+    assert torch.equal(only_dvalues.values, dvalues)
+    assert torch.equal(only_dvalues.bias, dbias)
+    only_dbias = native.backward(case.layout, index, case.dy, bias=True)
+    assert only_dbias.x is None
+    assert only_dbias.values is None
+    torch.testing.assert_close(only_dbias.bias, dbias, rtol=1e-5, atol=1e-5)
 
 
 def test_index_structures_take_at_most_twelve_bytes_a_value() -> None:

@@ -39,6 +39,14 @@ class Layout(NamedTuple):
         return (count,) if self.unit == (1, 1) else (count, *self.unit)
 
 
+class Gradients(NamedTuple):
+    """dX (tokens, in), dW at the units of a layout, and db (out,): None for one that was not asked for."""
+
+    x: Tensor | None
+    values: Tensor | None
+    bias: Tensor | None
+
+
 class Backend(ABC):
     """Computes the three primitives for the units, devices and dtypes that it does not refuse."""
 
@@ -69,8 +77,18 @@ class Backend(ABC):
         """dW = dY^T X at the units of `layout` only, in `layout.values_shape`."""
 
     def backward(
-        self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs_x: bool, needs_values: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(dX, dW at the units of `layout`), None for one that is not needed; x_TI is read for dW only."""
-        dx_TI = self.spmm_t(values, layout, dy_TO) if needs_x else None
-        return dx_TI, self.sddmm(dy_TO, x_TI, layout) if needs_values else None
+        self,
+        values: Tensor,
+        layout: Layout,
+        dy_TO: Tensor,
+        x_TI: Tensor,
+        needs_x: bool,
+        needs_values: bool,
+        needs_bias: bool,
+    ) -> Gradients:
+        """The gradients that are needed; x_TI is read for dW only."""
+        return Gradients(
+            self.spmm_t(values, layout, dy_TO) if needs_x else None,
+            self.sddmm(dy_TO, x_TI, layout) if needs_values else None,
+            dy_TO.sum(0) if needs_bias else None,
+        )

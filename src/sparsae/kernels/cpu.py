@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsae.core.topology import Topology
 from sparsae.kernels import breakeven, native
-from sparsae.kernels.backend import Backend, Layout
+from sparsae.kernels.backend import Backend, Gradients, Layout
 from sparsae.kernels.reference import Reference
 
 
@@ -44,7 +44,7 @@ class Cpu(Backend):
         return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
 
     def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:
-        dx_TI, _ = self.backward(values, layout, dy_TO, dy_TO, True, False)
+        dx_TI = self.backward(values, layout, dy_TO, dy_TO, True, False, False).x
         assert dx_TI is not None
         return dx_TI
 
@@ -55,23 +55,35 @@ class Cpu(Backend):
         if bool((layout.indices[1:] <= layout.indices[:-1]).any()):
             units, order = torch.unique(layout.indices, return_inverse=True)
             layout = layout._replace(indices=units)
-        _, dvalues = native.backward(layout, native.point_columns(layout), dy_TO, x_TI=x_TI)
+        dvalues = native.backward(layout, native.point_columns(layout), dy_TO, x_TI=x_TI).values
         assert dvalues is not None
         return (dvalues if order is None else dvalues[order]).to(dy_TO.dtype)
 
     def backward(
-        self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs_x: bool, needs_values: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self,
+        values: Tensor,
+        layout: Layout,
+        dy_TO: Tensor,
+        x_TI: Tensor,
+        needs_x: bool,
+        needs_values: bool,
+        needs_bias: bool,
+    ) -> Gradients:
         if not is_native(dy_TO.dtype):
-            return self._dense.backward(values, layout, dy_TO, x_TI, needs_x, needs_values)
-        dx_TI, dvalues = native.backward(
+            return self._dense.backward(values, layout, dy_TO, x_TI, needs_x, needs_values, needs_bias)
+        dx_TI, dvalues, dbias = native.backward(
             layout,
             layout.derived[0] if layout.derived else native.point_columns(layout),
             dy_TO,
             values=values.float().contiguous() if needs_x else None,
             x_TI=x_TI if needs_values else None,
+            bias=needs_bias,
         )
-        return dx_TI, None if dvalues is None else dvalues.to(values.dtype)
+        return Gradients(
+            dx_TI,
+            None if dvalues is None else dvalues.to(values.dtype),
+            None if dbias is None else dbias.to(dy_TO.dtype),
+        )
 
 
 def is_native(dtype: torch.dtype) -> bool:

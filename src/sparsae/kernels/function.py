@@ -58,17 +58,18 @@ def sparse_linear_backward(
     backend: str,
     needs_x: bool,
     needs_values: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dX, gradient of the values); one that is not needed comes back empty."""
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, gradients of the values and of the bias); one that is not needed comes back empty."""
     layout = _layout(values, indices, derived, out_features, in_features)
     dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, in_features)
-    dx, dvalues = BACKENDS[backend].backward(values, layout, dy_TO, x_TI, needs_x, needs_values)
+    dx, dvalues, dbias = BACKENDS[backend].backward(values, layout, dy_TO, x_TI, needs_x, needs_values, needs_bias)
     if needs_values and (probe := open_probe(indices)) is not None:
         probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
-    nothing = dy.new_empty(0)
     return (
-        nothing if dx is None else dx.view(*dy.shape[:-1], in_features),
-        nothing.clone() if dvalues is None else dvalues,
+        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], in_features),
+        dy.new_empty(0) if dvalues is None else dvalues,
+        dy.new_empty(0) if dbias is None else dbias,
     )
 
 
@@ -84,10 +85,12 @@ def _(
     backend: str,
     needs_x: bool,
     needs_values: bool,
-) -> tuple[Tensor, Tensor]:
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         dy.new_empty(*dy.shape[:-1], in_features) if needs_x else dy.new_empty(0),
         values.new_empty(values.shape) if needs_values else dy.new_empty(0),
+        dy.new_empty(out_features if needs_bias else 0),
     )
 
 
@@ -105,14 +108,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     x, values, indices, *derived = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    dx, dvalues = torch.ops.sparsae.linear_backward(
-        dy, x, values, indices, derived, ctx.out_features, ctx.in_features, ctx.backend, needs_x, needs_values
+    dx, dvalues, dbias = torch.ops.sparsae.linear_backward(
+        dy,
+        x,
+        values,
+        indices,
+        derived,
+        ctx.out_features,
+        ctx.in_features,
+        ctx.backend,
+        needs_x,
+        needs_values,
+        needs_bias,
     )
-    dbias = dy.reshape(-1, ctx.out_features).sum(0) if needs_bias else None
     return (
         dx if needs_x else None,
         dvalues if needs_values else None,
-        dbias,
+        dbias if needs_bias else None,
         None,
         [None] * len(derived),
         None,

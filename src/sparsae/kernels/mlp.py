@@ -134,9 +134,10 @@ def _product(weight: native.Weight, x_TI: Tensor) -> Tensor:
 
 def _backward_of(weight: native.Weight, dy_TO: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
     layout = weight.layout
-    return sparse_linear_backward(
-        dy_TO, x_TI, weight.values, layout.indices, layout.derived, *layout.shape, "cpu", True, True
+    dx_TI, dvalues, _ = sparse_linear_backward(
+        dy_TO, x_TI, weight.values, layout.indices, layout.derived, *layout.shape, "cpu", True, True, False
     )
+    return dx_TI, dvalues
 
 
 def _weights(

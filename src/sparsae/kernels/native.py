@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsae.kernels.backend import Layout
+from sparsae.kernels.backend import Gradients, Layout
 
 LIBRARY = Path(__file__).parent / "_native.so"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -193,11 +193,17 @@ class Product:
 
 
 def backward(
-    layout: Layout, col_ptr: Tensor, dy_TO: Tensor, values: Tensor | None = None, x_TI: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dX where values are given, gradient of the values where x_TI is given).
+    layout: Layout,
+    col_ptr: Tensor,
+    dy_TO: Tensor,
+    values: Tensor | None = None,
+    x_TI: Tensor | None = None,
+    *,
+    bias: bool = False,
+) -> Gradients:
+    """dX where values are given, the gradient of the values where x_TI is given, and that of the bias.
 
-    values: float32. dy_TO and x_TI: float32 or bfloat16, the same. dX comes in their dtype, the gradient in float32.
+    values: float32. dy_TO and x_TI: float32 or bfloat16, the same. dX comes in their dtype, the others in float32.
     """
     out_features, in_features = layout.shape
     dy_TO = dy_TO.contiguous()
@@ -206,7 +212,10 @@ def backward(
     _check("column starts", col_ptr, (in_features // layout.unit[1] + 1,), torch.int32)
     problem = _problem(layout, col_ptr, dy_TO)
     problem.dy = _pointer(dy_TO)
-    dx_TI = dvalues = None
+    dx_TI = dvalues = dbias = None
+    if bias:
+        dbias = torch.empty(out_features)
+        problem.dbias = _pointer(dbias)
     if values is not None:
         _check("values", values, layout.values_shape, torch.float32)
         dx_TI = dy_TO.new_empty(tokens, in_features)
@@ -216,8 +225,10 @@ def backward(
         _check("x", x_TI, (tokens, in_features), dy_TO.dtype)
         dvalues = torch.empty(layout.values_shape)
         problem.x, problem.dvalues = _pointer(x_TI), _pointer(dvalues)
+    if dx_TI is None and dvalues is None:
+        return Gradients(None, None, dy_TO.float().sum(0) if bias else None)
     _call("sparsae_backward", problem)
-    return dx_TI, dvalues
+    return Gradients(dx_TI, dvalues, dbias)
 
 
 def mlp_refusal(layouts: Sequence[Layout]) -> str | None:

@@ -1,4 +1,4 @@
-// dX = dY W and dW = dY^T X at the active units, fused: the threads share the columns of W, and one load of a row of the
+// dX = dY W, dW = dY^T X at the active units, and dY summed over the tokens, fused: the threads share the columns of W, and one load of a row of the
 // dY tile serves both products.
 #pragma once
 
@@ -262,8 +262,10 @@ void backward_tiles(const Problem& p, const Columns& columns, float* scratch, st
             // Two groups in turn, so that one barrier a group is enough.
             float* const tiles = scratch + (parts > 1 ? start / step % 2 : 0) * group * tile_size;
             float* g = tiles;
-            for (std::int64_t first = start; first < stop && f1 > f0; first += width, g += tile_size)
+            for (std::int64_t first = start; first < stop && f1 > f0; first += width, g += tile_size) {
                 pack<V>(dy + first * p.out + f0, p.out, smaller(width, stop - first), f1 - f0, g + f0 * width);
+                add_sums<V>(g, f0, f1, p.dbias, first == 0);
+            }
 #pragma omp barrier
             g = tiles;
             for (std::int64_t first = start; first < stop; first += width, g += tile_size) {

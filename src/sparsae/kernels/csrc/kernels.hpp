@@ -135,9 +135,10 @@ void backward_indices(const Problem& p) {
 }
 
 inline void backward(const Problem& p) {
-    if (!p.dx && !p.dvalues) return;
+    if (!p.dx && !p.dvalues && !p.dbias) return;
     if (p.tokens == 0) {
         if (p.dvalues) std::memset(p.dvalues, 0, static_cast<std::size_t>(p.count * p.unit_out * p.unit_in) * 4);
+        if (p.dbias) std::memset(p.dbias, 0, static_cast<std::size_t>(p.out) * 4);
         return;
     }
     p.indices_wide ? backward_indices<std::int64_t>(p) : backward_indices<std::int32_t>(p);

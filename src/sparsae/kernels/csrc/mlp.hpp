@@ -63,18 +63,6 @@ struct MlpColumns {
     Columns up, gate, down;
 };
 
-template <int V>
-SPARSAE_INLINE float sum_of(const float* row) {
-    Vec total = load(row);
-    SPARSAE_UNROLL
-    for (int v = 1; v < V; v++) total = total + load(row + v * LANES);
-    alignas(64) float lane[LANES];
-    store(lane, total);
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += lane[i];
-    return sum;
-}
-
 // The hidden features [h0, h1) of a tile, whole units of all weights: recomputed, and turned in place into the gradients
 // of what goes into the activation. hidden (and gate) are tiles of all hidden features; strips: 4 * (h1 - h0) features.
 template <int V, class Rows, class Columns>
@@ -101,14 +89,8 @@ void hidden_backward(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<C
         }
     else
         for (std::int64_t i = 0; i < size; i++) z[i] = da[i] * dfz[i];
-    const auto add_to = [&](float* dbias, const float* dz) {
-        for (std::int64_t h = h0; dbias != nullptr && h < h1; h++) {
-            const float sum = sum_of<V>(dz + h * width);
-            dbias[h] = first ? sum : dbias[h] + sum;
-        }
-    };
-    add_to(m.up.dbias, hidden);
-    if (m.gated) add_to(m.gate.dbias, gate);
+    add_sums<V>(hidden, h0, h1, m.up.dbias, first);
+    if (m.gated) add_sums<V>(gate, h0, h1, m.gate.dbias, first);
 }
 
 // The input's gradient and the weights' of up and gate, for strips of input features.

@@ -32,7 +32,7 @@ struct Problem {
     void* y;            // (tokens, out)
     void* dx;           // (tokens, in) or null
     float* dvalues;     // as values, or null
-    float* dbias;       // of an MLP's hidden layer: (out,) or null
+    float* dbias;       // (out,) or null; of an MLP only of its hidden layer
     std::int32_t indices_wide, columns_narrow;
     std::int32_t bfloat16;  // element type of x, y, dx, dy: 0 float32, 1 bfloat16
     std::int32_t threads;

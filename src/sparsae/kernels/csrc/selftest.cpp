@@ -109,10 +109,13 @@ void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_
     const auto x = floats(x_in), dy = floats(dy_in);
     // Exactly as large as they have to be, so that AddressSanitizer sees any step beyond.
     std::vector<Element> y(tokens * p.out), dx(tokens * p.in);
-    std::vector<float> dvalues(values.size());
-    std::vector<double> exact_y(y.size()), exact_dx(dx.size()), exact_dvalues(values.size());
+    std::vector<float> dvalues(values.size()), dbias(p.out);
+    std::vector<double> exact_y(y.size()), exact_dx(dx.size()), exact_dvalues(values.size()), exact_dbias(p.out);
     for (std::int64_t t = 0; t < tokens; t++)
-        for (std::int64_t o = 0; o < p.out; o++) exact_y[t * p.out + o] = bias[o];
+        for (std::int64_t o = 0; o < p.out; o++) {
+            exact_y[t * p.out + o] = bias[o];
+            exact_dbias[o] += dy[t * p.out + o];
+        }
     for (std::int64_t k = 0; k < p.count; k++)
         for (std::int64_t i = 0; i < b_out; i++)
             for (std::int64_t j = 0; j < b_in; j++)
@@ -125,11 +128,12 @@ void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_
                 }
     p.indices = indices.data(), p.col_ptr = col_ptr.data(), p.row_ptr = row_ptr.data(), p.columns = columns.data();
     p.source = source.data(), p.values = values.data(), p.bias = bias.data(), p.x = x_in.data(), p.dy = dy_in.data();
-    p.y = y.data(), p.dx = dx.data(), p.dvalues = dvalues.data();
+    p.y = y.data(), p.dx = dx.data(), p.dvalues = dvalues.data(), p.dbias = dbias.data();
     if (sparsae_forward(&p) != 0 || sparsae_backward(&p) != 0) failures++;
     compare("y", floats(y), exact_y, static_cast<double>(p.in), p.bfloat16);
     compare("dx", floats(dx), exact_dx, static_cast<double>(p.out), p.bfloat16);
     compare("dvalues", dvalues, exact_dvalues, static_cast<double>(tokens));
+    compare("dbias", dbias, exact_dbias, static_cast<double>(tokens));
 }
 
 // One weight of an MLP with everything that its Problem points at.

@@ -93,4 +93,20 @@ SPARSAE_OUTLINE void unpack(const float* tile, std::int64_t features, Element* d
     }
 }
 
+// Adds the sums over the tokens of a tile's features [f0, f1) to dbias, or sets them; nothing where there is no dbias.
+template <int V>
+void add_sums(const float* tile, std::int64_t f0, std::int64_t f1, float* dbias, bool first) {
+    for (std::int64_t f = f0; dbias != nullptr && f < f1; f++) {
+        const float* row = tile + f * V * LANES;
+        Vec total = load(row);
+        SPARSAE_UNROLL
+        for (int v = 1; v < V; v++) total = total + load(row + v * LANES);
+        alignas(64) float lane[LANES];
+        store(lane, total);
+        float sum = 0;
+        for (int i = 0; i < LANES; i++) sum += lane[i];
+        dbias[f] = first ? sum : dbias[f] + sum;
+    }
+}
+
 }  // namespace SPARSAE_ISA
