@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsae.experiments.coordinates.slopes import TOLERANCE, slope
-from sparsae.experiments.statistics import mean_interval
+from sparsae.experiments.statistics import Interval, mean_interval
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, RESULTS = DOCS / "parameterization.md", DOCS / "parameterization"
@@ -100,10 +100,46 @@ def optima() -> str:
     return _table(["", *names], lines, 1)
 
 
-def tuned() -> str:
+def basins(cases: Sequence[tuple[str, str, str]], head: str) -> str:
+    """A line for each width and sparsity of each case (label, file, parameterization): what each rate led to.
+
+    Mean losses over seeds and half widths of their 95 % intervals, the best in bold; the best rate with its own.
+    """
+    lines: list[list[str]] = []
+    rates: list[float] = []
+    for label, file, name in cases:
+        found = json.loads((RESULTS / file).read_text("utf-8"))
+        losses: dict[tuple[int, float], dict[float, list[float]]] = {}
+        for row in found["rows"]:
+            if row["parameterization"] == name:
+                at = losses.setdefault((row["width"], row["sparsity"]), {})
+                at.setdefault(row["learning_rate"], []).append(row["validation_loss"])
+        rates = rates or sorted(next(iter(losses.values())))
+        best = {(e["width"], e["sparsity"]): e for e in found["optima"] if e["parameterization"] == name}
+        for (width, sparsity), at in losses.items():
+            where = f"{width}, {f'{100 * sparsity:g} %' if sparsity else 'dense'}"
+            means = {rate: mean_interval(at[rate]) for rate in rates}
+            least = min(means, key=lambda rate: means[rate].mean)
+            cells = [_mean(means[rate], bold=rate == least) for rate in rates]
+            lines.append([label, where, *cells, _optimum(best[width, sparsity])])
+    return _table([head, "width, sparsity", *(f"{rate:.4f}" for rate in rates), "best rate"], lines, 2)
+
+
+def _mean(interval: Interval, bold: bool) -> str:
+    mean = f"**{interval.mean:.3f}**" if bold else f"{interval.mean:.3f}"
+    return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.2f}"
+
+
+def _optimum(best: Row) -> str:
+    sign = {"lowest": "≤ ", "highest": "≥ ", None: ""}[best["edge"]]
+    found = best["interval"]
+    return f"{sign}{best['optimum']:.4f}" + ("" if found is None else f" [{found['low']:.4f}, {found['high']:.4f}]")
+
+
+def tuned(file: str) -> str:
     """Losses at the dense base's rates, and the paired relative improvement by SµPar with its 95 % interval."""
     losses: dict[tuple[float, float, str], dict[int, float]] = {}
-    for row in json.loads((RESULTS / "tuned.json").read_text("utf-8"))["rows"]:
+    for row in json.loads((RESULTS / file).read_text("utf-8"))["rows"]:
         key = (row["sparsity"], row["learning_rate"], row["parameterization"])
         losses.setdefault(key, {})[row["seed"]] = row["validation_loss"]
     lines = []
@@ -143,7 +179,7 @@ def tables() -> dict[str, str]:
         "many": coordinates(budgets, MANY, "parameterization"),
         "moving": coordinates(moving, MANY, "method"),
         "optima": optima(),
-        "tuned": tuned(),
+        "tuned": tuned("tuned.json"),
     }
 
 
