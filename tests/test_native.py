@@ -163,10 +163,16 @@ def test_index_structures_take_at_most_twelve_bytes_a_value() -> None:
     for shape, count in (((768, 768), 5898), ((100, 70_000), 700_000)):
         topology = Topology.random(shape, count, generator(0, "memory"))
         index = native.make_index(Layout(shape, (1, 1), topology.indices))
-        assert sum(t.nbytes for t in (topology.indices, *index)) <= 8 * count + 8 * (shape[0] + shape[1])
+        assert sum(t.nbytes for t in (topology.indices, *index)) <= 4 * count + 8 * (shape[0] + shape[1])
+        assert torch.equal(index.row_ptr.diff(), topology.rows.bincount(minlength=shape[0]).int())
+    for shape, unit in (((768, 768), (4, 4)), ((4, 280_000), (4, 4))):
+        topology = Topology.random(shape, 3000, generator(0, "memory"), unit)
+        index = native.make_index(Layout(shape, unit, topology.indices))
+        assert sum(t.nbytes for t in (topology.indices, *index)) <= 12 * 3000 + 8 * (shape[0] + shape[1])
         order = topology.rows.argsort(stable=True)
         bits = 0xFFFF if index.columns.dtype == torch.int16 else -1
         assert torch.equal(index.columns.int() & bits, topology.columns[order].int())
+        assert torch.equal(index.source.long(), order)
 
 
 @pytest.mark.parametrize(

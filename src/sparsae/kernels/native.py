@@ -52,11 +52,11 @@ class _Mlp(ctypes.Structure):
 
 
 class Index(NamedTuple):
-    """The structures beside a topology's indices: where grid columns and rows start, and the units in row order.
+    """The structures beside a topology's indices: where grid columns and rows start, and blocks in row order.
 
-    col_ptr: (grid columns + 1,) int32. row_ptr: (grid rows + 1,) int32. columns: (count,) the grid column of each unit
-    in row order, 16 bits wide (as int16) where they fit, else int32. source: of blocks, (count,) int32, its position in
-    `indices`; of single weights (0,).
+    col_ptr: (grid columns + 1,) int32. row_ptr: (grid rows + 1,) int32. columns: of blocks, (count,) the grid column of
+    each in row order, 16 bits wide (as int16) where they fit, else int32. source: of blocks, (count,) int32, its
+    position in `indices`. Of single weights, which each pass orders by itself, both are (0,).
     """
 
     col_ptr: Tensor
@@ -132,12 +132,11 @@ def select_isa(name: str) -> bool:
 def make_index(layout: Layout) -> Index:
     """All structures of a layout, in O(count). Raises ValueError for indices out of range or order."""
     rows, columns = layout.grid_rows, layout.shape[1] // layout.unit[1]
-    count = layout.indices.numel()
     index = Index(
         torch.empty(columns + 1, dtype=torch.int32),
         torch.empty(rows + 1, dtype=torch.int32),
-        torch.empty(count, dtype=_column_dtype(layout)),
-        torch.empty(_sources(layout), dtype=torch.int32),
+        torch.empty(_in_row_order(layout), dtype=_column_dtype(layout)),
+        torch.empty(_in_row_order(layout), dtype=torch.int32),
     )
     _index(layout, index)
     return index
@@ -175,7 +174,7 @@ class Product:
         self._problem.y = _pointer(self._y)
         # Kept alive as long as their addresses are used.
         self._keeps = [values, layout, index, bias]
-        if layout.unit == (1, 1) and self._problem.columns_narrow:
+        if layout.unit == (1, 1) and _column_dtype(layout) == torch.int16:
             rows = _row_order(values, layout)
             self._problem.row_ptr, self._problem.columns, self._problem.row_values = map(_pointer, rows)
             self._keeps.append(rows)
@@ -296,7 +295,8 @@ def triad(a_N: Tensor, b_N: Tensor, c_N: Tensor, threads: int) -> None:
     _library().sparsae_triad(_pointer(a_N), _pointer(b_N), _pointer(c_N), a_N.numel(), threads)
 
 
-def _sources(layout: Layout) -> int:
+def _in_row_order(layout: Layout) -> int:
+    """Units whose row order is kept."""
     return 0 if layout.unit == (1, 1) else layout.indices.numel()
 
 
@@ -321,7 +321,7 @@ def _index(layout: Layout, index: Index) -> None:
         layout.shape[1] // layout.unit[1],
         _pointer(index.col_ptr),
         _pointer(index.row_ptr) if whole else None,
-        _pointer(index.columns) if whole else None,
+        _pointer(index.columns) if index.columns.numel() else None,
         index.columns.dtype == torch.int16,
         _pointer(index.source) if index.source.numel() else None,
     )
@@ -373,11 +373,11 @@ def _checked_indices(layout: Layout) -> Tensor:
 
 
 def _check_index(layout: Layout, index: Index) -> None:
-    count = layout.indices.numel()
+    kept = (_in_row_order(layout),)
     _check("column starts", index.col_ptr, (layout.shape[1] // layout.unit[1] + 1,), torch.int32)
     _check("row starts", index.row_ptr, (layout.grid_rows + 1,), torch.int32)
-    _check("columns", index.columns, (count,), _column_dtype(layout))
-    _check("sources", index.source, (_sources(layout),), torch.int32)
+    _check("columns", index.columns, kept, _column_dtype(layout))
+    _check("sources", index.source, kept, torch.int32)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

@@ -132,6 +132,10 @@ void order_by_rows(const Index* indices, std::int64_t rows, std::int64_t cols, c
         row_ptr[r] = start;
         start += n;
     }
+    if (columns == nullptr) {
+        row_ptr[rows] = count;
+        return;
+    }
     for (std::int64_t c = 0; c < cols; c++)
         for (std::int32_t k = col_ptr[c]; k < col_ptr[c + 1]; k++) {
             const std::int32_t at = row_ptr[indices[k] - c * rows]++;
@@ -179,7 +183,8 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
 SPARSAE_EXPORT std::int64_t sparsae_mlp_size() { return sizeof(sparsae::Mlp); }
 
-// Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr, with source null none of that.
+// Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr, with columns null no row order, with
+// source null none of that.
 SPARSAE_EXPORT int sparsae_index(const void* indices, int wide, std::int64_t count, std::int64_t rows, std::int64_t cols,
                                  std::int32_t* col_ptr, std::int32_t* row_ptr, void* columns, int narrow,
                                  std::int32_t* source) {

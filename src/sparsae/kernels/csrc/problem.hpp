@@ -20,7 +20,7 @@ struct Problem {
     const void* indices;         // int32, or int64 where indices_wide
     const std::int32_t* col_ptr;  // grid columns + 1
     const std::int32_t* row_ptr;  // grid rows + 1
-    const void* columns;         // uint16 where columns_narrow, else int32
+    const void* columns;         // of blocks, and beside row_values; uint16 where columns_narrow, else int32
     const std::int32_t* source;  // of blocks only, else null
     const float* values;
     // The values in row order where the caller has them (of single weights), else null. Each row is then filled up to a multiple
