@@ -114,7 +114,7 @@ def test_operator_is_registered_as_torch_wants_it(backend: str, dtype: torch.dty
     layer.choose_kernel()
     x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
     arguments = (x, layer.values, layer.bias, layer.indices, layer.derived_indices, 6, 5, backend)
-    torch.library.opcheck(torch.ops.sparsae.linear.default, arguments)
+    torch.library.opcheck(torch.ops.sparsae.product.default, arguments)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)

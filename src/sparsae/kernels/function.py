@@ -1,6 +1,8 @@
 """The sparse product as one differentiable operator over all backends.
 
 It is a registered custom operator with a fake kernel, so that `torch.compile` sees one opaque node and no graph break.
+Torch keeps compiled graphs, backward included, on disk by the operators of forward alone: an operator whose backward
+calls something else from now on needs a new name, or graphs of an older version are run.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from sparsae.kernels.probe import open_probe
 from sparsae.kernels.registry import BACKENDS
 
 
-@torch.library.custom_op("sparsae::linear", mutates_args=())
+@torch.library.custom_op("sparsae::product", mutates_args=())
 def sparse_linear(
     x: Tensor,
     values: Tensor,
@@ -46,7 +48,7 @@ def _(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("sparsae::linear_backward", mutates_args=())
+@torch.library.custom_op("sparsae::product_backward", mutates_args=())
 def sparse_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -108,7 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     x, values, indices, *derived = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    dx, dvalues, dbias = torch.ops.sparsae.linear_backward(
+    dx, dvalues, dbias = torch.ops.sparsae.product_backward(
         dy,
         x,
         values,
