@@ -173,6 +173,8 @@ def tables() -> dict[str, str]:
     named = [(name, {**uniform, "parameterization": name}) for name in ("sp", "mup", "supar")]
     supar = {"parameterization": "supar"}
     budgets = [(f"supar, {b}", {**supar, "method": "static", "budget": b}) for b in ("uniform", "erk")]
+    shifts = [("sparsae, shifts", "supar"), ("the same, dynamic", "supar-dynamic")]
+    live = [("rigl", "moving-rigl.json", "supar"), *((label, "moving-sparsae.json", name) for label, name in shifts)]
     moving = [(method, {**supar, "method": method}) for method in ("rigl", "sparsae")]
     return {
         "all": coordinates(named, FEW, "parameterization"),
@@ -180,6 +182,9 @@ def tables() -> dict[str, str]:
         "moving": coordinates(moving, MANY, "method"),
         "optima": optima(),
         "tuned": tuned("tuned.json"),
+        "seeds": basins([("supar", "seeds.json", "supar")], "parameterization"),
+        "moving-rates": basins(live, "method"),
+        "wide": tuned("wide.json"),
     }
 
 

@@ -96,6 +96,11 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa: str) -> None:
     )
 
 
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "INTERFACE", 0)
+    assert "install sparsae again" in native._load.__wrapped__()
+
+
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1), (3, 66_000), (1, 1), (17, 1), (1, 17)])
 def test_extreme_shapes(isa: str, shape: tuple[int, int]) -> None:
     count = max(1, shape[0] * shape[1] // 10)
@@ -263,3 +268,14 @@ def test_one_openmp_runtime_is_shared_with_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "_native" in done.stdout
     assert len({line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}) <= 1
+
+
+def test_a_product_for_one_token_equals_the_general_one_and_spreads_no_infinity(isa: str) -> None:
+    case = Case(Topology.random((60, 50), 700, generator(0, "decode")), 1, 0)
+    product = native.Product(case.values, case.layout, case.index, case.bias)
+    torch.testing.assert_close(product(case.x), case.run()[0], rtol=1e-5, atol=1e-5)
+    case.x[0, 0] = torch.inf
+    touched = torch.zeros(60, dtype=torch.bool).index_fill(
+        0, case.layout.indices[case.layout.indices < 60].long(), True
+    )
+    assert torch.equal(~product(case.x)[0].isfinite(), touched)

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from sparsae.kernels.backend import Gradients, Layout
 
+# What the library must answer: see sparsae_interface in csrc/api.cpp.
+INTERFACE = 1
 LIBRARY = Path(__file__).parent / "_native.so"
 DTYPES = (torch.float32, torch.bfloat16)
 # Of the fused MLP, by their number in csrc/problem.hpp.
@@ -100,7 +102,7 @@ def _load() -> ctypes.CDLL | str:
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
     ]
     stale = "the native kernels were compiled from other sources than this Python code (install sparsae again)"
-    if not hasattr(library, "sparsae_triad"):
+    if not hasattr(library, "sparsae_interface") or library.sparsae_interface() != INTERFACE:
         return stale
     library.sparsae_mlp_size.restype = ctypes.c_int64
     sizes = library.sparsae_problem_size(), library.sparsae_mlp_size()
@@ -224,8 +226,6 @@ def backward(
         _check("x", x_TI, (tokens, in_features), dy_TO.dtype)
         dvalues = torch.empty(layout.values_shape)
         problem.x, problem.dvalues = _pointer(x_TI), _pointer(dvalues)
-    if dx_TI is None and dvalues is None:
-        return Gradients(None, None, dy_TO.float().sum(0) if bias else None)
     _call("sparsae_backward", problem)
     return Gradients(dx_TI, dvalues, dbias)
 
@@ -409,8 +409,11 @@ def _row_order(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     starts = functional.pad(torch.cumsum((counts + step - 1) // step * step, 0), (1, 0))
     shift = starts[:-1] - (torch.cumsum(counts, 0) - counts)
     at = torch.arange(len(order)) + shift[rows[order]]
-    row_columns = torch.zeros(int(starts[-1]), dtype=torch.int16)
-    row_columns[at] = columns[order].to(torch.int16)
+    # With a column of the row itself: zero times what another column holds might not be zero.
+    columns = columns[order].to(torch.int16)
+    last = (torch.cumsum(counts, 0) - 1).clamp(min=0)
+    row_columns = columns[last].repeat_interleave(starts.diff()) if len(order) else columns
+    row_columns[at] = columns
     row_values = torch.zeros(int(starts[-1]))
     row_values[at] = values[order]
     return starts.to(torch.int32), row_columns, row_values

@@ -179,7 +179,10 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
     return 0;
 }
 
-// Bytes of the argument structures, which both sides must agree on.
+// What both sides must agree on. This counts up whenever what a function reads or writes changes its meaning.
+SPARSAE_EXPORT int sparsae_interface() { return 1; }
+
+// Bytes of the argument structures.
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
 SPARSAE_EXPORT std::int64_t sparsae_mlp_size() { return sizeof(sparsae::Mlp); }
 

@@ -36,7 +36,7 @@ struct WeightRows {
     }
 
     // What the cache holds, but so much that a row has some weights in each block, and no more than 16 bits count. It
-    // depends on shapes alone, since blocks decide in which order is summed.
+    // does not depend on the number of threads, since blocks decide in which order is summed.
     static std::int64_t block_of(const Problem& p, std::int64_t width) {
         constexpr std::int64_t budget = 48 << 10, least = 16, most = 65536;
         const std::int64_t wanted = larger(budget / (width * 4), least * p.out * p.in / larger(1, p.count));

@@ -23,7 +23,7 @@ inline int team_size() { return 1; }
 namespace SPARSAE_ISA {
 
 // Tokens of a tile, in vectors: as many as keep `features` features of it in a level-2 cache and the accumulators in
-// registers, and no more than there are tokens for. It depends on shapes alone, never on the number of threads, because
+// registers, and no more than there are tokens for. It depends on the problem alone, never on the number of threads, because
 // gradients are summed tile by tile.
 inline int tile_vectors(std::int64_t features, std::int64_t tokens, int most) {
     constexpr std::int64_t budget = 1 << 20;
@@ -94,8 +94,10 @@ void backward_vectors(const Problem& p, const Columns& columns, float* scratch, 
         backward_tiles<V, Element, true, true>(p, columns, scratch, group, together, threads);
     else if (p.dx)
         backward_tiles<V, Element, true, false>(p, columns, scratch, group, together, threads);
-    else
+    else if (p.dvalues)
         backward_tiles<V, Element, false, true>(p, columns, scratch, group, together, threads);
+    else
+        backward_tiles<V, Element, false, false>(p, columns, scratch, group, together, threads);
 }
 
 template <class Element, class Columns>

@@ -125,7 +125,7 @@ std::int64_t balanced(std::int64_t total, int part, int parts, const Before& bef
     return low;
 }
 
-// Hidden features that are worked on together: whole units of the weights on both sides.
+// Hidden features that threads share out: whole units of the weights on both sides.
 inline std::int64_t hidden_strip(const Mlp& m) {
     std::int64_t strip = std::lcm(m.up.unit_out, m.down.unit_in);
     while (strip < CHUNK && m.up.out % (2 * strip) == 0) strip *= 2;

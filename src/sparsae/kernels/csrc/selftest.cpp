@@ -84,6 +84,27 @@ void compare(const char* what, const std::vector<float>& got, const std::vector<
     }
 }
 
+// One token over weights in row order, rows filled up to whole steps.
+template <class Column, class Element>
+void check_decoding(sparsae::Problem p, std::vector<Element>& y, const std::vector<double>& exact) {
+    std::vector<std::vector<std::size_t>> rows(p.out);
+    const auto unit = [&](std::size_t k) {
+        return p.indices_wide ? static_cast<const std::int64_t*>(p.indices)[k] : static_cast<const std::int32_t*>(p.indices)[k];
+    };
+    for (std::size_t k = 0; k < static_cast<std::size_t>(p.count); k++) rows[unit(k) % p.out].push_back(k);
+    std::vector<std::int32_t> row_ptr{0};
+    std::vector<Column> columns;
+    std::vector<float> values;
+    for (const auto& row : rows) {
+        for (const std::size_t k : row) columns.push_back(static_cast<Column>(unit(k) / p.out)), values.push_back(p.values[k]);
+        while (columns.size() % sparsae::ROW_STEP) columns.push_back(columns.back()), values.push_back(0.0f);
+        row_ptr.push_back(static_cast<std::int32_t>(columns.size()));
+    }
+    p.row_ptr = row_ptr.data(), p.columns = columns.data(), p.row_values = values.data();
+    if (sparsae_forward(&p) != 0) failures++;
+    if (p.count) compare("y of rows", floats(y), exact, static_cast<double>(p.in), p.bfloat16);
+}
+
 template <class Index, class Column, class Element = float>
 void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_t b_in, std::int64_t tokens,
            double density, int threads) {
@@ -131,6 +152,7 @@ void check(std::int64_t rows, std::int64_t cols, std::int64_t b_out, std::int64_
     p.y = y.data(), p.dx = dx.data(), p.dvalues = dvalues.data(), p.dbias = dbias.data();
     if (sparsae_forward(&p) != 0 || sparsae_backward(&p) != 0) failures++;
     compare("y", floats(y), exact_y, static_cast<double>(p.in), p.bfloat16);
+    if (tokens == 1 && b_out * b_in == 1 && p.columns_narrow) check_decoding<Column>(p, y, exact_y);
     compare("dx", floats(dx), exact_dx, static_cast<double>(p.out), p.bfloat16);
     compare("dvalues", dvalues, exact_dvalues, static_cast<double>(tokens));
     compare("dbias", dbias, exact_dbias, static_cast<double>(tokens));
@@ -303,6 +325,11 @@ int main() {
                     check<std::int32_t, std::uint16_t, std::uint16_t>(37, 21, 1, 1, tokens, density, threads);
                     check<std::int32_t, std::uint16_t, std::uint16_t>(5, 6, 4, 4, tokens, density, threads);
                 }
+        for (const int threads : {1, 2}) {  // several blocks of columns, several strips
+            check<std::int32_t, std::uint16_t>(300, 1700, 1, 1, 70, 0.1, threads);
+            check<std::int32_t, std::uint16_t>(1700, 300, 1, 1, 70, 0.1, threads);
+            check_mlp(300, 330, 290, 1, 70, threads == 2, threads);
+        }
         for (const std::int64_t tokens : {0, 1, 17, 64, 130})
             for (const bool gated : {false, true})
                 for (const int threads : {1, 2}) {
