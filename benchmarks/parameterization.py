@@ -136,10 +136,10 @@ def _optimum(best: Row) -> str:
     return f"{sign}{best['optimum']:.4f}" + ("" if found is None else f" [{found['low']:.4f}, {found['high']:.4f}]")
 
 
-def tuned(file: str) -> str:
+def tuned() -> str:
     """Losses at the dense base's rates, and the paired relative improvement by SµPar with its 95 % interval."""
     losses: dict[tuple[float, float, str], dict[int, float]] = {}
-    for row in json.loads((RESULTS / file).read_text("utf-8"))["rows"]:
+    for row in json.loads((RESULTS / "tuned.json").read_text("utf-8"))["rows"]:
         key = (row["sparsity"], row["learning_rate"], row["parameterization"])
         losses.setdefault(key, {})[row["seed"]] = row["validation_loss"]
     lines = []
@@ -181,10 +181,9 @@ def tables() -> dict[str, str]:
         "many": coordinates(budgets, MANY, "parameterization"),
         "moving": coordinates(moving, MANY, "method"),
         "optima": optima(),
-        "tuned": tuned("tuned.json"),
+        "tuned": tuned(),
         "seeds": basins([("supar", "seeds.json", "supar")], "parameterization"),
         "moving-rates": basins(live, "method"),
-        "wide": tuned("wide.json"),
     }
 
 
