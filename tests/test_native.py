@@ -17,7 +17,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels import native, registry
-from sparsae.kernels.backend import Gradients, Layout
+from sparsae.kernels.backend import Gradients, Layout, Needs
 from sparsae.kernels.reference import Reference
 from sparsae.nn.linear import SparseLinear
 from tests.strategies import topologies
@@ -63,7 +63,7 @@ class Case:
     def exact(self) -> tuple[Tensor, ...]:
         values, x, dy = self.values.double(), self.x.double(), self.dy.double()
         y = Reference().spmm(values, self.layout, x, self.bias.double())
-        return y, *asked_for(Reference().backward(values, self.layout, dy, x, True, True, True))
+        return y, *asked_for(Reference().backward(values, self.layout, dy, x, Needs(x=True, values=True, bias=True)))
 
     def check(self) -> None:
         # The error of a sum of products is in proportion to its terms, not to what remains of them.
@@ -132,6 +132,17 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, unit: tuple[in
     case = Case(topology, 200, 0)
     alone = case.run()
     for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        for got, want in zip(case.run(), alone, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_blocks_of_columns_do_not_depend_on_the_number_of_threads(isa: str) -> None:
+    # Wide enough for several blocks of columns and dense enough that rows have weights in each.
+    case = Case(Topology.random((300, 1700), 51_000, generator(0, "blocks")), 200, 0)
+    case.check()
+    alone = case.run()
+    for threads in (2, 3):
         torch.set_num_threads(threads)
         for got, want in zip(case.run(), alone, strict=True):
             assert torch.equal(got, want)

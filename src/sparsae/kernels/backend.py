@@ -39,6 +39,14 @@ class Layout(NamedTuple):
         return (count,) if self.unit == (1, 1) else (count, *self.unit)
 
 
+class Needs(NamedTuple):
+    """Which of `Gradients` are asked for."""
+
+    x: bool
+    values: bool
+    bias: bool
+
+
 class Gradients(NamedTuple):
     """dX (tokens, in), dW at the units of a layout, and db (out,): None for one that was not asked for."""
 
@@ -76,19 +84,10 @@ class Backend(ABC):
     def sddmm(self, dy_TO: Tensor, x_TI: Tensor, layout: Layout) -> Tensor:
         """dW = dY^T X at the units of `layout` only, in `layout.values_shape`."""
 
-    def backward(
-        self,
-        values: Tensor,
-        layout: Layout,
-        dy_TO: Tensor,
-        x_TI: Tensor,
-        needs_x: bool,
-        needs_values: bool,
-        needs_bias: bool,
-    ) -> Gradients:
+    def backward(self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs: Needs) -> Gradients:
         """The gradients that are needed; x_TI is read for dW only."""
         return Gradients(
-            self.spmm_t(values, layout, dy_TO) if needs_x else None,
-            self.sddmm(dy_TO, x_TI, layout) if needs_values else None,
-            dy_TO.sum(0) if needs_bias else None,
+            self.spmm_t(values, layout, dy_TO) if needs.x else None,
+            self.sddmm(dy_TO, x_TI, layout) if needs.values else None,
+            dy_TO.sum(0) if needs.bias else None,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsae.core.topology import Topology
 from sparsae.kernels import breakeven, native
-from sparsae.kernels.backend import Backend, Gradients, Layout
+from sparsae.kernels.backend import Backend, Gradients, Layout, Needs
 from sparsae.kernels.reference import Reference
 
 
@@ -44,7 +44,7 @@ class Cpu(Backend):
         return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
 
     def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:
-        dx_TI = self.backward(values, layout, dy_TO, dy_TO, True, False, False).x
+        dx_TI = self.backward(values, layout, dy_TO, dy_TO, Needs(x=True, values=False, bias=False)).x
         assert dx_TI is not None
         return dx_TI
 
@@ -59,25 +59,16 @@ class Cpu(Backend):
         assert dvalues is not None
         return (dvalues if order is None else dvalues[order]).to(dy_TO.dtype)
 
-    def backward(
-        self,
-        values: Tensor,
-        layout: Layout,
-        dy_TO: Tensor,
-        x_TI: Tensor,
-        needs_x: bool,
-        needs_values: bool,
-        needs_bias: bool,
-    ) -> Gradients:
+    def backward(self, values: Tensor, layout: Layout, dy_TO: Tensor, x_TI: Tensor, needs: Needs) -> Gradients:
         if not is_native(dy_TO.dtype):
-            return self._dense.backward(values, layout, dy_TO, x_TI, needs_x, needs_values, needs_bias)
+            return self._dense.backward(values, layout, dy_TO, x_TI, needs)
         dx_TI, dvalues, dbias = native.backward(
             layout,
             layout.derived[0] if layout.derived else native.point_columns(layout),
             dy_TO,
-            values=values.float().contiguous() if needs_x else None,
-            x_TI=x_TI if needs_values else None,
-            bias=needs_bias,
+            values=values.float().contiguous() if needs.x else None,
+            x_TI=x_TI if needs.values else None,
+            bias=needs.bias,
         )
         return Gradients(
             dx_TI,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsae.kernels.backend import Layout
+from sparsae.kernels.backend import Layout, Needs
 from sparsae.kernels.probe import open_probe
 from sparsae.kernels.registry import BACKENDS
 
@@ -65,7 +65,8 @@ def sparse_linear_backward(
     """(dX, gradients of the values and of the bias); one that is not needed comes back empty."""
     layout = _layout(values, indices, derived, out_features, in_features)
     dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, in_features)
-    dx, dvalues, dbias = BACKENDS[backend].backward(values, layout, dy_TO, x_TI, needs_x, needs_values, needs_bias)
+    needs = Needs(needs_x, needs_values, needs_bias)
+    dx, dvalues, dbias = BACKENDS[backend].backward(values, layout, dy_TO, x_TI, needs)
     if needs_values and (probe := open_probe(indices)) is not None:
         probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
     return (
