@@ -23,8 +23,8 @@ from sparsae.config.load import resolve
 from sparsae.experiments.plan import parse_plan
 from sparsae.experiments.results import TIMING
 from sparsae.experiments.transfer.basins import Basin, fit_basin, mean_losses, movement
-from sparsae.experiments.transfer.plan import TransferPlan
-from sparsae.experiments.transfer.results import collect, movement_table
+from sparsae.experiments.transfer.plan import KNOBS, TransferPlan
+from sparsae.experiments.transfer.results import best_table, collect, movement_table, swept_together
 from sparsae.train.build import build
 
 CPU = torch.device("cpu")
@@ -106,8 +106,15 @@ class TestMovement:
         assert movement({(64, 0.5): Basin(-7.0, 1.0, None), (128, 0.9): Basin(-9.0, 1.0, None)}, "sparsity") is None
 
 
+def _aside(value: float | None) -> float:
+    return math.log2(value or 1.0) ** 2
+
+
 def outcomes(plan: TransferPlan, best: dict[str, float]) -> dict[str, Any]:
-    """results.json of runs whose loss is 3 + log2(rate / optimum)^2 + log2(scale)^2, the optimum being density^best."""
+    """results.json of runs whose loss is 3 + log2(rate / optimum)^2 + log2(scale)^2 + log2(multiplier)^2.
+
+    The optimum is density^best.
+    """
     done, configs = {}, {}
     for point in plan.points():
         optimum = -8 + best[point.parameterization] * math.log2(1 - point.sparsity) + 0.1 * point.seed
@@ -116,7 +123,7 @@ def outcomes(plan: TransferPlan, best: dict[str, float]) -> dict[str, Any]:
         done[point] = (
             {"diverged": True}
             if diverged
-            else {"validation_loss": 3 + distance**2 + math.log2(point.initial_scale) ** 2}
+            else {"validation_loss": 3 + distance**2 + _aside(point.initial_scale) + _aside(point.embedding_multiplier)}
         )
         configs[point] = plan.config(point)
     return collect(plan, done, configs)
@@ -163,19 +170,36 @@ class TestResults:
         assert edges
         assert all(entry["interval"] is None for entry in edges)
 
-    def test_a_second_knob_is_swept_and_the_best_of_the_other_taken(self) -> None:
+    def test_more_knobs_are_swept_and_the_best_of_the_others_taken(self) -> None:
         tree = {
             "parameterizations": ["supar"], "sparsities": [0.5], "initial_scales": [4.0, 0.5, 1.0],
-            "learning_rates": [2.0**-n for n in range(6, 11)],
+            "embedding_multipliers": [2.0, 0.25, 1.0], "learning_rates": [2.0**-n for n in range(6, 11)], "seeds": 2,
         }  # fmt: skip
         found = outcomes(parse_plan(tree, "here", TransferPlan), {"supar": 0.0})
-        assert {entry["knob"]: entry["edge"] for entry in found["optima"]} == {
-            "learning_rate": None,
-            "initial_scale": None,
-        }
-        assert [entry["optimum"] for entry in found["optima"]] == pytest.approx([2.0**-8, 1.0])
+        assert {entry["knob"]: entry["edge"] for entry in found["optima"]} == dict.fromkeys(KNOBS)
+        assert [entry["optimum"] for entry in found["optima"]] == pytest.approx([2.0**-7.95, 1.0, 1.0])
         assert found["movements"] == []
         assert {row["initial_scale"] for row in found["rows"]} == {0.5, 1.0, 4.0}
+        (best,) = found["best"]
+        assert best == {
+            "parameterization": "supar", "width": 256, "sparsity": 0.5, "learning_rate": 2.0**-8,
+            "initial_scale": 1.0, "embedding_multiplier": 1.0, "loss": pytest.approx(3.005),
+        }  # fmt: skip
+        assert best_table(found).rows == [["supar", "256", "50 %", "0.00391", "1", "1", "3.0050"]]
+
+    def test_of_several_knobs_a_warning_names_the_one_at_its_edge(self) -> None:
+        tree = {"parameterizations": ["supar"], "sparsities": [0.5], "initial_scales": [1.0, 4.0]}
+        found = outcomes(parse_plan(tree, "here", TransferPlan), {"supar": 0.0})
+        (edge,) = (warning for warning in found["warnings"] if "too narrow" in warning)
+        assert edge.endswith("for initial scale of supar at width 256, sparsity 0.5")
+
+    def test_what_is_not_swept_is_as_in_the_settings(self) -> None:
+        tree = {"sparsities": [0.5], "settings": {"parameterization": {"initial_scale": 3.0}}}
+        plan = parse_plan(tree, "here", TransferPlan)
+        assert {plan.config(point).parameterization.initial_scale for point in plan.points()} == {3.0}
+        found = outcomes(plan, dict.fromkeys(plan.parameterizations, 0.0))
+        assert {(row["initial_scale"], row["embedding_multiplier"]) for row in found["rows"]} == {(3.0, 1.0)}
+        assert swept_together(found) == []
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +299,11 @@ WRONG = {
     "a width for no whole heads": (["--widths", "96"], "model.heads would be 1.5"),
     "no number": (["--initial-scales", "big"], "--initial-scales: must be numbers"),
     "a rate of zero": (["--learning-rates", "0,1"], "must be above 0"),
+    "a multiplier twice": (["--embedding-multipliers", "2,2"], "embedding_multipliers: one is given twice"),
+    "a swept scale": (
+        ["--initial-scales", "1,2", "parameterization.initial_scale=2"],
+        "leave out parameterization.initial_scale",
+    ),
     "a swept setting": (["training.learning_rate=1e-3"], "leave out training.learning_rate"),
     "a setting of the parameterization": (["parameterization.name=sp"], "leave out parameterization.name"),
     "a method without sparsity": (["--method", "dense_small"], "no sparsity to vary"),

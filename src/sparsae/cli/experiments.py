@@ -155,7 +155,11 @@ def transfer(
         str | None, typer.Option(metavar="LIST", help="Tried at each.  (default: 2^-11 to 2^-5)")
     ] = None,
     initial_scales: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Factors on initial weights, tried at each.  (default: 1)")
+        str | None,
+        typer.Option(metavar="LIST", help="Factors on initial weights, tried at each.  (default: the settings' own)"),
+    ] = None,
+    embedding_multipliers: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Of the embeddings, tried at each.  (default: the settings' own)")
     ] = None,
     method: Method = None,
     heads: Heads = None,
@@ -169,10 +173,14 @@ def transfer(
 ) -> None:
     """Find the best learning rate at every width and sparsity: does it stay? Started again, it goes on."""
     options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
-    if learning_rates is not None:
-        options["learning_rates"] = _numbers("--learning-rates", learning_rates, float)
-    if initial_scales is not None:
-        options["initial_scales"] = _numbers("--initial-scales", initial_scales, float)
+    swept = {
+        "learning_rates": learning_rates,
+        "initial_scales": initial_scales,
+        "embedding_multipliers": embedding_multipliers,
+    }
+    for key, text in swept.items():
+        if text is not None:
+            options[key] = _numbers(f"--{key.replace('_', '-')}", text, float)
     _run(read(given, options, TransferPlan), out, jobs, ray, json_file)
 
 
@@ -284,10 +292,10 @@ def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_
 
 def _show(results: Mapping[str, Any], out: Path) -> None:
     from sparsae.experiments.tables import rank_table, results_table
-    from sparsae.experiments.transfer.results import movement_table, optimum_table
+    from sparsae.experiments.transfer.results import tables as transfer_tables
 
     if results["kind"] == "transfer":
-        tables = [optimum_table(results), *([movement_table(results)] if results["movements"] else [])]
+        tables = transfer_tables(results)
     else:
         tables = [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]
     for table in tables:

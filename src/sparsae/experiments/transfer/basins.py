@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ Edge = Literal["lowest", "highest", "divergence"]
 Cell = tuple[int, float]
 """Width and sparsity."""
 Over = Literal["sparsity", "width"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def fit_basin(losses: Mapping[float, float | None]) -> Basin | None:
     return Basin(vertex, f_a + before * (vertex - a) + curvature * (vertex - a) * (vertex - b), None)
 
 
-def mean_losses(losses: Sequence[Mapping[float, float | None]]) -> dict[float, float | None]:
+def mean_losses(losses: Sequence[Mapping[Value, float | None]]) -> dict[Value, float | None]:
     """The mean over seeds at each value that all have; None where a run diverged with any of them."""
     shared = [value for value in losses[0] if all(value in mine for mine in losses)]
-    means: dict[float, float | None] = {}
+    means: dict[Value, float | None] = {}
     for value in shared:
         known = [loss for mine in losses if (loss := mine[value]) is not None]
         means[value] = math.fsum(known) / len(known) if len(known) == len(losses) else None

@@ -9,7 +9,7 @@ from typing import Any
 from sparsae import __version__
 from sparsae.experiments.tables import Table
 from sparsae.experiments.transfer import figures as draw
-from sparsae.experiments.transfer.results import LABELS, movement_table, optimum_table
+from sparsae.experiments.transfer.results import LABELS, best_table, movement_table, optimum_table, swept_together
 from sparsae.report import markup
 from sparsae.report.markup import Tile
 from sparsae.report.readable import compact, count, duration
@@ -37,6 +37,7 @@ def body(results: Results) -> str:
             markup.tiles(_headline(results)),
             markup.notes(results["warnings"]),
             _movements(results),
+            _together(results),
             *(_basins(results, knob) for knob in dict.fromkeys(entry["knob"] for entry in results["optima"])),
             _reading(),
             f"</main>\n<footer>Written by sparsae {escape(__version__)} from the losses of its own runs.</footer>",
@@ -72,6 +73,14 @@ def _movements(results: Results) -> str:
         for over in ("sparsity", "width")
     ]
     return markup.section("movements", "How far optima move", lead, *blocks, markup.figures(panels))
+
+
+def _together(results: Results) -> str:
+    knobs = swept_together(results)
+    if not knobs:
+        return ""
+    lead = f"Values of {' and '.join(LABELS[knob] for knob in knobs)} that were best together: what to carry over."
+    return markup.section("best", "Best combinations", lead, _table(best_table(results), 3))
 
 
 def _basins(results: Results, knob: str) -> str:

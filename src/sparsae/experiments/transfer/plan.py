@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,69 +16,91 @@ from sparsae.experiments.grid import Base, GridPlan
 Value = Annotated[float, Field(gt=0.0)]
 
 
+# What can be swept, by the name of its values in results.json; a plan has a list of each, in the plural.
+KNOBS: Mapping[str, str] = {
+    "learning_rate": "training.learning_rate",
+    "initial_scale": "parameterization.initial_scale",
+    "embedding_multiplier": "parameterization.embedding_multiplier",
+}
+
+
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep."""
+    """One run of a sweep. None: not given, so as in the settings."""
 
     parameterization: str
     width: int
     sparsity: float
     learning_rate: float
-    initial_scale: float
+    initial_scale: float | None
+    embedding_multiplier: float | None
     seed: int
 
     @property
     def name(self) -> str:
         """Of its directory below the experiment's."""
-        scale = "" if self.initial_scale == 1.0 else f"-init{self.initial_scale:.9g}"
-        return (
-            f"runs/{self.parameterization}-w{self.width}-s{self.sparsity:.9g}-lr{self.learning_rate:.9g}{scale}"
-            f"-{self.seed}"
-        )
+        more = {"init": self.initial_scale, "emb": self.embedding_multiplier}
+        swept = "".join(f"-{key}{value:.9g}" for key, value in more.items() if value is not None)
+        cell = f"{self.parameterization}-w{self.width}-s{self.sparsity:.9g}"
+        return f"runs/{cell}-lr{self.learning_rate:.9g}{swept}-{self.seed}"
 
 
 class TransferPlan(GridPlan):
-    """Learning rates, and scales of initial values, at every width and sparsity under every parameterization."""
+    """Learning rates, scales of initial values and multipliers, at every width and sparsity."""
 
     kind: Literal["transfer"] = Field(default="transfer", description="what is asked")
     learning_rates: list[Value] = Field(
         default=[2.0**-n for n in range(11, 4, -1)], min_length=1, description="peak learning rates"
     )
     initial_scales: list[Value] = Field(
-        default=[1.0], min_length=1, description="factors on the standard deviation of all initial weights"
+        default=[], description="factors on the standard deviation of all initial weights; none: the settings' own"
+    )
+    embedding_multipliers: list[Value] = Field(
+        default=[], description="multipliers of the embeddings; none: the settings' own"
     )
 
-    @field_validator("learning_rates", "initial_scales")
+    @field_validator("learning_rates", "initial_scales", "embedding_multipliers")
     @classmethod
     def _in_order(cls, values: list[float]) -> list[float]:
         return sorted(values)
 
     @model_validator(mode="after")
     def _sweeps(self) -> Self:
-        if max(len(self.learning_rates), len(self.initial_scales)) < 2:
-            raise ValueError("learning_rates: one value is no sweep: give two or more, or two or more initial_scales")
+        if not self.knobs:
+            raise ValueError(
+                "learning_rates: one value is no sweep: give two or more, or two or more initial_scales or "
+                "embedding_multipliers"
+            )
         return self
 
     def said(self) -> dict[str, str]:
         """See `BasePlan`."""
-        rates, scales = "training.learning_rate", "parameterization.initial_scale"
-        return {**super().said(), rates: "learning_rates", scales: "initial_scales"}
+        return {**super().said(), **{key: f"{name}s" for name, key in KNOBS.items() if self._values(name)}}
 
     @property
     def knobs(self) -> list[str]:
         """What is swept: rows of results.json name their values so."""
-        swept = {"learning_rate": self.learning_rates, "initial_scale": self.initial_scales}
-        return [name for name, values in swept.items() if len(values) > 1]
+        return [name for name in KNOBS if len(self._values(name)) > 1]
+
+    def _values(self, knob: str) -> list[float]:
+        found: list[float] = getattr(self, f"{knob}s")
+        return found
+
+    def _tried(self, knob: str) -> Sequence[float | None]:
+        return self._values(knob) or (None,)
 
     def points(self) -> Iterator[Point]:
         """Every run, a whole seed before the next, small models first."""
-        for seed in self.seeds:
-            for width in self.widths:
-                for sparsity in self.sparsities:
-                    for parameterization in self.parameterizations:
-                        for scale in self.initial_scales:
-                            for rate in self.learning_rates:
-                                yield Point(parameterization, width, sparsity, rate, scale, seed)
+        for seed, width, sparsity, parameterization, multiplier, scale, rate in product(
+            self.seeds,
+            self.widths,
+            self.sparsities,
+            self.parameterizations,
+            self._tried("embedding_multiplier"),
+            self._tried("initial_scale"),
+            self.learning_rates,
+        ):
+            yield Point(parameterization, width, sparsity, rate, scale, multiplier, seed)
 
     @cached_property
     def _base(self) -> Base:
@@ -85,11 +108,5 @@ class TransferPlan(GridPlan):
 
     def config(self, point: Point) -> Config:
         """The settings of one run. Raises InputError for settings that are wrong."""
-        return self._base.config(
-            point.parameterization,
-            point.width,
-            point.sparsity,
-            point.seed,
-            learning_rates=("training.learning_rate", point.learning_rate),
-            initial_scales=("parameterization.initial_scale", point.initial_scale),
-        )
+        given = {f"{name}s": (key, value) for name, key in KNOBS.items() if (value := getattr(point, name)) is not None}
+        return self._base.config(point.parameterization, point.width, point.sparsity, point.seed, **given)

@@ -20,12 +20,12 @@ from sparsae.experiments.transfer.basins import (
     mean_losses,
     movement,
 )
-from sparsae.experiments.transfer.plan import Point, TransferPlan
+from sparsae.experiments.transfer.plan import KNOBS, Point, TransferPlan
 from sparsae.report.readable import UNKNOWN, percent
 from sparsae.train.rundir import to_json, write_atomically
 
 Row = Mapping[str, Any]
-LABELS = {"learning_rate": "learning rate", "initial_scale": "initial scale"}
+LABELS = {name: name.replace("_", " ") for name in KNOBS}
 _NAMED = 6  # optima that a warning names
 _COPIED = ("validation_loss", "steps", "tokens", "train_flops", "parameters", "nnz", "seconds", "device", "torch")
 
@@ -44,6 +44,7 @@ def collect(
         "plan": plan.model_dump(mode="json"),
         "rows": rows,
         "optima": optima,
+        "best": _best(rows, plan.knobs),
         "without_optimum": lacking,
         "movements": _movements(optima, {cell["parameterization"] for cell in lacking}),
     }
@@ -53,10 +54,17 @@ def collect(
 
 def write_results(results: Mapping[str, Any], out: Path) -> None:
     """results.json, table.md and table.tex, each whole or not at all."""
-    tables = [*([movement_table(results)] if results["movements"] else []), optimum_table(results)]
+    found = tables(results)
     write_atomically(out / "results.json", to_json(results, indent=1) + "\n")
-    write_atomically(out / "table.md", "\n".join(table.markdown() for table in tables))
-    write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
+    write_atomically(out / "table.md", "\n".join(table.markdown() for table in found))
+    write_atomically(out / "table.tex", "\n".join(table.latex() for table in found))
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """What was found, in the order in which it is told."""
+    found = [movement_table(results)] if results["movements"] else []
+    found.append(optimum_table(results))
+    return [*found, best_table(results)] if swept_together(results) else found
 
 
 def movement_table(results: Mapping[str, Any]) -> Table:
@@ -104,8 +112,31 @@ def optimum_table(results: Mapping[str, Any]) -> Table:
     return Table("Optima by parabolas through the mean losses over seeds.", columns, rows, 2)
 
 
+def swept_together(results: Mapping[str, Any]) -> list[str]:
+    """The settings that were swept, where they are two or more: then the best of each says little by itself."""
+    knobs = [name for name in KNOBS if len(results["plan"][f"{name}s"]) > 1]
+    return knobs if len(knobs) > 1 else []
+
+
+def best_table(results: Mapping[str, Any]) -> Table:
+    """What was best at each width and sparsity, of all combinations of values that were tried."""
+    knobs = swept_together(results)
+    rows = [
+        [
+            entry["parameterization"],
+            str(entry["width"]),
+            percent(entry["sparsity"]),
+            *(f"{entry[knob]:.3g}" for knob in knobs),
+            f"{entry['loss']:.4f}",
+        ]
+        for entry in results["best"]
+    ]
+    columns = ["parameterization", "width", "sparsity", *(LABELS[knob] for knob in knobs), "loss (nats)"]
+    return Table("The best of all combinations that were tried, by mean losses over seeds.", columns, rows, 3)
+
+
 def basin_of(rows: Sequence[Row], knob: str) -> dict[int, dict[float, float | None]]:
-    """Seed -> value of the setting -> validation loss: the lowest over the other setting; None where all diverged."""
+    """Seed -> value of the setting -> validation loss: the lowest over the other settings; None where all diverged."""
     found: dict[int, dict[float, float | None]] = {}
     for row in rows:
         losses = found.setdefault(row["seed"], {})
@@ -134,8 +165,9 @@ def _row(point: Point, found: Mapping[str, Any], config: Config) -> dict[str, An
         "parameterization": point.parameterization,
         "width": point.width,
         "sparsity": point.sparsity,
-        "learning_rate": point.learning_rate,
-        "initial_scale": point.initial_scale,
+        "learning_rate": config.training.learning_rate,
+        "initial_scale": config.parameterization.initial_scale,
+        "embedding_multiplier": config.parameterization.embedding_multiplier,
         "seed": point.seed,
         "heads": config.model.heads,
         "diverged": bool(found.get("diverged")),
@@ -170,6 +202,21 @@ def _optima(rows: Sequence[Row], knob: str) -> list[dict[str, Any]]:
                 "diverged": sum(row["diverged"] for row in mine),
             }
         )
+    return entries
+
+
+def _best(rows: Sequence[Row], knobs: Sequence[str]) -> list[dict[str, Any]]:
+    """The values that led to the lowest mean loss over seeds, of each parameterization, width and sparsity."""
+    entries = []
+    for (parameterization, width, sparsity), mine in by_cell(rows).items():
+        curves: dict[int, dict[tuple[float, ...], float | None]] = {}
+        for row in mine:
+            curves.setdefault(row["seed"], {})[tuple(row[knob] for knob in knobs)] = row["validation_loss"]
+        known = [(loss, values) for values, loss in mean_losses(list(curves.values())).items() if loss is not None]
+        if known:
+            loss, values = min(known)
+            cell = {"parameterization": parameterization, "width": width, "sparsity": sparsity}
+            entries.append({**cell, **dict(zip(knobs, values, strict=True)), "loss": loss})
     return entries
 
 
@@ -231,14 +278,15 @@ def _fitted(entry: Row) -> Basin:
 
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
-    found = []
+    found, together = [], swept_together(results)
     for edge, what in (
         ("lowest", "the lowest value tried: the grid was too narrow"),
         ("highest", "the highest value tried: the grid was too narrow"),
         ("divergence", "the last value before runs diverge: it is known as well as the grid is fine"),
     ):
         cells = [
-            f"{e['parameterization']} at width {e['width']}, sparsity {e['sparsity']:g}"
+            (f"{LABELS[e['knob']]} of " if together else "")
+            + f"{e['parameterization']} at width {e['width']}, sparsity {e['sparsity']:g}"
             for e in results["optima"]
             if e["edge"] == edge
         ]
