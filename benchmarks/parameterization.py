@@ -7,15 +7,17 @@ With directories that `sparsae check coordinates --out` wrote, their slopes are 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sparsae.experiments.coordinates.slopes import TOLERANCE, slope
 from sparsae.experiments.statistics import Interval, mean_interval
+from sparsae.experiments.transfer.basins import Basin, Cell, Over, movement
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, RESULTS = DOCS / "parameterization.md", DOCS / "parameterization"
@@ -66,7 +68,7 @@ def _slope(row: Row, least: int, static: bool) -> float | None:
 
 def coordinates(cases: Sequence[tuple[str, Row]], least: int, head: str) -> str:
     """Cells of width; a line a case (its label and what its summaries have) and quantity."""
-    rows = json.loads((RESULTS / "coordinates.json").read_text("utf-8"))
+    rows = _read("coordinates.json")
     chosen = [
         (label, [r for r in rows if r["least_fan_in"] == least and case.items() <= r.items()]) for label, case in cases
     ]
@@ -82,22 +84,54 @@ def _cell(row: Row) -> str:
     return _minus(f"{row['share_within']:.0%} [{row['smallest']:+.2f}, {row['largest']:+.2f}]".replace("%", " %"))
 
 
-def optima() -> str:
-    """The best learning rates of the transfer, and how far they move."""
-    found = json.loads((RESULTS / "transfer.json").read_text("utf-8"))
-    names = ["sp", "mup", "supar"]
-    cells = {(e["width"], e["sparsity"], e["parameterization"]): e for e in found["optima"]}
-    sign = {"lowest": "≤ ", "highest": "≥ ", None: ""}
-    lines = []
-    for width, sparsity in dict.fromkeys((width, sparsity) for width, sparsity, _ in cells):
-        mine = [cells[width, sparsity, name] for name in names]
-        where = f"width {width}, {f'{100 * sparsity:g} %' if sparsity else 'dense'}"
-        lines.append([where, *(f"{sign[e['edge']]}{e['optimum']:.2g} ({e['loss']:.2f})" for e in mine)])
-    for over in ("sparsity", "width"):
-        moved = {e["parameterization"]: e for e in found["movements"] if e["over"] == over}
-        factors = [f"{'≥ ' if moved[name]['at_least'] else ''}{moved[name]['factor']:.1f}" for name in names]
+def base() -> str:
+    """What the combinations of settings led to at the base, the best in bold."""
+    found = _read("base.json")
+    losses = {
+        (row["initial_scale"], row["embedding_multiplier"], row["learning_rate"]): row["validation_loss"]
+        for row in found["rows"]
+    }
+    scales, multipliers, rates = (sorted(set(values)) for values in zip(*losses, strict=True))
+    least = min(losses.values())
+    lines = [
+        [f"{scale:g}", f"{multiplier:g}", *(_bold(losses[scale, multiplier, r], least) for r in rates)]
+        for scale in scales
+        for multiplier in multipliers
+    ]
+    return _table(["initial scale", "embedding multiplier", *(f"{rate:.4f}" for rate in rates)], lines, 2)
+
+
+def _bold(loss: float, least: float) -> str:
+    return f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
+
+
+def movements(cases: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """The best rate at each width and sparsity, and the highest over the lowest: (file, parameterization) by name."""
+    optima = {name: _basins_of(sources) for name, sources in cases.items()}
+    cells = sorted({cell for found in optima.values() for cell in found})
+    sign = {"lowest": "≤ ", "highest": "≥ ", "divergence": "≥ ", None: ""}
+    lines = [
+        [f"{width}, {_sparsity(sparsity)}"]
+        + [
+            f"{sign[at.edge]}{at.value:.4f} ({at.loss:.2f})" if (at := found.get((width, sparsity))) else "–"
+            for found in optima.values()
+        ]
+        for width, sparsity in cells
+    ]
+    for over in get_args(Over):
+        moved = [movement(found, over) for found in optima.values()]
+        factors = ["–" if m is None else f"{'≥ ' if m.at_least else ''}{m.factor:.1f}" for m in moved]
         lines.append([f"highest over lowest, over {over}", *factors])
-    return _table(["", *names], lines, 1)
+    return _table(["width, sparsity", *optima], lines, 1)
+
+
+def _basins_of(sources: Sequence[tuple[str, str]]) -> dict[Cell, Basin]:
+    return {
+        (e["width"], e["sparsity"]): Basin(math.log2(e["optimum"]), e["loss"], e["edge"])
+        for file, name in sources
+        for e in _read(file)["optima"]
+        if e["parameterization"] == name
+    }
 
 
 def basins(cases: Sequence[tuple[str, str, str]], head: str) -> str:
@@ -105,24 +139,26 @@ def basins(cases: Sequence[tuple[str, str, str]], head: str) -> str:
 
     Mean losses over seeds and half widths of their 95 % intervals, the best in bold; the best rate with its own.
     """
-    lines: list[list[str]] = []
-    rates: list[float] = []
+    found: list[tuple[str, Row, dict[float, Interval]]] = []
     for label, file, name in cases:
-        found = json.loads((RESULTS / file).read_text("utf-8"))
-        losses: dict[tuple[int, float], dict[float, list[float]]] = {}
-        for row in found["rows"]:
-            if row["parameterization"] == name:
-                at = losses.setdefault((row["width"], row["sparsity"]), {})
-                at.setdefault(row["learning_rate"], []).append(row["validation_loss"])
-        rates = rates or sorted(next(iter(losses.values())))
-        best = {(e["width"], e["sparsity"]): e for e in found["optima"] if e["parameterization"] == name}
-        for (width, sparsity), at in losses.items():
-            where = f"{width}, {f'{100 * sparsity:g} %' if sparsity else 'dense'}"
-            means = {rate: mean_interval(at[rate]) for rate in rates}
-            least = min(means, key=lambda rate: means[rate].mean)
-            cells = [_mean(means[rate], bold=rate == least) for rate in rates]
-            lines.append([label, where, *cells, _optimum(best[width, sparsity])])
+        results = _read(file)
+        for best in (entry for entry in results["optima"] if entry["parameterization"] == name):
+            losses: dict[float, list[float]] = {}
+            for row in results["rows"]:
+                if all(row[key] == best[key] for key in ("parameterization", "width", "sparsity")):
+                    losses.setdefault(row["learning_rate"], []).append(row["validation_loss"])
+            found.append((label, best, {rate: mean_interval(of) for rate, of in losses.items()}))
+    rates = sorted({rate for _, _, means in found for rate in means})
+    lines = []
+    for label, best, means in found:
+        least = min(means, key=lambda rate: means[rate].mean)
+        cells = [_mean(means[rate], bold=rate == least) if rate in means else "–" for rate in rates]
+        lines.append([label, f"{best['width']}, {_sparsity(best['sparsity'])}", *cells, _optimum(best)])
     return _table([head, "width, sparsity", *(f"{rate:.4f}" for rate in rates), "best rate"], lines, 2)
+
+
+def _sparsity(value: float) -> str:
+    return f"{100 * value:g} %" if value else "dense"
 
 
 def _mean(interval: Interval, bold: bool) -> str:
@@ -136,26 +172,44 @@ def _optimum(best: Row) -> str:
     return f"{sign}{best['optimum']:.4f}" + ("" if found is None else f" [{found['low']:.4f}, {found['high']:.4f}]")
 
 
-def tuned() -> str:
+def headline() -> str:
     """Losses at the dense base's rates, and the paired relative improvement by SµPar with its 95 % interval."""
-    losses: dict[tuple[float, float, str], dict[int, float]] = {}
-    for row in json.loads((RESULTS / "tuned.json").read_text("utf-8"))["rows"]:
-        key = (row["sparsity"], row["learning_rate"], row["parameterization"])
-        losses.setdefault(key, {})[row["seed"]] = row["validation_loss"]
+    rows = _read("headline.json")["rows"]
     lines = []
-    for sparsity, rate in sorted({key[:2] for key in losses}):
-        mine = {name: losses[sparsity, rate, name] for name in ("sp", "mup", "supar")}
-        line = [
-            f"{100 * sparsity:g} %",
-            f"{rate:.4f}",
-            *(f"{statistics.mean(of.values()):.4f}" for of in mine.values()),
-        ]
-        for name in ("sp", "mup"):
-            gain = mean_interval([100 * (1 - mine["supar"][seed] / loss) for seed, loss in mine[name].items()])
-            assert gain.high is not None
-            line.append(_minus(f"{gain.mean:+.1f} ± {gain.high - gain.mean:.1f} %"))
-        lines.append(line)
+    for sparsity, rate in sorted({(row["sparsity"], row["learning_rate"]) for row in rows}):
+        mine = {name: _by_seed(rows, name, sparsity, rate) for name in ("sp", "mup", "supar")}
+        losses = [_mean(mean_interval(list(of.values())), bold=False) for of in mine.values()]
+        gains = [_gain(mine["supar"], mine[name]) for name in ("sp", "mup")]
+        lines.append([_sparsity(sparsity), f"{rate:.4f}", *losses, *gains])
     return _table(["sparsity", "rate", "sp", "mup", "supar", "supar against sp", "against mup"], lines, 1)
+
+
+def standard() -> str:
+    """The same against SP with the usual initial values, at its own dense base's rates."""
+    rows, usual = _read("headline.json")["rows"], _read("standard.json")["rows"]
+    first = min(row["learning_rate"] for row in rows)
+    lines = []
+    for sparsity, rate in sorted({(row["sparsity"], row["learning_rate"]) for row in usual}):
+        losses, ours = _by_seed(usual, "sp", sparsity, rate), _by_seed(rows, "supar", sparsity, first)
+        cells = [_mean(mean_interval(list(of.values())), bold=False) for of in (losses, ours)]
+        lines.append([_sparsity(sparsity), f"{rate:.4f}", *cells, _gain(ours, losses)])
+    return _table(["sparsity", "rate of sp", "sp", f"supar at {first:.4f}", "supar against sp"], lines, 1)
+
+
+def _by_seed(rows: Sequence[Row], name: str, sparsity: float, rate: float) -> dict[int, float]:
+    wanted = {"parameterization": name, "sparsity": sparsity, "learning_rate": rate}
+    return {row["seed"]: row["validation_loss"] for row in rows if wanted.items() <= row.items()}
+
+
+def _gain(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    """How much lower our losses are, paired by seed."""
+    gain = mean_interval([100 * (1 - ours[seed] / loss) for seed, loss in theirs.items()])
+    assert gain.high is not None
+    return _minus(f"{gain.mean:+.1f} ± {gain.high - gain.mean:.1f} %")
+
+
+def _read(file: str) -> Any:
+    return json.loads((RESULTS / file).read_text("utf-8"))
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]], names: int) -> str:
@@ -173,17 +227,33 @@ def tables() -> dict[str, str]:
     named = [(name, {**uniform, "parameterization": name}) for name in ("sp", "mup", "supar")]
     supar = {"parameterization": "supar"}
     budgets = [(f"supar, {b}", {**supar, "method": "static", "budget": b}) for b in ("uniform", "erk")]
-    shifts = [("sparsae, shifts", "supar"), ("the same, dynamic", "supar-dynamic")]
-    live = [("rigl", "moving-rigl.json", "supar"), *((label, "moving-sparsae.json", name) for label, name in shifts)]
     moving = [(method, {**supar, "method": method}) for method in ("rigl", "sparsae")]
+    transfer = [("supar", "transfer.json", "supar"), ("sp", "sp-dense.json", "sp")]
+    transfer += [(name, "others.json", name) for name in ("sp", "mup")]
+    # At the base's density µP and SµPar are the same.
+    dense = ("transfer.json", "supar")
+    sources = {
+        "sp": [("sp-dense.json", "sp"), ("others.json", "sp")],
+        "mup": [dense, ("others.json", "mup")],
+        "supar": [dense],
+    }
+    live = [("rigl", "moving-rigl.json", "supar")]
+    for method, label in (("gmp", "gmp"), ("sparsae", "sparsae, shifts")):
+        live += [
+            (label, f"moving-{method}.json", "supar"),
+            ("the same, dynamic", f"moving-{method}.json", "supar-dynamic"),
+        ]
     return {
+        "base": base(),
         "all": coordinates(named, FEW, "parameterization"),
         "many": coordinates(budgets, MANY, "parameterization"),
         "moving": coordinates(moving, MANY, "method"),
-        "optima": optima(),
-        "tuned": tuned(),
-        "seeds": basins([("supar", "seeds.json", "supar")], "parameterization"),
+        "transfer": basins(transfer, "parameterization"),
+        "movements": movements(sources),
+        "headline": headline(),
+        "standard": standard(),
         "moving-rates": basins(live, "method"),
+        "untuned": basins([("supar", "untuned.json", "supar")], "parameterization"),
     }
 
 

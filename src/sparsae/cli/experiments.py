@@ -297,10 +297,9 @@ def _show(results: Mapping[str, Any], out: Path) -> None:
     if results["kind"] == "transfer":
         tables = transfer_tables(results)
     else:
-        tables = [results_table(results), *([rank_table(results)] if results.get("ranking") else [])]
+        tables = [results_table(results).brief(), *([rank_table(results)] if results.get("ranking") else [])]
     for table in tables:
-        brief = table.brief()
-        show_table(brief.title, brief.columns, brief.rows, brief.names)
+        show_table(table.title, table.columns, table.rows, table.names)
     for entry in results.get("conclusions", []):
         best = entry["winner"]
         said = f"{best} is better than every other" if best else "no method is better than every other"
