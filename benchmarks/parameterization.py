@@ -249,6 +249,7 @@ def tables() -> dict[str, str]:
         "many": coordinates(budgets, MANY, "parameterization"),
         "moving": coordinates(moving, MANY, "method"),
         "transfer": basins(transfer, "parameterization"),
+        "fine": basins([("supar", "fine.json", "supar")], "parameterization"),
         "movements": movements(sources),
         "headline": headline(),
         "standard": standard(),
