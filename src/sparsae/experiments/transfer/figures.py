@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,8 @@ def optimum_by(optima: Sequence[Row], knob: str, over: str) -> Panel | None:
                     ax.plot([at], [point["optimum"]], "o", markersize=9, markerfacecolor="none",
                             markeredgecolor=COLOURS["ink"])  # fmt: skip
         ax.set_yscale("log", base=2)
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        ax.set_ylim(*_octaves(ax.get_ylim()))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
         ax.set_xticks(range(len(places)), [percent(p) if over == "sparsity" else f"{p}" for p in places])
         ax.set_xlim(-0.3, len(places) - 0.7)
 
@@ -134,6 +136,13 @@ def _limits(losses: Sequence[float]) -> tuple[float, float]:
     low, high = min(losses), float(np.quantile(losses, 0.9))
     margin = 0.06 * (high - low) or 0.01
     return low - margin, high + margin
+
+
+def _octaves(limits: tuple[float, float]) -> tuple[float, float]:
+    """At least an octave to each side of the middle: an optimum that stays shall look as if it did."""
+    low, high = limits
+    middle = math.sqrt(low * high)
+    return min(low, middle / 2), max(high, middle * 2)
 
 
 def _name(width: int, sparsity: float) -> str:
