@@ -228,12 +228,12 @@ def tables() -> dict[str, str]:
     supar = {"parameterization": "supar"}
     budgets = [(f"supar, {b}", {**supar, "method": "static", "budget": b}) for b in ("uniform", "erk")]
     moving = [(method, {**supar, "method": method}) for method in ("rigl", "sparsae")]
-    transfer = [("supar", "transfer.json", "supar"), ("sp", "sp-dense.json", "sp")]
+    transfer = [("supar", "transfer.json", "supar"), ("sp", "sp-dense.json", "sp"), ("sp", "sp-wide.json", "sp")]
     transfer += [(name, "others.json", name) for name in ("sp", "mup")]
     # At the base's density µP and SµPar are the same.
     dense = ("transfer.json", "supar")
     sources = {
-        "sp": [("sp-dense.json", "sp"), ("others.json", "sp")],
+        "sp": [("sp-dense.json", "sp"), ("sp-wide.json", "sp"), ("others.json", "sp")],
         "mup": [dense, ("others.json", "mup")],
         "supar": [dense],
     }
