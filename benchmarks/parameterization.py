@@ -23,6 +23,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, RESULTS = DOCS / "parameterization.md", DOCS / "parameterization"
 QUANTITIES = ("activation", "update", "gradient")
 FEW, MANY = 0, 64  # least weights that an output sums
+SIGNS = {"lowest": "≤ ", "highest": "≥ ", "divergence": "≥ ", None: ""}  # of an optimum at an edge
 Row = Mapping[str, Any]
 
 
@@ -66,9 +67,9 @@ def _slope(row: Row, least: int, static: bool) -> float | None:
     return slope((p["density"], p["scale"]) for p in kept) if len(kept) > 2 else None
 
 
-def coordinates(cases: Sequence[tuple[str, Row]], least: int, head: str) -> str:
+def coordinates(cases: Sequence[tuple[str, Row]], least: int, head: str, file: str = "coordinates.json") -> str:
     """Cells of width; a line a case (its label and what its summaries have) and quantity."""
-    rows = _read("coordinates.json")
+    rows = _read(file)
     chosen = [
         (label, [r for r in rows if r["least_fan_in"] == least and case.items() <= r.items()]) for label, case in cases
     ]
@@ -101,6 +102,18 @@ def base() -> str:
     return _table(["initial scale", "embedding multiplier", *(f"{rate:.4f}" for rate in rates)], lines, 2)
 
 
+def more() -> str:
+    """The best of the rates that were tried with other combinations."""
+    best: dict[tuple[float, ...], tuple[float, float]] = {}
+    for row in _read("base-more.json")["rows"]:
+        key = (row["initial_scale"], row["embedding_multiplier"], row["output_multiplier"])
+        best[key] = min(best.get(key, (math.inf, 0.0)), (row["validation_loss"], row["learning_rate"]))
+    lines = [
+        [*(f"{value:g}" for value in key), f"{rate:.4f}", f"{loss:.3f}"] for key, (loss, rate) in sorted(best.items())
+    ]
+    return _table(["initial scale", "embedding multiplier", "output multiplier", "best rate", "loss"], lines, 3)
+
+
 def _bold(loss: float, least: float) -> str:
     return f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
 
@@ -109,11 +122,10 @@ def movements(cases: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     """The best rate at each width and sparsity, and the highest over the lowest: (file, parameterization) by name."""
     optima = {name: _basins_of(sources) for name, sources in cases.items()}
     cells = sorted({cell for found in optima.values() for cell in found})
-    sign = {"lowest": "≤ ", "highest": "≥ ", "divergence": "≥ ", None: ""}
     lines = [
         [f"{width}, {_sparsity(sparsity)}"]
         + [
-            f"{sign[at.edge]}{at.value:.4f} ({at.loss:.2f})" if (at := found.get((width, sparsity))) else "–"
+            f"{SIGNS[at.edge]}{at.value:.4f} ({at.loss:.2f})" if (at := found.get((width, sparsity))) else "–"
             for found in optima.values()
         ]
         for width, sparsity in cells
@@ -167,9 +179,10 @@ def _mean(interval: Interval, bold: bool) -> str:
 
 
 def _optimum(best: Row) -> str:
-    sign = {"lowest": "≤ ", "highest": "≥ ", None: ""}[best["edge"]]
     found = best["interval"]
-    return f"{sign}{best['optimum']:.4f}" + ("" if found is None else f" [{found['low']:.4f}, {found['high']:.4f}]")
+    return f"{SIGNS[best['edge']]}{best['optimum']:.4f}" + (
+        "" if found is None else f" [{found['low']:.4f}, {found['high']:.4f}]"
+    )
 
 
 def headline() -> str:
@@ -245,6 +258,7 @@ def tables() -> dict[str, str]:
         ]
     return {
         "base": base(),
+        "more": more(),
         "all": coordinates(named, FEW, "parameterization"),
         "many": coordinates(budgets, MANY, "parameterization"),
         "moving": coordinates(moving, MANY, "method"),
@@ -254,6 +268,7 @@ def tables() -> dict[str, str]:
         "headline": headline(),
         "standard": standard(),
         "moving-rates": basins(live, "method"),
+        "untuned-scales": coordinates(named[-1:], FEW, "parameterization", "coordinates-untuned.json"),
         "untuned": basins([("supar", "untuned.json", "supar")], "parameterization"),
     }
 
