@@ -7,6 +7,7 @@ products that were prepared once; `ModelDecoder` serves everything else.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,9 +66,16 @@ class ModelDecoder(Decoder):
 
     def _continue(self, tokens: Sequence[int]) -> Tensor:
         ids = torch.tensor([tokens], device=self._device)
-        output = self._decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        self._cache = output.past_key_values
-        return self._head(output.last_hidden_state[0, -1]).float()
+        hidden, self._cache = _forward(self._decoder, ids, self._cache)
+        return self._head(hidden[0, -1]).float()
+
+
+def _forward(decoder: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Last hidden states (1, tokens, width) after ids (1, tokens) that follow those in the cache, and the cache then."""
+    # transformers names its cache `past_key_values`; later versions name it `cache` and warn of the former name.
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    output = decoder(input_ids=ids, use_cache=True, **{name: cache})
+    return output.last_hidden_state, getattr(output, name)
 
 
 class FastDecoder(Decoder):
@@ -85,12 +93,12 @@ class FastDecoder(Decoder):
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
         decoder = decoder_and_head(self._model)[0]
-        output = decoder(input_ids=torch.tensor([tokens]), use_cache=True)
+        hidden, cache = _forward(decoder, torch.tensor([tokens]))
         self._length = len(tokens)
-        for layer, kept in enumerate(output.past_key_values.layers):
+        for layer, kept in enumerate(cache.layers):
             self._cache[layer, 0, :, :, : self._length] = kept.keys
             self._cache[layer, 1, :, :, : self._length] = kept.values
-        return self._head(output.last_hidden_state[:, -1])[0].clone()
+        return self._head(hidden[:, -1])[0].clone()
 
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
