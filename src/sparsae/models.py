@@ -7,6 +7,9 @@ dense.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +42,19 @@ def build_model(
         )
     from transformers import AutoModelForCausalLM
 
-    with torch.device(device):
+    with _quiet_import(), torch.device(device):
         return AutoModelForCausalLM.from_config(_transformers_config(config, size, eos_id), attn_implementation="sdpa")
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """transformers imports whatever it finds installed (torchao, ...), and that logs what it misses and deprecates."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
