@@ -2,17 +2,19 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# The versions that demo and test are run with. Empty: the newest that pyproject.toml admits.
+LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format performance clean
+.PHONY: demo test test-newest soak check format lock performance clean
 
-# Torch first, by its own requirement, so that nothing that needs it picks another build.
-$(VENV)/.installed: pyproject.toml
+# Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
+$(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) --upgrade pip
+	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)"
+	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) $(addprefix --build-constraint ,$(LOCK)) "$(TORCH)" --editable ".[dev]"
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -24,6 +26,17 @@ demo: $(VENV)/.installed
 test: check
 	$(BIN)/python -m pytest
 
+# The tests alone, on the newest versions, in an environment of its own. PYTEST: arguments for pytest.
+NEWEST := $(VENV)-newest
+test-newest:
+	rm -rf $(NEWEST)
+	$(MAKE) VENV=$(NEWEST) LOCK= $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest $(PYTEST)
+
+# What takes minutes each: fuzzing, corruptions, kills.
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/soak
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +46,17 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Write $(LOCK) anew: the newest versions that serve every Python of pyproject.toml, the same for all, without torch and
+# what its CUDA builds bring. torch 2.11 and 2.12 want setuptools below 82; the last three install and build.
+RESOLVED := $(VENV)-lock/resolved.txt
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet --upgrade uv
+	printf '%s\n' "$(TORCH)" "setuptools<82" pip cmake ninja | $(VENV)-lock/bin/uv pip compile pyproject.toml - --extra dev \
+	  --universal --python-version 3.11 --fork-strategy fewest --upgrade --no-header --no-annotate --quiet -o $(RESOLVED)
+	echo "# Written by make lock: the versions that Sparsae is tested with. torch is installed first, by itself." > $(LOCK)
+	sed -E '/^(torch|triton)==|^(cuda|nvidia)-/d' $(RESOLVED) >> $(LOCK)
 
 # An hour on a quiet machine; the other libraries that docs/performance.md names take part where they are installed.
 RESULTS := docs/results/performance
@@ -47,4 +71,4 @@ performance: $(VENV)/.installed
 	$(BIN)/python benchmarks/performance.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
