@@ -1,4 +1,4 @@
-"""Installing where there is no C++ compiler."""
+"""Installing: the lock serves what it locks, and no C++ compiler is needed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 INSTALLED_FROM = ["pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "src"]
@@ -25,6 +28,21 @@ for size in (64, 96):
     topology = Topology.random((size, size), size, generator(0, "install"))
     print(choose_backend("auto", Layout(topology.shape, topology.unit, topology.indices), torch.float32).name)
 """
+
+
+def test_the_lock_pins_every_requirement_but_torch() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    locked = {canonicalize_name(pin.name): pin.specifier for pin in pins}
+    assert len(locked) == len(pins)  # one version for every Python
+    assert all([pin.operator for pin in specifier] == ["=="] for specifier in locked.values())
+    assert [name for name in locked if name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-"))] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(line)
+        if wanted.name != "torch":
+            (pin,) = locked[canonicalize_name(wanted.name)]
+            assert wanted.specifier.contains(pin.version), f"{line}, but {pin.version} is locked: make lock"
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ class ModelDecoder(Decoder):
 
 
 def _forward(decoder: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Last hidden states (1, tokens, width) after ids (1, tokens) that follow those in the cache, and the cache then."""
+    """Last hidden states (1, tokens, width) after ids (1, tokens) that go on from the cache, and the new cache."""
     # transformers names its cache `past_key_values`; later versions name it `cache` and warn of the former name.
     name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
     output = decoder(input_ids=ids, use_cache=True, **{name: cache})
