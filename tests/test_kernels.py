@@ -111,10 +111,9 @@ def test_sddmm_at_units_that_are_not_active(
 def test_operator_is_registered_as_torch_wants_it(backend: str, dtype: torch.dtype) -> None:
     topology = Topology.random((6, 5), 9, generator(0, "opcheck"))
     layer = random_layer(topology, True, 0, dtype, backend)
-    layer.choose_kernel()
     x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
-    arguments = (x, layer.values, layer.bias, layer.indices, layer.derived_indices, 6, 5, backend)
-    torch.library.opcheck(torch.ops.sparsae.product.default, arguments)
+    arguments = (x, layer.values, layer.bias, layer.indices, layer.prepare().structures, 6, 5, backend, True)
+    torch.library.opcheck(torch.ops.sparsae.linear.default, arguments)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
@@ -152,7 +151,6 @@ def test_autocast_computes_in_bfloat16(backend: str, unit: tuple[int, int]) -> N
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in CASES if case.values[1] == torch.float32])
 def test_compiles_without_a_graph_break_and_follows_a_new_topology(backend: str, dtype: torch.dtype) -> None:
     layer = random_layer(Topology.random((12, 10), 30, generator(0, "compile")), True, 0, dtype, backend)
-    layer.choose_kernel()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 10, generator=generator(0, "x"))
     for round_ in range(3):

@@ -22,7 +22,7 @@ from sparsae.kernels import breakeven, native
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.cpu import is_native
 from sparsae.kernels.mlp import ACTIVATIONS, composed_backward, sparse_mlp
-from sparsae.kernels.probe import SampledGradients
+from sparsae.kernels.probe import SampledGradients, new_key
 from sparsae.kernels.reference import Reference
 from sparsae.nn import mlp
 from sparsae.nn.linear import SparseLinear, sparse_layers
@@ -157,7 +157,7 @@ def test_against_float64(isa: str, case: Case) -> None:
 
 @given(cases)
 def test_the_composed_backward_is_the_same(case: Case) -> None:
-    composed = composed_backward(case.weights, case.dy, case.x, case.activation)
+    composed = composed_backward(case.weights, [new_key() for _ in case.weights], case.dy, case.x, case.activation)
     close(Case.flat(composed), case.exact()[1:], 2e-5)
 
 
@@ -332,7 +332,7 @@ def test_probes_are_answered() -> None:
     want = everything(model, x)
     layers = sparse_layers(model)
     samples = {name: layer.topology.sample_inactive(9, generator(1, name)) for name, layer in layers.items()}
-    probes = {name: SampledGradients(layers[name].indices, units) for name, units in samples.items()}
+    probes = {name: SampledGradients(layers[name].key, units) for name, units in samples.items()}
     close(everything(model, x), want, 1e-5)
     found = {name: probe.gradient for name, probe in probes.items()}
     for probe in probes.values():

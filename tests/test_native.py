@@ -263,11 +263,10 @@ def test_without_the_library_auto_says_so_once(
         for _ in range(2):
             layer = SparseLinear(topology, torch.ones(9))
             layer(torch.ones(2, 8))
-            assert layer._kernel == "reference"
+            assert layer.kernel == "reference"
         assert len([r for r in caplog.records if "not compiled" in r.message]) == 1
-        layer = SparseLinear(topology, torch.ones(9), backend="cpu")
         with pytest.raises(InputError, match="not compiled"):
-            layer.choose_kernel()
+            SparseLinear(topology, torch.ones(9), backend="cpu")
     finally:
         native._load.cache_clear()
 

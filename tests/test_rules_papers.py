@@ -187,7 +187,7 @@ def test_a_drawn_sample_has_distinct_inactive_units_and_their_gradients(sampling
     topology = Topology.random((12, 20), 20, generator(1), (2, 2))
     layer = SparseLinear(topology, torch.randn(topology.values_shape, generator=generator(2)))
     draws = Gse(GseConfig(sampling=sampling, sample_ratio=2.0)).sample({"a": topology}, NoState(), generator(3))  # type: ignore[arg-type]
-    probe = SampledGradients(layer.indices, draws["a"])
+    probe = SampledGradients(layer.key, draws["a"])
     for seed in (4, 5):
         x = torch.randn(5, 20, generator=generator(seed, "x"))
         (layer(x) * torch.randn(5, 12, generator=generator(seed, "dy"))).sum().backward()

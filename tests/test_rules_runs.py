@@ -318,7 +318,7 @@ def test_the_dense_gradients_are_those_of_a_dense_layer(accumulate: str, told: i
     model, dense = mlp(unit=unit), densify(mlp(unit=unit))
     layers = sparse_layers(model)
     probes = {
-        name: LargestGradients(layer.indices, 9, accumulate, told)  # type: ignore[arg-type]
+        name: LargestGradients(layer.key, 9, accumulate, told)  # type: ignore[arg-type]
         for name, layer in layers.items()
     }
     for seed in range(3):  # the backward passes of one step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 
@@ -110,19 +111,18 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
         assert not bool(layer.topology.contains(probes[name].units).any())
 
 
-def test_a_probe_dies_with_whoever_asked_and_keeps_its_address_till_then() -> None:
-    layer = next(iter(sparse_layers(mlp()).values()))
-    probe = SampledGradients(layer.indices, layer.topology.sample_inactive(3, generator(0)))
-    address = layer.indices.data_ptr()
-    assert open_probe(layer.indices) is probe
-    del layer
-    gc.collect()
-    others = [torch.empty_like(probe._indices) for _ in range(50)]
-    assert all(tensor.data_ptr() != address for tensor in others)
-    indices = probe._indices
+def test_a_probe_dies_with_whoever_asked_and_belongs_to_one_layer_with_one_topology() -> None:
+    layer, other = sparse_layers(mlp()).values()
+    probe = SampledGradients(layer.key, layer.topology.sample_inactive(3, generator(0)))
+    key = layer.key
+    assert open_probe(key.clone()) is probe
+    assert open_probe(other.key) is None
+    assert open_probe(copy.deepcopy(layer).key) is None
+    layer.set_topology(layer.topology, layer.values.data)
+    assert open_probe(layer.key) is None
     del probe
     gc.collect()
-    assert open_probe(indices) is None
+    assert open_probe(key) is None
 
 
 def test_scoring_is_not_watched() -> None:

@@ -133,7 +133,7 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 
 def test_unsorted_indices_are_refused() -> None:
     layer = SparseLinear(Topology.from_indices((3, 4), torch.tensor([1, 5, 7])), torch.ones(3))
-    with pytest.raises(ValueError, match="not sorted"):
+    with pytest.raises(InputError, match="not sorted"):
         layer.load_state_dict({"values": torch.ones(3), "indices": torch.tensor([5, 1, 7], dtype=torch.int32)})
 
 

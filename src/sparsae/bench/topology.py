@@ -46,7 +46,6 @@ class Subject:
         count = max(1, round((1 - sparsity) * grid_size(shape, unit)))
         topology = Topology.random(shape, count, self.rng, unit)
         self.layer = SparseLinear(topology, torch.randn(topology.values_shape, generator=self.rng), backend=backend)
-        self.layer.choose_kernel()
         self.kernels = choose_backend(backend, Layout(shape, unit, topology.indices), torch.float32)
         self.optimizer = AdamW([self.layer.values], lr=1e-3)
         self.layer.values.grad = torch.ones_like(self.layer.values)
@@ -80,13 +79,13 @@ class Subject:
         """The gradients that a rule asks a backward pass for, with the drawing of where it wants them."""
         topology = self.layer.topology
         asked = self._rules[rule]
-        state, indices = asked.initial_state(), self.layer.indices
+        state, key = asked.initial_state(), self.layer.key
         probe: Probe
         if "dense_gradient" in asked.needs:
-            probe = LargestGradients(indices, asked.growth({_NAME: topology}, state, 0.0)[_NAME], "last")
+            probe = LargestGradients(key, asked.growth({_NAME: topology}, state, 0.0)[_NAME], "last")
         else:
-            probe = SampledGradients(indices, asked.sample({_NAME: topology}, state, self.rng)[_NAME])
-        probe.add(self.kernels, Layout(topology.shape, topology.unit, indices), self.dy_TO, self.x_TI)
+            probe = SampledGradients(key, asked.sample({_NAME: topology}, state, self.rng)[_NAME])
+        probe.add(self.kernels, Layout(topology.shape, topology.unit, topology.indices), self.dy_TO, self.x_TI)
         probe.close()
         self._sample, self._gradient = probe.units, probe.gradient
         self._active_gradient = getattr(probe, "active", None)

@@ -22,7 +22,8 @@ class Topology:
     """The active units of a weight.
 
     shape: (out, in) of the weight, in features. unit: (b_out, b_in). indices: (count,) sorted, unique flat unit
-    numbers, int32 where they fit, else int64. The constructor trusts its arguments; `from_indices` checks them.
+    numbers, int32 where they fit, else int64, never written. The constructor trusts its arguments; `from_indices`
+    checks them, and copies.
     """
 
     shape: tuple[int, int]
@@ -51,6 +52,10 @@ class Topology:
         """`count` units drawn uniformly without replacement."""
         units = grid_size(shape, unit)
         return cls(shape, sample_distinct(units, count, rng).to(index_dtype(units)), unit)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Topology:
+        # Nobody changes it, so everybody may share it.
+        return self
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -95,7 +100,9 @@ class Topology:
     def view(self, name: str, make: Callable[[Topology], list[Tensor]]) -> list[Tensor]:
         """Index structures that a kernel wants, made once, shared by layers with this topology, gone with it."""
         if name not in self._views:
-            self._views[name] = make(self)
+            # Whoever asks first may be in inference mode, whose tensors are of no use for training.
+            with torch.inference_mode(False), torch.no_grad():
+                self._views[name] = make(self)
         return self._views[name]
 
     def positions(self, units: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ class _Llama:
 def product(layer: nn.Module) -> _Function:
     """x (1, in) to W x + b (1, out): prepared where the native kernels serve a layer, else the layer itself."""
     if isinstance(layer, SparseLinear) and layer.kernel == "cpu" and layer.values.dtype == torch.float32:
-        return native.Product(layer.values.detach(), layer.layout, native.Index(*layer.derived_indices), layer.bias)
+        return native.Product(layer.values.detach(), layer.layout, native.Index(*layer.layout.derived), layer.bias)
     return layer
 
 

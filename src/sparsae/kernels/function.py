@@ -13,23 +13,31 @@ import torch
 from torch import Tensor
 
 from sparsae.kernels.backend import Layout, Needs
-from sparsae.kernels.probe import open_probe
+from sparsae.kernels.probe import note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS
+from sparsae.kernels.structures import key_and_layout, seen_with
 
 
-@torch.library.custom_op("sparsae::product", mutates_args=())
+@torch.library.custom_op("sparsae::linear", mutates_args=())
 def sparse_linear(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
     indices: Tensor,
-    derived: list[Tensor],
+    structures: list[Tensor],
     out_features: int,
     in_features: int,
     backend: str,
+    trains: bool,
 ) -> Tensor:
-    """Y = X W^T + b. x: (..., in); values: (nnz,) or (count, b_out, b_in), with x's dtype; returns (..., out)."""
-    layout = _layout(values, indices, derived, out_features, in_features)
+    """Y = X W^T + b. x: (..., in); values: (nnz,) or (count, b_out, b_in), with x's dtype; returns (..., out).
+
+    indices: as the layer has them; structures: what kernels/structures.py made from them. trains: see `Probe.called`.
+    Raises InputError where the structures are of other indices.
+    """
+    key, layout = key_and_layout(values, structures, out_features, in_features)
+    note_forward(key, trains)
+    values = seen_with(values, indices, layout)
     y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features), bias)
     return y_TO.view(*x.shape[:-1], out_features)
 
@@ -40,21 +48,21 @@ def _(
     values: Tensor,
     bias: Tensor | None,
     indices: Tensor,
-    derived: list[Tensor],
+    structures: list[Tensor],
     out_features: int,
     in_features: int,
     backend: str,
+    trains: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("sparsae::product_backward", mutates_args=())
+@torch.library.custom_op("sparsae::linear_backward", mutates_args=())
 def sparse_linear_backward(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
-    indices: Tensor,
-    derived: list[Tensor],
+    structures: list[Tensor],
     out_features: int,
     in_features: int,
     backend: str,
@@ -63,11 +71,11 @@ def sparse_linear_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, gradients of the values and of the bias); one that is not needed comes back empty."""
-    layout = _layout(values, indices, derived, out_features, in_features)
+    key, layout = key_and_layout(values, structures, out_features, in_features)
     dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, in_features)
     needs = Needs(needs_x, needs_values, needs_bias)
     dx, dvalues, dbias = BACKENDS[backend].backward(values, layout, dy_TO, x_TI, needs)
-    if needs_values and (probe := open_probe(indices)) is not None:
+    if needs_values and (probe := open_probe(key)) is not None:
         probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
     return (
         dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], in_features),
@@ -81,8 +89,7 @@ def _(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
-    indices: Tensor,
-    derived: list[Tensor],
+    structures: list[Tensor],
     out_features: int,
     in_features: int,
     backend: str,
@@ -97,26 +104,21 @@ def _(
     )
 
 
-def _layout(values: Tensor, indices: Tensor, derived: list[Tensor], out_features: int, in_features: int) -> Layout:
-    unit = (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
-    return Layout((out_features, in_features), unit, indices, derived)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, indices, derived, ctx.out_features, ctx.in_features, ctx.backend = inputs
-    # The input is only needed for the gradient of the values, the indices always.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values, indices, *derived)
+    x, values, _, _, structures, ctx.out_features, ctx.in_features, ctx.backend, _ = inputs
+    # The input is only needed for the gradient of the values. A parameter itself would come back as it is then, with
+    # the values of a topology that it was given in between.
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), values.detach(), *structures)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
-    x, values, indices, *derived = ctx.saved_tensors
+    x, values, *structures = ctx.saved_tensors
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    dx, dvalues, dbias = torch.ops.sparsae.product_backward(
+    dx, dvalues, dbias = torch.ops.sparsae.linear_backward(
         dy,
         x,
         values,
-        indices,
-        derived,
+        structures,
         ctx.out_features,
         ctx.in_features,
         ctx.backend,
@@ -129,7 +131,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
         dvalues if needs_values else None,
         dbias if needs_bias else None,
         None,
-        [None] * len(derived),
+        [None] * len(structures),
+        None,
         None,
         None,
         None,

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsae.kernels import native
-from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear_backward
-from sparsae.kernels.probe import open_probe
+from sparsae.kernels.probe import note_forward, open_probe
+from sparsae.kernels.structures import key_and_layout, seen_with
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
@@ -35,22 +35,29 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@torch.library.custom_op("sparsae::mlp", mutates_args=())
+@torch.library.custom_op("sparsae::fused_mlp", mutates_args=())
 def sparse_mlp(
     x: Tensor,
     values: list[Tensor],
     biases: list[Tensor],
+    indices: list[Tensor],
     structures: list[Tensor],
     hidden_features: int,
     out_features: int,
     activation: str,
+    trains: bool,
 ) -> Tensor:
     """x: (..., in) float32 or bfloat16 to (..., out). Lists go by weight: up, down and, where gated, gate.
 
-    values: in x's dtype. biases: (0,) for none. structures: for each weight its indices and the four of `native.Index`.
+    values: in x's dtype. biases: (0,) for none. indices: as the layers have them. structures: for each weight those of
+    kernels/structures.py, with the four of `native.Index`. trains: see `Probe.called`. Raises InputError where they are
+    of other indices.
     """
     x_TI = x.reshape(-1, x.shape[-1])
-    weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
+    keys, weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
+    for key, weight, own in zip(keys, weights, indices, strict=True):
+        note_forward(key, trains)
+        seen_with(weight.values, own, weight.layout)
     return native.mlp_forward(weights, x_TI, activation).view(*x.shape[:-1], out_features)
 
 
@@ -59,15 +66,17 @@ def _(
     x: Tensor,
     values: list[Tensor],
     biases: list[Tensor],
+    indices: list[Tensor],
     structures: list[Tensor],
     hidden_features: int,
     out_features: int,
     activation: str,
+    trains: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("sparsae::mlp_backward", mutates_args=())
+@torch.library.custom_op("sparsae::fused_mlp_backward", mutates_args=())
 def sparse_mlp_backward(
     dy: Tensor,
     x: Tensor,
@@ -80,9 +89,9 @@ def sparse_mlp_backward(
 ) -> list[Tensor]:
     """dX, then the gradients of the values, then of the biases ((0,) for none)."""
     dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, x.shape[-1])
-    weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
-    if any(open_probe(weight.layout.indices) is not None for weight in weights):
-        gradients = composed_backward(weights, dy_TO, x_TI, activation)
+    keys, weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
+    if any(open_probe(key) is not None for key in keys):
+        gradients = composed_backward(weights, keys, dy_TO, x_TI, activation)
     else:
         gradients = native.mlp_backward(weights, dy_TO, x_TI, activation)
     if biases[1].numel():
@@ -109,20 +118,20 @@ def _(
 
 
 def composed_backward(
-    weights: Sequence[native.Weight], dy_TO: Tensor, x_TI: Tensor, activation: str
+    weights: Sequence[native.Weight], keys: Sequence[Tensor], dy_TO: Tensor, x_TI: Tensor, activation: str
 ) -> native.MlpGradients:
-    """As `native.mlp_backward`, from the single layers' operators, whose probes are answered."""
-    up, down, *gate = weights
+    """As `native.mlp_backward`, from the single layers' operators, which answer the probes of the layers' keys."""
+    (up, down, *gate), (up_key, down_key, *gate_key) = weights, keys
     z_up = _product(up, x_TI)
     if not gate:
-        dhidden, ddown = _backward_of(down, dy_TO, ACTIVATIONS[activation](z_up))
+        dhidden, ddown = _backward_of(down, down_key, dy_TO, ACTIVATIONS[activation](z_up))
         dz = [_DERIVATIVES[activation](dhidden, z_up)]
     else:
         z_gate = _product(gate[0], x_TI)
         factor = ACTIVATIONS[activation](z_gate)
-        dhidden, ddown = _backward_of(down, dy_TO, factor * z_up)
+        dhidden, ddown = _backward_of(down, down_key, dy_TO, factor * z_up)
         dz = [dhidden * factor, _DERIVATIVES[activation](dhidden * z_up, z_gate)]
-    parts = [_backward_of(weight, d, x_TI) for weight, d in zip((up, *gate), dz, strict=True)]
+    parts = [_backward_of(w, key, d, x_TI) for w, key, d in zip((up, *gate), (up_key, *gate_key), dz, strict=True)]
     dx = parts[0][0] if not gate else parts[0][0] + parts[1][0]
     sums = [None if w.bias is None else d.sum(0) for w, d in zip((up, *gate), dz, strict=True)]
     return native.MlpGradients(dx, [parts[0][1], ddown, *(p[1] for p in parts[1:])], [sums[0], None, *sums[1:]])
@@ -132,39 +141,41 @@ def _product(weight: native.Weight, x_TI: Tensor) -> Tensor:
     return native.forward(weight.values, weight.layout, native.Index(*weight.layout.derived), x_TI, weight.bias)
 
 
-def _backward_of(weight: native.Weight, dy_TO: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    layout = weight.layout
+def _backward_of(weight: native.Weight, key: Tensor, dy_TO: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    structures = [key, weight.layout.indices, *weight.layout.derived]
     dx_TI, dvalues, _ = sparse_linear_backward(
-        dy_TO, x_TI, weight.values, layout.indices, layout.derived, *layout.shape, "cpu", True, True, False
+        dy_TO, x_TI, weight.values, structures, *weight.layout.shape, "cpu", True, True, False
     )
     return dx_TI, dvalues
 
 
 def _weights(
     values: list[Tensor], biases: list[Tensor], structures: list[Tensor], in_features: int, hidden: int, out: int
-) -> list[native.Weight]:
+) -> tuple[list[Tensor], list[native.Weight]]:
     shapes = [(hidden, in_features), (out, hidden), (hidden, in_features)]
-    weights = []
+    keys, weights = [], []
     for number, (value, bias) in enumerate(zip(values, biases, strict=True)):
-        indices, *derived = structures[5 * number : 5 * number + 5]
-        unit = (1, 1) if value.dim() == 1 else (value.shape[1], value.shape[2])
-        layout = Layout(shapes[number], unit, indices, derived)
+        value = value.data
+        key, layout = key_and_layout(value, structures[6 * number : 6 * number + 6], *shapes[number])
+        keys.append(key)
         weights.append(native.Weight(value.float().contiguous(), bias.float() if bias.numel() else None, layout))
-    return weights
+    return keys, weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, biases, structures, *ctx.settings = inputs
+    x, values, biases, _, structures, *ctx.settings, _ = inputs
     ctx.count = len(values)
-    ctx.save_for_backward(x, *values, *biases, *structures)
+    # Detached for the reason that function.py gives.
+    ctx.save_for_backward(x, *(value.detach() for value in values), *biases, *structures)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     values, biases, structures = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
-    dx, *gradients = torch.ops.sparsae.mlp_backward(dy, x, values, biases, structures, *ctx.settings)
+    dx, *gradients = torch.ops.sparsae.fused_mlp_backward(dy, x, values, biases, structures, *ctx.settings)
     dbiases = [g if b.numel() else None for g, b in zip(gradients[ctx.count :], biases, strict=True)]
-    return dx, gradients[: ctx.count], dbiases, [None] * len(structures), None, None, None
+    none = [None] * ctx.count
+    return dx, gradients[: ctx.count], dbiases, none, [None] * len(structures), None, None, None, None
 
 
 sparse_mlp.register_autograd(_backward, setup_context=_setup_context)

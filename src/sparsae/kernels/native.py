@@ -135,10 +135,10 @@ def make_index(layout: Layout) -> Index:
     """All structures of a layout, in O(count). Raises ValueError for indices out of range or order."""
     rows, columns = layout.grid_rows, layout.shape[1] // layout.unit[1]
     index = Index(
-        torch.empty(columns + 1, dtype=torch.int32),
-        torch.empty(rows + 1, dtype=torch.int32),
-        torch.empty(_in_row_order(layout), dtype=_column_dtype(layout)),
-        torch.empty(_in_row_order(layout), dtype=torch.int32),
+        _empty(columns + 1, dtype=torch.int32),
+        _empty(rows + 1, dtype=torch.int32),
+        _empty(_in_row_order(layout), dtype=_column_dtype(layout)),
+        _empty(_in_row_order(layout), dtype=torch.int32),
     )
     _index(layout, index)
     return index
@@ -146,8 +146,8 @@ def make_index(layout: Layout) -> Index:
 
 def point_columns(layout: Layout) -> Tensor:
     """Only where each grid column starts. Raises ValueError for indices out of range or order."""
-    col_ptr = torch.empty(layout.shape[1] // layout.unit[1] + 1, dtype=torch.int32)
-    _index(layout, Index(col_ptr, *(torch.empty(0),) * 3))
+    col_ptr = _empty(layout.shape[1] // layout.unit[1] + 1, dtype=torch.int32)
+    _index(layout, Index(col_ptr, *(_empty(0),) * 3))
     return col_ptr
 
 
@@ -171,8 +171,8 @@ class Product:
 
     def __init__(self, values: Tensor, layout: Layout, index: Index, bias: Tensor | None) -> None:
         self._shape = torch.Size((1, layout.shape[1]))
-        self._y = torch.zeros(1, layout.shape[0])
-        self._problem = _whole_problem(values, layout, index, bias, torch.zeros(self._shape))
+        self._y = _empty(1, layout.shape[0]).zero_()
+        self._problem = _whole_problem(values, layout, index, bias, _empty(*self._shape))
         self._problem.y = _pointer(self._y)
         # Kept alive as long as their addresses are used.
         self._keeps = [values, layout, index, bias]
@@ -184,8 +184,8 @@ class Product:
         self._forward, self._argument = _library().sparsae_forward, ctypes.byref(self._problem)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape != self._shape or x.dtype is not torch.float32:
-            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not float32 {tuple(self._shape)}")
+        if x.shape != self._shape or x.dtype is not torch.float32 or not x.is_cpu:
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, not float32 {tuple(self._shape)} on cpu")
         x = x.contiguous()
         self._problem.x = x.data_ptr()
         if self._forward(self._argument):
@@ -215,7 +215,7 @@ def backward(
     problem.dy = _pointer(dy_TO)
     dx_TI = dvalues = dbias = None
     if bias:
-        dbias = torch.empty(out_features)
+        dbias = _empty(out_features)
         problem.dbias = _pointer(dbias)
     if values is not None:
         _check("values", values, layout.values_shape, torch.float32)
@@ -224,7 +224,7 @@ def backward(
     if x_TI is not None:
         x_TI = x_TI.contiguous()
         _check("x", x_TI, (tokens, in_features), dy_TO.dtype)
-        dvalues = torch.empty(layout.values_shape)
+        dvalues = _empty(*layout.values_shape)
         problem.x, problem.dvalues = _pointer(x_TI), _pointer(dvalues)
     _call("sparsae_backward", problem)
     return Gradients(dx_TI, dvalues, dbias)
@@ -257,7 +257,7 @@ def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activat
     x_TI, dy_TO = x_TI.contiguous(), dy_TO.contiguous()
     _check("dy", dy_TO, (x_TI.shape[0], weights[1].layout.shape[0]), x_TI.dtype)
     mlp = _mlp(weights, x_TI, activation)
-    gradients = MlpGradients(torch.empty_like(x_TI), [torch.empty(w.layout.values_shape) for w in weights], [])
+    gradients = MlpGradients(torch.empty_like(x_TI), [_empty(*w.layout.values_shape) for w in weights], [])
     mlp.down.dy, mlp.up.dx = _pointer(dy_TO), _pointer(gradients.x)
     for number, problem in enumerate((mlp.up, mlp.down, mlp.gate)[: len(weights)]):
         problem.dvalues = _pointer(gradients.values[number])
@@ -408,15 +408,20 @@ def _row_order(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.bincount(rows, minlength=layout.grid_rows)
     starts = functional.pad(torch.cumsum((counts + step - 1) // step * step, 0), (1, 0))
     shift = starts[:-1] - (torch.cumsum(counts, 0) - counts)
-    at = torch.arange(len(order)) + shift[rows[order]]
+    at = torch.arange(len(order), dtype=torch.int64, device="cpu") + shift[rows[order]]
     # With a column of the row itself: zero times what another column holds might not be zero.
     columns = columns[order].to(torch.int16)
     last = (torch.cumsum(counts, 0) - 1).clamp(min=0)
     row_columns = columns[last].repeat_interleave(starts.diff()) if len(order) else columns
     row_columns[at] = columns
-    row_values = torch.zeros(int(starts[-1]))
+    row_values = _empty(int(starts[-1])).zero_()
     row_values[at] = values[order]
     return starts.to(torch.int32), row_columns, row_values
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the library writes into: never of the dtype or on the device that happens to be torch's default."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -3,22 +3,29 @@
 A probe asks the backward pass of a layer for more than the gradient of its values: dY^T X at a sample of inactive
 units, or where it is largest of all. The request lives beside the operator, not in hooks, so compiled graphs answer it
 too, and one layer at a time is worked on.
+
+What a probe and a layer's passes know each other by is a number in a tensor, which goes through the operator with the
+layer's index structures. Tensors that autograd saves may come back as copies (activation offload and checkpointing):
+their values are the same then, their addresses are not.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
 from sparsae.core.ranking import largest
 from sparsae.kernels.backend import Backend, Layout
 
-# Open requests by the address of a layer's index tensor. A probe holds that tensor, so the address is no other's while
-# it lives, and is held here only weakly, so that it does not outlive whoever asked.
+_numbers = itertools.count()
+
+# Open requests by their key's number, held weakly, so that none outlives whoever asked.
 _open: WeakValueDictionary[int, Probe] = WeakValueDictionary()
 
 # Units to look at, chosen in the backward pass from its (dY, X), (tokens, out) and (tokens, in).
@@ -38,15 +45,28 @@ class Probe(ABC):
     positions = 0
     tokens = 0
 
-    def __init__(self, indices: Tensor) -> None:
-        """`indices` is the layer's own index tensor."""
-        self._indices = indices
-        _open[indices.data_ptr()] = self
+    def __init__(self, key: Tensor) -> None:
+        """key: that of the layer with the topology that it has now."""
+        self._number = int(key)
+        # Forward passes that no backward pass has answered yet, and whether one has answered since the last.
+        self._calls, self._answered = 0, False
+        # The backward pass in which the last forward pass was computed again, -1 for none.
+        self._again_in = -1
+        _open[self._number] = self
 
     def close(self) -> None:
         """Stop; what was gathered stays."""
-        if _open.get(self._indices.data_ptr()) is self:
-            del _open[self._indices.data_ptr()]
+        if _open.get(self._number) is self:
+            del _open[self._number]
+
+    def called(self, task: int, trains: bool) -> None:
+        """A forward pass of the layer, inside the backward pass `task` where activations are computed again, else -1.
+
+        trains: whether a backward pass may follow.
+        """
+        self._again_in = task
+        if task < 0 and trains:
+            self._calls, self._answered = 1 if self._answered else self._calls + 1, False
 
     @abstractmethod
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
@@ -59,8 +79,8 @@ class SampledGradients(Probe):
     gradient: (n,) or (n, b_out, b_in) in the dtype of the products.
     """
 
-    def __init__(self, indices: Tensor, units: Tensor | Draw) -> None:
-        super().__init__(indices)
+    def __init__(self, key: Tensor, units: Tensor | Draw) -> None:
+        super().__init__(key)
         self._draw = None if isinstance(units, Tensor) else units
         self.units = units if isinstance(units, Tensor) else None
 
@@ -78,34 +98,46 @@ class SampledGradients(Probe):
 class LargestGradients(Probe):
     """The `count` inactive units with the largest gradients of all, by magnitude (L2 norm of a block).
 
-    gradient: (count,) their magnitudes; active: (nnz,) or (blocks,) those of the active units. "last": the layer's
-    dense gradient exists inside one backward pass, the last, and is freed there; `passes` is how many there will be,
-    so that the earlier ones cost nothing (more than that many: the last one counts). "sum": of all passes, for which
-    the layer's dense gradient is kept until `close`.
+    gradient: (count,) their magnitudes; active: (nnz,) or (blocks,) those of the active units. "last": the gradient of
+    one backward pass, the last; `passes` is how many there will be, so that the earlier ones cost nothing (more than
+    that many: the last one counts). "sum": of all passes. A layer that a pass comes through several times gets the sum
+    of its calls. The layer's dense gradient is freed as soon as nothing can be added to it: after the last of as many
+    calls as the forward pass made, or under "sum", and where that is not known, at `close`.
     """
 
-    def __init__(self, indices: Tensor, count: int, accumulate: Literal["last", "sum"], passes: int = 1) -> None:
-        super().__init__(indices)
+    def __init__(self, key: Tensor, count: int, accumulate: Literal["last", "sum"], passes: int = 1) -> None:
+        super().__init__(key)
         self.active: Tensor | None = None
-        self._count, self._accumulate, self._left = count, accumulate, passes
+        self._count, self._accumulate, self._passes = count, accumulate, passes
         self._sum: Tensor | None = None
         self._layout: Layout | None = None
+        # Backward passes so far, and the one that is under way.
+        self._pass = 0
+        self._task: int | None = None
 
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
-        self._left -= 1
-        if self._accumulate == "last" and self._left > 0:
+        # Reentrant checkpointing makes the backward pass of what it computes again one of its own, inside the other.
+        task = torch._C._current_graph_task_id() if self._again_in < 0 else self._again_in
+        if task != self._task:
+            self._task, self._pass = task, self._pass + 1
+            if self._accumulate == "last":
+                self._sum = None
+        self._calls, self._answered = self._calls - 1, True
+        if self._accumulate == "last" and self._pass < self._passes:
             return
         self.positions = layout.shape[0] * layout.shape[1] // (layout.unit[0] * layout.unit[1]) - layout.indices.numel()
         self.tokens += x_TI.shape[0]
         gradient_IO = x_TI.T @ dy_TO
-        if self._accumulate == "last":
-            self._reduce(gradient_IO, layout)
-        else:
-            self._sum = gradient_IO if self._sum is None else self._sum.add_(gradient_IO)
-            self._layout = layout
+        self._sum = gradient_IO if self._sum is None else self._sum.add_(gradient_IO)
+        self._layout = layout
+        if self._accumulate == "last" and self._calls == 0:
+            self._finish()
 
     def close(self) -> None:
         super().close()
+        self._finish()
+
+    def _finish(self) -> None:
         if self._sum is not None and self._layout is not None:
             self._reduce(self._sum, self._layout)
             self._sum = None
@@ -124,6 +156,17 @@ class LargestGradients(Probe):
         self.units, self.gradient = units.to(layout.indices.dtype), magnitude[units]
 
 
-def open_probe(indices: Tensor) -> Probe | None:
-    """The open probe of the layer with this index tensor."""
-    return _open.get(indices.data_ptr()) if _open else None
+def new_key() -> Tensor:
+    """A key that no other layer, and no other topology of a layer, has: a 0-dimensional int64 tensor on the CPU."""
+    return torch.tensor(next(_numbers), dtype=torch.int64, device="cpu")
+
+
+def open_probe(key: Tensor) -> Probe | None:
+    """The open probe of the layer with this key."""
+    return _open.get(int(key)) if _open else None
+
+
+def note_forward(key: Tensor, trains: bool) -> None:
+    """Tell the open probe of the layer with this key, if there is one, of a forward pass: see `Probe.called`."""
+    if _open and (probe := open_probe(key)) is not None:
+        probe.called(torch._C._current_graph_task_id(), trains)

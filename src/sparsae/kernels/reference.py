@@ -31,7 +31,9 @@ class Scratch(threading.local):
         buffer = self._buffers.get(like.device)
         if buffer is None or buffer.numel() < size:
             self._buffers.pop(like.device, None)
-            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+            # In inference mode it would be of no use for training afterwards.
+            with torch.inference_mode(False):
+                buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
             self._buffers[like.device] = buffer
         return buffer[:size].view(like.dtype).view(shape)
 

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sparsae.core.topology import Topology
+from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear
+from sparsae.kernels.probe import new_key, note_forward
 from sparsae.kernels.registry import BACKENDS, choose_backend
+from sparsae.kernels.structures import CHANGED, key_and_layout, same_indices, seen_with
+from sparsae.nn.weight import DenseView
+
+
+class Prepared(NamedTuple):
+    """What a layer multiplies with, made from the index tensor `source`; see kernels/structures.py."""
+
+    source: Tensor
+    topology: Topology
+    backend: str
+    structures: list[Tensor]
+
+    @property
+    def layout(self) -> Layout:
+        """The active units as the backend gets them."""
+        _, indices, *derived = self.structures
+        return Layout(self.topology.shape, self.topology.unit, indices, derived)
 
 
 class SparseLinear(nn.Module):
     """y = x W^T + b with W zero outside a topology: takes and returns what `nn.Linear` does.
 
     values: parameter of shape (nnz,), or (count, b_out, b_in) for blocks, in the order of `topology.indices`. bias:
-    (out,) or None. Under autocast the product is computed in the autocast dtype. `conv1d` remembers that the layer
-    stands for a transformers `Conv1D`, whose dense weight is (in, out).
+    (out,) or None. indices: buffer, a copy of `topology.indices`, for state dicts; whoever puts another tensor in its
+    place changes the topology, whoever writes another topology into it is refused by the next forward pass. Under
+    autocast the product is computed in the autocast dtype. `conv1d` remembers that the layer stands for a transformers
+    `Conv1D`, whose dense weight is (in, out).
     """
 
     indices: Tensor
-    _topology: Topology
 
     def __init__(
         self,
@@ -33,7 +55,10 @@ class SparseLinear(nn.Module):
         backend: str = "auto",
         conv1d: bool = False,
     ) -> None:
-        """Raises ValueError where values or bias do not have the topology's shape."""
+        """Raises ValueError where values or bias do not have the topology's shape.
+
+        Raises InputError for a backend that does not exist or refuses this layer.
+        """
         super().__init__()
         if bias is not None and tuple(bias.shape) != topology.shape[:1]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}, not ({topology.shape[0]},)")
@@ -44,34 +69,49 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("indices", topology.indices)
-        self._derived: list[Tensor] | None = None
-        self._kernel: str | None = None
+        self._prepared: Prepared | None = None
+        # Held while a topology is changed, and while a pass takes what it multiplies with.
+        self.lock = threading.RLock()
         self.set_topology(topology, values)
 
     @property
     def topology(self) -> Topology:
-        """The active units, on the device of the values."""
-        if self._topology.indices is not self.indices:
-            self._topology = Topology((self.out_features, self.in_features), self.indices, self.unit)
-        return self._topology
+        """The active units, on the device of the indices."""
+        return self.prepare().topology
 
     @property
     def kernel(self) -> str:
         """The name of the backend that serves this layer."""
-        if self._kernel is None:
-            self.choose_kernel()
-        assert self._kernel is not None
-        return self._kernel
+        return self.prepare().backend
 
     @property
     def layout(self) -> Layout:
         """The active units as the backend gets them."""
-        return Layout((self.out_features, self.in_features), self.unit, self.indices, self.derived_indices)
+        return self.prepare().layout
 
     @property
-    def derived_indices(self) -> list[Tensor]:
-        """What the backend keeps beside the topology's own indices."""
-        return self._derived or []
+    def key(self) -> Tensor:
+        """What probes know this layer with its present topology by."""
+        return self.prepare().structures[0]
+
+    @property
+    def index_tensors(self) -> list[Tensor]:
+        """All tensors that describe the topology: the buffer, and what the kernels read."""
+        return [self.indices, *self.prepare().structures[1:]]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight as `nn.Linear` (or `Conv1D`) has it, to read: see nn/weight.py. Writing raises."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            weight_OI = self._dense_weight()
+            return weight_OI.T if self.conv1d else weight_OI
+        return DenseView(self._dense_weight, (self.out_features, self.in_features), self.values, self.conv1d)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(
+            "the weight of a sparse layer cannot be set: write its values, or make it dense first (sparsae.densify)"
+        )
 
     def set_topology(self, topology: Topology, values: Tensor) -> None:
         """Take over a topology and its values, keeping the parameter object and dropping its gradient.
@@ -80,44 +120,62 @@ class SparseLinear(nn.Module):
         """
         if tuple(values.shape) != topology.values_shape:
             raise ValueError(f"values have shape {tuple(values.shape)}, the topology wants {topology.values_shape}")
-        self.values.grad = None
-        if values.shape != self.values.shape:
-            # A graph that is still referenced keeps the parameter's gradient accumulator, which remembers the old
-            # shape; a passing change of dtype makes autograd forget it.
-            other = torch.float64 if values.dtype != torch.float64 else torch.float32
-            self.values.data = values.new_empty(0, dtype=other)
-        self.values.data = values
-        self.indices = topology.indices
-        self._topology = topology
-        chosen = self._kernel is not None
-        self._derived = self._kernel = None
-        if chosen:
-            # Compiled code reads what was chosen and must never find that it has to choose.
-            self.choose_kernel()
+        if values.is_inference():
+            with torch.inference_mode(False):
+                values = values.clone()
+        with self.lock:
+            self.values.grad = None
+            if values.shape != self.values.shape:
+                # A graph that is still referenced keeps the parameter's gradient accumulator, which remembers the old
+                # shape; a passing change of dtype makes autograd forget it.
+                other = torch.float64 if values.dtype != torch.float64 else torch.float32
+                self.values.data = values.new_empty(0, dtype=other)
+            self.values.data = values
+            # Layers with the same topology share the copy that people see, as they share the one that the kernels read.
+            self.indices = topology.view("copy", lambda t: [t.indices.clone()])[0]
+            self._prepared = self._structured(self.indices, topology)
+
+    def prepare(self) -> Prepared:
+        """What a forward pass multiplies with: chosen and made when the topology is set, and here for other indices.
+
+        Raises InputError for indices that are no topology of this layer.
+        """
+        prepared = self._prepared
+        # What traces sees an index tensor of its own; the operator compares when it runs.
+        if prepared is None or not (torch.compiler.is_compiling() or prepared.source is self.indices):
+            with self.lock:
+                prepared = self._prepared = self._structured(self.indices, self._known(self.indices))
+        return prepared
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) to (..., out)."""
-        if self._derived is None or self._kernel is None:
-            self.choose_kernel()
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        if not torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling():
-            # What nobody differentiates or traces needs no operator, which would cost a third of decoding a token.
-            y_TO = BACKENDS[self.kernel].spmm(values, self.layout, x.reshape(-1, self.in_features), bias)
-            return y_TO.view(*x.shape[:-1], self.out_features)
-        return sparse_linear(
-            x, values, bias, self.indices, self._derived, self.out_features, self.in_features, self._kernel
-        )
+        """x: (..., in) to (..., out).
+
+        Raises InputError where another topology was written into the indices, or values do not fit it.
+        """
+        if torch.jit.is_tracing():
+            # What is traced here runs elsewhere: by torch's own operators.
+            return functional.linear(x, self._dense_weight(), self.bias)
+        if torch.compiler.is_compiling():
+            return self._multiply(x)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {self.in_features}")
+        if torch.is_grad_enabled() or _watched(x):
+            with self.lock:
+                return self._multiply(x)
+        # What nobody differentiates or watches needs no operator, which would cost a third of decoding a token.
+        with self.lock:
+            values, prepared = self.values.data, self.prepare()
+        x, values, bias = _in_autocast(x, values, self.bias)
+        key, layout = key_and_layout(values, prepared.structures, self.out_features, self.in_features)
+        note_forward(key, self.training)
+        values = seen_with(values, prepared.source, layout)
+        y_TO = BACKENDS[prepared.backend].spmm(values, layout, x.reshape(-1, self.in_features), bias)
+        return y_TO.view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """The (out, in) weight with its zeros, a new tensor: for export, people and tests."""
-        weight = self.values.new_zeros(self.out_features, self.in_features)
-        self.add_to_dense(weight, 1.0)
-        return weight
+        with torch.no_grad():
+            return self._dense_weight()
 
     @torch.no_grad()
     def add_to_dense(self, weight_OI: Tensor, scale: float) -> None:
@@ -136,28 +194,75 @@ class SparseLinear(nn.Module):
             f"density={topology.density:.4g}{unit}, bias={self.bias is not None}"
         )
 
-    def choose_kernel(self) -> None:
-        """Choose the backend and make its index structures, which the first forward pass does otherwise.
+    def _multiply(self, x: Tensor) -> Tensor:
+        """By the operator, for whoever differentiates, compiles or watches."""
+        prepared = self.prepare()
+        x, values, bias = _in_autocast(x, self.values, self.bias)
+        trains = self.training or torch.is_grad_enabled()
+        shape = self.out_features, self.in_features
+        return sparse_linear(x, values, bias, self.indices, prepared.structures, *shape, prepared.backend, trains)
 
-        Raises InputError for a backend that does not exist or refuses this layer.
-        """
-        topology = self.topology
-        layout = Layout(topology.shape, topology.unit, topology.indices)
-        backend = choose_backend(self.backend, layout, self.values.dtype)
-        self._derived = topology.view(backend.name, backend.derive)
-        self._kernel = backend.name
+    def _dense_weight(self) -> Tensor:
+        """The (out, in) weight; differentiable with respect to the values. Raises InputError as `forward` does."""
+        prepared, (b_out, b_in) = self.prepare(), self.unit
+        if not torch.compiler.is_compiling() and not same_indices(prepared.source, prepared.topology.indices):
+            raise InputError(CHANGED)
+        rows, columns = prepared.topology.grid
+        units = self.values.new_zeros(rows * columns, *self.values.shape[1:])
+        units = units.index_put((prepared.topology.indices.long(),), self.values)
+        return units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3).reshape(self.out_features, self.in_features)
+
+    def _known(self, indices: Tensor) -> Topology:
+        """The topology of an index tensor that took the place of the layer's own."""
+        shape, before = (self.out_features, self.in_features), self._prepared
+        if indices.is_meta:
+            return Topology(shape, indices, self.unit)
+        with torch.inference_mode(False), torch.no_grad():
+            if before is not None and same_indices(indices, before.topology.indices):
+                return before.topology.to(indices.device)
+            return _checked(shape, indices, self.unit, "the indices of a sparse layer")
+
+    def _structured(self, source: Tensor, topology: Topology) -> Prepared:
+        # Made outside of inference mode, whose tensors are of no use for training.
+        with torch.inference_mode(False), torch.no_grad():
+            if topology.indices.is_inference():
+                topology = Topology(topology.shape, topology.indices.clone(), topology.unit)
+            if source.is_meta:
+                return Prepared(source, topology, "reference", [new_key(), topology.indices])
+            layout = Layout(topology.shape, topology.unit, topology.indices)
+            backend = choose_backend(self.backend, layout, self.values.dtype)
+            derived = topology.view(backend.name, backend.derive)
+            return Prepared(source, topology, backend.name, [new_key(), topology.indices, *derived])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
+        before = self._prepared
         super()._apply(fn, recurse)
-        self._derived = self._kernel = None
+        with self.lock:
+            self._prepared = None
+            if before is None or before.source.is_meta:
+                return self
+            topology = before.topology.to(self.indices.device)
+            if self.indices.is_floating_point():
+                # `type(dtype)` converts every buffer.
+                self.indices = topology.indices.clone()
+            # Not so after `to_empty`: what is loaded then is looked at by the first forward pass.
+            if self.indices.is_meta or same_indices(self.indices, topology.indices):
+                self._prepared = self._structured(self.indices, topology)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what this process and this machine made of the topology."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"} | {"_prepared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.RLock()
+        self.prepare()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         indices, values = state_dict.get(prefix + "indices"), state_dict.get(prefix + "values")
         if indices is not None and values is not None:
-            topology = Topology.from_indices((self.out_features, self.in_features), indices, self.unit)
-            if not torch.equal(topology.indices, indices.to(topology.indices.dtype)):
-                raise ValueError(f"{prefix}indices are not sorted: they are not what a SparseLinear saved")
+            topology = _checked((self.out_features, self.in_features), indices, self.unit, prefix + "indices")
             device = self.values.device
             self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -166,3 +271,41 @@ class SparseLinear(nn.Module):
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The sparse layers of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether operators on x are more than arithmetic: seen by a mode or a transform, or on a tensor of another kind."""
+    return (
+        type(x) is not Tensor
+        or x.is_neg()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _in_autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All in the autocast dtype, where autocast is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _checked(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], what: str) -> Topology:
+    """The topology of indices from outside. Raises InputError for what no SparseLinear of this shape saves."""
+    problem = None
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        problem = f"they are {indices.dtype} of shape {tuple(indices.shape)}, not sorted int32 or int64 unit numbers"
+    else:
+        try:
+            topology = Topology.from_indices(shape, indices, unit)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            if same_indices(indices, topology.indices):
+                return topology
+            problem = "they are not sorted"
+    raise InputError(
+        f"{what} are not those of a {shape[0]}x{shape[1]} layer in units of {unit[0]}x{unit[1]}: {problem}; "
+        "give what such a layer saved"
+    )

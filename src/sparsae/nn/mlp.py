@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -58,22 +59,34 @@ class FusedMLP(nn.Module):
         activation = _kernel_of(self._modules[self._activation])
         if activation is None or not self._fuses(layers, x):
             return self.original(x)
-        values = [layer.values for layer in layers]
+        if torch.compiler.is_compiling():
+            return self._fused(layers, x, activation)
+        with contextlib.ExitStack() as locks:
+            for layer in layers:
+                locks.enter_context(layer.lock)
+            return self._fused(layers, x, activation)
+
+    def _fused(self, layers: list[SparseLinear], x: Tensor, activation: str) -> Tensor:
+        structures = [tensor for layer in layers for tensor in layer.prepare().structures]
+        indices = [layer.indices for layer in layers]
+        values: list[Tensor] = [layer.values for layer in layers]
         biases = [layer.values.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values, biases = x.to(dtype), [v.to(dtype) for v in values], [b.to(dtype) for b in biases]
-        structures = [tensor for layer in layers for tensor in (layer.indices, *layer.derived_indices)]
         up, down = layers[:2]
-        y = sparse_mlp(x, values, biases, structures, up.out_features, down.out_features, activation)
+        trains = self.training or torch.is_grad_enabled()
+        y = sparse_mlp(
+            x, values, biases, indices, structures, up.out_features, down.out_features, activation, trains
+        )
         dropout = self._modules.get("dropout")
         return y if dropout is None else dropout(y)
 
     def _fuses(self, layers: list[Any], x: Tensor) -> bool:
         # A hook wants to see what goes through; for a token or two the single layers are faster.
-        if x.numel() <= 2 * x.shape[-1] or any(type(layer) is not SparseLinear for layer in layers):
+        if torch.jit.is_tracing() or x.numel() <= 2 * x.shape[-1]:
             return False
-        if any(map(hooked, (*layers, self._modules[self._activation], *self._original))):
+        if any(type(layer) is not SparseLinear for layer in layers) or any(map(hooked, (*layers, self._modules[self._activation], *self._original))):
             return False
         # The operator computes all gradients.
         if torch.is_grad_enabled() and not all(layer.values.requires_grad for layer in layers):

@@ -73,7 +73,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             layer.values = nn.Parameter(layer.values.detach().to(device))
             if device.type != "meta":
                 layer.indices = layer.indices.to(device)
-                layer.choose_kernel()
+                layer.prepare()
     if device.type != "meta":
         materialize(model, parameterization, config.seed, device)
     return model

@@ -37,7 +37,7 @@ def state_bytes(
             for value in optimizer.state.get(layer.values, {}).values()
             if isinstance(value, Tensor)
         ],
-        "indices": [tensor for layer in layers.values() for tensor in (layer.indices, *layer.derived_indices)],
+        "indices": [tensor for layer in layers.values() for tensor in layer.index_tensors],
         "teacher": list(_teacher_tensors(teacher or {})),
     }
     return {name: _nbytes(tensors, seen) for name, tensors in parts.items()}
@@ -80,7 +80,7 @@ def peak_bytes(device: torch.device) -> int:
 def _teacher_tensors(teacher: Mapping[str, TeacherLayer]) -> Iterable[Tensor]:
     for kept in teacher.values():
         if isinstance(kept.module, SparseLinear):
-            yield from (kept.module.values, kept.module.indices, *kept.module.derived_indices)
+            yield from (kept.module.values, *kept.module.index_tensors)
         elif isinstance(kept.module, nn.Module) and isinstance(kept.module.weight, Tensor):
             yield kept.module.weight
         if kept.active is not None:

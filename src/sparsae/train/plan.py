@@ -133,7 +133,7 @@ def _index_bytes(config: Config, layers: Mapping[str, SparseLinear]) -> int:
     total = 0
     for layer in layers.values():
         topology = layer.topology
-        total += topology.indices.nbytes
+        total += 2 * topology.indices.nbytes  # the copy that state dicts have, and the one that kernels read
         if choose_device(config.training.device).type == "cpu":
             layout = Layout(topology.shape, topology.unit, topology.indices)
             backend = choose_backend(config.sparsity.backend, layout, torch.float32)

@@ -97,11 +97,11 @@ class TopologySearch:
         topologies = {name: layer.topology for name, layer in self._layers.items()}
         if "gradient_at" in self.rule.needs:
             samples = self.rule.sample(topologies, self.state, generator(self._seed, "sample", step))
-            self._probes = {name: SampledGradients(self._layers[name].indices, u) for name, u in samples.items()}
+            self._probes = {name: SampledGradients(self._layers[name].key, u) for name, u in samples.items()}
         if "dense_gradient" in self.rule.needs:
             growth = self.rule.growth(topologies, self.state, step / self._steps)
             self._probes = {
-                name: LargestGradients(self._layers[name].indices, n, self.rule.accumulate, self._passes)
+                name: LargestGradients(self._layers[name].key, n, self.rule.accumulate, self._passes)
                 for name, n in growth.items()
                 if n
             }

@@ -87,8 +87,6 @@ class Sparsifier:
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
-        for layer in self._layers.values():
-            layer.choose_kernel()
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, layer in self._layers.items() if id(layer.values) not in optimized]
         if missing:

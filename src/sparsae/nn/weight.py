@@ -1,0 +1,124 @@
+"""The dense weight of a sparse layer, for code that expects an `nn.Linear`.
+
+Such code mostly asks for its dtype, device or shape, which are known; sometimes it computes with it, and then the dense
+weight is built, differentiable with respect to the values, and is gone with the expression. Nobody can write to what
+does not exist, so whoever tries is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+READ_ONLY = (
+    "the weight of a sparse layer is there to be read, since it holds active connections only: write to its `values` "
+    "(to freeze it, values.requires_grad_(False)), take a copy with weight.clone(), or use sparsae.densify"
+)
+
+
+class DenseView(Tensor):
+    """What `SparseLinear.weight` gives: it has the dense weight's shape, dtype and device, and no data until asked."""
+
+    _make: Callable[[], Tensor]
+    _values: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, make: Callable[[], Tensor], shape: tuple[int, int], values: Tensor, transposed: bool
+    ) -> DenseView:
+        """make: gives the (out, in) weight. values: what it is made from. transposed: show it as (in, out)."""
+        view: DenseView = Tensor._make_wrapper_subclass(
+            cls,
+            shape[::-1] if transposed else shape,
+            dtype=values.dtype,
+            device=values.device,
+            requires_grad=values.requires_grad,
+        )
+        view._make = (lambda: make().T) if transposed else make
+        view._values = values
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ANSWERED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if _writes(func, args, kwargs):
+            raise RuntimeError(READ_ONLY)
+        if func in _DETACHING and isinstance(args[0], DenseView):
+            return args[0]._detached()
+        return func(*tree_map(_built, args), **tree_map(_built, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], DenseView):
+            raise RuntimeError(READ_ONLY)
+        return func(*tree_map(_built, args), **tree_map(_built, kwargs or {}))
+
+    def _detached(self) -> DenseView:
+        make = self._make
+        return DenseView(lambda: make().detach(), (self.shape[0], self.shape[1]), self._values.detach(), False)
+
+
+# Known without the weight: functions of tensors, and what reading an attribute calls.
+_ANSWERED = {
+    Tensor.dim,
+    Tensor.element_size,
+    Tensor.get_device,
+    Tensor.is_complex,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.is_inference,
+    Tensor.is_signed,
+    Tensor.ndimension,
+    Tensor.nelement,
+    Tensor.numel,
+    Tensor.size,
+    Tensor.__hash__,
+    Tensor.__len__,
+    torch.is_complex,
+    torch.is_floating_point,
+    torch.is_inference,
+    torch.is_signed,
+    torch.numel,
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps"),
+            *("is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_xla", "itemsize", "layout", "retains_grad"),
+            *("nbytes", "ndim", "requires_grad", "shape"),
+        )
+        if hasattr(Tensor, name)
+    ),
+}
+_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _built(thing: Any) -> Any:
+    return thing._make() if isinstance(thing, DenseView) else thing
+
+
+def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function would write to a view: by torch's names, `__set__` of an attribute, `add_`, `__iadd__`."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    operator = name in ("__set__", "__setitem__", "__delete__") or (name.startswith("__i") and name in _IN_PLACE)
+    targets = [kwargs.get("out")]
+    if in_place or operator:
+        targets += [args[:1], kwargs.get("tensor"), kwargs.get("input"), kwargs.get("self")]
+    return any(isinstance(leaf, DenseView) for leaf in tree_leaves(targets))
+
+
+_IN_PLACE = {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+}
