@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -102,14 +102,10 @@ class Plan:
     @contextmanager
     def preview(self) -> Iterator[None]:
         """The model as it would be, with optimizer and teacher untouched; everything is as before afterwards."""
-        before = {name: (self.layers[name].topology, self.layers[name].values.data) for name in self.changes}
-        try:
+        with ExitStack() as tried:
             for name, change in self.changes.items():
-                self.layers[name].set_topology(change.after, change.values)
+                tried.enter_context(self.layers[name].trying(change.after, change.values))
             yield
-        finally:
-            for name, (topology, values) in before.items():
-                self.layers[name].set_topology(topology, values)
 
     def commit(
         self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None

@@ -101,12 +101,13 @@ def estimated_state_bytes(
     """Bytes of float32 model state of sparse layers before any update, by part.
 
     units, nnz: active units and weights; weights: all positions (what a "dense" teacher keeps). The optimizer is
-    AdamW with a step count a weight. A teacher over the student's own topology shares its indices.
+    AdamW with a step count a weight. Indices exist twice, for state dicts and for the kernels; a teacher over the
+    student's own topology shares both.
     """
     return {
         "values": 4 * nnz,
         "gradients": 4 * nnz,
         "optimizer": 12 * nnz,
-        "indices": index_bytes * units,
+        "indices": 2 * index_bytes * units,
         "teacher": {None: 0, "dense": 4 * weights}.get(teacher, 4 * nnz),
     }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsae.kernels.backend import Layout, Needs
+from sparsae.kernels.backend import Needs
 from sparsae.kernels.probe import note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS
 from sparsae.kernels.structures import key_and_layout, seen_with

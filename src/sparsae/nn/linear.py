@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 from torch.nn import functional
 
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear
-from sparsae.kernels.probe import new_key, note_forward
+from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import CHANGED, key_and_layout, same_indices, seen_with
 from sparsae.nn.weight import DenseView
@@ -102,7 +105,7 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight as `nn.Linear` (or `Conv1D`) has it, to read: see nn/weight.py. Writing raises."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or is_tracing():
             weight_OI = self._dense_weight()
             return weight_OI.T if self.conv1d else weight_OI
         return DenseView(self._dense_weight, (self.out_features, self.in_features), self.values, self.conv1d)
@@ -123,6 +126,26 @@ class SparseLinear(nn.Module):
         if values.is_inference():
             with torch.inference_mode(False):
                 values = values.clone()
+        indices = topology.view("copy", lambda t: [t.indices.clone()])[0]
+        prepared = self._structured(indices, topology)
+        with self.lock:
+            if self._prepared is not None:
+                # Autograd keeps the key with a graph, and refuses gradients of the old topology's values from now on.
+                self._prepared.structures[0].fill_(-1)
+            self._install(prepared, values)
+
+    @contextmanager
+    def trying(self, topology: Topology, values: Tensor) -> Iterator[None]:
+        """With another topology and other values inside; afterwards everything is as before, but for the gradient."""
+        before = self.prepare(), self.values.data
+        indices = topology.view("copy", lambda t: [t.indices.clone()])[0]
+        self._install(self._structured(indices, topology), values)
+        try:
+            yield
+        finally:
+            self._install(*before)
+
+    def _install(self, prepared: Prepared, values: Tensor) -> None:
         with self.lock:
             self.values.grad = None
             if values.shape != self.values.shape:
@@ -131,9 +154,7 @@ class SparseLinear(nn.Module):
                 other = torch.float64 if values.dtype != torch.float64 else torch.float32
                 self.values.data = values.new_empty(0, dtype=other)
             self.values.data = values
-            # Layers with the same topology share the copy that people see, as they share the one that the kernels read.
-            self.indices = topology.view("copy", lambda t: [t.indices.clone()])[0]
-            self._prepared = self._structured(self.indices, topology)
+            self.indices, self._prepared = prepared.source, prepared
 
     def prepare(self) -> Prepared:
         """What a forward pass multiplies with: chosen and made when the topology is set, and here for other indices.
@@ -152,7 +173,7 @@ class SparseLinear(nn.Module):
 
         Raises InputError where another topology was written into the indices, or values do not fit it.
         """
-        if torch.jit.is_tracing():
+        if is_tracing():
             # What is traced here runs elsewhere: by torch's own operators.
             return functional.linear(x, self._dense_weight(), self.bias)
         if torch.compiler.is_compiling():
@@ -210,7 +231,11 @@ class SparseLinear(nn.Module):
         rows, columns = prepared.topology.grid
         units = self.values.new_zeros(rows * columns, *self.values.shape[1:])
         units = units.index_put((prepared.topology.indices.long(),), self.values)
-        return units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3).reshape(self.out_features, self.in_features)
+        blocks = units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3)
+        weight_OI = blocks.reshape(self.out_features, self.in_features)
+        if weight_OI.requires_grad and not torch.compiler.is_compiling():
+            weight_OI.register_hook(lambda gradient_OI: _answer(prepared, gradient_OI))
+        return weight_OI
 
     def _known(self, indices: Tensor) -> Topology:
         """The topology of an index tensor that took the place of the layer's own."""
@@ -273,8 +298,15 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
+def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
+    """Give an open probe the gradient of a dense weight that somebody computed with, as dY^T X with X = 1."""
+    if (probe := open_probe(prepared.structures[0])) is not None:
+        identity_II = torch.eye(gradient_OI.shape[1], dtype=gradient_OI.dtype, device=gradient_OI.device)
+        probe.add(BACKENDS["reference"], prepared.layout, gradient_OI.T.contiguous(), identity_II)
+
+
 def _watched(x: Tensor) -> bool:
-    """Whether operators on x are more than arithmetic: seen by a mode or a transform, or on a tensor of another kind."""
+    """Whether operators on x are more than arithmetic: seen by a mode or transform, or on another kind of tensor."""
     return (
         type(x) is not Tensor
         or x.is_neg()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparsae.kernels import breakeven, native
@@ -76,17 +77,17 @@ class FusedMLP(nn.Module):
             x, values, biases = x.to(dtype), [v.to(dtype) for v in values], [b.to(dtype) for b in biases]
         up, down = layers[:2]
         trains = self.training or torch.is_grad_enabled()
-        y = sparse_mlp(
-            x, values, biases, indices, structures, up.out_features, down.out_features, activation, trains
-        )
+        y = sparse_mlp(x, values, biases, indices, structures, up.out_features, down.out_features, activation, trains)
         dropout = self._modules.get("dropout")
         return y if dropout is None else dropout(y)
 
     def _fuses(self, layers: list[Any], x: Tensor) -> bool:
         # A hook wants to see what goes through; for a token or two the single layers are faster.
-        if torch.jit.is_tracing() or x.numel() <= 2 * x.shape[-1]:
+        if is_tracing() or x.numel() <= 2 * x.shape[-1]:
             return False
-        if any(type(layer) is not SparseLinear for layer in layers) or any(map(hooked, (*layers, self._modules[self._activation], *self._original))):
+        if any(type(layer) is not SparseLinear for layer in layers):
+            return False
+        if any(map(hooked, (*layers, self._modules[self._activation], *self._original))):
             return False
         # The operator computes all gradients.
         if torch.is_grad_enabled() and not all(layer.values.requires_grad for layer in layers):

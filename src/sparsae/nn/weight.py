@@ -23,13 +23,11 @@ READ_ONLY = (
 class DenseView(Tensor):
     """What `SparseLinear.weight` gives: it has the dense weight's shape, dtype and device, and no data until asked."""
 
-    _make: Callable[[], Tensor]
-    _values: Tensor
+    _build: Callable[[], Tensor]
+    _made_of: Tensor
 
     @staticmethod
-    def __new__(
-        cls, make: Callable[[], Tensor], shape: tuple[int, int], values: Tensor, transposed: bool
-    ) -> DenseView:
+    def __new__(cls, make: Callable[[], Tensor], shape: tuple[int, int], values: Tensor, transposed: bool) -> DenseView:
         """make: gives the (out, in) weight. values: what it is made from. transposed: show it as (in, out)."""
         view: DenseView = Tensor._make_wrapper_subclass(
             cls,
@@ -38,8 +36,8 @@ class DenseView(Tensor):
             device=values.device,
             requires_grad=values.requires_grad,
         )
-        view._make = (lambda: make().T) if transposed else make
-        view._values = values
+        view._build = (lambda: make().T) if transposed else make
+        view._made_of = values
         return view
 
     @classmethod
@@ -57,7 +55,7 @@ class DenseView(Tensor):
         return func(*tree_map(_built, args), **tree_map(_built, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable and args and isinstance(args[0], DenseView):
@@ -65,8 +63,8 @@ class DenseView(Tensor):
         return func(*tree_map(_built, args), **tree_map(_built, kwargs or {}))
 
     def _detached(self) -> DenseView:
-        make = self._make
-        return DenseView(lambda: make().detach(), (self.shape[0], self.shape[1]), self._values.detach(), False)
+        make = self._build
+        return DenseView(lambda: make().detach(), (self.shape[0], self.shape[1]), self._made_of.detach(), False)
 
 
 # Known without the weight: functions of tensors, and what reading an attribute calls.
@@ -93,9 +91,20 @@ _ANSWERED = {
     *(
         getattr(Tensor, name).__get__
         for name in (
-            *("device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps"),
-            *("is_nested", "is_quantized", "is_sparse", "is_sparse_csr", "is_xla", "itemsize", "layout", "retains_grad"),
-            *("nbytes", "ndim", "requires_grad", "shape"),
+            *(
+                "device",
+                "dtype",
+                "grad_fn",
+                "is_cpu",
+                "is_cuda",
+                "is_leaf",
+                "is_meta",
+                "is_mkldnn",
+                "is_mps",
+                "is_nested",
+            ),
+            *("is_quantized", "is_sparse", "is_sparse_csr", "is_xla", "itemsize", "layout", "nbytes", "ndim"),
+            *("requires_grad", "retains_grad", "shape"),
         )
         if hasattr(Tensor, name)
     ),
@@ -104,7 +113,7 @@ _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[
 
 
 def _built(thing: Any) -> Any:
-    return thing._make() if isinstance(thing, DenseView) else thing
+    return thing._build() if isinstance(thing, DenseView) else thing
 
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -118,7 +127,5 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return any(isinstance(leaf, DenseView) for leaf in tree_leaves(targets))
 
 
-_IN_PLACE = {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-}
+_OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
+_IN_PLACE = {f"__i{name}__" for name in _OPERATORS.split()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
+from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
@@ -116,6 +117,9 @@ class TopologySearch:
             gradient = layer.values.grad
             if gradient is None:
                 gradient = torch.zeros_like(layer.values)
+            probe = self._probes.get(name)
+            if probe is not None and probe.gradient is None and bool(gradient.any()):
+                raise InputError(_unanswered(name, self._passes))
             self._norms[name] = float(gradient.norm())
             views[name] = LayerView(
                 layer.topology,
@@ -264,6 +268,16 @@ class TopologySearch:
     def _close_probes(self) -> None:
         for probe in self._probes.values():
             probe.close()
+
+
+def _unanswered(name: str, passes: int) -> str:
+    made = (
+        "" if passes == 1 else f"fewer than the {passes} backward passes of SparsifierConfig.accumulation were made, "
+    )
+    return (
+        f"layer {name} got a gradient of its values, but none at inactive connections, where the rule wants it: {made}"
+        "its topology was replaced since the last step, or compiled code reads its `weight` instead of calling it"
+    )
 
 
 @contextmanager
