@@ -173,8 +173,7 @@ class SparseLinear(nn.Module):
 
         Raises InputError where another topology was written into the indices, or values do not fit it.
         """
-        if is_tracing():
-            # What is traced here runs elsewhere: by torch's own operators.
+        if runs_elsewhere():
             return functional.linear(x, self._dense_weight(), self.bias)
         if torch.compiler.is_compiling():
             return self._multiply(x)
@@ -226,14 +225,15 @@ class SparseLinear(nn.Module):
     def _dense_weight(self) -> Tensor:
         """The (out, in) weight; differentiable with respect to the values. Raises InputError as `forward` does."""
         prepared, (b_out, b_in) = self.prepare(), self.unit
-        if not torch.compiler.is_compiling() and not same_indices(prepared.source, prepared.topology.indices):
+        traced = torch.compiler.is_compiling() or is_tracing()
+        if not traced and not same_indices(prepared.source, prepared.topology.indices):
             raise InputError(CHANGED)
         rows, columns = prepared.topology.grid
         units = self.values.new_zeros(rows * columns, *self.values.shape[1:])
         units = units.index_put((prepared.topology.indices.long(),), self.values)
         blocks = units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3)
         weight_OI = blocks.reshape(self.out_features, self.in_features)
-        if weight_OI.requires_grad and not torch.compiler.is_compiling():
+        if weight_OI.requires_grad and not traced:
             weight_OI.register_hook(lambda gradient_OI: _answer(prepared, gradient_OI))
         return weight_OI
 
@@ -296,6 +296,11 @@ class SparseLinear(nn.Module):
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The sparse layers of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def runs_elsewhere() -> bool:
+    """Whether a graph is made that shall do without this package: then torch's own operators go into it."""
+    return is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
 def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:

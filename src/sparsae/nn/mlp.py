@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit._trace import is_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparsae.kernels import breakeven, native
 from sparsae.kernels.cpu import is_native
 from sparsae.kernels.mlp import sparse_mlp
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.linear import SparseLinear, runs_elsewhere
 
 # Of transformers' MLP classes: the names of the layers up, down and gate, and of the activation.
 _LAYERS = {
@@ -83,7 +82,7 @@ class FusedMLP(nn.Module):
 
     def _fuses(self, layers: list[Any], x: Tensor) -> bool:
         # A hook wants to see what goes through; for a token or two the single layers are faster.
-        if is_tracing() or x.numel() <= 2 * x.shape[-1]:
+        if runs_elsewhere() or x.numel() <= 2 * x.shape[-1]:
             return False
         if any(type(layer) is not SparseLinear for layer in layers):
             return False
