@@ -72,7 +72,7 @@ def test_the_second_time_it_is_found(config, monkeypatch):
     stages = []
     first = prepare(config, lambda stage, done, total: stages.append((stage, done, total)))
     assert ("tokenize", 30, 30) in stages
-    assert stages[0][0] == "tokenizer"
+    assert list(dict.fromkeys(stage for stage, *_ in stages)) == ["read", "tokenizer", "tokenize"]
     monkeypatch.setattr(corpora, "_make", None)
     second = prepare(config)
     assert second.manifest == first.manifest
@@ -146,10 +146,28 @@ def test_a_validation_source_is_held_out_whole(config, tmp_path):
     assert corpus.manifest["splits"]["train"]["documents"] == 30
 
 
+def test_of_two_files_the_share_is_held_out_and_said(config, tmp_path):
+    for name, words in (("short", 3000), ("long", 9000)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{i % 97}" for i in range(words)))
+    corpus = prepare(config.model_copy(update={"source": str(tmp_path / "*.txt"), "validation_share": 0.05}))
+    held = corpus.validation_tokens / (corpus.validation_tokens + len(corpus.train))
+    assert 0.03 < held < 0.06
+    ends = documents_of(corpus.validation, corpus.tokenizer)
+    assert ["long" in end for end in ends] == [True, False]
+    expected = f"held out: {corpus.validation_tokens:,} tokens, {100 * held:.2g} % of all: the ends of 2 long documents"
+    assert corpus.held_out == expected
+
+
+def test_whole_documents_that_are_held_out_are_counted(config):
+    corpus = prepare(config)
+    count = corpus.manifest["splits"]["validation"]["documents"]
+    assert corpus.held_out.endswith(f"% of all: {count} whole documents")
+
+
 def test_many_shards_and_batches_give_the_same_tokens(config, monkeypatch):
     expected = prepare(config)
     shutil.rmtree(config.cache)
-    monkeypatch.setattr(corpora, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(corpora, "_GROUP", 500)
     monkeypatch.setattr(corpora.ShardWriter, "_next_file", small_shards(corpora.ShardWriter._next_file))
     corpus = prepare(config)
     assert len(corpus.manifest["splits"]["train"]["shards"]) > 3
@@ -222,5 +240,7 @@ def test_books_with_the_tokenizer_of_gpt2(tmp_path):
     corpus = prepare(config)
     assert corpus.vocab_size == 50257
     assert corpus.manifest["dtype"] == "<u2"
-    assert [corpus.manifest["splits"][name]["documents"] for name in ("train", "validation")] == [1, 1]
+    assert [corpus.manifest["splits"][name]["documents"] for name in ("train", "validation")] == [2, 2]
+    assert 0.01 < corpus.validation_tokens / (corpus.validation_tokens + len(corpus.train)) < 0.025
+    assert corpus.held_out.endswith("% of all: the ends of 2 long documents")
     assert 3 < corpus.validation_bytes / corpus.validation_tokens < 5

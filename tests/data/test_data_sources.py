@@ -3,12 +3,14 @@
 import gzip
 import json
 import lzma
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
+from sparsae.data import readers
 from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.errors import InputError
 
@@ -79,6 +81,74 @@ def test_parquet_is_read_by_column(tmp_path):
     assert "no field 'body' (there are: text, n)" in refusal(str(source), "body")
     assert "row 1: field 'n' is of type int" in refusal(str(source), "n")
     assert "not a readable parquet file" in refusal(write(source, source.read_bytes()[:-20]))
+
+
+def test_a_long_plain_file_is_read_in_sections(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "SECTION", 100)
+    text = "".join(f"größer {i}\n" for i in range(200)) + "x" * 350 + "\nend"
+    sections = list(documents(write(tmp_path / "a.txt", "\ufeff" + text)))
+    assert "".join(sections) == text
+    assert max(map(len, sections)) < 300
+    assert sections[0].endswith("\n")
+    wrong = text.encode() + b"\xff" + b"more" * 100
+    assert f"not UTF-8 (byte {len(text.encode())})" in refusal(write(tmp_path / "a.txt", wrong))
+    wrong = b"\xef\xbb\xbf" + b"a" * 98 + b"\xe3\x81"  # cut inside of a character
+    assert "not UTF-8 (byte 101)" in refusal(write(tmp_path / "a.txt", wrong))
+
+
+def zstandard_compress(content):
+    return pytest.importorskip("zstandard").compress(content)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard_compress)]
+)
+def test_a_line_that_is_too_long_is_named(tmp_path, monkeypatch, suffix, pack):
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 1000)
+    source = tmp_path / f"a.jsonl{suffix}"
+    fits = lines(["x" * 900])
+    assert list(documents(write(source, pack(fits)))) == ["x" * 900]
+    for content in (fits + lines(["x" * 1000]) + fits, fits + b"\0" * 5000):
+        message = refusal(write(source, pack(content)))
+        assert message == f"{source}:2: a line of more than 1,000 bytes; divide it into documents"
+
+
+def test_a_text_that_is_too_long_is_named(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 1000)
+    parquet.write_table(pyarrow.table({"text": ["short", "x" * 1001]}), tmp_path / "a.parquet")
+    assert "row 2: a text of more than 1,000 characters" in refusal(str(tmp_path / "a.parquet"))
+
+
+PEAK = """
+import resource, sys
+from sparsae.data import readers
+from sparsae.data.sources import documents
+from sparsae.errors import InputError
+try:
+    list(documents("{path}"))
+except InputError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_what_unpacks_to_gigabytes_takes_little_memory(tmp_path, suffix):
+    path, block = tmp_path / f"a.jsonl{suffix}", bytes(2**24)
+    if suffix == ".zst":
+        packed = zstandard_compress(bytes(2**29))
+    else:
+        compress = gzip.compress(block, 1) if suffix == ".gz" else lzma.compress(block, preset=0)
+        packed = compress * 32
+    path.write_bytes(packed)
+    found = subprocess.run([sys.executable, "-c", PEAK.format(path=path)], capture_output=True, text=True, check=True)
+    message, peak = found.stdout.splitlines()
+    assert message == f"{path}:1: a line of more than 67,108,864 bytes; divide it into documents"
+    assert int(peak) < 450  # of which the imports are about 250
 
 
 def test_directories_and_globs_are_sorted_and_take_what_is_readable(tmp_path):

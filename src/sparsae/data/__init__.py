@@ -3,7 +3,7 @@
 from sparsae.data.batches import Batches, evenly_spaced
 from sparsae.data.corpus import Corpus, Progress, prepare, tokenize_text
 from sparsae.data.sources import documents
-from sparsae.data.tokenizer import Tokenizer, load_or_train, load_tokenizer
+from sparsae.data.tokenizer import Tokenizer, load_tokenizer
 from sparsae.data.unigram import unigram_perplexity
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Tokenizer",
     "documents",
     "evenly_spaced",
-    "load_or_train",
     "load_tokenizer",
     "prepare",
     "tokenize_text",

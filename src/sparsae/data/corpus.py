@@ -31,15 +31,17 @@ import numpy.typing as npt
 from sparsae.config.schema import DataConfig
 from sparsae.data.shards import ShardedTokens, ShardWriter, digest, map_shards, token_dtype
 from sparsae.data.sources import documents, expected_documents, fingerprint
-from sparsae.data.splits import Split, split_documents
-from sparsae.data.tokenizer import TRAINING_BYTES, Tokenizer, load_or_train, load_tokenizer, pieces
+from sparsae.data.splits import Part, split_documents
+from sparsae.data.tokenizer import TRAINING_BYTES, Tokenizer, load_tokenizer, pieces, train_tokenizer
 from sparsae.errors import InputError
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with (stage, done, total): `tokenizer` counts bytes of text, `tokenize` documents; total may be unknown."""
+"""Called with (stage, done, total): `read` and `tokenizer` count bytes, `tokenize` documents; total may be None.
 
-FORMAT = 1
-_BATCH_BYTES = 4_000_000
+It is called about once a second while anything goes on, so that a display can show that it does."""
+
+FORMAT = 2
+_GROUP = 1_000_000  # characters that are encoded at a time
 _ABANDONED = 24 * 3600.0
 
 
@@ -66,6 +68,17 @@ class Corpus:
     @property
     def validation_tokens(self) -> int:
         return len(self.validation)
+
+    @property
+    def held_out(self) -> str:
+        """What was held out, for people: how many tokens, of what, and which share of all that is."""
+        train, validation = (self.manifest["splits"][name] for name in ("train", "validation"))
+        cut = self.manifest["cut_documents"]
+        whole = validation["documents"] - cut
+        parts = [f"{whole:,} whole document{'s' if whole > 1 else ''}"] if whole else []
+        parts += [f"the ends of {cut:,} long documents"] if cut else []
+        share = validation["tokens"] / (validation["tokens"] + train["tokens"])
+        return f"held out: {validation['tokens']:,} tokens, {100 * share:.2g} % of all: {' and '.join(parts)}"
 
     @property
     def validation_bytes(self) -> int:
@@ -139,17 +152,15 @@ def tokenize_text(
         )
     report = progress or _silent
     total = expected_documents(source, max_documents)
-    tokens, text_bytes, count = [], 0, 0
-    texts = (("validation", text) for text in documents(source, text_field, max_documents))
-    for batch in _batches(texts):
-        for _, ids, size in _encoded(batch, tokenizer):
-            tokens.append(ids)
-            text_bytes += size
-            count += 1
-        report("tokenize", count, total)
+    tokens: list[npt.NDArray[np.int64]] = []
+    text_bytes = 0
+    parts = (Part("validation", text) for text in documents(source, text_field, max_documents))
+    for part, ids in _encoded(parts, tokenizer, lambda: report("tokenize", len(tokens), total)):
+        tokens.append(ids)
+        text_bytes += len(part.text.encode())
     if not tokens:
         raise InputError(f"{source}: no text in it")
-    return np.concatenate(tokens), text_bytes, count
+    return np.concatenate(tokens), text_bytes, len(tokens)
 
 
 def _made_from(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
@@ -189,17 +200,19 @@ def _make(
 def _write_entry(
     directory: Path, config: DataConfig, given: Tokenizer | None, made_from: dict[str, Any], report: Progress
 ) -> None:
-    texts = _split_texts(config)
+    parts = _split_texts(config, report)
     tokenizer = given
     if tokenizer is None:
-        first, texts = _for_tokenizer(texts, config, report)
-        tokenizer = load_or_train("train", first, config.tokenizer_vocab)
+        first, parts = _for_tokenizer(parts, config, report)
+        size = min(TRAINING_BYTES, sum(len(text.encode()) for text in first))
+        report("tokenizer", size, None)
+        tokenizer = train_tokenizer(first, config.tokenizer_vocab, lambda: report("tokenizer", size, None))
     vocab_size, dtype = tokenizer.vocab_size, token_dtype(tokenizer.vocab_size)
     writers: dict[str, ShardWriter] = {
         name: ShardWriter(directory, name, dtype, vocab_size) for name in ("train", "validation")
     }
     try:
-        _write_tokens(texts, tokenizer, writers, config, report)
+        ends = _write_tokens(parts, tokenizer, writers, config, report)
     finally:
         for writer in writers.values():
             writer.close()
@@ -212,6 +225,7 @@ def _write_entry(
         "vocab_size": vocab_size,
         "dtype": dtype.str,
         "splits": {name: writer.summary() for name, writer in writers.items()},
+        "cut_documents": ends,
         "files": {
             path.relative_to(directory).as_posix(): digest(path)
             for path in sorted(directory.rglob("*"))
@@ -221,46 +235,49 @@ def _write_entry(
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _split_texts(config: DataConfig) -> Iterator[tuple[Split, str]]:
+def _split_texts(config: DataConfig, report: Progress) -> Iterator[Part]:
     texts = documents(config.source, config.text_field, config.max_documents)
     if config.validation_source is None:
-        return split_documents(texts, config.validation_share)
+        return split_documents(texts, config.validation_share, lambda size: report("read", size, None))
     held_out = documents(config.validation_source, config.text_field, config.max_documents)
-    training: Iterator[tuple[Split, str]] = (("train", text) for text in texts)
-    return chain(training, (("validation", text) for text in held_out))
+    return chain((Part("train", text) for text in texts), (Part("validation", text) for text in held_out))
 
 
-def _for_tokenizer(
-    texts: Iterator[tuple[Split, str]], config: DataConfig, report: Progress
-) -> tuple[list[str], Iterator[tuple[Split, str]]]:
+def _for_tokenizer(parts: Iterator[Part], config: DataConfig, report: Progress) -> tuple[list[str], Iterator[Part]]:
     """The first training texts, `TRAINING_BYTES` of them, and all texts again from the start."""
-    read: list[tuple[Split, str]] = []
+    read: list[Part] = []
     size = 0
-    for split, text in texts:
-        read.append((split, text))
-        size += len(text.encode()) if split == "train" else 0
+    for part in parts:
+        read.append(part)
+        size += len(part.text.encode()) if part.side == "train" else 0
+        report("read", size, None)
         if size >= TRAINING_BYTES:
             break
     if not size:
         raise InputError(f"{config.source}: no text to train on; give a source with text in it")
-    report("tokenizer", size, None)
-    return [text for split, text in read if split == "train"], chain(read, texts)
+    return [part.text for part in read if part.side == "train"], chain(read, parts)
 
 
 def _write_tokens(
-    texts: Iterator[tuple[Split, str]],
+    parts: Iterator[Part],
     tokenizer: Tokenizer,
     writers: dict[str, ShardWriter],
     config: DataConfig,
     report: Progress,
-) -> None:
-    total, done = _expected(config), 0
-    report("tokenize", 0, total)
-    for batch in _batches(texts):
-        for split, ids, size in _encoded(batch, tokenizer):
-            writers[split].write(ids, 1, size)
-        done += len(batch)
-        report("tokenize", done, total)
+) -> int:
+    """Encode and write every part; returns how many held-out parts are the end of a document that was cut."""
+    total, ends = _expected(config), 0
+
+    def tell() -> None:
+        # Of a document that was cut both sides have a part.
+        report("tokenize", sum(writer.documents for writer in writers.values()) - ends, total)
+
+    tell()
+    for part, ids in _encoded(parts, tokenizer, tell):
+        writers[part.side].write(ids, 1, len(part.text.encode()))
+        ends += part.side == "validation" and not part.whole
+    tell()
+    return ends
 
 
 def _expected(config: DataConfig) -> int | None:
@@ -273,27 +290,37 @@ def _expected(config: DataConfig) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Texts in groups of some megabytes: enough for all cores, little enough to hold."""
-    batch: list[tuple[str, str]] = []
+def _encoded(
+    parts: Iterable[Part], tokenizer: Tokenizer, tick: Callable[[], None]
+) -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
+    """(part, its ids with the end token), in order; `tick` is called between groups of some megabytes.
+
+    A group is enough for all cores, little enough to hold, and encoded before anybody waits for it: the library does
+    not look at signals meanwhile.
+    """
+    group: list[tuple[Part, bool, str]] = []  # (part, whether this is the end of it, piece)
+    known: list[npt.NDArray[np.int64]] = []
     size = 0
-    for split, text in texts:
-        batch.append((split, text))
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
+    def encode() -> Iterator[tuple[Part, npt.NDArray[np.int64]]]:
+        for (part, last, _), ids in zip(group, tokenizer.encode_batch([piece for *_, piece in group]), strict=True):
+            known.append(np.array(ids, np.int64))
+            if last:
+                yield part, np.concatenate((*known, [tokenizer.eos_id]))
+                known.clear()
+        group.clear()
+        tick()
 
-def _encoded(batch: list[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, npt.NDArray[np.int64], int]]:
-    """(split, ids with the end token, bytes of UTF-8) of each text of a batch."""
-    cut = [list(pieces(text)) for _, text in batch]
-    ids = iter(tokenizer.encode_batch([piece for text in cut for piece in text]))
-    for (split, text), parts in zip(batch, cut, strict=True):
-        encoded = chain(*(next(ids) for _ in parts), (tokenizer.eos_id,))
-        yield split, np.fromiter(encoded, np.int64), len(text.encode())
+    for part in parts:
+        cut = 0
+        for piece in pieces(part.text):
+            cut += len(piece)
+            group.append((part, cut == len(part.text), piece))
+            size += len(piece)
+            if size >= _GROUP:
+                yield from encode()
+                size = 0
+    yield from encode()
 
 
 def _check_counts(config: DataConfig, writers: dict[str, ShardWriter]) -> None:

@@ -1,10 +1,12 @@
-"""One reader for each form of text: whole files, JSON lines (compressed too), parquet, Hugging Face streams.
+"""One reader for each form of text: plain files, JSON lines (compressed too), parquet, Hugging Face streams.
 
-Each turns every way in which its input can be wrong into one InputError that names the file and the place.
+Each turns every way in which its input can be wrong into one InputError that names the file and the place, and none
+holds more than a document and a block of its file in memory, whatever the file unpacks to.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
@@ -16,22 +18,44 @@ from typing import Any
 
 from sparsae.errors import InputError
 
+LONGEST_DOCUMENT = 2**26
+"""Bytes of the longest line, characters of the longest text of a row; what is longer is no collection of documents."""
+
+SECTION = 2**24
+"""Characters after which a plain file goes on as another document."""
+
 _EXTRA = "pip install 'sparsae[data]'"
 _ROWS = 256
-_CHUNK = 2**18
+_PACKED = 2**10
 _OPEN: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
-def whole_file(path: Path) -> str:
-    """The text of a file in UTF-8, without a byte order mark."""
+def plain_text(path: Path) -> Iterator[str]:
+    """The text of a file in UTF-8, without a byte order mark; of a long one, one section after the other.
+
+    A section ends where a line does, if one does in it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    rest, read = "", 0
     try:
-        return decoded(path)
+        with path.open("rb") as file:
+            while block := file.read(SECTION):
+                read += len(block)
+                rest += decoder.decode(block)
+                if len(rest) >= SECTION:
+                    end = rest.rfind("\n") + 1 or len(rest)
+                    yield rest[:end]
+                    rest = rest[end:]
+            yield rest + decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
+        place = read - len(error.object) + error.start
+        raise InputError(f"{path}: not UTF-8 (byte {place}); convert the file to UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def decoded(path: Path) -> str:
-    """As `whole_file`, but raises UnicodeDecodeError where the file is not UTF-8."""
+    """The whole text of a short file; raises UnicodeDecodeError where it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -67,9 +91,9 @@ def parquet_rows(path: Path, text_field: str) -> Iterator[str]:
                 raise InputError(f"{path}: {_no_field(text_field, names)}")
             row = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    yield from _text_of({text_field: value}, text_field, f"{path}: row {row}")
+                    yield from _text_of({text_field: value.as_py()}, text_field, f"{path}: row {row}")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 in field {text_field!r}") from None
     except (OSError, pyarrow.ArrowException) as error:
@@ -99,16 +123,26 @@ def streamed_rows(name: str, configuration: str | None, split: str, text_field: 
 
 
 def _lines(path: Path) -> Iterator[bytes]:
+    number = 0
     try:
-        if path.suffix == ".zst":
-            yield from _lines_of(_zstandard_chunks(path))
+        lines = _lines_of(_zstandard_chunks(path)) if path.suffix == ".zst" else _lines_in(path)
+        for number, line in enumerate(lines, start=1):  # noqa: B007 - read below
+            if len(line) > LONGEST_DOCUMENT:
+                break
+            yield line
         else:
-            with _OPEN.get(path.suffix, open)(path, "rb") as file:
-                yield from file
+            return
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path}: damaged compressed file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    raise InputError(f"{path}:{number}: {_too_long('line', 'bytes')}")
+
+
+def _lines_in(path: Path) -> Iterator[bytes]:
+    """Lines with their ends; of one that is too long, only as much as shows it."""
+    with _OPEN.get(path.suffix, open)(path, "rb") as file:
+        yield from iter(lambda: file.readline(LONGEST_DOCUMENT + 2), b"")
 
 
 def _zstandard_chunks(path: Path) -> Iterator[bytes]:
@@ -122,7 +156,8 @@ def _zstandard_chunks(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: reading .zst needs zstandard: {_EXTRA}") from None
     frame = None
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        # What is given at once is unpacked at once, to 30,000 times its size at worst.
+        while chunk := file.read(_PACKED):
             while chunk:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 try:
@@ -136,13 +171,18 @@ def _zstandard_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their ends; of one that is too long, only as much as shows it."""
     rest: list[bytes] = []
+    held = 0
     for chunk in chunks:
         *ended, last = chunk.split(b"\n")
         for line in ended:
             yield b"".join((*rest, line))
-            rest = []
+            rest, held = [], 0
         rest.append(last)
+        held += len(last)
+        if held > LONGEST_DOCUMENT:
+            break
     yield b"".join(rest)
 
 
@@ -157,6 +197,8 @@ def _text_of(row: Any, text_field: str, where: str) -> Iterator[str]:
         return
     if not isinstance(text, str):
         raise InputError(f"{where}: field {text_field!r} is of type {type(text).__name__}, not a string")
+    if len(text) > LONGEST_DOCUMENT:
+        raise InputError(f"{where}: {_too_long('text', 'characters')}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -164,8 +206,12 @@ def _text_of(row: Any, text_field: str, where: str) -> Iterator[str]:
     yield text
 
 
+def _too_long(what: str, unit: str) -> str:
+    return f"a {what} of more than {LONGEST_DOCUMENT:,} {unit}; divide it into documents"
+
+
 def _no_field(text_field: str, names: list[str]) -> str:
-    present = ", ".join(map(str, names[:8])) or "none"
+    present = ", ".join(str(name)[:40] for name in names[:8]) or "none"
     return f"no field {text_field!r} (there are: {present}); name the field with data.text_field"
 
 

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-from sparsae.data.readers import decoded, json_lines, parquet_rows, streamed_rows, whole_file
+from sparsae.data.readers import decoded, json_lines, parquet_rows, plain_text, streamed_rows
 from sparsae.errors import InputError
 
 ONE_DOCUMENT = (".txt", ".md", ".py")
@@ -45,9 +45,9 @@ def documents(source: str, text_field: str = "text", max_documents: int | None =
 
     `source` is `stdlib`; a file, a directory or a glob of .txt, .py, .md (a file is a document), .jsonl[.xz|.gz|.zst]
     (a line is a document) and .parquet (a row is a document); or `hf:ORG/NAME[:CONFIG[:SPLIT]]`. A directory is read
-    with its subdirectories, hidden ones and files of other suffixes aside. `text_field` names the field or column
-    with the text of lines and rows; null there is no document. Raises InputError, at once for what does not exist and
-    when it is reached for what cannot be read.
+    with its subdirectories, hidden ones and files of other suffixes aside; a plain file of more than 16 MiB is several
+    documents, cut where lines end. `text_field` names the field or column with the text of lines and rows; null there
+    is no document. Raises InputError, at once for what does not exist and when it is reached for what cannot be read.
     """
     opened = open_source(source)
     return islice((text for text in _texts(opened, text_field) if text and not text.isspace()), max_documents)
@@ -123,7 +123,7 @@ def _texts(opened: Opened, text_field: str) -> Iterator[str]:
         elif opened.is_stdlib:
             yield from _decodable(path)
         else:
-            yield whole_file(path)
+            yield from plain_text(path)
 
 
 def _decodable(path: Path) -> Iterator[str]:

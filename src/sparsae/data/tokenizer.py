@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsae.data.bpe import train_bpe
 from sparsae.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +29,11 @@ END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 20_000_000
 """A tokenizer is trained on so many bytes of the first training documents; more text hardly moves the merges."""
 
-_PIECE = 500_000
+LARGEST_VOCABULARY = 2**22
+"""Four times the largest vocabulary that is known to us."""
+
+_LARGEST_FILE = 2**28  # bytes
+_PIECE = 100_000
 _BEFORE_A_WORD = re.compile(r"(?<=\S)(?= \S)")
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -62,11 +69,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without marks of begin or end."""
-        return self.raw.encode(text, add_special_tokens=False).ids
+        return list(chain.from_iterable(self.encode_batch(list(pieces(text)))))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
-        return [encoding.ids for encoding in self.raw.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """The ids of each text, on all cores; long ones are better given as `pieces`.
+
+        Raises InputError where a tokenizer from elsewhere fails on the text, as one without an unknown token does.
+        """
+        try:
+            encodings = self.raw.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # The library raises bare Exception.
+            raise InputError(f"the tokenizer cannot encode the text: {error}; use another tokenizer") from None
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -103,31 +117,17 @@ class Tokenizer:
         return found
 
 
-def load_or_train(name: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer that `DataConfig.tokenizer` names: `train` is trained on `texts`, anything else read from there."""
-    return train_tokenizer(texts, vocab_size) if name == "train" else load_tokenizer(name)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, waiting: Callable[[], None] = lambda: None) -> Tokenizer:
     """Byte-level BPE with at most `vocab_size` entries, trained on the first `TRAINING_BYTES` of `texts`.
 
-    A pure function of its arguments. Little text gives fewer entries than asked for. The entries are <|endoftext|>,
-    the 256 bytes, so that every text can be encoded, and the merges.
+    A pure function of texts and size. Little text gives fewer entries than asked for. The entries are <|endoftext|>,
+    the 256 bytes, so that every text can be encoded, and the merges. `waiting` is called now and then while the
+    training goes on.
     """
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    raw = tokenizers.Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    raw.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
-    return _ready(raw, END_OF_TEXT, END_OF_TEXT)
+    made = train_bpe(_first_bytes(texts, TRAINING_BYTES), vocab_size, END_OF_TEXT, waiting)
+    return _ready(tokenizers.Tokenizer.from_str(made), END_OF_TEXT, END_OF_TEXT)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -157,6 +157,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: no token marks the end of a document; name one as eos_token in tokenizer_config.json "
             f"(known by themselves: {', '.join(_KNOWN_ENDS)})"
         )
+    _check_ids(path, vocabulary)
     bos = _token(settings.get("bos_token"))
     return _ready(raw, eos, bos if bos in vocabulary else eos)
 
@@ -165,13 +166,17 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
     """Cut a long text where words begin, so that encoding it takes bounded memory and all cores.
 
     A cut lies between a character that is not a space and a single space before a word. Byte-level BPE ends a word
-    there in any case, so that the pieces encode to the same ids as the whole.
+    there in any case, so that the pieces encode to the same ids as the whole. Where `size` characters go by without
+    such a place, the cut is made anyway.
     """
     start = 0
-    while len(text) - start > size and (cut := _BEFORE_A_WORD.search(text, start + size)):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+    while len(text) - start > size:
+        found = _BEFORE_A_WORD.search(text, start + size, start + 2 * size)
+        end = found.start() if found else min(start + 2 * size, len(text))
+        yield text[start:end]
+        start = end
+    if start < len(text) or not text:
+        yield text[start:]
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
@@ -184,6 +189,15 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
                 return
             left -= len(encoded)
             yield piece
+
+
+def _check_ids(path: Path, vocabulary: Mapping[str, int]) -> None:
+    """Counts, embeddings and logits have a place for every id up to the largest, so that one entry can ask for all."""
+    token, largest = max(vocabulary.items(), key=itemgetter(1))
+    if largest >= LARGEST_VOCABULARY:
+        raise InputError(
+            f"{path}: the token {token[:40]!r} has the id {largest:,}; ids must be below {LARGEST_VOCABULARY:,}"
+        )
 
 
 def _ready(raw: tokenizers.Tokenizer, eos: str, bos: str) -> Tokenizer:
@@ -199,10 +213,9 @@ def _ready(raw: tokenizers.Tokenizer, eos: str, bos: str) -> Tokenizer:
 def _read_json_form(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
+    text = _read(path)
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises bare Exception for every fault in the file.
         raise InputError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from None
 
@@ -225,8 +238,8 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: a {type(settings).__name__}, not a JSON object")
@@ -234,5 +247,21 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _token(entry: Any) -> str | None:
-    """A token as tokenizer_config.json spells it: a string, or an object with `content`."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    """A token as tokenizer_config.json spells it: a string, or an object with `content`; None for anything else."""
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    return token if isinstance(token, str) else None
+
+
+def _read(path: Path) -> str:
+    """The text of a file of a tokenizer. Raises InputError where it cannot be read, is no UTF-8 or far too long."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(content) > _LARGEST_FILE:
+        raise InputError(f"{path}: too long for a tokenizer; it may have {_LARGEST_FILE:,} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); it is no file of a tokenizer") from None

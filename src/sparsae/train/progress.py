@@ -11,7 +11,12 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-_STAGES = {"tokenizer": "training the tokenizer", "tokenize": "tokenizing"}
+_STAGES = {  # name of a stage -> (what it does, what it counts)
+    "read": ("reading", "bytes"),
+    "tokenizer": ("training the tokenizer", "bytes"),
+    "tokenize": ("tokenizing", "documents"),
+}
+_SILENCE = 10.0  # seconds after which a line without a terminal says that a stage goes on
 
 
 class Display:
@@ -25,6 +30,7 @@ class Display:
         self._view: Live | None = None
         self._stage: str | None = None
         self._started = (time.monotonic(), 0)
+        self._told = time.monotonic()
         self._latest = {"validation": "", "updates": ""}
 
     def say(self, text: str) -> None:
@@ -33,15 +39,20 @@ class Display:
 
     def stage(self, name: str, done: int, total: int | None) -> None:
         """Progress of a preparation stage."""
-        title = _STAGES.get(name, name)
-        if not self._live:
-            if name != self._stage:
-                self.say(f"{title} ...")
-        elif name != self._stage or self._bar is None:
+        title, counted = _STAGES[name]
+        now = time.monotonic()
+        if name != self._stage:
             self.close()
-            self._open(title, total)
+            self._stage, self._started, self._told = name, (now, done), now
+            if self._live:
+                self._open(title, total)
+            else:
+                self.say(f"{title} ...")
+        elif not self._live and now - self._told >= _SILENCE:
+            self._told = now
+            of = f" of {total:,}" if total else ""
+            self.say(f"{title} ... {done:,}{of} {counted}, {now - self._started[0]:.0f} s")
         self._advance(done, total)
-        self._stage = name
 
     def begin(self, step: int, steps: int) -> None:
         """Training starts, or goes on, at `step`."""
@@ -82,7 +93,7 @@ class Display:
         """Leave the terminal as it was."""
         if self._view is not None:
             self._view.stop()
-        self._view = self._bar = None
+        self._view = self._bar = self._stage = None
 
     def _open(self, title: str, total: int | None) -> None:
         self._bar = Progress(

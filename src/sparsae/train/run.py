@@ -108,6 +108,7 @@ def _prepare(config: Config, display: Display) -> _Parts:
     check(config)
     corpus = prepare(config.data, display.stage)
     display.close()
+    display.say(corpus.held_out)
     context = config.model.context
     reported, micro = split_held_out(corpus.validation, context)
     batches = Batches(corpus.train, context, config.training.batch_size, config.seed)
