@@ -63,7 +63,7 @@ class DataConfig(Section):
     validation_source: Text | None = Field(default=None, description="validation text; null: a share of source")
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.02,
-        description="share of the text held out when validation_source is null: whole documents, or the ends of long ones",
+        description="share of the text held out when validation_source is null: whole documents, the ends of long ones",
     )
     text_field: Text = Field(default="text", description="field of a JSON, parquet or hf row that holds the text")
     max_documents: Count | None = Field(default=None, description="read only so many documents; null: all")
