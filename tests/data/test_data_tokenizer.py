@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +110,47 @@ def test_bad_tokenizers_are_named(trained, tmp_path):
     (gpt2 / "merges.txt").write_text("#version: 0.2\nb c\n")
     with pytest.raises(InputError, match=r"are not GPT-2's"):
         load_tokenizer(gpt2)
+
+
+@pytest.mark.parametrize("largest", [2**22, 2**32 - 1, 2**32, -1])
+def test_one_entry_cannot_ask_for_a_place_for_billions(trained, tmp_path, largest):
+    trained.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"]["far"] = largest
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError) as refusal:
+        load_tokenizer(tmp_path)
+    assert str(refusal.value).startswith(f"{tmp_path}")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000, b"\0" * 2000])
+def test_files_of_another_kind_are_named(trained, tmp_path, monkeypatch, name, content):
+    trained.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: not"):
+        load_tokenizer(tmp_path)
+    monkeypatch.setattr("sparsae.data.tokenizer._LARGEST_FILE", 1000)
+    if len(content) > 1000:
+        with pytest.raises(InputError, match=r"too long for a tokenizer; it may have 1,000 bytes"):
+            load_tokenizer(tmp_path / "tokenizer.json" if name == "tokenizer.json" else tmp_path)
+
+
+def test_marks_that_are_no_text_are_passed_over(trained, tmp_path):
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": [1], "bos_token": {"content": 3}}))
+    assert load_tokenizer(tmp_path).eos_token == END_OF_TEXT
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_one_line(tmp_path):
+    from tokenizers import models
+
+    raw = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "known": 1}, unk_token="<absent>"))
+    raw.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="the tokenizer cannot encode the text"):
+        load_tokenizer(tmp_path).encode("unknown")
 
 
 @pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's vocabulary is not on this machine")
