@@ -1,5 +1,7 @@
 """Bad input: one line on standard error that names what to mend, exit code 2, nothing written."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,17 @@ CASES: dict[str, list[str]] = {
     "info twice.yaml": ["twice.yaml", "not a directory"],
     "info damaged": ["summary.json", "damaged"],
     "info run --json none/x": ["--json", "none"],
+    "generate run --prompt caf\udce9": ["'caf\\udce9'", "UTF-8"],
+    "train --out r\udcff": ["'r\\udcff'", "UTF-8"],
+    "evaluate run --data \ud800": ["UTF-8"],
+    "train --set data.source=b\udce9": ["UTF-8"],
+    'train --set data.source="\\ud800"': ["data.source", "\\ud800"],
+    "compare --set training.steps --out x": ["--set", "section.key=value"],
+    "transfer --set training.step=3 --out x": ["training.step", "training.steps"],
+    "check coordinates --set training.beta1=2": ["training.beta1", "below 1"],
+    "compare --methods static --ray auto --out x": ["--ray", "sparsae[ray]"],
+    "ablate --ray auto --out x": ["--ray", "sparsae[ray]"],
+    "transfer --ray auto --out x": ["--ray", "sparsae[ray]"],
 }
 
 
@@ -84,6 +97,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "list.yaml").write_text("- seed\n")
     (tmp_path / "unknown.yaml").write_text("training: {learning_rat: 1.0}\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)  # whether it is installed or not
     return tmp_path
 
 
@@ -118,3 +132,18 @@ def test_a_json_file_without_permission_is_refused_before_any_work(
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root, who runs many tests, may write anywhere
     assert main(["train", "--json", "out.json"]) == 2
     assert "no permission" in capsys.readouterr().err
+
+
+def test_a_directory_whose_name_is_not_utf_8_is_refused_before_any_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = os.fsencode(place) + b"/caf\xe9"
+    os.mkdir(other)
+    monkeypatch.chdir(os.fsdecode(other))
+    Path("a.txt").write_text("text")
+    monkeypatch.setattr("sparsae.train.run.prepare", None)
+    assert main(["train", "--set", "data.source=a.txt", "--out", "r"]) == 2
+    err = capsys.readouterr().err
+    assert "data.source" in err
+    assert r"caf\udce9" in err
+    assert os.listdir() == ["a.txt"]

@@ -1,5 +1,6 @@
 """What each command calls, prints and writes; the modules that need torch are replaced by recorders."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import yaml
 
 import sparsae
 from sparsae.cli import main
+from sparsae.cli.experiments import read
 from sparsae.config import Config
 from sparsae.config.load import dump, resolve
+from sparsae.experiments.plan import Plan
 from sparsae.train.rundir import RunDirectory
 
 SUMMARY = {
@@ -172,7 +175,7 @@ class TestOtherCommands:
         assert main(["info", str(run.path)]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["nnz", "12,345"] in lines
-        assert ["seconds_by_part.train", "1.5"] in lines
+        assert ["seconds_by_part.train", "1.5", "s"] in lines
         assert ["finished", "yes"] in lines
         assert main(["info", str(run.path), "--json", "-"]) == 0
         assert json.loads(capsys.readouterr().out)["preset"] == "tiny"
@@ -191,6 +194,33 @@ class TestOtherCommands:
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
         assert main(["train", "--dry-run"]) == 0
         assert "│" in capsys.readouterr().out
+
+
+class TestWhatPeopleRead:
+    """Numbers and names in the form that somebody can take in."""
+
+    def test_a_long_time_is_told_in_years(
+        self, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        calls.replace(monkeypatch, "sparsae.train.plan", plan={**PLAN, "expected_seconds": 8.17424e7})
+        assert main(["train", "--dry-run"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["expected_seconds", "2", "years", "216", "days"] in lines
+
+    def test_a_text_that_the_terminal_cannot_show_is_escaped(
+        self, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="größer 三")
+        shown = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="latin-1"))
+        assert main(["generate", "r", "--prompt", "gr"]) == 0
+        sys.stdout.flush()
+        assert shown.getvalue().endswith(b"gr\xf6\xdfer \\u4e09\n")
+
+    def test_set_is_the_same_in_experiments(self) -> None:
+        by_option = read(None, ["training.steps=3"], {"methods": ["static"]}, Plan)
+        assert by_option == read(["training.steps=3"], None, {"methods": ["static"]}, Plan)
+        assert by_option != read(None, None, {"methods": ["static"]}, Plan)
 
 
 class TestEndings:

@@ -436,3 +436,15 @@ def test_what_a_browser_shows(make_run: Callable[..., Path], tmp_path: Path, wid
     # Every stretch of the page has something on it, and nothing runs over its right edge.
     assert painted.reshape(12, -1).any(axis=1).all()
     assert not painted[:, -8:].any()
+
+
+def test_a_dense_run_is_not_called_dense_twice(make_run: Callable[..., Path]) -> None:
+    rows = [row for row in metric_rows() if row["kind"] != "topology"]
+    text, _ = report(make_run(rows, method="dense"))
+    assert "<h1>demo · dense</h1>" in text
+
+
+def test_updates_are_not_called_accepted_where_each_is(make_run: Callable[..., Path]) -> None:
+    rows = [row | {"accepted": row["step"] > 0} if row["kind"] == "topology" else row for row in metric_rows()]
+    _, page = report(make_run(rows, method="sparsae"))
+    assert "Topologyupdates17each" in "".join(page.text[""].split())

@@ -37,6 +37,9 @@ NAN = math.nan
         (duration(138.3), "2 min 18 s"),
         (duration(3_725), "1 h 2 min"),
         (duration(59.99), "60 s"),
+        (duration(3e5), "3 days 11 h"),
+        (duration(8.17424e7), "2 years 216 days"),
+        (decimal(1.234e283), "1.23e283"),
     ],
 )
 def test_numbers_in_words(written: str, expected: str) -> None:

@@ -15,3 +15,11 @@ class DivergedError(InputError):
     def __init__(self, message: str, step: int, train_flops: int) -> None:
         super().__init__(message)
         self.step, self.train_flops = step, train_flops
+
+
+def require_utf8(where: str, text: str) -> None:
+    """InputError for a text or a path in another encoding, which settings, tokenizers and reports could not hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: {text!a} is not UTF-8; give text and names of files in UTF-8") from None

@@ -7,6 +7,7 @@ InputError becomes one line on standard error and exit code 2, and so does a wro
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import sys
@@ -30,7 +31,7 @@ from sparsae.cli.output import (
     show_values,
 )
 from sparsae.config.load import annotated, methods, presets, resolve
-from sparsae.errors import InputError
+from sparsae.errors import InputError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.train.rundir import describe, refuse_occupied, refuse_unwritable
 
@@ -229,8 +230,14 @@ for _command in (experiments.compare, experiments.ablate, experiments.sensitivit
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command (of `sys.argv`, unless given); the exit code is 0, 2 after a wrong input, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A text that the terminal's encoding lacks is shown in escapes; standard error does so by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=list(arguments) if arguments is not None else None, prog_name="sparsae", standalone_mode=False)
+        for argument in given:
+            require_utf8("the command line", argument)
+        code = app(args=given, prog_name="sparsae", standalone_mode=False)
     except InputError as error:
         message = str(error)
     except _UsageError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Preset, grid_options, read
+from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Preset, Settings, grid_options, read
 from sparsae.cli.output import output, show_table
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.train.rundir import refuse_occupied, refuse_unwritable
@@ -26,6 +26,7 @@ def _root(context: typer.Context) -> None:
 def coordinates(
     given: Given = None,
     *,
+    settings: Settings = None,
     parameterizations: Parameterizations = None,
     widths: Annotated[
         str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 128,256,512,1024)")
@@ -60,7 +61,7 @@ def coordinates(
     options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
     own = {"steps": steps, "layers": layers, "learning_rate": learning_rate, "least_fan_in": least_fan_in}
     options |= {key: value for key, value in own.items() if value is not None}
-    plan = read(given, options, CoordinatesPlan)
+    plan = read(given, settings, options, CoordinatesPlan)
     if out is not None:
         refuse_occupied(out)
     with output(json_file, "rows") as result:

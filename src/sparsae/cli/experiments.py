@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,10 @@ from sparsae.train.rundir import refuse_unwritable
 Given = Annotated[
     list[str] | None,
     typer.Argument(metavar="[PLAN.yaml] [section.key=value ...]", help="A plan, and settings of every run."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of every run; may be repeated."),
 ]
 Preset = Annotated[str | None, typer.Option(help=f"Model and run: {', '.join(presets())}.  (default: demo)")]
 Seeds = Annotated[
@@ -59,6 +64,7 @@ def compare(
     given: Given = None,
     *,
     out: Out,
+    settings: Settings = None,
     preset: Preset = None,
     compared: Annotated[
         str | None, typer.Option("--methods", metavar="LIST", help=f"Of: {', '.join(methods())}.")
@@ -78,13 +84,14 @@ def compare(
     options = _options(preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share)
     if compared is not None:
         options["methods"] = _names(compared)
-    _run(read(given, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
 
 
 def ablate(
     given: Given = None,
     *,
     out: Out,
+    settings: Settings = None,
     names: Annotated[
         str | None, typer.Option("--variants", metavar="LIST", help=f"Of: {', '.join(ABLATIONS)}.  (default: all)")
     ] = None,
@@ -106,13 +113,14 @@ def ablate(
             raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share)
     options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
-    _run(read(given, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
 
 
 def sensitivity(
     given: Given = None,
     *,
     out: Out,
+    settings: Settings = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="A method that scores candidates.")] = WRITTEN,
     sequences: Annotated[str, typer.Option(metavar="LIST", help="Sizes of the micro-batch.")] = "1,4,16",
     modes: Annotated[str, typer.Option(metavar="LIST", help="How it is drawn.")] = ",".join(MODES),
@@ -139,13 +147,14 @@ def sensitivity(
     options |= {"kind": "sensitivity", "methods": [], "variants": variants}
     if "resampled-4" in variants:  # the default of both methods that score candidates
         options["reference"] = "resampled-4"
-    _run(read(given, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
 
 
 def transfer(
     given: Given = None,
     *,
     out: Out,
+    settings: Settings = None,
     parameterizations: Parameterizations = None,
     widths: Annotated[str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 256)")] = None,
     sparsities: Annotated[
@@ -181,7 +190,7 @@ def transfer(
     for key, text in swept.items():
         if text is not None:
             options[key] = _numbers(f"--{key.replace('_', '-')}", text, float)
-    _run(read(given, options, TransferPlan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, TransferPlan), out, jobs, ray, json_file)
 
 
 def grid_options(
@@ -206,9 +215,9 @@ def grid_options(
     return {key: value for key, value in options.items() if value is not None}
 
 
-def read(given: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
-    """The plan that arguments and options say. Raises InputError for whatever is wrong with it."""
-    overrides = [entry for entry in given or [] if "=" in entry]
+def read(given: list[str] | None, settings: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
+    """The plan that arguments, --set and options say. Raises InputError for whatever is wrong with it."""
+    overrides = [entry for entry in given or [] if "=" in entry] + (settings or [])
     files = [entry for entry in given or [] if "=" not in entry]
     if len(files) > 1:
         raise InputError(
@@ -267,6 +276,8 @@ def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_
     refuse_unwritable("--json", json_file)
     if ray is not None and jobs != 1:
         raise InputError("--jobs is for one machine and --ray for a cluster: give one of them")
+    if ray is not None and importlib.util.find_spec("ray") is None:
+        raise InputError("--ray needs the extra: pip install 'sparsae[ray]'")
     quiet = json_file == "-"
     with output(json_file) as result:
         from sparsae.experiments.compare import Experiment

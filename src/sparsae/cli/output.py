@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsae.report.readable import duration
 from sparsae.train.rundir import to_json, write_atomically
 
 JsonFile = Annotated[
@@ -36,7 +37,8 @@ def show_values(title: str, values: Mapping[str, Any]) -> None:
     rows: list[tuple[str, ...]] = []
     for key, value in values.items():
         for name, part in value.items() if isinstance(value, Mapping) else [("", value)]:
-            rows.append((f"{key}.{name}" if name else key, readable(part)))
+            is_time = key.endswith(("seconds", "seconds_by_part")) and isinstance(part, int | float)
+            rows.append((f"{key}.{name}" if name else key, duration(part) if is_time else readable(part)))
     show_table(title, ("", ""), rows)
 
 
@@ -50,7 +52,9 @@ def readable(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e6 <= abs(value) < 1e12 else f"{value:.6g}"
+    return str(value)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], names: int = 1) -> None:

@@ -272,6 +272,11 @@ RuleConfig = Annotated[
 ]
 
 
+def is_elitist(config: RuleConfig) -> bool:
+    """Whether an update may leave the topology as it is, because none of its candidates beats it."""
+    return config.rule == "evolution" and config.selection == "elitist"
+
+
 def _require_order(start: float, stop: float) -> None:
     if start >= stop:
         raise ValueError(f"start {start:g} must come before stop {stop:g}")

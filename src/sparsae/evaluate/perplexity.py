@@ -17,6 +17,7 @@ from sparsae.errors import InputError
 from sparsae.evaluate.loading import LoadedRun, load_run
 from sparsae.losses import language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
+from sparsae.train.loop import perplexity
 from sparsae.train.micro_batch import split_held_out
 
 
@@ -45,7 +46,7 @@ def evaluate_run(
     return {
         "step": loaded.step,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "bits_per_byte": nats / math.log(2.0) / (text_bytes * count / len(tokens)),
         "tokens": count,
         "bytes": text_bytes,

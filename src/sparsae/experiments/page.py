@@ -172,17 +172,18 @@ def _topology(results: Results, runs: Mapping[tuple[str, float], RunData]) -> st
         panels += [draw.telemetry(mine, look, sparsity, kind) for kind in ("turnover", "distance", "itop")]
         panels.append(draw.layer_densities(mine, look, sparsity))
     entries = [entry for entry in results["summary"] if entry["updates"]]
-    accepted = [
-        [f"{e['method']} · {percent(e['sparsity'])}", *(f"{e[key]:.4g}" for key in ("updates", "accepted_updates")),
-         percent(e["accepted_updates"] / e["updates"])]
-        for e in entries
-    ]  # fmt: skip
+    accepted = [[f"{e['method']} · {percent(e['sparsity'])}", f"{e['updates']:.4g}", _accepted(e)] for e in entries]
     if not accepted and not any(panels):
         return ""
     lead = "How the topologies moved, from the runs of the first seed; the table has the means over all seeds."
-    columns = ["method", "updates", "accepted", "share"]
+    columns = ["method", "updates", "accepted"]
     table = markup.table("Topology updates a run", columns, accepted) if accepted else ""
     return markup.section("topology", "Topology", lead, markup.figures(panels), table)
+
+
+def _accepted(entry: Mapping[str, Any]) -> str:
+    accepted, updates = entry["accepted_updates"], entry["updates"]
+    return "each" if accepted == updates else f"{accepted:.4g} ({percent(accepted / updates)})"
 
 
 def _cost(results: Results) -> str:

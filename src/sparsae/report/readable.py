@@ -32,9 +32,11 @@ def tick(value: float) -> str:
 
 
 def decimal(value: float, digits: int = 4) -> str:
-    """So many significant digits, thousands set apart: 4238.13 -> "4,238"."""
+    """So many significant digits, thousands set apart: 4238.13 -> "4,238", 1.2e200 -> "1.2e200"."""
     if not math.isfinite(value):
         return UNKNOWN
+    if abs(value) >= 1e9:
+        return _signed(value)
     places = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
     return f"{value:,.{min(places, 10)}f}".replace("-", "−")
 
@@ -58,7 +60,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {rest} min"
+    days, rest = divmod(hours, 24)
+    return f"{days} days {rest} h" if days < 730 else f"{days // 365} years {days % 365} days"
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from statistics import median
 
 from sparsae import __version__
 from sparsae.config.load import annotated
+from sparsae.config.topology import is_elitist
 from sparsae.report import figures as draw
 from sparsae.report import maps, markup
 from sparsae.report.data import Layer, RunData, Topology, number
@@ -18,9 +19,10 @@ from sparsae.report.svg import Key
 
 
 def title(run: RunData) -> str:
-    """Preset, method and sparsity."""
-    sparsity = run.config.sparsity.sparsity
-    return f"{run.config.preset} · {run.config.method} · {f'{percent(sparsity)} sparse' if sparsity else 'dense'}"
+    """Preset, method and, where the method's name does not say it, sparsity."""
+    config, sparsity = run.config, run.config.sparsity.sparsity
+    kind = f"{percent(sparsity)} sparse" if sparsity else "dense"
+    return " · ".join((config.preset, config.method, *([] if config.method.startswith(kind) else [kind])))
 
 
 def body(run: RunData) -> str:
@@ -73,7 +75,6 @@ def _headline(run: RunData) -> list[Tile]:
     teacher = validated.teacher_loss if validated else math.nan
     nnz = trained.nnz if trained else sum(layer.nnz for layer in _last_layers(run).values()) or math.nan
     target, flops = number(totals, "nnz_target"), trained.train_flops if trained else math.nan
-    updates, accepted = len(run.updates), sum(update.accepted for update in run.updates)
     return [
         Tile(
             "Validation perplexity",
@@ -95,12 +96,17 @@ def _headline(run: RunData) -> list[Tile]:
             ),
             [f"{compact(trained.tokens)} tokens" if trained else ""],
         ),
-        Tile(
-            "Updates accepted",
-            f"{accepted} of {updates}" if updates else "none",
-            ["of the topology" if updates else "the topology stays as drawn"],
-        ),
+        _updates_tile(run),
     ]
+
+
+def _updates_tile(run: RunData) -> Tile:
+    updates, accepted = len(run.updates), sum(update.accepted for update in run.updates)
+    if not updates:
+        return Tile("Topology updates", "none", ["the topology stays as drawn"])
+    if accepted == updates and not is_elitist(run.config.topology):
+        return Tile("Topology updates", count(updates), ["each took a new topology, as its rule always does"])
+    return Tile("Updates accepted", f"{accepted} of {updates}", ["of the topology"])
 
 
 def _ratio_tile(label: str, value: float, dense: float, written: Callable[[float], str]) -> Tile:

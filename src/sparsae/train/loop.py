@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.schema import Config
+from sparsae.config.topology import is_elitist
 from sparsae.core.accounting import FlopCounter
 from sparsae.core.randomness import derive_seed
 from sparsae.core.schedules import cosine_with_warmup
@@ -219,7 +220,7 @@ class Trainer:
         self.costs.count_study(self.flops, update.cost, self.validation[:, 1:].numel())
         self.costs.nnz = self.sparsifier.nnz
         self._record(update.row)
-        self.display.topology(self.updates, self.accepted)
+        self.display.topology(self.updates, self.accepted if is_elitist(self.config.topology) else None)
 
     def _loss(self, batch: Tensor, alpha: float, head_gradient: bool = True) -> LossParts:
         """batch: (B, context + 1) tokens."""
@@ -294,9 +295,10 @@ class Trainer:
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
+            clip = "set training.clip" if self.settings.clip is None else f"training.clip (now {self.settings.clip:g})"
             raise DivergedError(
                 f"training diverged: the loss is {loss} at step {self.step}; lower training.learning_rate "
-                f"(now {self.settings.learning_rate:g}) or set training.clip",
+                f"(now {self.settings.learning_rate:g}) or {clip}",
                 self.step,
                 self.flops.total,
             )

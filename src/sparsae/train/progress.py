@@ -81,13 +81,14 @@ class Display:
 
     def validation(self, row: Mapping[str, Any]) -> None:
         """A validation row of the metrics."""
-        self._latest["validation"] = f"validation ppl {row['perplexity']:.1f}"
+        perplexity = readable_perplexity(row["perplexity"])
+        self._latest["validation"] = f"validation ppl {perplexity}"
         teacher = "" if row["teacher_loss"] is None else f", teacher's loss {row['teacher_loss']:.4f}"
-        self.say(f"step {row['step']} · validation loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{teacher}")
+        self.say(f"step {row['step']} · validation loss {row['loss']:.4f}, perplexity {perplexity}{teacher}")
 
-    def topology(self, updates: int, accepted: int) -> None:
-        """Updates of the topology so far."""
-        self._latest["updates"] = f"updates {accepted}/{updates}"
+    def topology(self, updates: int, accepted: int | None) -> None:
+        """Updates of the topology so far, and how many were accepted; None under a rule that takes each."""
+        self._latest["updates"] = f"updates {updates}" if accepted is None else f"updates {accepted}/{updates}"
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -120,3 +121,8 @@ class Display:
         done = max(1, step - first)
         seconds = round((time.monotonic() - began) / done * (steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def readable_perplexity(value: float) -> str:
+    """With two decimals, and as a power of ten where it would have more digits than anybody reads."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"

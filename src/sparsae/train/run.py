@@ -17,7 +17,7 @@ from sparsae.config.load import dump
 from sparsae.config.schema import Config
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
 from sparsae.data import Batches, Corpus, evenly_spaced, prepare, unigram_perplexity
-from sparsae.errors import InputError
+from sparsae.errors import InputError, require_utf8
 from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW
 from sparsae.rules import build_rule
@@ -35,7 +35,7 @@ from sparsae.train.checkpoint import (
 from sparsae.train.loop import StopRequest, Trainer, perplexity
 from sparsae.train.memory import forget_peak, keep_freed_memory, peak_bytes
 from sparsae.train.micro_batch import split_held_out
-from sparsae.train.progress import Display
+from sparsae.train.progress import Display, readable_perplexity
 from sparsae.train.rundir import MetricsWriter, RunDirectory, read_json, refuse_occupied
 from sparsae.train.trackers import Trackers, check_installed
 
@@ -209,6 +209,8 @@ def with_absolute_paths(config: Config) -> Config:
         for key, path in paths.items()
         if path is not None and path not in keep and not path.startswith("hf:")
     }
+    for key, path in absolute.items():
+        require_utf8(f"data.{key}", path)
     return config.model_copy(update={"data": data.model_copy(update=absolute)})
 
 
@@ -263,7 +265,7 @@ def _headline(parts: _Parts, unigram: float) -> str:
     return (
         f"{config.preset} · {config.method} · "
         f"{total:,} parameters exist, {nnz:,} of them in {len(layers)} sparse layers · "
-        f"{len(parts.corpus.train):,} training tokens · a unigram model's perplexity: {unigram:.1f}"
+        f"{len(parts.corpus.train):,} training tokens · a unigram model's perplexity: {readable_perplexity(unigram)}"
     )
 
 
@@ -271,8 +273,9 @@ def _closing(summary: dict[str, Any], run: RunDirectory, stopped_by: int | None)
     if stopped_by is not None and not summary["finished"]:
         return f"stopped and saved at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
     return (
-        f"validation perplexity {summary['validation_perplexity']:.2f} (unigram {summary['unigram_perplexity']:.1f}, "
-        f"untrained {summary['untrained_perplexity']:.1f}) · "
+        f"validation perplexity {readable_perplexity(summary['validation_perplexity'])} "
+        f"(unigram {readable_perplexity(summary['unigram_perplexity'])}, "
+        f"untrained {readable_perplexity(summary['untrained_perplexity'])}) · "
         f"nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
         f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
         f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
