@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.core.randomness import generator
-from sparsae.core.topology import Topology, sample_distinct
+from sparsae.core.topology import Topology, remap, sample_distinct
 from sparsae.nn.linear import SparseLinear
-from sparsae.surgery import Swap, TeacherLayer, kaiming_uniform, plan, remap
+from sparsae.surgery import Swap, TeacherLayer, kaiming_uniform, plan
 from tests.strategies import topologies
 from tests.test_topology import assert_valid
 

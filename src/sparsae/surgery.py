@@ -3,7 +3,7 @@
 A `Swap` says which units go and which come. `plan` works out what each layer looks like afterwards; a plan can be tried
 (`preview`) and carried out (`commit`). Values, optimizer state and teacher move together: what stays keeps
 everything, what goes is gone, and what comes starts from its initialization with a state of zeros, its own step count
-included.
+included (copies of the weights in the state start as the weight does: optimizer_state.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparsae.core.topology import Topology
+from sparsae.core.topology import Topology, remap
 from sparsae.nn.linear import SparseLinear
+from sparsae.optimizer_state import follow
 
 InitialStd = Callable[[str, Topology], float]
 
@@ -110,16 +111,16 @@ class Plan:
     def commit(
         self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None
     ) -> None:
-        """Carry the swap out: values, every optimizer state tensor that goes by unit, and the teacher."""
+        """Carry the swap out: values, every optimizer state tensor that goes by unit, and the teacher.
+
+        Raises InputError, with nothing changed, where the optimizer's state cannot follow.
+        """
+        moves = {name: (change.source, change.values) for name, change in self.changes.items()}
+        move_state = follow(optimizer, self.layers, moves) if optimizer is not None else None
         for name, change in self.changes.items():
-            layer = self.layers[name]
-            if optimizer is not None and layer.values in optimizer.state:
-                shape = layer.values.shape
-                state = optimizer.state[layer.values]
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and _goes_by_unit(value.shape, shape):
-                        state[key] = remap(value, change.source)
-            layer.set_topology(change.after, change.values)
+            self.layers[name].set_topology(change.after, change.values)
+            if move_state is not None:
+                move_state(name)
             if teacher is not None:
                 teacher[name].follow(change)
 
@@ -163,15 +164,6 @@ def plan(
     return Plan(layers, changes)
 
 
-def remap(tensor: Tensor, source: Tensor) -> Tensor:
-    """A tensor over old units carried to new ones: `source` is each new unit's old position, -1 gives zeros."""
-    if not tensor.shape[0]:
-        return tensor.new_zeros(source.numel(), *tensor.shape[1:])
-    carried = tensor.index_select(0, source.clamp(min=0))
-    carried[source < 0] = 0
-    return carried
-
-
 def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
     """U(-b, b), b = sqrt(6 / active fan-in of the output) (He et al., 2015), for every active unit."""
     b_in, rows = topology.unit[1], topology.rows.long().cpu()
@@ -179,12 +171,6 @@ def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
     bound = math.sqrt(6.0) / fan_in.to(torch.float32).sqrt()
     uniform = torch.rand(topology.values_shape, generator=rng) * 2 - 1
     return uniform * bound.view(-1, *[1] * (uniform.dim() - 1))
-
-
-def _goes_by_unit(state: torch.Size, values: torch.Size) -> bool:
-    """Whether a state tensor has an entry a unit: the values' shape, or a factored form of it over blocks."""
-    factored = len(values) == 3 and len(state) == 3 and state[0] == values[0]
-    return state == values or factored
 
 
 def _size(units: Mapping[str, Tensor], name: str) -> int:

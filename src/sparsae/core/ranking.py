@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,10 @@ def largest(scores: Tensor, n: int) -> Tensor:
         return torch.arange(n, device=scores.device)
     missing = scores.isnan()
     if bool(missing.any()):
-        scores = scores.masked_fill(missing, -math.inf)
+        # By position: any number in its place would tie with a score that is that number.
+        known, unknown = (~missing).nonzero().squeeze(1), missing.nonzero().squeeze(1)
+        best = known[largest(scores[known], min(n, known.numel()))]
+        return torch.cat([best, unknown[: n - best.numel()]]).sort().values
     # Selection and masks: O(m), where sorting would cost several times as much.
     threshold = scores.kthvalue(scores.numel() - n + 1).values
     chosen = scores > threshold

@@ -213,3 +213,12 @@ def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
         keep[sample_distinct(drawn.numel(), surplus, rng)] = False
         drawn = drawn[keep]
     return drawn
+
+
+def remap(tensor: Tensor, source: Tensor) -> Tensor:
+    """A tensor over old units carried to new ones: `source` is each new unit's old position, -1 gives zeros."""
+    if not tensor.shape[0]:
+        return tensor.new_zeros(source.numel(), *tensor.shape[1:])
+    carried = tensor.index_select(0, source.clamp(min=0))
+    carried[source < 0] = 0
+    return carried

@@ -12,6 +12,7 @@ their values are the same then, their addresses are not.
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
@@ -148,9 +149,12 @@ class LargestGradients(Probe):
         if layout.unit == (1, 1):
             magnitude = gradient_IO.abs_().view(-1)
         else:
-            blocks = gradient_IO.square_().view(-1, b_in, layout.grid_rows, b_out)
-            magnitude = blocks.sum((1, 3)).sqrt_().view(-1)
+            blocks = gradient_IO.view(-1, b_in, layout.grid_rows, b_out)
+            # In float32: half precision cannot hold the squares of what it can hold.
+            magnitude = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=torch.float32).view(-1)
         self.active = magnitude.index_select(0, layout.indices)
+        # What is no number counts as infinite, so that whoever asked sees it, and nothing is less than the active ones.
+        magnitude.nan_to_num_(nan=math.inf, posinf=math.inf)
         magnitude.index_fill_(0, layout.indices.long(), -1.0)
         units = largest(magnitude, min(self._count, self.positions))
         self.units, self.gradient = units.to(layout.indices.dtype), magnitude[units]

@@ -130,11 +130,13 @@ class Decision:
 class Rule(ABC, Generic[State]):
     """A topology rule. `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON.
 
-    needs: what has to be captured for it. accumulate: over which backward passes of a step a "dense_gradient" is taken.
-    prunes: whether the model shrinks. micro_batch: the held-out sequences that score its candidates, where it needs
-    scores. initialization: values of grown units (see `surgery.plan`). burn_in: the gradient steps after a change.
+    moves: whether it ever changes the topology. needs: what has to be captured for it. accumulate: over which backward
+    passes of a step a "dense_gradient" is taken. prunes: whether the model shrinks. micro_batch: the held-out sequences
+    that score its candidates, where it needs scores. initialization: values of grown units (see `surgery.plan`).
+    burn_in: the gradient steps after a change.
     """
 
+    moves: bool = True
     needs: frozenset[Need] = frozenset()
     accumulate: Literal["last", "sum"] = "last"
     prunes: bool = False

@@ -116,7 +116,13 @@ class Evolution(Rule[EvolutionState]):
         running = state.running.including(measured)
         now = combine(current, self.config.proxy, running, progress)
         values = tuple(
-            None if score is None else combine(score, self.config.proxy, running, progress) for score in scores
+            None
+            if score is None
+            # A component that never varied counts as 0 below, and so would one that is no number.
+            else combine(score, self.config.proxy, running, progress)
+            if score.is_finite
+            else math.nan
+            for score in scores
         )
         # min() takes the first of equals, so ties go to the lowest index on every rank.
         ranked = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]

@@ -6,7 +6,6 @@ layers and units, so that no two runs differ in them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -62,17 +61,19 @@ def smallest_overall(
     """
     if not sum(least.values()) <= n <= sum(most.values()):
         raise ValueError(f"{n} scores are not between {sum(least.values())} and {sum(most.values())}")
-    keys = []
+    chosen, between = {}, {}
     for name, layer in scores.items():
-        key = torch.full_like(layer, math.inf)
-        allowed, wanted = smallest(layer, most[name]), smallest(layer, least[name])
-        key[allowed] = layer[allowed]
-        key[wanted] = -math.inf
-        keys.append(key)
-    sizes = [key.numel() for key in keys]
-    chosen = torch.zeros(sum(sizes), dtype=torch.bool, device=keys[0].device)
-    chosen[smallest(torch.cat(keys), n)] = True
-    return {name: part.nonzero().squeeze(1) for name, part in zip(scores, chosen.split(sizes), strict=True)}
+        chosen[name] = torch.zeros(layer.numel(), dtype=torch.bool, device=layer.device)
+        chosen[name][smallest(layer, least[name])] = True
+        allowed = smallest(layer, most[name])
+        between[name] = allowed[~chosen[name][allowed]]
+    # Those that must go and those that may not take no part, so no score can be taken for theirs.
+    open_scores = torch.cat([layer[between[name]] for name, layer in scores.items()])
+    goes = torch.zeros(open_scores.numel(), dtype=torch.bool, device=open_scores.device)
+    goes[smallest(open_scores, n - sum(least.values()))] = True
+    for part, (name, positions) in zip(goes.split([p.numel() for p in between.values()]), between.items(), strict=True):
+        chosen[name][positions[part]] = True
+    return {name: layer.nonzero().squeeze(1) for name, layer in chosen.items()}
 
 
 def largest_sampled(views: Mapping[str, LayerView], n: int, most: Mapping[str, int]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from sparsae.rules.base import Candidate, NoState, Observation, Rule
 class Static(Rule[NoState]):
     """Never due: the baseline that every dynamic rule has to beat."""
 
+    moves = False
+
     def __init__(self, config: StaticConfig) -> None:
         self.config = config
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,10 +18,13 @@ from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
+from sparsae.optimizer_state import average_gradient
 from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
 from sparsae.rules.proxy import activity, diversity, known_gradient_norm
 from sparsae.surgery import Change, InitialStd, Plan, Swap, TeacherLayer, plan
 from sparsae.train.telemetry import TopologyTelemetry
+
+log = logging.getLogger(__name__)
 
 # The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
 ScoreFunction = Callable[[int], Tensor]
@@ -52,7 +57,12 @@ class Update:
 
 
 class TopologySearch:
-    """Runs a rule over the sparse layers of a model."""
+    """Runs a rule over the sparse layers of a model.
+
+    An update whose gradients are not all finite (a gradient scaler then skips the optimizer's step) changes nothing,
+    whatever the rule looks at: it says so, the first time in the log and each time in its row, and is made up for
+    after the next step (`waiting`), so that a rule that prunes ends where it shall.
+    """
 
     def __init__(
         self,
@@ -88,12 +98,19 @@ class TopologySearch:
         self._probes: dict[str, Probe] = {}
         self._norms: dict[str, float] = {}
         self._views: dict[str, LayerView] | None = None
+        self.waiting = False
+        self._not_finite: str | None = None
+        self._told = False
+
+    def due(self, step: int) -> bool:
+        """Whether an update follows optimizer step `step`, counted from 1."""
+        return self.waiting or self.rule.due(step, self._steps)
 
     def arm(self, step: int) -> None:
         """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients."""
         self._close_probes()
         self._probes = {}
-        if not self.rule.due(step, self._steps):
+        if not self.due(step):
             return
         topologies = {name: layer.topology for name, layer in self._layers.items()}
         if "gradient_at" in self.rule.needs:
@@ -109,10 +126,11 @@ class TopologySearch:
 
     def capture(self, step: int) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
-        if not self.rule.due(step, self._steps):
+        if not self.due(step):
             return
         self._close_probes()
         needs, views = self.rule.needs, {}
+        self._not_finite = None
         for name, layer in self._layers.items():
             gradient = layer.values.grad
             if gradient is None:
@@ -121,6 +139,9 @@ class TopologySearch:
             if probe is not None and probe.gradient is None and bool(gradient.any()):
                 raise InputError(_unanswered(name, self._passes))
             self._norms[name] = float(gradient.norm())
+            probed = self._probed(name)
+            if not (_is_finite(gradient, self._norms[name]) and _is_finite(probed.get("sample_gradient"))):
+                self._not_finite = self._not_finite or name
             views[name] = LayerView(
                 layer.topology,
                 layer.values.data,
@@ -129,7 +150,7 @@ class TopologySearch:
                 self._head_floors.get(name, 0),
                 gradient=gradient.detach().clone() if "gradient" in needs else None,
                 ends=self.ends.get(name),
-                **self._probed(name),
+                **probed,
             )
         self._views = views
 
@@ -138,7 +159,14 @@ class TopologySearch:
         if self._views is None:
             return None
         started = time.perf_counter()
-        views = {name: self._with_moment(name, view) for name, view in self._views.items()}
+        self.waiting = self._not_finite is not None
+        if self.waiting:
+            return self._postponed(step, started)
+        moments = self._moments()
+        views = {
+            name: LayerView(**{**vars(view), "values": self._layers[name].values.data, "moment": moments.get(name)})
+            for name, view in self._views.items()
+        }
         observation = Observation(views, step, self._steps)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
         current: Score | None = None
@@ -172,6 +200,7 @@ class TopologySearch:
             else None,
             **in_force,
             **self.telemetry.row(step, changes, self._norms),
+            "skipped": None,
             "seconds": time.perf_counter() - started,
         }
         self._views, self._norms, self._probes = None, {}, {}
@@ -179,17 +208,35 @@ class TopologySearch:
 
     def initial_row(self) -> dict[str, Any]:
         """The topology before any update, as a row of the metrics."""
+        return self._unchanged(0)
+
+    def _unchanged(self, step: int) -> dict[str, Any]:
         return {
             "kind": "topology",
-            "step": 0,
+            "step": step,
             "accepted": False,
             "chosen": None,
             "candidates": [],
             "current": None,
-            **self.rule.telemetry(self.state, 0.0),
-            **self.telemetry.row(0, {}, {}),
+            **self.rule.telemetry(self.state, step / self._steps),
+            **self.telemetry.row(step, {}, {}),
+            "skipped": None,
             "seconds": 0.0,
         }
+
+    def _postponed(self, step: int, started: float) -> Update:
+        if not self._told:
+            log.warning(
+                "step %d: the topology update waits for the next step, since a gradient of %s is not finite "
+                "(said once; rows of the metrics have it as skipped)",
+                step,
+                self._not_finite,
+            )
+            self._told = True
+        cost = self._cost([], None, 0)
+        row = self._unchanged(step) | {"skipped": "gradient", "seconds": time.perf_counter() - started}
+        self._views, self._norms, self._probes = None, {}, {}
+        return Update(row, {}, cost)
 
     def _plan(self, swap: Swap, step: int, index: int) -> Plan:
         rng = generator(self._seed, "grown values", step, index)
@@ -246,15 +293,21 @@ class TopologySearch:
             fields["active_gradient"] = active
         return fields
 
-    def _with_moment(self, name: str, view: LayerView) -> LayerView:
-        values = self._layers[name].values
-        moment = None
-        if "moments" in self.rule.needs:
-            state = self._optimizer.state.get(values, {})
-            moment = next((state[key] for key in ("exp_avg", "momentum_buffer") if state.get(key) is not None), None)
-            if moment is None:
-                moment = torch.zeros_like(values)
-        return LayerView(**{**vars(view), "values": values.data, "moment": moment})
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's average gradient of each layer, where the rule needs it: zeros where a layer has none yet.
+
+        Raises InputError for an optimizer that keeps none.
+        """
+        if "moments" not in self.rule.needs:
+            return {}
+        found = {name: average_gradient(self._optimizer, layer.values) for name, layer in self._layers.items()}
+        if all(moment is None for moment in found.values()):
+            raise InputError(
+                f"{type(self._optimizer).__name__} keeps no average gradient, which activity 'moments' "
+                "(topology.proxy.activity) is taken from: use 'training' or 'candidate'"
+            )
+        zeros = {name: torch.zeros_like(self._layers[name].values) for name, moment in found.items() if moment is None}
+        return zeros | {name: moment for name, moment in found.items() if moment is not None}
 
     def _cost(self, scores: list[Score | None], current: Score | None, studied: int) -> SearchCost:
         forwards = sum(score is not None for score in [current, *scores])
@@ -278,6 +331,11 @@ def _unanswered(name: str, passes: int) -> str:
         f"layer {name} got a gradient of its values, but none at inactive connections, where the rule wants it: {made}"
         "its topology was replaced since the last step, or compiled code reads its `weight` instead of calling it"
     )
+
+
+def _is_finite(tensor: Tensor | None, norm: float = math.nan) -> bool:
+    """Whether all elements are finite: a finite norm tells; another may have overflowed by itself."""
+    return tensor is None or math.isfinite(norm) or bool(tensor.isfinite().all())
 
 
 @contextmanager

@@ -32,10 +32,12 @@ from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import head_floor, layer_counts
 from sparsae.optim import follow_density
+from sparsae.optimizer_state import refuse_unsupported
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 from sparsae.rules.base import Rule
 from sparsae.train.burn_in import BurnIn
+from sparsae.train.calls import LoopCalls, refuse_ranks, tell_if_still
 from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
 
 
@@ -67,7 +69,9 @@ class Sparsifier:
     parameterization: what the optimizer's groups were made for, if anything; grown weights that start "normal" need it.
 
     Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, the rule cannot do
-    without scores or a parameterization, or a rule prunes without a sparsity to end at, or to one below the model's.
+    without scores or a parameterization, a rule prunes without a sparsity to end at, or to one below the model's, or
+    the optimizer's state or several ranks cannot follow a rule that moves connections. `before_step` and `after_step`
+    raise it for calls that are missing; what may be meant (a step that was skipped) is logged.
     """
 
     def __init__(
@@ -96,6 +100,10 @@ class Sparsifier:
         rule = build_rule(config.topology)
         self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
         rule = rule if score is not None else rule.without_scores()
+        refuse_ranks(config.topology.rule, rule)
+        if rule.moves:
+            refuse_unsupported(optimizer, self._layers)
+        self._calls = LoopCalls(config.topology.rule, rule, self._layers, optimizer)
         ends = self._ends(rule)
         if rule.initialization == "normal" and parameterization is None:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
@@ -121,6 +129,7 @@ class Sparsifier:
             passes=config.accumulation,
             seed=config.seed,
         )
+        tell_if_still(config.topology.rule, rule, config.steps)
         self.search.arm(1)
 
     @property
@@ -131,7 +140,7 @@ class Sparsifier:
     @property
     def update_due(self) -> bool:
         """Whether a topology update follows the coming optimizer step."""
-        return self.search.rule.due(self.step + 1, self.config.steps)
+        return self.search.due(self.step + 1)
 
     @property
     def nnz(self) -> int:
@@ -140,11 +149,13 @@ class Sparsifier:
 
     def before_step(self) -> None:
         """After `loss.backward()`, before gradients are clipped and `optimizer.step()`."""
+        self._calls.before_step(self.update_due)
         self.search.capture(self.step + 1)
         self._burn_in.before_step(self._optimizer)
 
     def after_step(self) -> Update | None:
         """After `optimizer.step()`: the average, then the topology update if one is due."""
+        self._calls.after_step()
         self._burn_in.after_step()
         self.step += 1
         if self.teacher is not None:
@@ -161,6 +172,7 @@ class Sparsifier:
         plain = {
             "step": self.step,
             "rule": dataclasses.asdict(self.search.state),
+            "waiting": self.search.waiting,
             "burn_in_steps_left": self._burn_in.steps_left,
             "bounds": {name: list(bounds) for name, bounds in self.search.bounds.items()},
             "ends": {name: list(ends) for name, ends in self.search.ends.items()},
@@ -174,6 +186,7 @@ class Sparsifier:
         """From `state`, after model, optimizer and teacher were restored."""
         self.step = int(plain["step"])
         self.search.state = self.search.rule.state_from_dict(plain["rule"])
+        self.search.waiting = bool(plain.get("waiting", False))
         self._burn_in.steps_left = int(plain["burn_in_steps_left"])
         device = next(iter(self._layers.values())).values.device
         self._burn_in.new = {name: t.to(device) for name, t in _below(tensors, "burn_in.").items()}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sparsae.core.heads import HeadLayout
-from sparsae.core.topology import Topology
+from sparsae.core.topology import Topology, remap
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.base import head_densities
-from sparsae.surgery import Change, remap
+from sparsae.surgery import Change
 
 
 class TopologyTelemetry:

@@ -1,0 +1,263 @@
+"""What an optimizer keeps of sparse values, and how that follows when connections move.
+
+Of each entry of its state has to be known whether it goes by unit. Its shape tells: that of the values, or a reduction
+of it over the sides of a block (factored second moments), goes by unit; what has no side that could be the units is
+common to them and stays. An optimizer with anything else (preconditioners, histories over all parameters, buffers of
+its own) is refused, before anything has changed.
+
+What is new starts from zeros, as a new parameter's moments do; but a copy of the weights (slow, averaged or first ones)
+starts from the new weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsae.core.topology import remap
+from sparsae.errors import InputError
+from sparsae.nn.linear import SparseLinear
+
+# Refused before they have made a state: some of them could not even hold it.
+_REFUSED = {
+    "LBFGS": "its history is one vector over all parameters",
+    "SparseAdam": "it takes sparse gradients, and those of values are dense",
+    "Muon": "it takes matrices, and values are none",
+    "AccSGD": "its momentum is a copy of the weights",
+    **dict.fromkeys(
+        ("Shampoo", "ScalableShampoo", "DistributedShampoo", "Kron"),
+        "its preconditioners hold pairs of connections, which mean nothing once connections move",
+    ),
+}
+_MOMENTS = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "prev", "variance"),
+}
+_WEIGHT_COPIES = {
+    *("z", "ax", "p0", "x0", "x_k", "old_p", "prev_param", "param_buffer", "shadow", "ema", "backup_params"),
+    *("slow_params", "slow_param", "slow_buffer", "lookahead_params", "lookahead_slow_buff"),
+}
+_INSTEAD = "use one with a number or a row of a block for each weight (AdamW, SGD, Adafactor), or rule 'static'"
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One tensor of an optimizer's state of one layer."""
+
+    owner: str
+    layer: str
+    state: MutableMapping[str, Any]
+    key: str
+    tensor: Tensor
+
+    def refusal(self, why: str) -> InputError:
+        return _refusal(self.owner, f"its '{self.key}' of {self.layer} {why}")
+
+
+def refuse_unsupported(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError for an optimizer that is known, before its first step, not to follow connections that move."""
+    for part in _parts(optimizer):
+        for kind in type(part).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise _refusal(kind.__name__, f"{_REFUSED[kind.__name__]}; {_INSTEAD}")
+    _refuse_own_tensors(optimizer, layers)
+
+
+def refuse_unmovable(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError where anything in the optimizer's state could not follow a change of connections."""
+    _refuse_own_tensors(optimizer, layers)
+    for entry in _moving(optimizer, layers):
+        if entry.key in _MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
+            continue
+        values = layers[entry.layer].values.detach()
+        if entry.tensor.shape == values.shape and _resembles(_floats(entry.tensor), values):
+            raise entry.refusal(
+                "looks like a copy of the weights under a name that is not known for one: "
+                "whether it starts a new connection from zero or from its weight cannot be told"
+            )
+
+
+def follow(
+    optimizer: Optimizer, layers: Mapping[str, SparseLinear], changes: Mapping[str, tuple[Tensor, Tensor]]
+) -> Callable[[str], None]:
+    """Get the state ready for a change; the function that is returned moves that of one layer.
+
+    changes: by layer, each new unit's old position (-1: it is new) and the new values. Raises InputError where
+    something in the state of any layer cannot follow; nothing has changed then, and nothing fails afterwards.
+    """
+    entries: dict[str, list[_Entry]] = {}
+    for entry in _moving(optimizer, layers):
+        entries.setdefault(entry.layer, []).append(entry)
+
+    def move(layer: str) -> None:
+        source, values = changes[layer]
+        for entry in entries.get(layer, ()):
+            before = _floats(entry.tensor)
+            after = remap(before, source.to(before.device))
+            if entry.key in _WEIGHT_COPIES:
+                new = (source < 0).to(after.device)
+                after[new] = values.to(after.device, after.dtype)[new]
+            entry.state[entry.key] = _like(entry.tensor, after)
+
+    return move
+
+
+def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+    """The average gradient that an optimizer keeps of a parameter; None if it keeps none."""
+    for part in _parts(optimizer):
+        state = part.state.get(parameter, {})
+        for key in ("exp_avg", "momentum_buffer"):
+            if isinstance(state.get(key), Tensor):
+                return _floats(state[key])
+    return None
+
+
+def _refuse_own_tensors(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError where a tensor that could hold a layer's state lies where nothing says whose it is."""
+    parts = _parts(optimizer)
+    known = {id(p) for part in parts for group in part.param_groups for p in group["params"]}
+    least = min((layer.topology.count for layer in layers.values() if layer.topology.count), default=math.inf)
+    for part in parts:
+        places = {key: value for key, value in vars(part).items() if key not in ("param_groups", "state")}
+        places |= {str(key): value for key, value in part.state.items() if not isinstance(key, Tensor)}
+        for group in part.param_groups:
+            places |= {key: value for key, value in group.items() if key != "params"}
+        for place, value in places.items():
+            if any(id(tensor) not in known and tensor.numel() >= least for tensor in _within(value, Tensor)):
+                raise _refusal(type(part).__name__, f"it keeps tensors of its own in '{place}'; {_INSTEAD}")
+
+
+def _refusal(owner: str, why: str) -> InputError:
+    return InputError(f"{owner} cannot follow connections that move: {why}")
+
+
+def _parts(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and those that it wraps, at any depth."""
+    found = [optimizer]
+    for part in found:
+        attributes = [value for key, value in vars(part).items() if key not in ("param_groups", "state", "defaults")]
+        found += [inner for inner in _within(attributes, Optimizer) if all(inner is not other for other in found)]
+    return found
+
+
+def _within(thing: Any, kind: type[Any]) -> Iterator[Any]:
+    """Everything of a kind in nested containers."""
+    if isinstance(thing, kind):
+        yield thing
+    elif isinstance(thing, Mapping):
+        yield from _within(list(thing.values()), kind)
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+        for item in list(thing):
+            yield from _within(item, kind)
+
+
+def _moving(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> list[_Entry]:
+    """The entries that go by unit. Raises InputError for one of which that cannot be told, or that is none."""
+    by_key: dict[tuple[str, str], list[_Entry]] = {}
+    for entry in _entries(optimizer, layers):
+        by_key.setdefault((entry.owner, entry.key), []).append(entry)
+    moving = []
+    for entries in by_key.values():
+        readings = [_readings(entry.tensor.shape, layers[entry.layer].values.shape) for entry in entries]
+        for entry, reading in zip(entries, readings, strict=True):
+            if not reading:
+                shape = tuple(entry.tensor.shape)
+                raise entry.refusal(f"has shape {shape}, which does not go by connection; {_INSTEAD}")
+        # One layer of as many blocks as a block has rows can be read in two ways; the others tell which is meant.
+        common = set.intersection(*readings)
+        if len(common) != 1:
+            shape = tuple(entries[0].tensor.shape)
+            raise entries[0].refusal(f"has shape {shape}: whether it goes by block cannot be told")
+        if common == {"unit"}:
+            moving += entries
+    for entry in moving:
+        if type(entry.tensor) not in (Tensor, nn.Parameter) and not _is_quantized(entry.tensor):
+            raise entry.refusal(f"is a {type(entry.tensor).__name__}; {_INSTEAD}")
+        if entry.key in _WEIGHT_COPIES and entry.tensor.shape != layers[entry.layer].values.shape:
+            raise entry.refusal("is a copy of some of the weights only")
+    return moving
+
+
+def _entries(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> Iterator[_Entry]:
+    """Every tensor, numbers left out, of the state of sparse values; InputError for what is no tensor or number."""
+    seen: set[int] = set()
+    for part in _parts(optimizer):
+        for name, layer in layers.items():
+            state = part.state.get(layer.values)
+            if state is None or id(state) in seen:
+                continue
+            seen.add(id(state))
+            for key, value in state.items():
+                entry = _Entry(type(part).__name__, name, state, key, value)
+                if isinstance(value, Tensor):
+                    if value.dim():
+                        yield entry
+                elif not _is_plain(value):
+                    raise entry.refusal(f"is more than a tensor ({type(value).__name__}); {_INSTEAD}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value, or everything in it, is a number or a text: nothing that has to follow."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))
+
+
+def _readings(state: torch.Size, values: torch.Size) -> set[str]:
+    """What a state's shape can mean: "unit", its first side is the units; "common", it has no such side."""
+    units, block = values[:1], tuple(values[1:])
+    if state == values:
+        return {"unit"}
+    readings = set()
+    if state[:1] == units and _reduces(tuple(state[1:]), block):
+        readings.add("unit")
+    if _reduces(tuple(state), block) or (state[0] == 1 and _reduces(tuple(state[1:]), block)):
+        readings.add("common")
+    return readings
+
+
+def _reduces(shape: tuple[int, ...], block: tuple[int, ...]) -> bool:
+    """Whether a block becomes this shape when some of its sides are summed over, and kept as 1 or left out."""
+    if not block:
+        return not shape
+    kept = bool(shape) and shape[0] in (1, block[0]) and _reduces(shape[1:], block[1:])
+    return kept or _reduces(shape, block[1:])
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    """The tensor itself, or of a quantized one its float form."""
+    return tensor.dequantize() if _is_quantized(tensor) else tensor.detach()
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    """Whether it is one of torchao's: blocks of few bits, with a scale for each."""
+    return hasattr(tensor, "block_size") and hasattr(type(tensor), "zeros")
+
+
+def _like(quantized: Tensor, floats: Tensor) -> Tensor:
+    """As torchao keeps it: in the blocks of `quantized` where they divide it, else as it is."""
+    if not _is_quantized(quantized):
+        return floats
+    kind: Any = type(quantized)
+    size: int = quantized.block_size  # type: ignore[attr-defined]
+    if not floats.numel() or floats.numel() % size:
+        return floats.to(quantized.dtype)
+    signed = [quantized.signed] if hasattr(quantized, "signed") else []
+    made: Tensor = kind.zeros(floats.shape, *signed, size, floats.device, dtype=quantized.dtype)
+    return made.copy_(floats)
+
+
+def _resembles(state: Tensor, values: Tensor) -> bool:
+    size = float(values.float().norm())
+    return size > 0 and float((state.float() - values.float()).norm()) <= 0.1 * size

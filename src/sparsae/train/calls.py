@@ -1,0 +1,117 @@
+"""Whether the loop around a `Sparsifier` lets it work: what was forgotten, or comes in the wrong order, is told.
+
+What silently ends the search is an error. What may be meant (a step that a gradient scaler skips) is logged, once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsae.errors import InputError
+from sparsae.nn.linear import SparseLinear
+from sparsae.optimizer_state import refuse_unmovable
+from sparsae.rules.base import Rule
+
+log = logging.getLogger(__name__)
+
+
+class LoopCalls:
+    """Follows `before_step` and `after_step` of one loop, for a rule that moves connections."""
+
+    def __init__(
+        self, name: str, rule: Rule[Any], layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """`name` is the rule's."""
+        self._name, self._rule, self._layers, self._optimizer = name, rule, layers, optimizer
+        self._wants_gradients = bool(rule.needs & {"gradient", "gradient_at", "dense_gradient"})
+        self._between = False  # before_step() was called, and after_step() was not yet
+        self._before: tuple[str, Tensor] | None = None
+        self._told: set[str] = set()
+        self._state_checked = False
+
+    def before_step(self, due: bool) -> None:
+        """`due`: whether an update follows the coming optimizer step."""
+        if not self._rule.moves:
+            return
+        refuse_ranks(self._name, self._rule)
+        if self._between:
+            self._tell(
+                "before_step() was called twice without after_step() between them: connections move in after_step(), "
+                "which belongs after every optimizer.step() (once for all backward passes that are accumulated)"
+            )
+        self._between = True
+        learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
+        if not learning:
+            advice = (
+                "no sparse layer has a gradient in before_step(): call it after loss.backward() and before "
+                "optimizer.zero_grad()"
+            )
+            if due and self._wants_gradients:
+                raise InputError(f"{advice}; rule '{self._name}' looks at gradients")
+            self._tell(advice)
+        self._before = None
+        moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
+        if moved:
+            name = min(moved, key=lambda n: moved[n].numel())
+            self._before = name, moved[name].detach().clone()
+
+    def after_step(self) -> None:
+        """Raises InputError for an optimizer whose state cannot follow connections that move."""
+        if not self._rule.moves:
+            return
+        refuse_ranks(self._name, self._rule)
+        if not self._between:
+            raise InputError(
+                "after_step() without before_step(): call before_step() after loss.backward(), before optimizer.step()"
+            )
+        self._between = False
+        if not self._state_checked:
+            refuse_unmovable(self._optimizer, self._layers)
+            self._state_checked = True
+        if self._before is not None:
+            name, before = self._before
+            self._before = None
+            if torch.equal(before, self._layers[name].values.detach()):
+                self._tell(
+                    f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "
+                    "call optimizer.step() between the two, if it was not skipped on purpose"
+                )
+
+    def _moves(self, values: Tensor) -> bool:
+        """Whether the coming step changes values: their gradient is finite and not zero, and their rate is not zero."""
+        groups = (group for group in self._optimizer.param_groups if any(p is values for p in group["params"]))
+        at_rest = any(group.get("lr") is not None and float(group["lr"]) == 0 for group in groups)
+        gradient = values.grad
+        return gradient is not None and not at_rest and bool(gradient.isfinite().all()) and bool(gradient.any())
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log.warning("%s", what)
+
+
+def tell_if_still(name: str, rule: Rule[Any], steps: int) -> None:
+    """Log that a rule never moves a connection in a run of `steps`, though it is one that does."""
+    if rule.moves and not any(rule.due(step, steps) for step in range(1, steps + 1)):
+        log.warning(
+            "rule '%s' moves no connection in %d steps: the topology stays as it is drawn (set topology.every lower)",
+            name,
+            steps,
+        )
+
+
+def refuse_ranks(name: str, rule: Rule[Any]) -> None:
+    """Raise InputError for a rule that moves connections where the process group has more than one rank."""
+    if not rule.moves or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    ranks = torch.distributed.get_world_size()
+    if ranks > 1:
+        raise InputError(
+            f"rule '{name}' would move other connections on each of {ranks} ranks, for each sees other gradients and "
+            "scores: use rule 'static' (StaticConfig()), or one process"
+        )
