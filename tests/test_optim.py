@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparsae.config import ParameterizationConfig
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
+from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.optim import AdamW, parameter_groups
+from sparsae.parameterization import Parameterization
 
 SHAPES = [(7,), (3, 5), (2, 4, 4), ()]
 
@@ -217,3 +220,69 @@ def test_matrices_and_connections_decay_and_vectors_do_not() -> None:
 def test_a_dense_model_has_no_empty_group() -> None:
     groups = parameter_groups(nn.Linear(3, 3), 0.1)
     assert [len(group["params"]) for group in groups] == [1, 1]
+
+
+@pytest.mark.parametrize("per_weight", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_from_a_state_of_torchs(per_weight: bool, dtype: torch.dtype) -> None:
+    theirs = parameters(dtype=dtype)
+    other = torch.optim.AdamW(theirs, lr=0.03, weight_decay=0.1)
+    run(other, theirs, range(5))
+    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
+    optimizer = AdamW(ours, lr=0.5, per_weight_step=per_weight)
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["per_weight_step"] is per_weight
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    for p in ours:
+        step = optimizer.state[p]["step"]
+        assert step.dtype == (torch.int32 if per_weight else torch.float32)
+        assert step.shape == (p.shape if per_weight else ())
+        assert (step == 5).all()
+    tolerance = {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+    got, expected = run(optimizer, ours, range(5, 9)), run(other, theirs, range(5, 9))
+    torch.testing.assert_close(got, expected, **tolerance)
+    # And its own state still fits a torch optimizer that counts per parameter.
+    if not per_weight:
+        other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}, "amsgrad"),
+        (torch.optim.AdamW, {"maximize": True}, "maximize"),
+        (torch.optim.Adam, {"weight_decay": 0.1}, "Adam's weight decay"),
+    ],
+)
+def test_a_state_that_would_be_read_otherwise_is_refused(kind: Any, settings: dict[str, Any], named: str) -> None:
+    theirs = parameters()
+    other = kind(theirs, lr=0.1, **settings)
+    run(other, theirs, range(1))
+    optimizer = AdamW(parameters())
+    with pytest.raises(InputError, match=f"of an AdamW with {named}"):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("per_weight", [False, True])
+def test_a_tensor_is_a_learning_rate(per_weight: bool) -> None:
+    ours, theirs = parameters(), parameters()
+    rate = torch.tensor(0.05, dtype=torch.float64)
+    optimizer = AdamW(ours, lr=rate, per_weight_step=per_weight)
+    expected = run(AdamW(theirs, lr=0.05, per_weight_step=per_weight), theirs, range(3))
+    torch.testing.assert_close(run(optimizer, ours, range(3)), expected, rtol=1e-12, atol=1e-12)
+    rate.zero_()
+    assert optimizer.param_groups[0]["lr"] is rate
+    still = [p.detach().clone() for p in ours]
+    torch.testing.assert_close(run(optimizer, ours, range(3, 5)), still, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="one element"):
+        AdamW(ours, lr=torch.ones(2))
+
+
+def test_groups_of_a_parameterization_scale_a_tensor_each_for_itself() -> None:
+    model = Small()
+    supar = Parameterization(ParameterizationConfig(name="supar", base_width=4), 8, 1)
+    plain = parameter_groups(model, 0.1, supar, lr=0.01)
+    groups = parameter_groups(model, 0.1, supar, lr=torch.tensor(0.01, dtype=torch.float64))
+    assert len({id(group["lr"]) for group in groups}) == len(groups)
+    assert [float(group["lr"]) for group in groups] == pytest.approx([group["lr"] for group in plain])

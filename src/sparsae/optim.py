@@ -23,19 +23,22 @@ class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
     A group with `per_weight_step=True` keeps `state["step"]` as an int32 tensor of the parameter's shape; elsewhere
-    it is a float32 scalar. Other state: "exp_avg", "exp_avg_sq". Parameters without a gradient are left alone.
+    it is a float32 scalar. Other state: "exp_avg", "exp_avg_sq". Parameters without a gradient are left alone. The
+    learning rate is a number or, for those who change it in place, a tensor with one element.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         per_weight_step: bool = False,
     ) -> None:
         """Raises ValueError for settings outside their ranges."""
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}: a tensor as learning rate has one element")
         if not lr >= 0 or not eps > 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
         super().__init__(
@@ -75,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
-        (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+        (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), group["eps"]
         grads = [p.grad for p in parameters if p.grad is not None]
         steps, averages, squares = (
             [self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq")
@@ -105,17 +108,40 @@ class AdamW(torch.optim.Optimizer):
         """As in torch, but nothing is shared with `state_dict`, and a step per weight goes to its parameter's device.
 
         torch keeps the tensors that it is given where their dtype and device fit, and leaves every "step" where it is.
+        The state of a `torch.optim.AdamW` fits too: groups keep the settings that it does not know, and where they
+        count per weight each weight takes over the common step. Raises InputError for a state of torch's that this
+        class would read otherwise: of `amsgrad`, `maximize`, or Adam's coupled weight decay.
         """
+        state_dict = state_dict | {"param_groups": [_readable(group) for group in state_dict["param_groups"]]}
+        if len(state_dict["param_groups"]) == len(self.param_groups):
+            pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+            state_dict["param_groups"] = [{**_settings(own), **given} for own, given in pairs]
         super().load_state_dict(state_dict)
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
+        per_weight = {id(p) for group in self.param_groups if group["per_weight_step"] for p in group["params"]}
         for place, p in zip(places, parameters, strict=True):
             given, state = state_dict["state"].get(place, {}), self.state.get(p, {})
             for key, value in given.items():
                 if key == "step" and value.dim():
                     state[key] = value.detach().to(p.device, copy=True)
+                elif key == "step" and id(p) in per_weight:
+                    state[key] = torch.full_like(p, float(value), dtype=torch.int32)
                 elif state[key] is value:
                     state[key] = value.detach().clone()
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _readable(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group; InputError where torch's optimizer does with its state what this one does not."""
+    coupled = group.get("weight_decay") and not group.get("decoupled_weight_decay", True)
+    other = [key for key in ("amsgrad", "maximize") if group.get(key)] + ["Adam's weight decay"] * bool(coupled)
+    if other:
+        raise InputError(f"this optimizer state is of an AdamW with {other[0]}, which sparsae.AdamW does not have")
+    return group
 
 
 def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
@@ -135,7 +161,7 @@ def parameter_groups(
     weight_decay: float,
     parameterization: Parameterization | None = None,
     *,
-    lr: float | None = None,
+    lr: float | Tensor | None = None,
     eps: float = 1e-8,
 ) -> list[dict[str, Any]]:
     """Groups for `AdamW`: sparse values (decayed, steps per weight), matrices (decayed), vectors (not decayed).
@@ -171,7 +197,9 @@ def parameter_groups(
             divided.setdefault(id(p) if alone else (scale.rate, scale.epsilon, scale.decay), []).append(p)
         for together in divided.values():
             scale = scales[id(together[0])]
-            own = {"params": together, "lr": lr, "lr_scale": 1.0, "eps": eps * scale.epsilon}
+            # A tensor is scaled in place: each group has its own.
+            rate = lr.clone() if isinstance(lr, Tensor) else lr
+            own = {"params": together, "lr": rate, "lr_scale": 1.0, "eps": eps * scale.epsilon}
             scaled.append(group | own | {"base_weight_decay": group["weight_decay"]})
             _rescale(scaled[-1], scale)
     return scaled
