@@ -15,8 +15,9 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, decoder_and_head, hidden_states, materialize, parameterized
+from sparsae.nn.choice import linear_layers, weight_shape
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import linear_layers, sparsify, weight_shape
+from sparsae.nn.sparsify import sparsify
 from sparsae.parameterization import Parameterization
 
 VOCAB, EOS, CPU = 300, 7, torch.device("cpu")

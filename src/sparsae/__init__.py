@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsae.nn.linear import SparseLinear as SparseLinear
     from sparsae.nn.sparsify import densify as densify
     from sparsae.nn.sparsify import sparsify as sparsify
+    from sparsae.nn.summary import summary as summary
     from sparsae.optim import AdamW as AdamW
     from sparsae.optim import parameter_groups as parameter_groups
     from sparsae.parameterization import Parameterization as Parameterization
@@ -41,6 +42,7 @@ _HOMES = {
     "distillation_loss": "sparsae.losses",
     "parameter_groups": "sparsae.optim",
     "sparsify": "sparsae.nn.sparsify",
+    "summary": "sparsae.nn.summary",
 }
 
 __all__ = sorted(_HOMES)

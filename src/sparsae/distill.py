@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsae.config.schema import TeacherConfig
 from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.names import modules_by_name
 from sparsae.nn.sparsify import densify
 from sparsae.surgery import TeacherLayer
 
@@ -31,9 +32,9 @@ class Teacher:
         if config.storage == "dense":
             densify(self.model)
             self.model.requires_grad_(False)
+        modules = modules_by_name(self.model)
         self.layers = {
-            name: TeacherLayer(self.model.get_submodule(name), config.storage, config.tolerance)
-            for name in sparse_layers(student)
+            name: TeacherLayer(modules[name], config.storage, config.tolerance) for name in sparse_layers(student)
         }
 
     def decay(self, step: int) -> float:
@@ -136,8 +137,7 @@ def _copy_sharing_indices(student: nn.Module) -> nn.Module:
     # Index tensors are immutable, so a copy may share them: a teacher over the same units costs its values only.
     memo = {id(layer.indices): layer.indices for layer in sparse_layers(student).values()}
     teacher = copy.deepcopy(student, memo)
+    twins = sparse_layers(teacher)
     for name, layer in sparse_layers(student).items():
-        twin = teacher.get_submodule(name)
-        assert isinstance(twin, SparseLinear)
-        twin.set_topology(layer.topology, twin.values.data)
+        twins[name].set_topology(layer.topology, twins[name].values.data)
     return teacher

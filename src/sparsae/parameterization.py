@@ -28,6 +28,7 @@ from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
+from sparsae.nn.names import modules_by_name
 
 Role = Literal["embedding", "hidden", "residual", "vector", "final_norm", "head"]
 
@@ -128,13 +129,13 @@ class Parameterization:
 
         Raises InputError for a glob that matches no module.
         """
-        names = [name for name, _ in model.named_modules()]
+        modules = modules_by_name(model)
         for glob in self.roles:
-            if not any(fnmatchcase(name, glob) for name in names):
+            if not any(fnmatchcase(name, glob) for name in modules):
                 raise InputError(f"role {self.roles[glob]}: {glob} matches no module of this model")
         seen: set[int] = set()
-        others = None if any(isinstance(module, SparseLinear) for module in model.modules()) else 1.0
-        for module_name, module in model.named_modules():
+        others = None if any(isinstance(module, SparseLinear) for module in modules.values()) else 1.0
+        for module_name, module in modules.items():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))

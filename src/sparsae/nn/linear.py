@@ -19,6 +19,7 @@ from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import CHANGED, key_and_layout, same_indices, seen_with
+from sparsae.nn.names import modules_by_name
 from sparsae.nn.weight import DenseView
 
 
@@ -294,8 +295,8 @@ class SparseLinear(nn.Module):
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """The sparse layers of a model by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    """The sparse layers of a model by plain name (see `names`), in the model's order."""
+    return {name: module for name, module in modules_by_name(model).items() if isinstance(module, SparseLinear)}
 
 
 def runs_elsewhere() -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +13,12 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
 from sparsae.errors import InputError
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.carry import carry_module, carry_parameter, hand_over_hooks, own_names, without_hooks
+from sparsae.nn.choice import Choice, is_conv1d, weight_shape
+from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
+from sparsae.nn.saving import save_as_before, tell_when_saving
+from sparsae.nn.summary import forget, note
 
 # Values for a new layer: (name, topology, generator) -> tensor of topology.values_shape.
 Initializer = Callable[[str, Topology, torch.Generator], Tensor]
@@ -53,9 +55,9 @@ def sparsify(
     """
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
-    targets = linear_layers(model, include, exclude, sparsify_head)
-    if not targets:
-        raise InputError("no linear layer to sparsify: sparsity.include / sparsity.exclude leave none")
+    choice = Choice(sparsity, tuple(include), tuple(exclude), sparsify_head)
+    targets = choice.layers(model)
+    check_heads(heads, head_min_density, targets)
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     counts = layer_counts(shapes, sparsity, budget, unit, (min_density, max_density))
     if "" in targets:
@@ -72,21 +74,46 @@ def sparsify(
         )
         for name in targets
     }
+    twins = {
+        name: _sparse_twin(name, module, topologies[name], initializer, backend, seed)
+        for name, module in targets.items()
+    }
     for name, module in targets.items():
-        _replace(model, module, _sparse_twin(name, module, topologies[name], initializer, backend, seed))
-    for module in [module for module in model.modules() if recognized(module)]:
-        _replace(model, module, FusedMLP(module))
+        _replace(model, module, twins[name])
+    for module in [module for module in model.modules() if recognized(module) and "forward" not in vars(module)]:
+        _fuse(model, module)
+    note(model, choice)
+    tell_when_saving(model)
     return model
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace the sparse layers of `model`, in place, by dense ones with the same function; returns the model."""
-    for module in list(model.modules()):
-        if isinstance(module, SparseLinear):
-            _replace(model, module, _dense_twin(module))
+    """Replace the sparse layers of `model`, in place, by dense ones with the same function; returns the model.
+
+    Raises InputError where a layer's values have a hook on their gradient; then nothing has changed.
+    """
+    layers = sparse_layers(model)
+    twins = {name: _dense_twin(name, layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _replace(model, layer, twins[name])
     for module in [module for module in model.modules() if isinstance(module, FusedMLP)]:
-        _replace(model, module, module.original)
+        _unfuse(model, module)
+    forget(model)
+    save_as_before(model)
     return model
+
+
+def check_heads(
+    heads: Mapping[str, HeadLayout] | None, head_min_density: float, layers: Collection[str]
+) -> Mapping[str, HeadLayout]:
+    """The layouts. Raises InputError for one of a layer that is not sparse, and for a floor of heads without any."""
+    for name in heads or {}:
+        if name not in layers:
+            some = ", ".join([*list(layers)[:3], *(["..."] if len(layers) > 3 else [])])
+            raise InputError(f"heads: '{name}' is no sparse layer of the model, which are {some}")
+    if head_min_density and not heads:
+        raise InputError(f"head_min_density {head_min_density:g} needs heads, the layouts of attention layers by name")
+    return heads or {}
 
 
 def layer_counts(
@@ -175,56 +202,13 @@ def head_floor(
     return floor
 
 
-def linear_layers(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), with_head: bool = False
-) -> dict[str, nn.Module]:
-    """The layers that `sparsify` replaces, by name in the model's order."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) and not with_head else None
-    # torch's own encoder layer reads the weights of its linear layers without calling them.
-    read_directly = {id(c) for m in model.modules() if type(m) is nn.TransformerEncoderLayer for c in m.children()}
-    found = {}
-    for name, module in model.named_modules():
-        if not _is_linear(module) or module is head or id(module) in read_directly:
-            continue
-        # A weight that is no parameter of its own (weight_norm), or of others too (tied), stays dense.
-        if owners.get(id(module.weight)) != 1:
-            continue
-        wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
-        if wanted and not any(fnmatchcase(name, pattern) for pattern in exclude):
-            found[name] = module
-    return found
-
-
-def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of an `nn.Linear` or a `Conv1D`."""
-    assert isinstance(module.weight, Tensor)
-    rows, columns = module.weight.shape
-    return (columns, rows) if _is_conv1d(module) else (rows, columns)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # Without importing transformers: a model that has a Conv1D has imported it.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return transformers is not None and type(module) is transformers.Conv1D
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Subclasses of nn.Linear may read their weight in ways of their own.
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
 def _sparse_twin(
     name: str, module: nn.Module, topology: Topology, initializer: Initializer | None, backend: str, seed: int
 ) -> SparseLinear:
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    conv1d = _is_conv1d(module)
+    assert isinstance(weight, nn.Parameter)
+    assert bias is None or isinstance(bias, nn.Parameter)
+    conv1d = is_conv1d(module)
     if initializer is not None:
         values = initializer(name, topology, generator(seed, "values", name))
         if not weight.is_meta:
@@ -235,9 +219,11 @@ def _sparse_twin(
     else:
         topology = topology.to(weight.device)
         values = _active_values((weight.T if conv1d else weight).detach(), topology)
-    return SparseLinear(
-        topology, values, None if bias is None else bias.detach().clone(), backend=backend, conv1d=conv1d
-    )
+    twin = SparseLinear(topology, values, None if bias is None else bias.data, backend=backend, conv1d=conv1d)
+    carry_parameter(name, weight, twin.values)
+    twin.bias = bias
+    carry_module(name, module, twin, _own_names(type(module)), _own_names(SparseLinear))
+    return twin
 
 
 def _active_values(weight: Tensor, topology: Topology) -> Tensor:
@@ -247,7 +233,7 @@ def _active_values(weight: Tensor, topology: Topology) -> Tensor:
     return blocks[row, :, column, :].reshape(topology.values_shape).contiguous()
 
 
-def _dense_twin(layer: SparseLinear) -> nn.Module:
+def _dense_twin(name: str, layer: SparseLinear) -> nn.Module:
     weight, bias = layer.dense_weight(), layer.bias
     dense: nn.Module
     if layer.conv1d:
@@ -259,9 +245,34 @@ def _dense_twin(layer: SparseLinear) -> nn.Module:
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
     dense.weight = nn.Parameter(weight)
+    carry_parameter(name, layer.values, dense.weight)
     if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().clone())
+        dense.bias = bias
+    carry_module(name, layer, dense, _own_names(SparseLinear), _own_names(type(dense)))
     return dense
+
+
+def _own_names(kind: type[nn.Module]) -> frozenset[str]:
+    if kind is SparseLinear:
+        topology = Topology((1, 1), torch.zeros(1, dtype=torch.int32, device="cpu"), (1, 1))
+        return own_names(SparseLinear(topology, torch.zeros(1, dtype=torch.float32, device="cpu")))
+    # The names of what is there on the meta device as anywhere else; a Conv1D does not take a device.
+    with torch.device("meta"):
+        return own_names(kind(1, 1))
+
+
+def _fuse(model: nn.Module, module: nn.Module) -> None:
+    """Put a FusedMLP in the place of an MLP. The hooks move: the MLP is still called inside, where it cannot fuse."""
+    fused = FusedMLP(module)
+    carry_module("", module, fused, frozenset(module._modules))
+    without_hooks(module)
+    _replace(model, module, fused)
+
+
+def _unfuse(model: nn.Module, fused: FusedMLP) -> None:
+    original = fused.original
+    carry_module("", fused, original, own_names(FusedMLP(original)))
+    _replace(model, fused, original)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -271,3 +282,4 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)
+    hand_over_hooks(old, new)

@@ -78,7 +78,7 @@ def trainer_of(
             ),
             score=(lambda step: trainer.score(step)) if micro else None,
             study=(lambda: trainer.study()) if rule.micro_batch and rule.micro_batch.study else None,
-            heads=head_layouts(model, config),
+            heads=head_layouts(sparse_layers(model), config),
             parameterization=parameterized(config.model, config.parameterization),
         )
         teacher = sparsifier.teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,8 +13,9 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
+from sparsae.nn.choice import Choice, weight_shape
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import Initializer, head_floor, layer_counts, linear_layers, sparsify, weight_shape
+from sparsae.nn.sparsify import Initializer, check_heads, head_floor, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
 
 
@@ -33,14 +34,13 @@ def check(config: Config) -> None:
         scale_attention(model, parameterized(config.model, config.parameterization))
     if sparsity.sparsity == 0:
         return
-    layers = linear_layers(model, sparsity.include, sparsity.exclude, sparsity.sparsify_head)
-    if not layers:
-        raise InputError("no linear layer to sparsify: sparsity.include / sparsity.exclude leave none")
+    layers = choice_of(config).layers(model)
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds)
-    for name, layout in head_layouts(model, config).items():
-        if name in shapes:
-            head_floor(shapes[name], counts[name], sparsity.unit, layout, sparsity.head_min_density)
+    heads = head_layouts(layers, config)
+    check_heads(heads, sparsity.head_min_density, layers)
+    for name, layout in heads.items():
+        head_floor(shapes[name], counts[name], sparsity.unit, layout, sparsity.head_min_density)
 
 
 def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
@@ -63,7 +63,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             include=config.sparsity.include,
             exclude=config.sparsity.exclude,
             sparsify_head=config.sparsity.sparsify_head,
-            heads=head_layouts(model, config),
+            heads=head_layouts(choice_of(config).layers(model), config),
             head_min_density=config.sparsity.head_min_density,
             initializer=_initializer(parameterization),
             backend=config.sparsity.backend,
@@ -79,15 +79,16 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
     return model
 
 
-def head_layouts(model: nn.Module, config: Config) -> dict[str, HeadLayout]:
-    """The attention heads of the model's linear layers, by module name."""
-    patterns: Mapping[str, HeadLayout] = attention_heads(config.model)
-    return {
-        name: layout
-        for name, _ in model.named_modules()
-        for pattern, layout in patterns.items()
-        if fnmatchcase(name, pattern)
-    }
+def choice_of(config: Config) -> Choice:
+    """Which layers the settings make sparse."""
+    sparsity = config.sparsity
+    return Choice(sparsity.sparsity, tuple(sparsity.include), tuple(sparsity.exclude), sparsity.sparsify_head)
+
+
+def head_layouts(layers: Iterable[str], config: Config) -> dict[str, HeadLayout]:
+    """The attention heads of the layers of these names that have any."""
+    patterns = attention_heads(config.model)
+    return {name: layout for name in layers for pattern, layout in patterns.items() if fnmatchcase(name, pattern)}
 
 
 def choose_device(name: str) -> torch.device:

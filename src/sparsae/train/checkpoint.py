@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
+from sparsae.nn.names import full_names
 
 FORMAT = 1
 
@@ -99,7 +100,8 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if wanted != given:
         name = sorted(wanted ^ given)[0]
         raise InputError(f"the checkpoint does not fit the model: {name} is in only one of them")
-    sparse = tuple(f"{name}." for name in sparse_layers(model))
+    full = full_names(model)
+    sparse = tuple(f"{full[name]}." for name in sparse_layers(model))
     for name, parameter in model_tensors(model).items():
         if not name.startswith(sparse) and parameter.shape != tensors[name].shape:
             raise InputError(

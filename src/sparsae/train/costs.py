@@ -10,8 +10,8 @@ from sparsae.config.schema import Config, ModelConfig
 from sparsae.config.topology import MicroBatchConfig
 from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
 from sparsae.models import decoder_and_head
+from sparsae.nn.choice import linear_layers, weight_shape
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import linear_layers, weight_shape
 from sparsae.train.search import SearchCost
 
 

@@ -95,6 +95,7 @@ class TopologySearch:
         self._heads, self._head_floors = heads, head_floors
         self._score, self._study, self._initial_std = score, study, initial_std
         self._steps, self._passes, self._seed = steps, passes, seed
+        self._trained: Mapping[str, SparseLinear] = {}
         self._probes: dict[str, Probe] = {}
         self._norms: dict[str, float] = {}
         self._views: dict[str, LayerView] | None = None
@@ -107,12 +108,25 @@ class TopologySearch:
         return self.waiting or self.rule.due(step, self._steps)
 
     def arm(self, step: int) -> None:
-        """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients."""
+        """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients.
+
+        What trains now takes part in that update, and nothing else. Raises InputError for a layer that trains while
+        the optimizer does not have it, and where layers were frozen or not while a rule prunes that counted otherwise.
+        """
         self._close_probes()
         self._probes = {}
         if not self.due(step):
             return
-        topologies = {name: layer.topology for name, layer in self._layers.items()}
+        self._trained = trained_layers(self._layers, self._optimizer)
+        if self.ends and (other := sorted(set(self._trained) ^ set(self.ends))):
+            raise InputError(
+                f"layer {other[0]} was frozen or unfrozen since pruning began, which counts on the layers that trained "
+                "then: keep requires_grad as it was until pruning is over"
+            )
+        if not self._trained:
+            log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
+            return
+        topologies = {name: layer.topology for name, layer in self._trained.items()}
         if "gradient_at" in self.rule.needs:
             samples = self.rule.sample(topologies, self.state, generator(self._seed, "sample", step))
             self._probes = {name: SampledGradients(self._layers[name].key, u) for name, u in samples.items()}
@@ -131,7 +145,8 @@ class TopologySearch:
         self._close_probes()
         needs, views = self.rule.needs, {}
         self._not_finite = None
-        for name, layer in self._layers.items():
+        self._trained = {name: layer for name, layer in self._trained.items() if layer.values.requires_grad}
+        for name, layer in self._trained.items():
             gradient = layer.values.grad
             if gradient is None:
                 gradient = torch.zeros_like(layer.values)
@@ -152,7 +167,8 @@ class TopologySearch:
                 ends=self.ends.get(name),
                 **probed,
             )
-        self._views = views
+        # Where everything has been frozen since, there is nothing to update.
+        self._views = views or None
 
     def update(self, step: int) -> Update | None:
         """After the optimizer's step: one update of the topology, if it is due."""
@@ -250,10 +266,10 @@ class TopologySearch:
                 loss = self._score(step)
             norms = [0.0]
             if wants_gradient:
-                values = [layer.values for layer in self._layers.values()]
+                values = [layer.values for layer in self._trained.values()]
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
                 norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-            topologies = {name: layer.topology for name, layer in self._layers.items()}
+            topologies = {name: layer.topology for name, layer in self._trained.items()}
         known = self.rule.needs & {"gradient", "moments"}
         if known:
             source = "training" if "gradient" in known else "moments"
@@ -336,6 +352,19 @@ def _unanswered(name: str, passes: int) -> str:
 def _is_finite(tensor: Tensor | None, norm: float = math.nan) -> bool:
     """Whether all elements are finite: a finite norm tells; another may have overflowed by itself."""
     return tensor is None or math.isfinite(norm) or bool(tensor.isfinite().all())
+
+
+def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> dict[str, SparseLinear]:
+    """The layers that are not frozen. Raises InputError for one whose values the optimizer does not have."""
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
+    for name, layer in trained.items():
+        if id(layer.values) not in optimized:
+            raise InputError(
+                f"the optimizer does not have the values of {name}: build it after sparsify(model, ...), or freeze the "
+                "layer by requires_grad_(False)"
+            )
+    return trained
 
 
 @contextmanager

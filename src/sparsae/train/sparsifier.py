@@ -29,8 +29,8 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
 from sparsae.errors import InputError
-from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import head_floor, layer_counts
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.sparsify import check_heads, head_floor, layer_counts
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import refuse_unsupported
 from sparsae.parameterization import Parameterization
@@ -38,7 +38,7 @@ from sparsae.rules import build_rule
 from sparsae.rules.base import Rule
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_ranks, tell_if_still
-from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
+from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update, trained_layers
 
 
 class SparsifierConfig(Section):
@@ -68,10 +68,13 @@ class Sparsifier:
     equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
     parameterization: what the optimizer's groups were made for, if anything; grown weights that start "normal" need it.
 
+    A layer whose values do not require a gradient is frozen: its connections stay, and nothing of a swap is its.
+
     Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, the rule cannot do
-    without scores or a parameterization, a rule prunes without a sparsity to end at, or to one below the model's, or
-    the optimizer's state or several ranks cannot follow a rule that moves connections. `before_step` and `after_step`
-    raise it for calls that are missing; what may be meant (a step that was skipped) is logged.
+    without scores or a parameterization, or a rule prunes without a sparsity to end at, or to one below the model's;
+    where all layers are frozen and the rule would move connections; where the optimizer's state or several ranks cannot
+    follow a rule that moves them; and for heads of what is no sparse layer. `before_step` and `after_step` raise it for
+    calls that are missing; what may be meant (a step that was skipped) is logged.
     """
 
     def __init__(
@@ -91,27 +94,29 @@ class Sparsifier:
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, layer in self._layers.items() if id(layer.values) not in optimized]
-        if missing:
-            raise InputError(
-                f"the optimizer does not have the values of {missing[0]}: build it after sparsify(model, ...)"
-            )
+        trained = trained_layers(self._layers, optimizer)
         rule = build_rule(config.topology)
+        if not trained and rule.moves:
+            raise InputError(
+                "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
+                "unfreeze one, or take StaticConfig() as topology"
+            )
         self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
         rule = rule if score is not None else rule.without_scores()
         refuse_ranks(config.topology.rule, rule)
         if rule.moves:
-            refuse_unsupported(optimizer, self._layers)
+            refuse_unsupported(optimizer, trained)
         self._calls = LoopCalls(config.topology.rule, rule, self._layers, optimizer)
-        ends = self._ends(rule)
+        ends = self._ends(rule, trained)
         if rule.initialization == "normal" and parameterization is None:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
         self._parameterization = parameterization
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
         self._follow_density()
         self._burn_in = BurnIn(rule.burn_in, self._layers)
-        heads = {name: layout for name, layout in (heads or {}).items() if self._fits(name, layout)}
+        heads = check_heads(heads, config.head_min_density, self._layers)
+        head_floors = self._head_floors(heads)
+        heads = {name: layout for name, layout in heads.items() if not self._crosses(name, layout)}
         self.search = TopologySearch(
             model,
             self._layers,
@@ -121,7 +126,7 @@ class Sparsifier:
             bounds=self._bounds(),
             ends=ends,
             heads=heads,
-            head_floors=self._head_floors(heads),
+            head_floors=head_floors,
             score=score,
             study=study,
             initial_std=self._initial_std if parameterization else None,
@@ -184,6 +189,8 @@ class Sparsifier:
 
     def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """From `state`, after model, optimizer and teacher were restored."""
+        if other := sorted(set(plain["bounds"]) ^ set(self._layers)):
+            raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
         self.step = int(plain["step"])
         self.search.state = self.search.rule.state_from_dict(plain["rule"])
         self.search.waiting = bool(plain.get("waiting", False))
@@ -199,7 +206,7 @@ class Sparsifier:
 
     def _follow_density(self) -> None:
         if self._parameterization is not None and self._parameterization.dynamic:
-            follow_density(self._optimizer, self._layers, self._parameterization)
+            follow_density(self._optimizer, trained_layers(self._layers, self._optimizer), self._parameterization)
 
     def _initial_std(self, name: str, topology: Topology) -> float:
         """Of weights that are drawn for a layer: for its first density, or where rates follow it for the present."""
@@ -207,12 +214,10 @@ class Sparsifier:
         density = topology.density if self._parameterization.dynamic else self._initial_densities[name]
         return self._parameterization.initial_std(self._parameterization.role(name), density)
 
-    def _fits(self, name: str, heads: HeadLayout) -> bool:
-        """Whether a layer is sparse and no block of it crosses two heads."""
-        if name not in self._layers:
-            return False
+    def _crosses(self, name: str, heads: HeadLayout) -> bool:
+        """Whether blocks of a layer cross two heads, which then cannot be told apart."""
         b_out, b_in = self._layers[name].unit
-        return heads.size % (b_out if heads.axis == "out" else b_in) == 0
+        return heads.size % (b_out if heads.axis == "out" else b_in) != 0
 
     def _bounds(self) -> dict[str, tuple[int, int]]:
         topologies = {name: layer.topology for name, layer in self._layers.items()}
@@ -231,8 +236,8 @@ class Sparsifier:
         high = min(1.0, 4 * density) if self.config.max_density is None else self.config.max_density
         return low, high
 
-    def _ends(self, rule: Rule[Any]) -> dict[str, tuple[int, int]]:
-        """Each layer's units now and at the end, of a rule that prunes."""
+    def _ends(self, rule: Rule[Any], layers: Mapping[str, SparseLinear]) -> dict[str, tuple[int, int]]:
+        """Each trained layer's units now and at the end, of a rule that prunes."""
         config, rule_name = self.config, self.config.topology.rule
         if rule.prunes == (config.sparsity is None):
             raise InputError(
@@ -244,7 +249,6 @@ class Sparsifier:
             return {}
         if config.head_min_density:
             raise InputError(f"rule '{rule_name}' prunes without regard to heads: set head_min_density to 0")
-        layers = self._layers
         shapes, unit = {name: layer.topology.shape for name, layer in layers.items()}, next(iter(layers.values())).unit
         now = {name: layer.topology.count for name, layer in layers.items()}
         # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.

@@ -22,11 +22,11 @@ from sparsae.config import Config
 from sparsae.data import Batches, Corpus
 from sparsae.errors import DivergedError
 from sparsae.models import decoder_and_head
+from sparsae.nn.choice import weight_shape
 from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.sparsify import linear_layers, weight_shape
 from sparsae.report.readable import short_names
 from sparsae.train.assemble import silent_trainer
-from sparsae.train.build import build, choose_device
+from sparsae.train.build import build, choice_of, choose_device
 from sparsae.train.loop import Trainer
 from sparsae.train.micro_batch import split_held_out
 
@@ -148,10 +148,7 @@ def scales(config: Config, corpus: Corpus, stepped: Callable[[], None] = lambda:
 
 def _gauges(model: nn.Module, config: Config) -> dict[str, Gauge]:
     """Of the embedding, every layer that is sparse or, in a dense model, would be, and the head, in their order."""
-    sparsity = config.sparsity
-    layers: dict[str, nn.Module] = dict(sparse_layers(model))
-    if not layers:
-        layers = dict(linear_layers(model, sparsity.include, sparsity.exclude, sparsity.sparsify_head))
+    layers: dict[str, nn.Module] = dict(sparse_layers(model)) or choice_of(config).candidates(model)
     head = decoder_and_head(model)[1]
     names = short_names([name for name, layer in layers.items() if layer is not head])
     gauges = {EMBEDDING: Gauge(model.get_input_embeddings())}  # type: ignore[operator]

@@ -1,0 +1,225 @@
+"""Which layers of a model can be sparse, and why the others stay dense."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from sparsae.errors import InputError
+from sparsae.nn.linear import SparseLinear
+from sparsae.nn.names import full_names, modules_by_name
+
+# What people call a model's last layer: anywhere, and where it is the last linear layer of the model.
+_HEADS = ("lm_head", "to_logits", "embed_out")
+_LAST_HEADS = (*_HEADS, "head", "heads", "fc", "classifier", "score", "logits")
+_ROUTERS = ("router", "gate", "gating")
+_EXPERT_COUNTS = ("num_experts", "n_experts", "n_expert", "num_local_experts", "n_routed_experts")
+
+EXCLUDED = "left out by the patterns"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `sparsify` was asked to replace: its arguments of the same names."""
+
+    sparsity: float = 0.0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    sparsify_head: bool = False
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to replace, by name in the model's order.
+
+        Raises InputError for a pattern that names no layer, and with the reasons where there is nothing to replace.
+        """
+        self._check_patterns(model)
+        found = self.candidates(model)
+        if not found:
+            modules = modules_by_name(model)
+            why = Counter(
+                reason for name, reason in self.reasons(model).items() if reason and is_linear_like(modules[name])
+            )
+            counted = "; ".join(f"{count} {reason}" for reason, count in why.most_common())
+            raise InputError(f"no linear layer to sparsify: {counted or 'the model has no dense one'}")
+        return found
+
+    def candidates(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to replace; none where there is none."""
+        modules = modules_by_name(model)
+        return {name: modules[name] for name, reason in self.reasons(model).items() if reason is None}
+
+    def reasons(self, model: nn.Module) -> dict[str, str | None]:
+        """Why each module that has parameters of its own stays dense, by name; None for a layer that can be sparse."""
+        names = full_names(model)
+        modules = {
+            name: module
+            for name, module in modules_by_name(model).items()
+            if module._parameters and not isinstance(module, SparseLinear)
+        }
+        context = _Context(model)
+        return {name: self._reason(name, names[name], module, context) for name, module in modules.items()}
+
+    def _reason(self, name: str, full_name: str, module: nn.Module, context: _Context) -> str | None:
+        if not is_linear_like(module):
+            return _reason_of_type(name, module)
+        if (refusal := context.refusal(module)) is not None:
+            return refusal
+        names = {name, full_name}
+        if (self.include and not _match(names, self.include)) or _match(names, self.exclude):
+            return EXCLUDED
+        if id(module) in context.heads and not self.sparsify_head:
+            return "output head"
+        return "router of experts" if id(module) in context.routers else None
+
+    def _check_patterns(self, model: nn.Module) -> None:
+        """Raises InputError for the first pattern that names no layer."""
+        modules, names = modules_by_name(model), full_names(model)
+        layers = {name: {name, names[name]} for name, module in modules.items() if module._parameters}
+        linear = {name: both for name, both in layers.items() if is_linear_like(modules[name])}
+        for kind, patterns, named in (("include", self.include, linear), ("exclude", self.exclude, layers)):
+            what = "linear layer to sparsify" if kind == "include" else "layer"
+            for pattern in patterns:
+                if any(_match(both, [pattern]) for both in named.values()):
+                    continue
+                inside = any(_match(both, [f"{pattern}.*"]) for both in named.values())
+                example = f"names are such as {next(iter(linear))}" if linear else "there are none"
+                advice = f"'{pattern}.*' names what is inside" if inside else example
+                raise InputError(f"no {what} matches '{pattern}' of sparsity.{kind}: {advice}")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that could be sparse and are not, by name in the model's order."""
+    return Choice().candidates(model)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of an `nn.Linear` or a `Conv1D`."""
+    assert isinstance(module.weight, Tensor)
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`."""
+    # Without importing transformers: a model that has a Conv1D has imported it.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and type(module) is transformers.Conv1D
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether this is a linear layer in the eyes of people, whether it can be sparse or not."""
+    return isinstance(module, nn.Linear | SparseLinear) or is_conv1d(module)
+
+
+class _Context:
+    """What tells linear layers of one model apart that look alike."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = modules_by_name(model)
+        self._owners: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), []).append(name)
+        self._names = {id(module): name for name, module in modules.items()}
+        # These read the weights of their layers without calling them.
+        self._readers: dict[int, str] = {}
+        for module in modules.values():
+            for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
+                if isinstance(module, kind):
+                    self._readers |= {id(child): f"read directly by nn.{kind.__name__}" for child in module.children()}
+        self.heads = {id(module) for module in _heads(modules)}
+        self.routers = {id(module) for module in _routers(modules)}
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why a linear layer cannot be sparse."""
+        if id(module) in self._readers:
+            return self._readers[id(module)]
+        if hasattr(module, "parametrizations"):
+            return "a parametrized weight (weight_norm, spectral_norm or the like)"
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            own = "with a forward of its own" if type(module).forward is not nn.Linear.forward else "of another kind"
+            return f"a subclass of nn.Linear {own} ({type(module).__name__})"
+        if "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None:
+            return "its forward was replaced, or compiled by itself"
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is computed from other parameters (weight_norm, pruning or the like)"
+        owners = [name for name in self._owners[id(weight)] if name != self._names[id(module)]]
+        if owners:
+            return f"tied to the weight of {owners[0]}"
+        if type(weight.data) is not Tensor or not weight.is_floating_point():
+            return f"its weight is no plain tensor of numbers ({type(weight.data).__name__}, {weight.dtype})"
+        return None
+
+
+def _match(names: set[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _reason_of_type(name: str, module: nn.Module) -> str:
+    """Why a module that is no linear layer stays dense."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, _ConvNd):
+        return "convolution"
+    if ".parametrizations." in f".{name}.":
+        return "a parametrized weight (weight_norm, spectral_norm or the like)"
+    dimensions = max((p.dim() for p in module._parameters.values() if p is not None and not is_lazy(p)), default=0)
+    if dimensions < 2:
+        return "norms and other vectors"
+    what = "stacked weights" if dimensions > 2 else "a weight"
+    return f"{what} of {type(module).__name__}, which is no nn.Linear"
+
+
+def _heads(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Output heads: what the model itself calls so, by method or by name, and a last layer to the vocabulary."""
+    for module in modules.values():
+        for method in ("get_output_embeddings", "get_classifier"):
+            if callable(getattr(type(module), method, None)):
+                yield from _modules_in(getattr(module, method)())
+    linear = {name: module for name, module in modules.items() if is_linear_like(module)}
+    yield from (module for name, module in linear.items() if name.rpartition(".")[2] in _HEADS)
+    if linear:
+        name, last = next(reversed(linear.items()))
+        vocabulary = max((m.num_embeddings for m in modules.values() if isinstance(m, nn.Embedding)), default=None)
+        parts = name.split(".")
+        if parts[0] in _LAST_HEADS or (len(parts) == 1 and parts[-1] in _LAST_HEADS) or _out(last) == vocabulary:
+            yield last
+
+
+def _modules_in(found: object) -> Iterator[nn.Module]:
+    if isinstance(found, nn.Module):
+        yield found
+    elif isinstance(found, tuple | list):
+        yield from (module for module in found if isinstance(module, nn.Module))
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Layers that are called routers or gates and have an output an expert."""
+    for name, module in modules.items():
+        *above, last = name.split(".")
+        if (last not in _ROUTERS and not (above and above[-1] in _ROUTERS)) or not is_linear_like(module):
+            continue
+        levels = [modules[".".join(above[:n])] for n in range(len(above), max(-1, len(above) - 3), -1)]
+        if any(_out(module) in _expert_counts(level) for level in levels):
+            yield module
+
+
+def _expert_counts(module: nn.Module) -> Iterator[int]:
+    """What could be the number of experts of a module."""
+    yield from (vars(module)[key] for key in _EXPERT_COUNTS if isinstance(vars(module).get(key), int))
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield len(child)
+        yield from (p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3)
+
+
+def _out(module: nn.Module) -> int:
+    return int(module.nf if is_conv1d(module) else module.out_features)  # type: ignore[arg-type]
