@@ -71,7 +71,9 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["step"] = (
-                torch.zeros_like(p, dtype=torch.int32) if per_weight else torch.zeros((), dtype=torch.float32)
+                torch.zeros_like(p, dtype=torch.int32)
+                if per_weight
+                else torch.zeros((), dtype=torch.float32, device="cpu")
             )
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)

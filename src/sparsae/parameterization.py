@@ -168,6 +168,11 @@ def initial_value(
 ) -> Tensor:
     """The initial value of one parameter on the CPU; `name` is its full name."""
     if role in ("vector", "final_norm"):
-        return torch.full(shape, 0.0 if name.endswith("bias") else parameterization.scale(role).multiplier)
+        return torch.full(
+            shape,
+            0.0 if name.endswith("bias") else parameterization.scale(role).multiplier,
+            dtype=torch.float32,
+            device="cpu",
+        )
     std = parameterization.initial_std(role, density)
-    return torch.randn(shape, generator=generator(seed, "weights", name)) * std
+    return torch.randn(shape, generator=generator(seed, "weights", name), dtype=torch.float32, device="cpu") * std

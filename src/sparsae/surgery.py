@@ -155,7 +155,9 @@ def plan(
         if initialization == "kaiming_uniform":
             values[is_new] = kaiming_uniform(after, rng).to(values.device, values.dtype)[is_new.cpu()]
         elif initialization == "normal" and initial_std is not None:
-            drawn = torch.randn(int(is_new.sum()), *values.shape[1:], generator=rng) * initial_std(name, after)
+            drawn = torch.randn(
+                int(is_new.sum()), *values.shape[1:], generator=rng, dtype=torch.float32, device="cpu"
+            ) * initial_std(name, after)
             values[is_new] = drawn.to(values.device, values.dtype)
         elif initialization != "zero":
             known = "zero, kaiming_uniform, or with initial_std normal"
@@ -169,7 +171,7 @@ def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
     b_in, rows = topology.unit[1], topology.rows.long().cpu()
     fan_in = torch.bincount(rows, minlength=topology.grid[0])[rows] * b_in
     bound = math.sqrt(6.0) / fan_in.to(torch.float32).sqrt()
-    uniform = torch.rand(topology.values_shape, generator=rng) * 2 - 1
+    uniform = torch.rand(topology.values_shape, generator=rng, dtype=torch.float32, device="cpu") * 2 - 1
     return uniform * bound.view(-1, *[1] * (uniform.dim() - 1))
 
 

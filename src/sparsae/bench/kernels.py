@@ -129,12 +129,12 @@ class Kernels:
         count = max(1, round((1 - sparsity) * grid_size(shape, unit)))
         topology = Topology.random(shape, count, rng, unit)
         element: torch.dtype = getattr(torch, dtype)
-        values = torch.randn(topology.values_shape, generator=rng).to(element)
+        values = torch.randn(topology.values_shape, generator=rng, dtype=torch.float32, device="cpu").to(element)
         names = self.contenders(unit, dtype)
         layers = {name: layer_of(name, topology, values) for name in names}
         dense = nn.Linear(shape[1], shape[0], dtype=element)
-        x_TI = torch.randn(tokens, shape[1], generator=rng).to(element)
-        dy_TO = torch.randn(tokens, shape[0], generator=rng).to(element)
+        x_TI = torch.randn(tokens, shape[1], generator=rng, dtype=torch.float32, device="cpu").to(element)
+        dy_TO = torch.randn(tokens, shape[0], generator=rng, dtype=torch.float32, device="cpu").to(element)
         case: Row = {
             "unit": f"{unit[0]}x{unit[1]}",
             "out": shape[0],
@@ -165,7 +165,7 @@ CONTENDERS = ("auto", *BACKENDS, *RIVALS)
 
 def layer_of(name: str, topology: Topology, values: Tensor) -> nn.Module:
     """A layer of ours or of a rival, with a bias of zeros."""
-    bias_O = torch.zeros(topology.shape[0], dtype=values.dtype)
+    bias_O = torch.zeros(topology.shape[0], dtype=values.dtype, device="cpu")
     if name in RIVALS:
         return RIVALS[name].layer(topology, values, bias_O)
     return SparseLinear(topology, values, bias_O, backend=name)

@@ -37,7 +37,7 @@ def peak_flops(threads: int, seconds: float = 0.2) -> float | None:
 
 def bandwidth(threads: int, seconds: float = 0.5, floats: int = _FLOATS) -> float:
     """Bytes a second of a = b + 3 c, 12 bytes an element (STREAM's triad), the best of repeated runs."""
-    a, b, c = (torch.full((floats,), float(i)) for i in range(3))
+    a, b, c = (torch.full((floats,), float(i), dtype=torch.float32, device="cpu") for i in range(3))
 
     def move() -> float:
         native.triad(a, b, c, threads)

@@ -124,7 +124,9 @@ class Steps:
             check(config)
             unit = config.sparsity.unit
             for backend in self.backends:
-                choose_backend(backend, Layout(unit, unit, torch.zeros(1, dtype=torch.int32)), torch.float32)
+                choose_backend(
+                    backend, Layout(unit, unit, torch.zeros(1, dtype=torch.int32, device="cpu")), torch.float32
+                )
 
     def __len__(self) -> int:
         return len(self.sparsities)
@@ -224,12 +226,12 @@ def trainer(config: Config) -> Trainer:
     model = build(config, vocabulary, 0, device)
     windows = max(8, config.training.batch_size)
     rng = generator(config.seed, "bench tokens")
-    tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng).numpy()
+    tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng, device="cpu").numpy()
     return silent_trainer(
         config,
         model,
         Batches(tokens, context, config.training.batch_size, config.seed),
-        torch.zeros(0, context + 1, dtype=torch.int64),
+        torch.zeros(0, context + 1, dtype=torch.int64, device="cpu"),
         tokens,
         device,
     )

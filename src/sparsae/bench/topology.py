@@ -45,13 +45,19 @@ class Subject:
         self.rng = generator(0, "bench topology", width)
         count = max(1, round((1 - sparsity) * grid_size(shape, unit)))
         topology = Topology.random(shape, count, self.rng, unit)
-        self.layer = SparseLinear(topology, torch.randn(topology.values_shape, generator=self.rng), backend=backend)
+        self.layer = SparseLinear(
+            topology,
+            torch.randn(topology.values_shape, generator=self.rng, dtype=torch.float32, device="cpu"),
+            backend=backend,
+        )
         self.kernels = choose_backend(backend, Layout(shape, unit, topology.indices), torch.float32)
         self.optimizer = AdamW([self.layer.values], lr=1e-3)
         self.layer.values.grad = torch.ones_like(self.layer.values)
         self.optimizer.step()
         self.layer.values.grad = None
-        self.x_TI, self.dy_TO = (torch.randn(tokens, width, generator=self.rng) for _ in range(2))
+        self.x_TI, self.dy_TO = (
+            torch.randn(tokens, width, generator=self.rng, dtype=torch.float32, device="cpu") for _ in range(2)
+        )
         self.moved = max(1, round(share * count))
         self.config = EvolutionConfig()
         self.temperatures = Temperatures(self.config.drop_temperature, self.config.grow_temperature)
@@ -208,7 +214,9 @@ class Updates:
                 grid_size((width, width), self.unit)
             except ValueError as error:
                 raise InputError(f"--unit, --widths: {error}") from None
-        choose_backend(self.backend, Layout(self.unit, self.unit, torch.zeros(1, dtype=torch.int32)), torch.float32)
+        choose_backend(
+            self.backend, Layout(self.unit, self.unit, torch.zeros(1, dtype=torch.int32, device="cpu")), torch.float32
+        )
 
     def __len__(self) -> int:
         return len(self.widths) * len(self.sparsities)

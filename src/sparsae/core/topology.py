@@ -200,16 +200,16 @@ def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
     if not 0 <= n <= population:
         raise ValueError(f"cannot draw {n} distinct units of {population}")
     if 4 * n >= population:
-        return torch.randperm(population, generator=rng)[:n].sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(population, generator=rng, device="cpu")[:n].sort().values
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < n:
-        more = torch.randint(population, (n - drawn.numel() + n // 4 + 8,), generator=rng)
+        more = torch.randint(population, (n - drawn.numel() + n // 4 + 8,), generator=rng, device="cpu")
         # Sorting takes most of the time, and half of it on numbers of half the size.
         drawn = torch.cat([drawn, more]).to(index_dtype(population)).sort().values.long()
-        drawn = drawn[torch.cat([torch.ones(1, dtype=torch.bool), drawn[1:] != drawn[:-1]])]
+        drawn = drawn[torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), drawn[1:] != drawn[:-1]])]
     surplus = drawn.numel() - n
     if surplus:
-        keep = torch.ones(drawn.numel(), dtype=torch.bool)
+        keep = torch.ones(drawn.numel(), dtype=torch.bool, device="cpu")
         keep[sample_distinct(drawn.numel(), surplus, rng)] = False
         drawn = drawn[keep]
     return drawn

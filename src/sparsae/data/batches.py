@@ -52,7 +52,7 @@ class Batches:
         if epoch not in self._orders:
             while len(self._orders) > 1:  # A batch may reach into the next epoch: two orders are kept.
                 del self._orders[next(iter(self._orders))]
-            shuffled = torch.randperm(self.windows, generator=generator(self._seed, "batches", epoch))
+            shuffled = torch.randperm(self.windows, generator=generator(self._seed, "batches", epoch), device="cpu")
             self._orders[epoch] = shuffled.numpy()
         return self._orders[epoch]
 

@@ -65,7 +65,7 @@ class ModelDecoder(Decoder):
         return self._continue([token])
 
     def _continue(self, tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor([tokens], device=self._device)
+        ids = torch.tensor([tokens], dtype=torch.int64, device=self._device)
         hidden, self._cache = _forward(self._decoder, ids, self._cache)
         return self._head(hidden[0, -1]).float()
 
@@ -85,7 +85,7 @@ class FastDecoder(Decoder):
         self._model, self._blocks, self._length = model, architecture, 0
         shape = (architecture.layers, 2, 1, architecture.kv_heads, context, architecture.head_size)
         # keys and values: (layer, 2, 1, head, position, head size)
-        self._cache = torch.empty(shape)
+        self._cache = torch.empty(shape, dtype=torch.float32, device="cpu")
         # None where a version of transformers has no scaling: it multiplies by torch's own, 1 / sqrt(head size).
         self._scales = [getattr(attention, "scaling", None) for attention in attention_modules(model)]
         self._head = product(decoder_and_head(model)[1])
@@ -93,7 +93,7 @@ class FastDecoder(Decoder):
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
         decoder = decoder_and_head(self._model)[0]
-        hidden, cache = _forward(decoder, torch.tensor([tokens]))
+        hidden, cache = _forward(decoder, torch.tensor([tokens], dtype=torch.int64, device="cpu"))
         self._length = len(tokens)
         for layer, kept in enumerate(cache.layers):
             self._cache[layer, 0, :, :, : self._length] = kept.keys
@@ -168,7 +168,7 @@ class _Llama:
         )
         self.head_size = decoder.layers[0].self_attn.head_dim
         self._tokens = decoder.embed_tokens.weight
-        cos, sin = decoder.rotary_emb(self._tokens, torch.arange(context)[None])
+        cos, sin = decoder.rotary_emb(self._tokens, torch.arange(context, device="cpu")[None])
         self._cos, self._sin = cos[0], sin[0]  # (context, head size)
         self.norm = _rms_norm(decoder.norm)
         self._blocks = [

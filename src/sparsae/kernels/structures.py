@@ -68,7 +68,7 @@ def poisoned(values: Tensor, indices: Tensor, own: Tensor) -> Tensor:
 
 def same_indices(one: Tensor, other: Tensor) -> bool:
     """Whether two index tensors hold the same numbers, whatever their dtypes and devices."""
-    if one.shape != other.shape or one.is_floating_point():
+    if one.shape != other.shape or one.is_floating_point() or other.is_floating_point():
         return False
     if one.dtype != other.dtype or one.device != other.device:
         one = one.to(other.device, torch.int64)

@@ -181,7 +181,9 @@ class Evolution(Rule[EvolutionState]):
 
     def _draw(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> Candidate:
         count = self._moves(observation.count, state, observation.progress)
-        is_reset = float(torch.rand((), generator=rng)) < self.reset_probability(state)
+        is_reset = float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu")) < self.reset_probability(
+            state
+        )
         candidate = None
         for _ in range(self.config.redraws):
             if is_reset:

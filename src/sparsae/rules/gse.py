@@ -64,7 +64,7 @@ class Gse(Rule[NoState]):
     ) -> Mapping[str, Tensor | Draw]:
         if self.config.sampling == "uniform":
             return sample_inactive(topologies, self.config.sample_ratio, rng)
-        seeds = torch.randint(2**62, (len(topologies),), generator=rng).tolist()
+        seeds = torch.randint(2**62, (len(topologies),), generator=rng, device="cpu").tolist()
         return {
             name: _drawn(topology, round(self.config.sample_ratio * topology.count), self.config.sampling, seed)
             for (name, topology), seed in zip(topologies.items(), seeds, strict=True)
@@ -118,7 +118,7 @@ def _drawn(topology: Topology, n: int, sampling: str, seed: int) -> Draw:
 
     def draw(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
-        signs = torch.randint(2, (x_TI.shape[0],), generator=rng).to(x_TI.device, x_TI.dtype) * 2 - 1
+        signs = torch.randint(2, (x_TI.shape[0],), generator=rng, device="cpu").to(x_TI.device, x_TI.dtype) * 2 - 1
         rows, columns = (
             _draw_from(score(side, signs).view(-1, width).sum(1), n, rng)
             for side, width in ((dy_TO, topology.unit[0]), (x_TI, topology.unit[1]))
@@ -143,6 +143,6 @@ def _draw_from(weights: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """n numbers of [0, len(weights)), with replacement, in proportion to the weights; evenly where all are zero."""
     ends = weights.double().cpu().cumsum(0)
     if not float(ends[-1]) > 0:
-        return torch.randint(weights.numel(), (n,), generator=rng)
-    at = torch.rand(n, generator=rng, dtype=torch.float64) * ends[-1]
+        return torch.randint(weights.numel(), (n,), generator=rng, device="cpu")
+    at = torch.rand(n, generator=rng, dtype=torch.float64, device="cpu") * ends[-1]
     return torch.searchsorted(ends, at, right=True).clamp_(max=weights.numel() - 1)

@@ -96,9 +96,9 @@ def shift(observation: Observation, count: int, temperatures: Temperatures, rng:
 
 def reset(observation: Observation, config: ResetConfig, rng: torch.Generator) -> tuple[str, Swap]:
     """A large jump: a reshuffle of 5-10 % of each layer, or a new Erdos-Renyi topology with the layers' counts."""
-    if float(torch.rand((), generator=rng)) >= config.redraw:
+    if float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu")) >= config.redraw:
         low, high = config.reshuffle
-        share = low + (high - low) * float(torch.rand((), generator=rng))
+        share = low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu"))
         return "reshuffle", layerwise(observation, round(share * observation.count), Temperatures(), rng)
     drop, grow = {}, {}
     for name, view in observation.layers.items():
@@ -146,7 +146,7 @@ def _keys(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Tensor
     keys = 2 * magnitude.double().log()
     if temperature:
         # -log(-log U) with U in (0, 1); log 0 of a zero magnitude stays -inf: such a unit is always the first to go.
-        noise = torch.rand(keys.shape, generator=rng, dtype=torch.float64).clamp_(min=1e-300)
+        noise = torch.rand(keys.shape, generator=rng, dtype=torch.float64, device="cpu").clamp_(min=1e-300)
         keys += temperature * -(-noise.log()).log().to(keys.device)
     return keys
 
@@ -157,7 +157,7 @@ def _at(topology: Topology, positions: Tensor) -> Tensor:
 
 def _ranks_by_layer(ranks: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Sorted ranks over all layers end to end, as ranks within each layer."""
-    ends = torch.tensor(list(sizes.values())).cumsum(0)
+    ends = torch.tensor(list(sizes.values()), dtype=torch.int64, device="cpu").cumsum(0)
     cuts = torch.searchsorted(ranks, ends)
     split, start, offset = {}, 0, 0
     for name, cut, end in zip(sizes, cuts.tolist(), ends.tolist(), strict=True):
@@ -169,8 +169,8 @@ def _ranks_by_layer(ranks: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor
 
 def _random_split(count: int, sizes: Mapping[str, int], rng: torch.Generator) -> dict[str, int]:
     """`count` over layers by flat Dirichlet weights times their size, none above its size."""
-    weights = -torch.log(torch.rand(len(sizes), generator=rng, dtype=torch.float64).clamp_(min=1e-300))
-    weights *= torch.tensor(list(sizes.values()), dtype=torch.float64)
+    weights = -torch.log(torch.rand(len(sizes), generator=rng, dtype=torch.float64, device="cpu").clamp_(min=1e-300))
+    weights *= torch.tensor(list(sizes.values()), dtype=torch.float64, device="cpu")
     shares = (count * weights / weights.sum().clamp(min=1e-300)).floor().long().tolist()
     split = {name: min(share, size) for (name, size), share in zip(sizes.items(), shares, strict=True)}
     left = count - sum(split.values())

@@ -69,7 +69,7 @@ def diversity(topologies: Mapping[str, Topology], heads: Mapping[str, HeadLayout
     parts = [
         head_densities(topology, heads[name]).cpu()
         if name in heads
-        else torch.tensor([topology.density], dtype=torch.float64)
+        else torch.tensor([topology.density], dtype=torch.float64, device="cpu")
         for name, topology in topologies.items()
     ]
     return float(torch.cat(parts).std(correction=0))

@@ -114,6 +114,6 @@ def _initializer(parameterization: Parameterization) -> Initializer:
 
     def draw(name: str, topology: Topology, rng: torch.Generator) -> Tensor:
         std = parameterization.initial_std(parameterization.role(name), topology.density)
-        return torch.randn(topology.values_shape, generator=rng) * std
+        return torch.randn(topology.values_shape, generator=rng, dtype=torch.float32, device="cpu") * std
 
     return draw

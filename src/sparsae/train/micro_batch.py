@@ -32,7 +32,9 @@ class MicroBatches:
     def at(self, step: int) -> Tensor:
         """The micro-batch of the update at `step`; the same one for every candidate."""
         if self._pool:
-            pick = torch.randint(len(self._pool), (), generator=generator(self._seed, "micro-batch pool", step))
+            pick = torch.randint(
+                len(self._pool), (), generator=generator(self._seed, "micro-batch pool", step), device="cpu"
+            )
             return self._pool[int(pick)]
         if self._latest is None or self._latest[0] != step:
             self.prefetch(step)
@@ -47,7 +49,7 @@ class MicroBatches:
     def _draw(self, index: int) -> Tensor:
         rng = generator(self._seed, "micro-batch", self._config.mode, index)
         last = len(self._tokens) - self._context - 1
-        starts = torch.randint(last + 1, (self._config.sequences,), generator=rng).tolist()
+        starts = torch.randint(last + 1, (self._config.sequences,), generator=rng, device="cpu").tolist()
         rows = np.stack([self._tokens[start : start + self._context + 1] for start in starts])
         batch = torch.from_numpy(rows.astype(np.int64))
         if self._device.type == "cuda":

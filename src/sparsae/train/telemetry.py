@@ -27,7 +27,7 @@ class TopologyTelemetry:
         self._heads = heads
         self._start = {name: _cpu(layer.topology) for name, layer in layers.items()}
         self._ever = {name: Topology(t.shape, t.indices.clone(), t.unit) for name, t in self._start.items()}
-        self._birth = {name: torch.zeros(t.count, dtype=torch.int32) for name, t in self._start.items()}
+        self._birth = {name: torch.zeros(t.count, dtype=torch.int32, device="cpu") for name, t in self._start.items()}
 
     def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> dict[str, Any]:
         """The telemetry of an update at `step`, after its changes were carried out."""

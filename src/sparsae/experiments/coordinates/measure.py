@@ -176,7 +176,7 @@ def _trainer(config: Config, corpus: Corpus) -> Trainer:
         config,
         model,
         Batches(corpus.train, context, config.training.batch_size, config.seed),
-        torch.zeros(0, context + 1, dtype=torch.int64),
+        torch.zeros(0, context + 1, dtype=torch.int64, device="cpu"),
         micro,
         device,
     )
