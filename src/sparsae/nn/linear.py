@@ -106,10 +106,15 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight as `nn.Linear` (or `Conv1D`) has it, to read: see nn/weight.py. Writing raises."""
-        if torch.compiler.is_compiling() or is_tracing():
+
+        def build() -> Tensor:
             weight_OI = self._dense_weight()
             return weight_OI.T if self.conv1d else weight_OI
-        return DenseView(self._dense_weight, (self.out_features, self.in_features), self.values, self.conv1d)
+
+        if torch.compiler.is_compiling() or is_tracing():
+            return build()
+        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
+        return DenseView(build, shape, self.values, requires_grad=self.values.requires_grad)
 
     @weight.setter
     def weight(self, value: object) -> None:

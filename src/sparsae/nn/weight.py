@@ -27,16 +27,18 @@ class DenseView(Tensor):
     _made_of: Tensor
 
     @staticmethod
-    def __new__(cls, make: Callable[[], Tensor], shape: tuple[int, int], values: Tensor, transposed: bool) -> DenseView:
-        """make: gives the (out, in) weight. values: what it is made from. transposed: show it as (in, out)."""
+    def __new__(
+        cls, make: Callable[[], Tensor], shape: tuple[int, ...], values: Tensor, *, requires_grad: bool
+    ) -> DenseView:
+        """make: gives the weight, of this shape, which is made from `values`."""
         view: DenseView = Tensor._make_wrapper_subclass(
             cls,
-            shape[::-1] if transposed else shape,
+            shape,
             dtype=values.dtype,
             device=values.device,
-            requires_grad=values.requires_grad,
+            requires_grad=requires_grad,
         )
-        view._build = (lambda: make().T) if transposed else make
+        view._build = make
         view._made_of = values
         return view
 
@@ -64,7 +66,7 @@ class DenseView(Tensor):
 
     def _detached(self) -> DenseView:
         make = self._build
-        return DenseView(lambda: make().detach(), (self.shape[0], self.shape[1]), self._made_of.detach(), False)
+        return DenseView(lambda: make().detach(), self.shape, self._made_of, requires_grad=False)
 
 
 # Known without the weight: functions of tensors, and what reading an attribute calls.
