@@ -150,8 +150,9 @@ class LargestGradients(Probe):
             magnitude = gradient_IO.abs_().view(-1)
         else:
             blocks = gradient_IO.view(-1, b_in, layout.grid_rows, b_out)
-            # In float32: half precision cannot hold the squares of what it can hold.
-            magnitude = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=torch.float32).view(-1)
+            # At least in float32: half precision cannot hold the squares of what it can hold.
+            wide = torch.promote_types(blocks.dtype, torch.float32)
+            magnitude = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=wide).view(-1)
         self.active = magnitude.index_select(0, layout.indices)
         # What is no number counts as infinite, so that whoever asked sees it, and nothing is less than the active ones.
         magnitude.nan_to_num_(nan=math.inf, posinf=math.inf)

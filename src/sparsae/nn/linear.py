@@ -177,7 +177,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out).
 
-        Raises InputError where another topology was written into the indices, or values do not fit it.
+        Raises InputError where another topology was written into the indices, ValueError for values of another number
+        of units and for an x of another width.
         """
         if runs_elsewhere():
             return functional.linear(x, self._dense_weight(), self.bias)
@@ -191,7 +192,8 @@ class SparseLinear(nn.Module):
         # What nobody differentiates or watches needs no operator, which would cost a third of decoding a token.
         with self.lock:
             values, prepared = self.values.data, self.prepare()
-        x, values, bias = _in_autocast(x, values, self.bias)
+        x, values = in_autocast(x), in_autocast(values)
+        bias = None if self.bias is None else in_autocast(self.bias)
         key, layout = key_and_layout(values, prepared.structures, self.out_features, self.in_features)
         note_forward(key, self.training)
         values = seen_with(values, prepared.source, layout)
@@ -223,17 +225,19 @@ class SparseLinear(nn.Module):
     def _multiply(self, x: Tensor) -> Tensor:
         """By the operator, for whoever differentiates, compiles or watches."""
         prepared = self.prepare()
-        x, values, bias = _in_autocast(x, self.values, self.bias)
+        x, values = in_autocast(x), in_autocast(self.values)
+        bias = None if self.bias is None else in_autocast(self.bias)
         trains = self.training or torch.is_grad_enabled()
         shape = self.out_features, self.in_features
         return sparse_linear(x, values, bias, self.indices, prepared.structures, *shape, prepared.backend, trains)
 
     def _dense_weight(self) -> Tensor:
-        """The (out, in) weight; differentiable with respect to the values. Raises InputError as `forward` does."""
+        """The (out, in) weight; differentiable with respect to the values. Raises as `forward` does."""
         prepared, (b_out, b_in) = self.prepare(), self.unit
         traced = torch.compiler.is_compiling() or is_tracing()
         if not traced and not same_indices(prepared.source, prepared.topology.indices):
             raise InputError(CHANGED)
+        key_and_layout(self.values, prepared.structures, self.out_features, self.in_features)
         rows, columns = prepared.topology.grid
         units = self.values.new_zeros(rows * columns, *self.values.shape[1:])
         units = units.index_put((prepared.topology.indices.long(),), self.values)
@@ -326,12 +330,12 @@ def _watched(x: Tensor) -> bool:
     )
 
 
-def _in_autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All in the autocast dtype, where autocast is on."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, values, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+def in_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the autocast dtype, where autocast is on; float64 stays, as in torch."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _checked(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], what: str) -> Topology:

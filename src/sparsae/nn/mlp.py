@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from sparsae.kernels import breakeven, native
 from sparsae.kernels.cpu import is_native
 from sparsae.kernels.mlp import sparse_mlp
-from sparsae.nn.linear import SparseLinear, runs_elsewhere
+from sparsae.nn.linear import SparseLinear, in_autocast, runs_elsewhere
 
 # Of transformers' MLP classes: the names of the layers up, down and gate, and of the activation.
 _LAYERS = {
@@ -69,11 +69,8 @@ class FusedMLP(nn.Module):
     def _fused(self, layers: list[SparseLinear], x: Tensor, activation: str) -> Tensor:
         structures = [tensor for layer in layers for tensor in layer.prepare().structures]
         indices = [layer.indices for layer in layers]
-        values: list[Tensor] = [layer.values for layer in layers]
-        biases = [layer.values.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values, biases = x.to(dtype), [v.to(dtype) for v in values], [b.to(dtype) for b in biases]
+        x, values = in_autocast(x), [in_autocast(layer.values) for layer in layers]
+        biases = [values[0].new_empty(0) if layer.bias is None else in_autocast(layer.bias) for layer in layers]
         up, down = layers[:2]
         trains = self.training or torch.is_grad_enabled()
         y = sparse_mlp(x, values, biases, indices, structures, up.out_features, down.out_features, activation, trains)
@@ -91,8 +88,7 @@ class FusedMLP(nn.Module):
         # The operator computes all gradients.
         if torch.is_grad_enabled() and not all(layer.values.requires_grad for layer in layers):
             return False
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if any(layer.kernel != "cpu" for layer in layers) or not is_native(dtype):
+        if any(layer.kernel != "cpu" for layer in layers) or not is_native(in_autocast(x[:0]).dtype):
             return False
         layouts = [layer.layout for layer in layers]
         return native.mlp_refusal(layouts) is None and breakeven.fusing_pays(layouts)
