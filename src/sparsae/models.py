@@ -43,7 +43,10 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     with _quiet_import(), torch.device(device):
-        return AutoModelForCausalLM.from_config(_transformers_config(config, size, eos_id), attn_implementation="sdpa")
+        settings = _transformers_config(config, size, eos_id)
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+    model.tie_weights()  # which transformers 5.0 leaves out on the meta device
+    return model
 
 
 @contextmanager
