@@ -41,8 +41,9 @@ class LoopCalls:
         refuse_ranks(self._name, self._rule)
         if self._between:
             self._tell(
+                "twice",
                 "before_step() was called twice without after_step() between them: connections move in after_step(), "
-                "which belongs after every optimizer.step() (once for all backward passes that are accumulated)"
+                "which belongs after every optimizer.step() (once for all backward passes that are accumulated)",
             )
         self._between = True
         learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
@@ -53,7 +54,7 @@ class LoopCalls:
             )
             if due and self._wants_gradients:
                 raise InputError(f"{advice}; rule '{self._name}' looks at gradients")
-            self._tell(advice)
+            self._tell("gradient", advice)
         self._before = None
         moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
         if moved:
@@ -78,8 +79,9 @@ class LoopCalls:
             self._before = None
             if torch.equal(before, self._layers[name].values.detach()):
                 self._tell(
+                    "step",
                     f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "
-                    "call optimizer.step() between the two, if it was not skipped on purpose"
+                    "call optimizer.step() between the two, if it was not skipped on purpose",
                 )
 
     def _moves(self, values: Tensor) -> bool:
@@ -89,9 +91,9 @@ class LoopCalls:
         gradient = values.grad
         return gradient is not None and not at_rest and bool(gradient.isfinite().all()) and bool(gradient.any())
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _tell(self, kind: str, what: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
             log.warning("%s", what)
 
 

@@ -312,15 +312,15 @@ class TopologySearch:
     def _moments(self) -> dict[str, Tensor]:
         """The optimizer's average gradient of each layer, where the rule needs it: zeros where a layer has none yet.
 
-        Raises InputError for an optimizer that keeps none.
+        Raises InputError where none has one.
         """
         if "moments" not in self.rule.needs:
             return {}
         found = {name: average_gradient(self._optimizer, layer.values) for name, layer in self._layers.items()}
         if all(moment is None for moment in found.values()):
             raise InputError(
-                f"{type(self._optimizer).__name__} keeps no average gradient, which activity 'moments' "
-                "(topology.proxy.activity) is taken from: use 'training' or 'candidate'"
+                f"{type(self._optimizer).__name__} has no average gradient, which activity 'moments' "
+                "(topology.proxy.activity) is taken from: use an optimizer with momentum, 'training' or 'candidate'"
             )
         zeros = {name: torch.zeros_like(self._layers[name].values) for name, moment in found.items() if moment is None}
         return zeros | {name: moment for name, moment in found.items() if moment is not None}

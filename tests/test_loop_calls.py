@@ -1,0 +1,400 @@
+"""What a loop around a Sparsifier may forget, gradients that are no numbers, and more than one rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparsae.config.topology import EvolutionConfig, GmpConfig, RiglConfig, RuleConfig, SetConfig, StaticConfig
+from sparsae.core.randomness import generator
+from sparsae.core.topology import Topology
+from sparsae.errors import InputError
+from sparsae.kernels.backend import Layout
+from sparsae.kernels.probe import LargestGradients
+from sparsae.kernels.registry import BACKENDS
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import sparsify
+from sparsae.rules import RULES
+from sparsae.rules.base import Candidate, Score
+from sparsae.rules.evolution import Evolution
+from sparsae.surgery import Swap
+from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from tests.loops import mlp, score_of
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "set": {"every": 2},
+    "rigl": {"every": 2},
+    "rigl, sum": {"every": 2, "accumulate": "sum"},
+    "gse": {"every": 2},
+    "gse, graest": {"every": 2, "sampling": "graest"},
+    "gse, local": {"every": 2, "scope": "local"},
+    "gmp": {"every": 2, "start": 0.0},
+    "granet": {"every": 2, "start": 0.0},
+    "magnitude": {"at": 0.1},
+    "evolution": {"every": 2},
+    "evolution, guided": {"every": 2, "proposer": "guided"},
+    "evolution, rigl": {"every": 2, "proposer": "rigl"},
+    "evolution, elitist": {
+        "every": 2,
+        "selection": "elitist",
+        "candidates": 2,
+        "proxy": {"activity": "candidate"},
+    },
+}
+
+
+def made(
+    section: str = "rigl", steps: int = 20, unit: tuple[int, int] = (1, 1), **settings: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+    rule = section.partition(",")[0]
+    plain = SECTIONS.get(section, {}) | settings
+    model = mlp(unit=unit)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    topology = _config(rule, plain)
+    config = SparsifierConfig(steps=steps, topology=topology, sparsity=0.9 if RULES[rule](topology).prunes else None)
+    score = score_of(model) if "elitist" in section else None
+    return model, optimizer, Sparsifier(model, optimizer, config, score=score)  # type: ignore[arg-type]
+
+
+def _config(rule: str, plain: dict[str, Any]) -> RuleConfig:
+    return SparsifierConfig.model_validate({"steps": 1, "topology": {"rule": rule, **plain}}).topology
+
+
+def backward(model: nn.Module, seed: int, poison: float | None = None) -> None:
+    """Gradients of a batch; `poison` scales the loss, as a scaler's overflow does."""
+    loss = (model(torch.randn(8, 24, generator=generator(seed, "x"))) - 1.0).square().mean()
+    (loss if poison is None else loss * poison).backward()
+
+
+def test_every_rule_is_here() -> None:
+    assert {name.partition(",")[0] for name in SECTIONS} | {"static"} == set(RULES)
+
+
+@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_step_that_a_scaler_skips_leaves_the_topology_alone(
+    section: str, unit: tuple[int, int], poison: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the rule; the update is made up for after the next step, and the row of each says what happened."""
+    model, optimizer, sparsifier = made(section, unit=unit)
+    layers = sparse_layers(model)
+    skipped = accepted = 0
+    # The first update, its second try, and the one after the third.
+    outcomes = [True, True, False, True]
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        due = sparsifier.update_due
+        is_bad = due and bool(outcomes) and outcomes.pop(0)
+        backward(model, step, poison if is_bad else None)
+        sparsifier.before_step()
+        if not is_bad:
+            optimizer.step()
+        before = {name: (layer.topology, layer.values.detach().clone()) for name, layer in layers.items()}
+        update = sparsifier.after_step()
+        assert (update is not None) == due
+        if update is None:
+            continue
+        assert update.row["skipped"] == ("gradient" if is_bad else None)
+        if is_bad:
+            skipped += 1
+            assert not update.accepted
+            for name, layer in layers.items():
+                assert layer.topology is before[name][0]
+                assert torch.equal(layer.values.detach(), before[name][1])
+        accepted += update.accepted
+        assert sparsifier.search.waiting is is_bad
+    assert skipped == (2 if section == "magnitude" else 3)
+    assert accepted
+    assert all(bool(layer.values.isfinite().all()) for layer in layers.values())
+    assert sum("waits" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("section", ["gmp", "granet", "magnitude"])
+def test_pruning_ends_where_it_shall_though_its_last_update_was_skipped(section: str) -> None:
+    model, optimizer, sparsifier = made(section, steps=12, **({} if section == "magnitude" else {"stop": 0.5}))
+    units = sum(layer.topology.units for layer in sparse_layers(model).values())
+    last = 1 if section == "magnitude" else 6
+    for step in range(1, 10):
+        backward(model, step, math.nan if step in (last, last + 1) else None)
+        sparsifier.before_step()
+        if step not in (last, last + 1):
+            optimizer.step()
+        sparsifier.after_step()
+        optimizer.zero_grad()
+        if step == last + 1:
+            waiting = sparsifier.state()[0]["waiting"]
+            assert waiting
+            assert sparsifier.nnz > round(0.1 * units)
+    assert sparsifier.nnz == round(0.1 * units)
+
+
+def test_a_waiting_update_survives_a_checkpoint() -> None:
+    model, optimizer, sparsifier = made("rigl")
+    for step in (1, 2):
+        backward(model, step, math.inf if step == 2 else None)
+        sparsifier.before_step()
+        sparsifier.after_step()
+        optimizer.zero_grad()
+    again_model, again_optimizer, again = made("rigl")
+    again_model.load_state_dict(model.state_dict())
+    again.restore(*sparsifier.state())
+    for m, o, s in ((model, optimizer, sparsifier), (again_model, again_optimizer, again)):
+        assert s.update_due
+        backward(m, 3)
+        s.before_step()
+        o.step()
+        update = s.after_step()
+        assert update is not None
+        assert update.accepted
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(layer.indices, sparse_layers(again_model)[name].indices)
+
+
+NUMBERS = st.sampled_from([0.0, 1.0, -2.0, 3.5, math.inf, -math.inf, math.nan])
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (2, 2)])
+@given(st.integers(0, 2**20), st.integers(1, 40), st.lists(NUMBERS, min_size=4, max_size=4))
+def test_the_largest_gradients_are_never_at_active_units(
+    unit: tuple[int, int], seed: int, count: int, numbers: list[float]
+) -> None:
+    topology = Topology.random((8 * unit[0], 8 * unit[1]), 24, generator(seed), unit)
+    probe = LargestGradients(topology.indices, count, "last")
+    dy = torch.randn(3, topology.shape[0], generator=generator(seed, "dy"))
+    x = torch.randn(3, topology.shape[1], generator=generator(seed, "x"))
+    for i, number in enumerate(numbers):
+        (dy if i % 2 else x)[i % 3, (7 * i + seed) % x.shape[1]] = number
+    probe.add(BACKENDS["reference"], Layout(topology.shape, topology.unit, topology.indices), dy, x)
+    probe.close()
+    assert probe.units is not None
+    assert probe.gradient is not None
+    assert probe.units.numel() == min(count, 40)
+    assert not topology.contains(probe.units).any()
+    finite = bool((x.T @ dy).isfinite().all())
+    if finite:
+        assert bool(probe.gradient.isfinite().all())
+    elif count == 40:
+        # The active ones show in the gradient of the values.
+        inactive = ~topology.to_mask()
+        assert bool(probe.gradient.isfinite().all()) == bool((dy.T @ x)[inactive].isfinite().all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("component", [0, 1, 2])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("selection", ["comma", "elitist"])
+def test_a_candidate_whose_score_is_no_number_is_never_chosen(
+    bad: float, component: int, standardize: bool, selection: str
+) -> None:
+    config = EvolutionConfig.model_validate(
+        {"selection": selection, "candidates": 2, "proxy": {"standardize": standardize}}
+    )
+    rule = Evolution(config)
+    parts = [1.0, 0.1, 0.2]
+    parts[component] = bad
+    candidates = [Candidate(Swap({}, {}), "uniform") for _ in range(2)]
+    better = Score(0.5, 0.1, 0.2)
+    state = rule.initial_state()
+    decision, after = rule.tell(candidates, [Score(*parts), better], Score(1.0, 0.1, 0.2), state, 0.1)
+    assert decision.chosen == 1
+    decision, _ = rule.tell(candidates, [Score(*parts), None], Score(1.0, 0.1, 0.2), state, 0.1)
+    assert decision.chosen is None
+    assert all(math.isfinite(mean) for mean in after.running.mean)
+
+
+class Order:
+    """Steps of a loop whose calls may be left out or come in another order."""
+
+    def __init__(self, section: str, **settings: Any) -> None:
+        self.model, self.optimizer, self.sparsifier = made(section, **settings)
+        self.step = 0
+
+    def run(self, *calls: str) -> None:
+        self.step += 1
+        for call in calls:
+            match call:
+                case "backward":
+                    backward(self.model, self.step)
+                case "before":
+                    self.sparsifier.before_step()
+                case "step":
+                    self.optimizer.step()
+                case "zero":
+                    self.optimizer.zero_grad()
+                case "after":
+                    self.sparsifier.after_step()
+
+
+RIGHT = ("backward", "before", "step", "after", "zero")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(
+    "calls",
+    [
+        RIGHT,
+        ("backward", "before", "step", "zero", "after"),
+        ("zero", "backward", "before", "step", "after"),
+        ("zero", "backward", "backward", "before", "step", "after"),
+    ],
+)
+def test_a_right_loop_is_told_nothing(section: str, calls: tuple[str, ...], caplog: pytest.LogCaptureFixture) -> None:
+    loop = Order(section)
+    for _ in range(8):
+        loop.run(*calls)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_step_at_rate_zero_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Order("rigl")
+    loop.optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(4):
+        loop.run(*RIGHT)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(
+    ("calls", "told"),
+    [
+        (("backward", "before", "step", "zero"), "before_step() was called twice"),
+        (("backward", "before", "before", "step", "after", "zero"), "before_step() was called twice"),
+        (("backward", "before", "after", "zero"), "call optimizer.step() between"),
+        (("backward", "step", "before", "after", "zero"), "call optimizer.step() between"),
+    ],
+)
+def test_a_call_that_is_missing_is_told_once(
+    section: str, calls: tuple[str, ...], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Order(section)
+    for _ in range(8):
+        loop.run(*calls)
+    assert sum(told in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_after_step_alone_is_refused(section: str) -> None:
+    with pytest.raises(InputError, match=r"after_step\(\) without before_step\(\)"):
+        Order(section).run("backward", "step", "after")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("calls", [("before", "step", "after"), ("backward", "step", "zero", "before", "after")])
+def test_gradients_that_are_gone_are_told_and_refused_where_they_decide(
+    section: str, calls: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Order(section)
+    needs = loop.sparsifier.search.rule.needs & {"gradient", "gradient_at", "dense_gradient"}
+
+    def run() -> None:
+        for _ in range(4):
+            loop.run(*calls)
+
+    if needs:
+        with pytest.raises(InputError, match="no sparse layer has a gradient"):
+            run()
+        assert loop.step <= 2
+    else:
+        run()
+    # An error at the first step says it all.
+    told = sum("no sparse layer has a gradient" in record.message for record in caplog.records)
+    assert told == (loop.step > 1)
+
+
+@pytest.mark.parametrize("section", ["set", "rigl", "gse", "evolution"])
+def test_a_run_that_is_shorter_than_an_interval_says_so(section: str, caplog: pytest.LogCaptureFixture) -> None:
+    made(section, steps=20, every=100)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"rule '{section}' moves no connection in 20 steps" in record.message
+
+
+def test_a_static_topology_needs_no_calls(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Order("static")
+    for _ in range(3):
+        loop.run("backward", "step", "after", "zero")
+    assert not caplog.records
+
+
+def test_moments_of_an_optimizer_without_any_are_refused() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    topology = EvolutionConfig.model_validate(
+        {"every": 2, "selection": "elitist", "proxy": {"activity": "moments"}, "candidates": 2}
+    )
+    score: Any = score_of(model)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=9, topology=topology), score=score)
+    for step in range(2):
+        backward(model, step)
+        sparsifier.before_step()
+        optimizer.step()
+        if step == 0:
+            sparsifier.after_step()
+    with pytest.raises(InputError, match="SGD has no average gradient"):
+        sparsifier.after_step()
+
+
+RULES_THAT_MOVE: list[RuleConfig] = [EvolutionConfig(every=1), SetConfig(every=1), RiglConfig(every=1)]
+
+
+@pytest.mark.parametrize("topology", RULES_THAT_MOVE, ids=lambda topology: topology.rule)
+def test_ranks_are_refused_whenever_they_appear(topology: RuleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, sparsifier = made("rigl")
+    backward(model, 0)
+    pretend_ranks(monkeypatch, 2)
+    with pytest.raises(InputError, match="rule 'rigl' would move other connections on each of 2 ranks"):
+        sparsifier.before_step()
+    with pytest.raises(InputError, match="on each of 2 ranks"):
+        sparsifier.after_step()
+    with pytest.raises(InputError, match=f"rule '{topology.rule}' would move"):
+        Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=topology))
+    with pytest.raises(InputError, match="rule 'gmp' would move"):
+        Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=GmpConfig(), sparsity=0.9))
+    still = Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=StaticConfig()))
+    still.before_step()
+    still.after_step()
+    pretend_ranks(monkeypatch, 1)
+    Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=topology))
+
+
+def pretend_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+
+
+def _static_rank(rank: int, store: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = sparsify(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), 0.8, seed=3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator(p.numel())))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.01)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10, topology=StaticConfig()))
+    for step in range(5):
+        x = torch.randn(8, 16, generator=generator(step, "x", rank))
+        (parallel(x) - x).square().mean().backward()
+        sparsifier.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparsifier.after_step()
+    torch.save(model.state_dict(), f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_static_topology_trains_on_two_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_static_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    states: list[dict[str, Tensor]] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
