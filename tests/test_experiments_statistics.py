@@ -18,7 +18,7 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
-from sparsae.experiments.summary import conclusions, summarize
+from sparsae.experiments.summary import conclusions, summarize, warnings
 
 losses = st.floats(0.5, 10.0, allow_nan=False).map(lambda x: round(x, 4))
 
@@ -147,3 +147,14 @@ def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
     assert partial["difference"]["n"] == 2
     assert partial["difference"]["mean"] == pytest.approx(-2.0)
     assert conclusions(rows) == [{"sparsity": 0.9, "winner": None}]  # the better one diverged once
+
+
+def test_a_method_that_moved_nothing_is_named_once() -> None:
+    idle = {"updates": 0, "steps": 40, "rule": "rigl", "budget_deviation": 0.0}
+    rows = [row("static", n, 3.0) | {"rule": "static", "budget_deviation": 0.0, "updates": 0} for n in range(2)]
+    rows += [row("set", n, 3.0) | {"rule": "set", "budget_deviation": 0.0} for n in range(2)]
+    rows += [row("rigl", n, 3.0) | idle for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
+    assert warnings({"tuning": [], "rows": rows}) == [
+        "gse at sparsity 0.9, seed 0: diverged",
+        "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (set topology.every lower)",
+    ]

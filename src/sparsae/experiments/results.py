@@ -104,6 +104,7 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         teacher = 4 * others if config.teacher.enabled else 0
         row["state_bytes"] = found["state_bytes_sparse_layers"] + _OTHER_STATE * others + teacher
         row["accepted_updates"], row["updates"] = found["topology_updates_accepted"], found["topology_updates"]
+        row["rule"] = config.topology.rule
     row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.unit.name
     metrics = [] if diverged else RunDirectory(run).read_metrics()
     row["curve"] = _curve(metrics)

@@ -64,6 +64,12 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
                 f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: spent "
                 f"{row['budget_deviation']:+.1%} of its budget of {row['match']}"
             )
+    still = (row for row in results["rows"] if row.get("rule", "static") != "static" and not row["updates"])
+    for method, sparsity, steps in dict.fromkeys((row["method"], row["sparsity"], row["steps"]) for row in still):
+        found.append(
+            f"{method} at sparsity {sparsity:g}: no topology update in {steps:,} steps, so it was static "
+            "(set topology.every lower)"
+        )
     seeds = {row["seed"] for row in results["rows"]}
     if len(seeds) == 1:
         found.append("one seed: there are no intervals, and no method can be called better")
