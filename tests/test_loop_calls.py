@@ -18,7 +18,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.probe import LargestGradients
+from sparsae.kernels.probe import LargestGradients, new_key
 from sparsae.kernels.registry import BACKENDS
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
@@ -168,7 +168,7 @@ def test_the_largest_gradients_are_never_at_active_units(
     unit: tuple[int, int], seed: int, count: int, numbers: list[float]
 ) -> None:
     topology = Topology.random((8 * unit[0], 8 * unit[1]), 24, generator(seed), unit)
-    probe = LargestGradients(topology.indices, count, "last")
+    probe = LargestGradients(new_key(), count, "last")
     dy = torch.randn(3, topology.shape[0], generator=generator(seed, "dy"))
     x = torch.randn(3, topology.shape[1], generator=generator(seed, "x"))
     for i, number in enumerate(numbers):
@@ -318,6 +318,15 @@ def test_a_run_that_is_shorter_than_an_interval_says_so(section: str, caplog: py
     assert f"rule '{section}' moves no connection in 20 steps" in record.message
 
 
+def test_layers_that_are_frozen_need_no_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Order("rigl")
+    for layer in sparse_layers(loop.model).values():
+        layer.values.requires_grad_(False)
+    for _ in range(4):
+        loop.run("zero", "before", "after")
+    assert not any("no sparse layer has a gradient" in record.message for record in caplog.records)
+
+
 def test_a_static_topology_needs_no_calls(caplog: pytest.LogCaptureFixture) -> None:
     loop = Order("static")
     for _ in range(3):
@@ -398,3 +407,26 @@ def test_a_static_topology_trains_on_two_ranks(tmp_path: Path) -> None:
     states: list[dict[str, Tensor]] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name])
+
+
+@pytest.mark.parametrize("section", ["rigl", "gse", "gmp", "evolution"])
+def test_a_real_scaler_overflows_and_the_search_goes_on(section: str) -> None:
+    """torch's GradScaler begins far too high and halves its scale until gradients fit."""
+    model, optimizer, sparsifier = made(section, steps=40)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-2, growth_interval=1000)
+    skipped = accepted = 0
+    for step in range(1, 31):
+        optimizer.zero_grad()
+        loss = 2.0**16 * (model(torch.randn(8, 24, generator=generator(step, "x"))) - 1.0).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        sparsifier.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        update = sparsifier.after_step()
+        if update is not None:
+            skipped += update.row["skipped"] is not None
+            accepted += update.accepted
+    assert skipped
+    assert accepted
+    assert all(bool(layer.values.isfinite().all()) for layer in sparse_layers(model).values())

@@ -417,3 +417,18 @@ def test_parameters_in_bfloat16_learn_and_move(name: str, unit: str) -> None:
         assert layer.values.dtype == torch.bfloat16
         assert not torch.equal(layer.indices, start[n].indices)
         assert all(value.shape in (layer.values.shape, ()) for value in optimizer.state[layer.values].values())
+
+
+def test_a_state_that_is_made_late_is_looked_at_before_connections_move() -> None:
+    """The first step may have been skipped: a copy of the weights that comes with the second is found all the same."""
+    model = model_of((1, 1))
+    optimizer = Keeping(model.parameters(), lambda p: p.detach().clone())
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=SetConfig(every=3, stop=1.0)))
+    (model(torch.ones(2, 128)) * float("inf")).sum().backward()
+    sparsifier.before_step()
+    sparsifier.after_step()
+    train_step(model, optimizer, sparsifier, 1)
+    sparsifier.after_step()
+    train_step(model, optimizer, sparsifier, 2)
+    with pytest.raises(InputError, match="its 'kept' of 0 looks like a copy of the weights"):
+        sparsifier.after_step()

@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(item) for item in value.values())
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))
+    return value is None or isinstance(value, (Number, str, torch.dtype, torch.device))
 
 
 def _readings(state: torch.Size, values: torch.Size) -> set[str]:

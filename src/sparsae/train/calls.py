@@ -32,7 +32,8 @@ class LoopCalls:
         self._between = False  # before_step() was called, and after_step() was not yet
         self._before: tuple[str, Tensor] | None = None
         self._told: set[str] = set()
-        self._state_checked = False
+        # State exists after the first step; but a first step may have been skipped, and state may be made later.
+        self._checks_state = True
 
     def before_step(self, due: bool) -> None:
         """`due`: whether an update follows the coming optimizer step."""
@@ -46,8 +47,9 @@ class LoopCalls:
                 "which belongs after every optimizer.step() (once for all backward passes that are accumulated)",
             )
         self._between = True
-        learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
-        if not learning:
+        trained = {n: layer.values for n, layer in self._layers.items() if layer.values.requires_grad}
+        learning = {n: values for n, values in trained.items() if values.grad is not None}
+        if trained and not learning:
             advice = (
                 "no sparse layer has a gradient in before_step(): call it after loss.backward() and before "
                 "optimizer.zero_grad()"
@@ -56,6 +58,7 @@ class LoopCalls:
                 raise InputError(f"{advice}; rule '{self._name}' looks at gradients")
             self._tell("gradient", advice)
         self._before = None
+        self._checks_state = self._checks_state or due
         moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
         if moved:
             name = min(moved, key=lambda n: moved[n].numel())
@@ -71,9 +74,9 @@ class LoopCalls:
                 "after_step() without before_step(): call before_step() after loss.backward(), before optimizer.step()"
             )
         self._between = False
-        if not self._state_checked:
+        if self._checks_state:
             refuse_unmovable(self._optimizer, self._layers)
-            self._state_checked = True
+            self._checks_state = False
         if self._before is not None:
             name, before = self._before
             self._before = None
