@@ -432,3 +432,14 @@ def test_a_state_that_is_made_late_is_looked_at_before_connections_move() -> Non
     train_step(model, optimizer, sparsifier, 2)
     with pytest.raises(InputError, match="its 'kept' of 0 looks like a copy of the weights"):
         sparsifier.after_step()
+
+
+def test_weights_that_are_no_numbers_resemble_nothing() -> None:
+    """A run that diverges says so itself; its optimizer is not blamed."""
+    model = model_of((1, 1))
+    optimizer = Keeping(model.parameters(), torch.zeros_like)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=SetConfig(every=2, stop=1.0)))
+    train_step(model, optimizer, sparsifier, 0)
+    with torch.no_grad():
+        sparse_layers(model)["0"].values.fill_(float("inf"))
+    sparsifier.after_step()

@@ -260,5 +260,7 @@ def _like(quantized: Tensor, floats: Tensor) -> Tensor:
 
 
 def _resembles(state: Tensor, values: Tensor) -> bool:
+    if not state.is_floating_point():
+        return False
     size = float(values.float().norm())
-    return size > 0 and float((state.float() - values.float()).norm()) <= 0.1 * size
+    return 0 < size < math.inf and float((state.float() - values.float()).norm()) <= 0.1 * size
