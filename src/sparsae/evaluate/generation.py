@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.evaluate.decoding import open_decoder
 from sparsae.evaluate.loading import LoadedRun, load_run
+
+_LOOKED_AT = 2**20  # tokens among which the start of a document is sought
 
 
 def generate_text(
@@ -25,7 +29,7 @@ def generate_text(
     seed: int = 0,
     teacher: bool = False,
 ) -> str:
-    """The prompt and up to `tokens` more tokens, ended by the end of a document.
+    """What follows the prompt: up to `tokens` tokens, ended by the end of a document; empty where that comes at once.
 
     temperature 0 takes the likeliest token; top_k 0 draws among all. Raises InputError for a run that cannot be read.
     """
@@ -38,25 +42,41 @@ def continue_text(
     """As `generate_text`, with a run that is already loaded."""
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    return prompt + tokenizer.decode(_continue(loaded, ids, tokens, temperature, top_k, generator(seed, "generate")))
+    made = _continue(loaded, ids, tokens, temperature, top_k, generator(seed, "generate"))
+    # Together, because a decoder may treat the start of a text in its own way: Llama's drops a space there.
+    before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *made])
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
+    return whole[shared:]
 
 
 def write_sample(path: Path) -> None:
     """Write the run's sample.json: a continuation by the student and, where there is one, by the teacher.
 
-    The prompt is tracking.sample_prompt, or the start of the run's held-out text.
+    The prompt is tracking.sample_prompt, or the start of a held-out document that goes on after it.
     """
     loaded = load_run(path)
     tracking = loaded.config.tracking
     prompt = tracking.sample_prompt
     if prompt is None:
-        held_out = prepare(loaded.config.data).validation
-        prompt = loaded.tokenizer.decode(held_out[: min(32, loaded.config.model.context // 2)].tolist())
+        held_out = prepare(loaded.config.data).validation[:_LOOKED_AT]
+        prompt = loaded.tokenizer.decode(_start(held_out, loaded.tokenizer.eos_id, loaded.config.model.context // 2))
     text = continue_text(loaded, prompt, tracking.sample_tokens)
     taught = None
     if loaded.config.teacher.enabled:
-        taught = continue_text(load_run(path, teacher=True), prompt, tracking.sample_tokens)[len(prompt) :]
-    loaded.run.write_json("sample.json", {"prompt": prompt, "text": text[len(prompt) :], "teacher_text": taught})
+        taught = continue_text(load_run(path, teacher=True), prompt, tracking.sample_tokens)
+    loaded.run.write_json("sample.json", {"prompt": prompt, "text": text, "teacher_text": taught})
+
+
+def _start(tokens: npt.NDArray[np.int64], eos: int, most: int) -> list[int]:
+    """Up to 32 tokens, `most` at most, of the first document that is more than twice as long, else of the longest.
+
+    A model that is shown a whole document is right to end it.
+    """
+    size = max(1, min(32, most))
+    ends = [*np.flatnonzero(tokens == eos).tolist(), len(tokens)]
+    found = [tokens[first:end] for first, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+    document = next((ids for ids in found if len(ids) > 2 * size), max(found, key=len))
+    return document[: min(size, max(1, len(document) // 2))].tolist()
 
 
 def next_tokens(

@@ -360,7 +360,8 @@ def _sample(run: RunData) -> str:
     prompt = escape(str(run.sample.get("prompt") or ""))
     texts = {"Student": run.sample.get("text"), "Teacher": run.sample.get("teacher_text")}
     blocks = "".join(
-        f'<div class="sample"><h3>{name}</h3><pre><span class="prompt">{prompt}</span>{escape(str(text))}</pre></div>'
+        f'<div class="sample"><h3>{name}</h3><pre><span class="prompt">{prompt}</span>{escape(str(text))}</pre>'
+        f"{'' if text else markup.paragraph('The model ended the text at once.')}</div>"
         for name, text in texts.items()
         if text is not None
     )
