@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sparsae.config import Config
 from sparsae.config.load import resolve
@@ -192,13 +193,16 @@ def test_compiled_training_learns_the_same(small: Callable[..., Config], tmp_pat
 
 
 def test_evaluate_generate_and_export_agree_with_the_run(
-    small: Callable[..., Config], tmp_path: Path, text: Path
+    small: Callable[..., Config], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     start(small("training.steps=40"), run, quiet=True)
     held_out = evaluate_run(run)
     assert held_out["perplexity"] == pytest.approx(math.exp(held_out["loss"]))
-    again = evaluate_run(run, str(text / "3.txt"))
+    told: list[tuple[str, int, int | None]] = []
+    again = evaluate_run(run, str(text / "3.txt"), progress=lambda *stage: told.append(stage))
+    assert told[-1] == ("evaluate", again["tokens"], again["tokens"])
+    assert told[0] == ("tokenize", 1, 1)
     short = evaluate_run(run, str(text / "3.txt"), max_tokens=100)
     assert short["tokens"] == 99
     assert again["bits_per_byte"] == pytest.approx(
@@ -225,12 +229,36 @@ def test_evaluate_generate_and_export_agree_with_the_run(
         torch.testing.assert_close(exported(tokens).logits, loaded.model(tokens).logits, rtol=1e-5, atol=1e-5)
     from safetensors.torch import load_file
 
+    exported_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported_tokenizer.model_max_length == 32
+    assert exported_tokenizer.pad_token_id == exported.config.pad_token_id == exported.generation_config.pad_token_id
+    assert exported_tokenizer.pad_token_id is not None
+    batch = exported_tokenizer(["item 3", "item 3 of list 4"], return_tensors="pt", padding=True)
+    assert batch["attention_mask"].sum(1).unique().numel() == 2
+    card = (tmp_path / "exported" / "README.md").read_text()
+    last = [row for row in metrics(run) if row["kind"] == "validation"][-1]
+    assert f"| validation loss, nats a token | {last['loss']:.4f} |" in card
+    assert f"At step {last['step']}, on held-out text" in card
+    assert f"{sum(p.numel() for p in exported.parameters()):,} weights" in card
+    assert str(text) not in card
+    export_run(run, tmp_path / "taught", teacher=True)
+    taught_card = (tmp_path / "taught" / "README.md").read_text()
+    assert f"| {last['teacher_loss']:.4f} |" in taught_card
+    assert "teacher" in taught_card
     topology = load_file(tmp_path / "exported" / "topology.safetensors")
     layers = sparse_layers(loaded.model)
     assert {f"{name}.indices" for name in layers} == set(topology)
     assert all(torch.equal(topology[f"{name}.indices"], layer.indices) for name, layer in layers.items())
     with pytest.raises(InputError, match="is there already"):
         export_run(run, tmp_path / "exported")
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparsae.evaluate.export.save_file", full)
+    with pytest.raises(InputError, match=r"full: cannot be written: .*No space left"):
+        export_run(run, tmp_path / "full")
+    assert not list(tmp_path.glob("*full*"))
 
 
 @pytest.mark.parametrize("method", ["sparsae", "rigl", "gse", "sparsae-rigl"])

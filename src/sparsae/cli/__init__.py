@@ -7,6 +7,7 @@ InputError becomes one line on standard error and exit code 2, and so does a wro
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
@@ -163,8 +164,10 @@ def evaluate(
     refuse_unwritable("--json", json_file)
     with output(json_file) as result:
         from sparsae.evaluate.perplexity import evaluate_run
+        from sparsae.train.progress import Display
 
-        result.update(evaluate_run(run, data, teacher, max_tokens))
+        with contextlib.closing(Display(quiet=json_file == "-")) as display:
+            result.update(evaluate_run(run, data, teacher, max_tokens, display.stage))
     if json_file != "-":
         show_values(f"{run} on {data or 'its held-out text'}", result)
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 
 from sparsae.config.schema import DataConfig
 from sparsae.data.shards import ShardedTokens, ShardWriter, digest, map_shards, token_dtype
@@ -102,9 +103,10 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
         return found
     try:
         return _make(directory, config, given, made_from, report)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
         raise InputError(
-            f"{error.filename or root}: prepared data cannot be written: {error.strerror or error}; "
+            f"{where or root}: prepared data cannot be written: {why or error}; "
             "set data.cache or SPARSAE_CACHE to a directory that can"
         ) from None
 

@@ -40,7 +40,7 @@ _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with its marks of begin and end of a document.
+    """A `tokenizers.Tokenizer` with its marks of begin and end of a document, and of padding.
 
     Special tokens are never read out of text: a document that spells "<|endoftext|>" does not end there.
     """
@@ -48,6 +48,7 @@ class Tokenizer:
     raw: tokenizers.Tokenizer
     eos_token: str = END_OF_TEXT
     bos_token: str = END_OF_TEXT
+    pad_token: str = END_OF_TEXT
 
     @property
     def eos_id(self) -> int:
@@ -56,6 +57,10 @@ class Tokenizer:
     @property
     def bos_id(self) -> int:
         return self._id(self.bos_token)
+
+    @property
+    def pad_id(self) -> int:
+        return self._id(self.pad_token)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -86,17 +91,23 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         return self.raw.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained(directory)` reads."""
+    def save(self, directory: str | Path, context: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained(directory)` reads.
+
+        context: the longest sequence of the model that it goes with, in tokens.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self.raw.to_str(pretty=True), encoding="utf-8")
-        config = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
             "clean_up_tokenization_spaces": False,
         }
+        if context is not None:
+            config["model_max_length"] = context
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def to_transformers(self) -> PreTrainedTokenizerFast:
@@ -107,6 +118,7 @@ class Tokenizer:
             tokenizer_object=self.raw,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
+            pad_token=self.pad_token,
             clean_up_tokenization_spaces=False,
         )
 
@@ -127,7 +139,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, waiting: Callable[[],
     import tokenizers
 
     made = train_bpe(_first_bytes(texts, TRAINING_BYTES), vocab_size, END_OF_TEXT, waiting)
-    return _ready(tokenizers.Tokenizer.from_str(made), END_OF_TEXT, END_OF_TEXT)
+    return _ready(tokenizers.Tokenizer.from_str(made), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -159,7 +171,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     _check_ids(path, vocabulary)
     bos = _token(settings.get("bos_token"))
-    return _ready(raw, eos, bos if bos in vocabulary else eos)
+    pad = _token(settings.get("pad_token"))
+    return _ready(raw, eos, bos if bos in vocabulary else eos, pad if pad in vocabulary else eos)
 
 
 def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
@@ -200,14 +213,14 @@ def _check_ids(path: Path, vocabulary: Mapping[str, int]) -> None:
         )
 
 
-def _ready(raw: tokenizers.Tokenizer, eos: str, bos: str) -> Tokenizer:
+def _ready(raw: tokenizers.Tokenizer, eos: str, bos: str, pad: str) -> Tokenizer:
     from tokenizers import AddedToken
 
     raw.no_truncation()
     raw.no_padding()
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in dict.fromkeys((bos, eos))])
     raw.encode_special_tokens = True
-    return Tokenizer(raw, eos_token=eos, bos_token=bos)
+    return Tokenizer(raw, eos, bos, pad)
 
 
 def _read_json_form(path: Path) -> tokenizers.Tokenizer:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsae.data import prepare, tokenize_text
+from sparsae.data import Progress, prepare, tokenize_text
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import LoadedRun, load_run
 from sparsae.losses import language_model_loss
@@ -22,7 +22,11 @@ from sparsae.train.micro_batch import split_held_out
 
 
 def evaluate_run(
-    path: Path, data: str | None = None, teacher: bool = False, max_tokens: int | None = None
+    path: Path,
+    data: str | None = None,
+    teacher: bool = False,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate the run in `path` on `data` (None: the held-out text of its validation), every token predicted once.
 
@@ -31,7 +35,7 @@ def evaluate_run(
     InputError for a run or a text that cannot be read.
     """
     loaded = load_run(path, teacher)
-    tokens, text_bytes, documents = _text(loaded, data)
+    tokens, text_bytes, documents = _text(loaded, data, progress)
     total = len(tokens)
     if max_tokens is not None and total > max_tokens:
         text_bytes = round(text_bytes * max_tokens / total)
@@ -42,6 +46,8 @@ def evaluate_run(
     for inputs, targets in _windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
         nats += _loss(loaded, inputs, targets) * targets.numel()
         count += targets.numel()
+        if progress:
+            progress("evaluate", count, len(tokens) - 1)
     loss = nats / count
     return {
         "step": loaded.step,
@@ -56,15 +62,16 @@ def evaluate_run(
     }
 
 
-def _text(loaded: LoadedRun, data: str | None) -> tuple[npt.NDArray[np.int64], int, int]:
+def _text(loaded: LoadedRun, data: str | None, progress: Progress | None) -> tuple[npt.NDArray[np.int64], int, int]:
     if data is not None:
         return tokenize_text(
             data,
             loaded.tokenizer,
             text_field=loaded.config.data.text_field,
             vocab_size=loaded.config.model.vocab_size,
+            progress=progress,
         )
-    corpus = prepare(loaded.config.data)
+    corpus = prepare(loaded.config.data, progress)
     if corpus.digest != loaded.corpus:
         raise InputError("the run's text has changed since it was trained: name a text with --data")
     # The rest has scored candidates: the topology was chosen on it.

@@ -15,6 +15,7 @@ _STAGES = {  # name of a stage -> (what it does, what it counts)
     "read": ("reading", "bytes"),
     "tokenizer": ("training the tokenizer", "bytes"),
     "tokenize": ("tokenizing", "documents"),
+    "evaluate": ("evaluating", "tokens"),
 }
 _SILENCE = 10.0  # seconds after which a line without a terminal says that a stage goes on
 

@@ -1,0 +1,129 @@
+"""The model card of an export: what the model is and what was measured of it, from the run's own records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from sparsae import __version__
+from sparsae.config.schema import Config
+from sparsae.evaluate.loading import LoadedRun
+from sparsae.nn.linear import SparseLinear
+from sparsae.train.loop import perplexity
+from sparsae.train.progress import readable_perplexity
+from sparsae.train.rundir import read_json
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+{tags}
+---
+
+# {name}
+
+A {family} language model of {parameters:,} weights. {what}. It was trained from scratch with
+Sparsae {version}. It follows no instructions: it continues text like that which it read.
+
+| | |
+|---|---|
+{facts}
+
+## Training text
+
+{text}
+
+## Measured
+
+{measured}
+
+Nothing else was measured: neither what it knows nor what harm its text could do.
+
+## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+inputs = tokenizer("{prompt}", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+{storage}
+"""
+
+
+def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters: int, teacher: bool) -> str:
+    """The README.md of an export of the run's student or teacher, which has so many parameters as a dense model."""
+    config = loaded.config
+    active = sum(layer.topology.nnz for layer in layers.values())
+    weights = sum(layer.out_features * layer.in_features for layer in layers.values())
+    sparse = (
+        f"{len(layers)} of its layers are sparse: {active:,} of their {weights:,} weights exist, the others are zero"
+    )
+    facts = {
+        "architecture": f"{config.model.layers} blocks of width {config.model.width}, {config.model.heads} heads",
+        "context": f"{config.model.context:,} tokens",
+        "vocabulary": f"{loaded.tokenizer.vocab_size:,} entries",
+        "sparsity": f"{1 - active / weights:.2%} of the sparse layers" if layers else "none",
+        "method": config.method + (", the average of the trained model (its teacher)" if teacher else ""),
+        "steps": f"{loaded.step:,} of {config.training.steps:,}, of {_tokens(config):,} tokens each",
+        "seed": str(config.seed),
+    }
+    storage = (
+        "The zeros are stored and multiplied like any weight. `topology.safetensors` has the flat indices of the "
+        "active units of each sparse layer, for tools that can use them."
+    )
+    return (
+        _CARD.format(
+            tags="\n".join(f"- {tag}" for tag in ("sparsae", *(["sparse"] if layers else []))),
+            name=loaded.run.path.resolve().name,
+            family={"gpt2": "GPT-2", "llama": "Llama"}[config.model.family],
+            parameters=parameters,
+            what=sparse if layers else "All of them exist",
+            version=__version__,
+            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+            text=_named(config.data.source),
+            measured=_measured(loaded, teacher),
+            prompt="def " if config.data.source == "stdlib" else "The ",
+            storage=storage if layers else "",
+        ).rstrip()
+        + "\n"
+    )
+
+
+def _tokens(config: Config) -> int:
+    return config.training.batch_size * config.training.accumulation * config.model.context
+
+
+def _named(source: str) -> str:
+    """The name of a source alone: where it lay is nobody's business."""
+    if source == "stdlib":
+        return "The source code of Python's own standard library."
+    if source.startswith("hf:"):
+        return f"The dataset `{source.removeprefix('hf:')}` of the Hugging Face Hub."
+    return f"Text that was given as `{PurePath(source).name}`; the run knows nothing else of it."
+
+
+def _measured(loaded: LoadedRun, teacher: bool) -> str:
+    """The last validation up to the exported step, and what the run's summary has to hold against it."""
+    rows = [row for row in loaded.run.read_metrics() if row.get("kind") == "validation" and row["step"] <= loaded.step]
+    key = "teacher_loss" if teacher else "loss"
+    rows = [row for row in rows if row.get(key) is not None]
+    if not rows:
+        return "No validation loss was measured."
+    loss = float(rows[-1][key])
+    lines = [
+        ("validation loss, nats a token", f"{loss:.4f}"),
+        ("validation perplexity", readable_perplexity(perplexity(loss))),
+    ]
+    summary: dict[str, Any] = read_json(loaded.run.summary) if loaded.run.summary.is_file() else {}
+    for name, label in (("unigram_perplexity", "of a unigram model"), ("untrained_perplexity", "before training")):
+        if summary.get(name) is not None:
+            lines.append((f"perplexity {label}", readable_perplexity(float(summary[name]))))
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines)
+    other = loaded.config.data.validation_source
+    held_out = "held-out text of the same source" if other is None else f"other text. {_named(other)}"
+    return f"At step {rows[-1]['step']:,}, on {held_out}\n\n| | |\n|---|---|\n{table}"
