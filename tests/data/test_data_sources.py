@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from sparsae.data import readers
+from sparsae.data.corpus import cache_root
 from sparsae.data.sources import documents, expected_documents, fingerprint
+from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError
 
 BOOKS = Path("/work/shared/data/books/train-0.jsonl.xz")
@@ -125,7 +127,9 @@ def test_a_text_that_is_too_long_is_named(tmp_path, monkeypatch):
 PEAK = """
 import resource, sys
 from sparsae.data import readers
+from sparsae.data.corpus import cache_root
 from sparsae.data.sources import documents
+from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError
 try:
     list(documents("{path}"))
@@ -257,3 +261,12 @@ def test_books():
     first, second = documents(str(BOOKS), max_documents=2)
     assert first != second
     assert min(len(first), len(second)) > 10_000
+
+
+def test_the_home_of_nobody_is_a_place_that_does_not_exist():
+    assert "~nobody-here/a.txt: no such file or directory" in refusal("~nobody-here/a.txt")
+    with pytest.raises(InputError, match="no such tokenizer"):
+        load_tokenizer("~nobody-here/tokenizer.json")
+    assert str(cache_root("~nobody-here/x")) == "~nobody-here/x"
+    with pytest.raises(InputError, match=r"data\.cache: 'a\\x00b' is no path"):
+        cache_root("a\0b")

@@ -129,8 +129,11 @@ def open_corpus(directory: Path) -> Corpus | None:
 
 
 def cache_root(cache: str | None) -> Path:
-    """`cache`, else $SPARSAE_CACHE, else ~/.cache/sparsae."""
-    return Path(cache or os.environ.get("SPARSAE_CACHE") or "~/.cache/sparsae").expanduser()
+    """`cache`, else $SPARSAE_CACHE, else ~/.cache/sparsae. Raises InputError for what can be no path."""
+    path = os.path.expanduser(cache or os.environ.get("SPARSAE_CACHE") or "~/.cache/sparsae")
+    if "\0" in path:
+        raise InputError(f"data.cache: {path!r} is no path; set data.cache or SPARSAE_CACHE to a directory")
+    return Path(path)
 
 
 def tokenize_text(

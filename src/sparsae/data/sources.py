@@ -90,7 +90,7 @@ def open_source(source: str) -> Opened:
         return _standard_library()
     if source.startswith("hf:"):
         return _remote(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # which leaves the name of nobody's home as it is
     if os.path.isfile(path):
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{source}: unknown suffix; readable are {_listed(SUFFIXES)}")

@@ -149,7 +149,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|im_end|> that the vocabulary has. Raises InputError where the path
     holds no tokenizer, the files are damaged, or nothing marks the end of a document.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if os.path.isfile(path):
         folder, raw = path.parent, _read_json_form(path)
     elif not os.path.isdir(path):

@@ -205,7 +205,7 @@ def with_absolute_paths(config: Config) -> Config:
     paths["cache"] = data.cache
     keep = ("stdlib", "train")
     absolute = {
-        key: os.path.abspath(Path(path).expanduser())
+        key: os.path.abspath(os.path.expanduser(path))
         for key, path in paths.items()
         if path is not None and path not in keep and not path.startswith("hf:")
     }
