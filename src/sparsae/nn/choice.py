@@ -128,12 +128,18 @@ class _Context:
             for parameter in module.parameters(recurse=False):
                 self._owners.setdefault(id(parameter), []).append(name)
         self._names = {id(module): name for name, module in modules.items()}
-        # These read the weights of their layers without calling them.
+        # These read, or write, the weights of their layers without calling them.
         self._readers: dict[int, str] = {}
         for module in modules.values():
             for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
                 if isinstance(module, kind):
                     self._readers |= {id(child): f"read directly by nn.{kind.__name__}" for child in module.children()}
+            if type(module).__name__ == "RwkvModel" and module.config.rescale_every > 0:  # type: ignore[union-attr,operator]
+                self._readers |= {
+                    id(child): "rescaled in evaluation by RwkvModel (set its config's rescale_every to 0)"
+                    for name, child in module.named_modules()
+                    if name.endswith((".attention.output", ".feed_forward.value"))
+                }
         self.heads = {id(module) for module in _heads(modules)}
         self.routers = {id(module) for module in _routers(modules)}
 

@@ -43,15 +43,17 @@ def sparsify(
 ) -> nn.Module:
     """Replace the linear layers of `model`, in place, by sparse ones with a random topology; returns the model.
 
-    `nn.Linear` and transformers' `Conv1D` are replaced; embeddings, norms, tied weights and (unless `sparsify_head`)
-    the output head stay dense. `include` / `exclude` are globs over module names. Exactly round((1 - sparsity) *
-    units) units of `unit` = (b_out, b_in) weights are active over the whole model, shared out by `budget` ("uniform",
-    "er", "erk") with every layer's density inside [min_density, max_density], and every head of a layer that `heads`
-    describes at least at head_min_density. Active positions keep the values of the dense weight; `initializer` draws
-    new ones instead (it must be given for a layer on the meta device, whose dense weight never exists).
+    `nn.Linear` and transformers' `Conv1D` are replaced; what stays dense, `summary(model)` tells with the reasons:
+    embeddings, norms, tied weights, routers and (unless `sparsify_head`) output heads among others. `include` /
+    `exclude` are globs over module names. Exactly round((1 - sparsity) * units) units of `unit` = (b_out, b_in)
+    weights are active over the whole model, shared out by `budget` ("uniform", "er", "erk") with every layer's density
+    inside [min_density, max_density], and every head of a layer that `heads` describes at least at head_min_density.
+    Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be given for a
+    layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and attributes, and what
+    was frozen is.
 
-    Raises InputError for a sparsity outside [0, 1), a unit that does not divide a layer, patterns that match nothing,
-    and bounds that cannot hold the budget.
+    Raises InputError for a sparsity outside [0, 1), a unit that does not divide a layer, patterns and heads that match
+    nothing, bounds that cannot hold the budget, and hooks on the gradient of a weight; then nothing has changed.
     """
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
