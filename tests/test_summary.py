@@ -70,6 +70,22 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(64, 10)
 
 
+class Held(nn.Module):
+    """As Lightning's modules hold a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Block(nn.Module):
+    """A hidden layer that is called as a last one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.fc = nn.Linear(32, 32), nn.Linear(32, 32)
+
+
 class LitGPT(nn.Module):
     """litgpt's: the head is registered before everything else, and a gate stands beside its experts."""
 
@@ -147,6 +163,9 @@ BERT = BertConfig(
 HEADS: dict[str, tuple[Any, set[str], set[str]]] = {
     "resnet": (ResNet, {"fc"}, set()),
     "vgg": (vgg, {"classifier.2"}, set()),
+    "held": (lambda: Held(ResNet()), {"model.fc"}, set()),
+    "held bert": (lambda: Held(BertForSequenceClassification(BERT)), {"model.classifier"}, set()),
+    "block": (lambda: nn.Sequential(Block(), Block()), set(), set()),
     "litgpt": (LitGPT, {"lm_head"}, {"transformer.h.0.gate", "transformer.h.1.gate"}),
     "switch": (Switch, set(), {"router.classifier"}),
     "x-transformers": (XTransformer, {"to_logits"}, set()),

@@ -18,7 +18,7 @@ from sparsae.nn.names import full_names, modules_by_name
 
 # What people call a model's last layer: anywhere, and where it is the last linear layer of the model.
 _HEADS = ("lm_head", "to_logits", "embed_out")
-_LAST_HEADS = (*_HEADS, "head", "heads", "fc", "classifier", "score", "logits")
+_LAST_HEADS = {*_HEADS, "head", "heads", "fc", "classifier", "score", "logits", "qa_outputs"}
 _ROUTERS = ("router", "gate", "gating")
 _EXPERT_COUNTS = ("num_experts", "n_experts", "n_expert", "num_local_experts", "n_routed_experts")
 
@@ -193,11 +193,19 @@ def _heads(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
     linear = {name: module for name, module in modules.items() if is_linear_like(module)}
     yield from (module for name, module in linear.items() if name.rpartition(".")[2] in _HEADS)
     if linear:
-        name, last = next(reversed(linear.items()))
+        last = next(reversed(linear.values()))
         vocabulary = max((m.num_embeddings for m in modules.values() if isinstance(m, nn.Embedding)), default=None)
-        parts = name.split(".")
-        if parts[0] in _LAST_HEADS or (len(parts) == 1 and parts[-1] in _LAST_HEADS) or _out(last) == vocabulary:
+        if not _LAST_HEADS.isdisjoint(_top(list(linear))) or _out(last) == vocabulary:
             yield last
+
+
+def _top(names: Sequence[str]) -> list[str]:
+    """Of the last name, the first level, and as many more as all names share: somebody's module may hold the model."""
+    levels = names[-1].split(".")
+    shared = 0
+    while shared < len(levels) - 1 and all(name.split(".")[: shared + 1] == levels[: shared + 1] for name in names):
+        shared += 1
+    return levels[: shared + 1]
 
 
 def _modules_in(found: object) -> Iterator[nn.Module]:
