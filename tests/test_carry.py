@@ -143,6 +143,27 @@ def test_an_mlp_keeps_its_mode_and_attributes_while_it_is_fused() -> None:
     assert not hasattr(mlp, "_original")
 
 
+@pytest.mark.parametrize("patch", ["forward", "compile", "wrapped"])
+def test_what_is_called_in_another_way_is_not_replaced(patch: str) -> None:
+    """A call of the object would go on reaching what it was: an MLP keeps its place, a layer stays dense."""
+    model = llama().eval()
+    block = model.model.layers[0]
+    for parent, name in ((block, "mlp"), (block.self_attn, "o_proj")):
+        module, tokens = getattr(parent, name), torch.arange(12)[None]
+        if patch == "forward":
+            module.forward = module.forward
+        elif patch == "compile":
+            module.compile(backend="eager")
+        else:
+            setattr(parent, name, torch.compile(module, backend="eager"))
+    with torch.no_grad():
+        sparsify(model, 0.5)
+        assert len(sparse_layers(model)) == 6
+        assert not any(isinstance(module, FusedMLP) for module in model.modules())
+        logits = model(tokens).logits
+        torch.testing.assert_close(densify(model)(tokens).logits, logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_a_hook_on_a_weights_gradient_is_refused_and_nothing_changes(register: str) -> None:
     model = chain()

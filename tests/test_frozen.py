@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, parameter_groups, sparsify
+from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, parameter_groups, sparsify
 from sparsae.config import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, RiglConfig, SetConfig, StaticConfig
 from sparsae.config.schema import TeacherConfig
 from sparsae.core.heads import HeadLayout
@@ -212,6 +212,17 @@ def test_the_names_of_a_distributed_model_are_the_plain_ones() -> None:
         model = nn.parallel.DistributedDataParallel(sparsify(chain(), 0.5))
         assert list(sparse_layers(model)) == ["0", "2", "4"]
         assert list(sparse_layers(torch.compile(model, backend="eager"))) == ["0", "2", "4"]
+        for storage in ("union", "masked", "dense"):
+            config = SparsifierConfig(steps=9, topology=StaticConfig(), teacher=TeacherConfig(storage=storage))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            sparsifier = Sparsifier(model, optimizer, config)
+            assert sparsifier.teacher is not None
+            before = sparsifier.teacher.model(torch.ones(1, 16))
+            train(model, optimizer, sparsifier, 3)
+            assert not torch.equal(sparsifier.teacher.model(torch.ones(1, 16)), before)
+        for convert in (densify, lambda m: sparsify(m, 0.5)):
+            with pytest.raises(InputError, match="convert the model first"):
+                convert(model)
     finally:
         torch.distributed.destroy_process_group()
 

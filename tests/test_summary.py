@@ -278,7 +278,12 @@ def test_every_dense_module_has_its_reason() -> None:
         nn.LazyLinear(32),
         nn.Linear(32, 32),
         nn.Linear(32, 32),
+        prune.l1_unstructured(nn.Linear(32, 32), "bias", 0.5),
+        torch.compile(nn.Linear(32, 32), backend="eager"),
+        nn.Linear(32, 32).to(torch.float8_e4m3fn),
+        nn.Linear(32, 32),
     )
+    mixed[9].compile(backend="eager")
     mixed[4].forward = lambda x: x  # type: ignore[method-assign]
     reasons = {row.name: row.reason for row in summary(sparsify(mixed, 0.5)).dense}
     assert reasons["0.linear1"] == "read directly by nn.TransformerEncoderLayer"
@@ -288,6 +293,9 @@ def test_every_dense_module_has_its_reason() -> None:
     assert "pruning" in reasons["2"]
     assert "LazyLinear" in reasons["3"]
     assert "forward was replaced" in reasons["4"]
+    assert "pruning" in reasons["6"]
+    assert reasons["7"] == reasons["9"] == reasons["4"]
+    assert "float8_e4m3fn" in reasons["8"]
     assert list(sparse_layers(mixed)) == ["5"]
     reasons = {row.name: row.reason for row in summary(sparsify(mixtral(), 0.5)).dense}
     assert reasons["model.layers.0.mlp.experts"] == "stacked weights of MixtralExperts, which is no nn.Linear"

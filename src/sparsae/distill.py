@@ -27,6 +27,7 @@ class Teacher:
     def __init__(self, student: nn.Module, config: TeacherConfig) -> None:
         """Starts as a copy of the student. Sparse layers share the student's index tensors until they diverge."""
         self.config = config
+        student = _unsynchronized(student)
         self.model = _copy_sharing_indices(student)
         self.model.requires_grad_(False).eval()
         if config.storage == "dense":
@@ -55,7 +56,7 @@ class Teacher:
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """One step of the average, after the optimizer's."""
-        beta = self.decay(step)
+        beta, student = self.decay(step), _unsynchronized(student)
         sparse = sparse_layers(student)
         owned = {id(layer.values) for layer in sparse.values()}
         shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
@@ -131,6 +132,11 @@ class WarmUp:
         first = state["first_loss"]
         self._first_loss = None if first is None else float(first)
         self.over_by_validation = bool(state["over_by_validation"])
+
+
+def _unsynchronized(student: nn.Module) -> nn.Module:
+    """A model without the wrapper that averages gradients over ranks: a teacher has none."""
+    return student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
 
 
 def _copy_sharing_indices(student: nn.Module) -> nn.Module:

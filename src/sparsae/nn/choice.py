@@ -69,7 +69,7 @@ class Choice:
     def _reason(self, name: str, full_name: str, module: nn.Module, context: _Context) -> str | None:
         if not is_linear_like(module):
             return _reason_of_type(name, module)
-        if (refusal := context.refusal(module)) is not None:
+        if (refusal := context.refusal(module, full_name)) is not None:
             return refusal
         names = {name, full_name}
         if (self.include and not _match(names, self.include)) or _match(names, self.exclude):
@@ -118,6 +118,11 @@ def is_linear_like(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | SparseLinear) or is_conv1d(module)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether calling this very object is something else than its class says."""
+    return "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None
+
+
 class _Context:
     """What tells linear layers of one model apart that look alike."""
 
@@ -143,7 +148,7 @@ class _Context:
         self.heads = {id(module) for module in _heads(modules)}
         self.routers = {id(module) for module in _routers(modules)}
 
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: nn.Module, full_name: str) -> str | None:
         """Why a linear layer cannot be sparse."""
         if id(module) in self._readers:
             return self._readers[id(module)]
@@ -152,15 +157,17 @@ class _Context:
         if type(module) is not nn.Linear and not is_conv1d(module):
             own = "with a forward of its own" if type(module).forward is not nn.Linear.forward else "of another kind"
             return f"a subclass of nn.Linear {own} ({type(module).__name__})"
-        if "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None:
+        if full_name.endswith("_orig_mod") or is_patched(module):
             return "its forward was replaced, or compiled by itself"
         weight = module._parameters.get("weight")
-        if weight is None:
-            return "its weight is computed from other parameters (weight_norm, pruning or the like)"
+        if weight is None or (module.bias is not None and "bias" not in module._parameters):
+            return "its weight or bias is computed from other parameters (weight_norm, pruning or the like)"
         owners = [name for name in self._owners[id(weight)] if name != self._names[id(module)]]
         if owners:
             return f"tied to the weight of {owners[0]}"
-        if type(weight.data) is not Tensor or not weight.is_floating_point():
+        if not weight.numel():
+            return "it has no weights"
+        if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
             return f"its weight is no plain tensor of numbers ({type(weight.data).__name__}, {weight.dtype})"
         return None
 

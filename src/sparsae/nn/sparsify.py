@@ -14,7 +14,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
 from sparsae.errors import InputError
 from sparsae.nn.carry import carry_module, carry_parameter, hand_over_hooks, own_names, without_hooks
-from sparsae.nn.choice import Choice, is_conv1d, weight_shape
+from sparsae.nn.choice import Choice, is_conv1d, is_patched, weight_shape
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.saving import save_as_before, tell_when_saving
@@ -57,6 +57,7 @@ def sparsify(
     """
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
+    _refuse_synchronized(model)
     choice = Choice(sparsity, tuple(include), tuple(exclude), sparsify_head)
     targets = choice.layers(model)
     check_heads(heads, head_min_density, targets)
@@ -82,8 +83,9 @@ def sparsify(
     }
     for name, module in targets.items():
         _replace(model, module, twins[name])
-    for module in [module for module in model.modules() if recognized(module) and "forward" not in vars(module)]:
-        _fuse(model, module)
+    for name, module in list(model.named_modules()):
+        if recognized(module) and not is_patched(module) and not name.endswith("_orig_mod"):
+            _fuse(model, module)
     note(model, choice)
     tell_when_saving(model)
     return model
@@ -94,6 +96,7 @@ def densify(model: nn.Module) -> nn.Module:
 
     Raises InputError where a layer's values have a hook on their gradient; then nothing has changed.
     """
+    _refuse_synchronized(model)
     layers = sparse_layers(model)
     twins = {name: _dense_twin(name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -275,6 +278,14 @@ def _unfuse(model: nn.Module, fused: FusedMLP) -> None:
     original = fused.original
     carry_module("", fused, original, own_names(FusedMLP(original)))
     _replace(model, fused, original)
+
+
+def _refuse_synchronized(model: nn.Module) -> None:
+    # It averages the gradients of the parameters that it was made with, and would leave out all new ones.
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise InputError(
+            "a DistributedDataParallel knows the parameters that it was made with: convert the model first"
+        )
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
