@@ -77,7 +77,7 @@ class Corpus:
         cut = self.manifest["cut_documents"]
         whole = validation["documents"] - cut
         parts = [f"{whole:,} whole document{'s' if whole > 1 else ''}"] if whole else []
-        parts += [f"the ends of {cut:,} long documents"] if cut else []
+        parts += ["the end of a long document" if cut == 1 else f"the ends of {cut:,} long documents"] if cut else []
         share = validation["tokens"] / (validation["tokens"] + train["tokens"])
         return f"held out: {validation['tokens']:,} tokens, {100 * share:.2g} % of all: {' and '.join(parts)}"
 
