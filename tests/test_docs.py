@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -121,6 +123,19 @@ def test_presets_and_methods_are_all_explained() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     assert sorted(first_code(row[0]) for row in table_rows(text, "| preset |")) == sorted(presets())
     assert sorted(first_code(row[0]) for row in table_rows(text, "| method |")) == sorted(methods())
+
+
+def test_the_readme_has_the_numbers_of_the_run_in_its_picture() -> None:
+    """One script makes picture, record and paragraph of one run; see benchmarks/demo.py."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "benchmarks" / "demo.py")
+    assert spec
+    assert spec.loader
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    record = json.loads(demo.RECORD.read_text("utf-8"))
+    found = demo.MARKED.search(demo.README.read_text("utf-8"))
+    assert found
+    assert found[0] == demo.paragraph(record["summary"], record["machine"])
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=METHODS)
