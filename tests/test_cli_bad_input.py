@@ -1,5 +1,6 @@
 """Bad input: one line on standard error that names what to mend, exit code 2, nothing written."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -48,7 +49,19 @@ CASES: dict[str, list[str]] = {
     "train --json folder": ["--json", "folder", "directory"],
     "train --json none/out.json": ["--json", "none"],
     "train --print-config --json -": ["--print-config", "--json"],
-    "train --resume run --preset tiny --steps 3": ["--resume", "--preset", "--steps"],
+    "train --resume run --preset tiny --steps 3": ["--resume", "--preset"],
+    "train --resume run --steps 3": ["run", "--steps 3", "250"],
+    "train --resume run --from run": ["--resume", "--from"],
+    "train --from missing": ["missing", "no such directory"],
+    "train --from run": ["run", "no checkpoint"],
+    "train --from run --set model.width=64": ["run", "model.width", "256", "64"],
+    "train --out twice.yaml/run": ["twice.yaml/run", "no directory"],
+    "train --set training.threads=10000": ["training.threads", "10000", "cores"],
+    "train --set training.steps=9223372036854775808": ["--set", "training.steps", "at most"],
+    "train --set model.width=9223372036854775808": ["--set", "model.width", "at most"],
+    "train bomb.yaml": ["bomb.yaml", "line 2", "alias"],
+    "train deep.yaml": ["deep.yaml", "deep"],
+    "info deep": ["summary.json", "deep"],
     "train --resume run --out x": ["--resume", "--out"],
     "train --resume run twice.yaml": ["--resume", "CONFIG"],
     "train --resume run --dry-run": ["--resume", "--dry-run"],
@@ -83,14 +96,23 @@ CASES: dict[str, list[str]] = {
 }
 
 
+# Of nine lines, that would be a billion values.
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in itertools.pairwise("abcdefghi")
+)
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("folder", "run", "damaged"):
+    for name in ("folder", "run", "damaged", "deep"):
         (tmp_path / name).mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
-    for name in ("run", "damaged"):
+    for name in ("run", "damaged", "deep"):
         (tmp_path / name / "config.yaml").write_text(dump(resolve()))
     (tmp_path / "damaged" / "summary.json").write_text('{"nnz": ')
+    (tmp_path / "deep" / "summary.json").write_text('{"a": ' + "[" * 100_000)
+    (tmp_path / "bomb.yaml").write_text(BOMB)
+    (tmp_path / "deep.yaml").write_text("seed: " + "[" * 5000)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken.yaml").write_text("training:\n  steps: [1\n")
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")

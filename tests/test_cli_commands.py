@@ -83,7 +83,7 @@ class TestTrain:
         overrides = ["training.batch_size=2", "training.clip=null", "training.beta2=0.9", "training.steps=20", "seed=4"]
         expected = resolve(None, "tiny", "static", [*overrides, "sparsity.sparsity=0.95"])
         assert calls == [
-            ("start", (expected, Path("there"), False)),
+            ("start", (expected, Path("there"), False, None)),
             ("write_sample", (Path("there"),)),
             ("write_report", (Path("there"),)),
         ]
@@ -107,14 +107,18 @@ class TestTrain:
 
     def test_resume(self, calls: Calls) -> None:
         assert main(["train", "--resume", "there"]) == 0
-        assert calls[0] == ("resume", (Path("there"), False))
+        assert calls[0] == ("resume", (Path("there"), False, None))
+        assert main(["train", "--resume", "there", "--steps", "9"]) == 0
+        assert ("resume", (Path("there"), False, 9)) in calls
 
     def test_json_alone_on_standard_output(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         for arguments in (["train"], ["train", "--resume", "there"], ["train", "--dry-run"]):
             assert main([*arguments, "--json", "-"]) == 0
             result = json.loads(capsys.readouterr().out)
             assert result == (PLAN if "--dry-run" in arguments else {**SUMMARY, "validation_loss": None})
-        assert [call[1][-1] for call in calls if call[0] in ("start", "resume")] == [True, True]  # quiet
+        assert [call[1][2 if call[0] == "start" else 1] for call in calls if call[0] in ("start", "resume")] == [
+            True
+        ] * 2
 
     def test_json_to_a_file(self, calls: Calls, tmp_path: Path) -> None:
         assert main(["train", "--json", "out.json"]) == 0
@@ -178,7 +182,8 @@ class TestOtherCommands:
         assert calls == [("export_run", (Path("r"), Path("there"), True))]
 
     def test_info(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        run = RunDirectory.create(tmp_path / "r")
+        run = RunDirectory(tmp_path / "r")
+        run.path.mkdir()
         run.config_file.write_text(dump(resolve(None, "tiny")))
         run.write_json("summary.json", {"nnz": 12345, "seconds_by_part": {"train": 1.5}, "finished": True})
         assert main(["info", str(run.path)]) == 0

@@ -1,5 +1,6 @@
 """The run directory: what it refuses, and files that are whole or not there."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
 from sparsae.errors import InputError
-from sparsae.train.rundir import MetricsWriter, RunDirectory, describe, to_json, write_atomically
+from sparsae.files import read_json, sealed, to_json, write_atomically
+from sparsae.train.claim import claimed, refuse_occupied
+from sparsae.train.manifest import Manifest
+from sparsae.train.rundir import MetricsWriter, RunDirectory, describe
 
 
 def append(run: RunDirectory, row: dict[str, object]) -> None:
@@ -21,43 +25,56 @@ def append(run: RunDirectory, row: dict[str, object]) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    run = RunDirectory.create(tmp_path / "run")
-    run.config_file.write_text(dump(resolve(None, "tiny", "static", ["seed=3"])))
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    manifest = Manifest(resolve(None, "tiny", "static", ["seed=3"]), run="r")
+    manifest.write(run.path)
+    manifest.write_config(run.config_file)
     return run
 
 
 def save_checkpoint(run: RunDirectory, step: int) -> Path:
     path = run.checkpoint(step)
     path.mkdir(parents=True)
-    (path / "state.json").write_text("{}")
+    size = run.metrics.stat().st_size if run.metrics.exists() else 0
+    position = {"bytes": size, "sha256": hashlib.sha256(run.metrics.read_bytes() if size else b"").hexdigest()}
+    state = {"format": 2, "run": "r", "files": {}, "trainer": {"step": step}, "metrics": position}
+    (path / "state.json").write_text(sealed(state | {"corpus": "c", "threads": 1}))
     return path
+
+
+def create(path: Path) -> None:
+    refuse_occupied(path)
+    with claimed(path):
+        pass
 
 
 class TestCreate:
     def test_makes_parents_and_takes_an_empty_directory(self, tmp_path: Path) -> None:
-        assert RunDirectory.create(tmp_path / "a" / "b").path.is_dir()
-        assert RunDirectory.create(tmp_path / "a" / "b").path == tmp_path / "a" / "b"
+        create(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir()
+        create(tmp_path / "a" / "b")
 
     def test_refuses_what_is_there(self, tmp_path: Path, run: RunDirectory) -> None:
         (tmp_path / "file").write_text("x")
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "x").write_text("x")
         with pytest.raises(InputError, match="is a file"):
-            RunDirectory.create(tmp_path / "file")
+            create(tmp_path / "file")
         with pytest.raises(InputError, match="is not empty"):
-            RunDirectory.create(tmp_path / "full")
+            create(tmp_path / "full")
         with pytest.raises(InputError, match="--resume"):
-            RunDirectory.create(run.path)
+            create(run.path)
 
     def test_refuses_where_nothing_can_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(InputError, match="cannot make"):
-            RunDirectory.create(tmp_path / "file" / "run")
+            create(tmp_path / "file" / "run")
 
     def test_refuses_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who runs many tests, may write anywhere
         with pytest.raises(InputError, match="no permission"):
-            RunDirectory.create(tmp_path)
+            create(tmp_path)
 
 
 class TestOpen:
@@ -102,34 +119,44 @@ class TestMetrics:
         append(run, {"step": 2})
         assert [row["step"] for row in run.read_metrics()] == [1, 2]
 
-    @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step"\n', "\0\0\0", "12"])
+    @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step"\n', "\0\0\0", "12", "[" * 100_000])
     def test_a_torn_last_line_is_left_out(self, run: RunDirectory, torn: str) -> None:
         run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + torn)
         assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
-        run.truncate_metrics(2)
-        assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
     def test_damage_elsewhere_is_named(self, run: RunDirectory) -> None:
         run.metrics.write_text('{"step": 1}\nx\n{"step": 3}\n')
         with pytest.raises(InputError, match=r"metrics\.jsonl: line 2"):
             run.read_metrics()
 
-    def test_truncating_what_is_not_there_makes_nothing(self, run: RunDirectory) -> None:
-        run.truncate_metrics(3)
-        assert not run.metrics.exists()
-
     @settings(max_examples=30)
-    @given(steps=st.lists(st.integers(0, 20)), limit=st.integers(0, 20))
-    def test_truncating_keeps_earlier_lines_byte_for_byte(
-        self, tmp_path_factory: pytest.TempPathFactory, steps: list[int], limit: int
+    @given(before=st.lists(st.integers(0, 20)), after=st.binary(max_size=40), flip=st.integers(0, 500))
+    def test_truncating_keeps_earlier_bytes_and_sees_that_they_are_the_same(
+        self, tmp_path_factory: pytest.TempPathFactory, before: list[int], after: bytes, flip: int
     ) -> None:
         run = RunDirectory(tmp_path_factory.mktemp("run"))
-        lines = [f'{{"step":  {step}, "loss": 0.10}}\n' for step in steps]
-        run.metrics.write_text("".join(lines))
-        run.truncate_metrics(limit)
-        assert run.metrics.read_text() == "".join(
-            line for line, step in zip(lines, steps, strict=True) if step <= limit
-        )
+        with MetricsWriter(run.metrics) as writer:
+            for step in before:
+                writer.write({"step": step, "loss": 0.1})
+            position = writer.position()
+        kept = run.metrics.read_bytes()
+        with MetricsWriter(run.metrics) as writer:  # another process goes on
+            assert writer.position() == position
+        run.metrics.write_bytes(kept + after)
+        run.check_metrics(position)
+        with MetricsWriter(run.metrics) as writer:
+            writer.cut(position)
+            assert writer.position() == position
+        assert run.metrics.read_bytes() == kept
+        if kept:
+            changed = bytearray(kept)
+            changed[flip % len(kept)] ^= 1
+            run.metrics.write_bytes(bytes(changed) + after)
+            with pytest.raises(InputError, match=r"metrics\.jsonl: was changed"):
+                run.check_metrics(position)
+            run.metrics.write_bytes(kept[:-1])
+            with pytest.raises(InputError, match="rows are missing"):
+                run.check_metrics(position)
 
 
 class TestJson:
@@ -147,10 +174,11 @@ class TestJson:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space") as caught:
             write_atomically(run.summary, "{}")
-        assert json.loads(run.summary.read_text()) == {"steps": 1}
-        assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "summary.json"]
+        assert caught.value.filename == str(run.summary)
+        assert read_json(run.summary) == {"steps": 1}
+        assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "manifest.json", "summary.json"]
 
 
 class TestDescribe:

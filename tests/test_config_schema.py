@@ -1,5 +1,6 @@
 """The schema, and the presets and methods that ship with the package."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,7 @@ from sparsae.config import (
     TrainingConfig,
 )
 from sparsae.config.load import json_schema, methods, presets, resolve
+from sparsae.errors import InputError
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:
@@ -42,6 +44,39 @@ def test_every_setting_is_explained_on_one_line(section: type[Section]) -> None:
         if not isinstance(getattr(section(), name), Section):
             assert field.description, name
             assert "\n" not in field.description
+
+
+def whole_numbers(section: type[Section], path: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        value = getattr(section(), name)
+        if isinstance(value, Section):
+            yield from whole_numbers(type(value), f"{path}{name}.")
+        elif re.search(r"\bint\b", str(field.annotation)) and not str(field.annotation).startswith("tuple"):
+            yield f"{path}{name}"
+
+
+@pytest.mark.parametrize("key", list(whole_numbers(Config, "")))
+def test_no_whole_number_may_be_of_any_size(key: str) -> None:
+    for number in (2**63, 10**30):
+        with pytest.raises(InputError, match=rf"{re.escape(key)}.*(at most|below)"):
+            resolve(None, None, None, [f"{key}={number}"])
+
+
+@pytest.mark.parametrize("method", ["sparsae", "dense_small"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.width=2147483644"],
+        ["model.mlp_width=2147483647", "model.width=4096"],
+        ["model.vocab_size=2147483647", "model.width=4096"],
+        ["model.layers=10000", "model.width=65536"],
+        ["training.batch_size=2147483647"],
+        ["model.context=2147483647", "model.width=4096"],
+    ],
+)
+def test_sizes_whose_product_no_machine_holds_are_refused(settings: list[str], method: str) -> None:
+    with pytest.raises(InputError, match="too large"):
+        resolve(None, None, method, settings)
 
 
 def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:

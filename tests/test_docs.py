@@ -102,9 +102,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_summary_table_is_the_summary() -> None:
-    from sparsae.train import run
+    from sparsae.train.summary import summarize
 
-    tree = ast.parse(textwrap.dedent(inspect.getsource(run._summary)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(summarize)))
     written = {
         key.value
         for returned in ast.walk(tree)

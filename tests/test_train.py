@@ -26,6 +26,7 @@ from sparsae.evaluate.export import export_run
 from sparsae.evaluate.generation import generate_text, write_sample
 from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
+from sparsae.files import read_json
 from sparsae.nn.linear import sparse_layers
 from sparsae.train.plan import plan
 from sparsae.train.run import resume, start
@@ -73,7 +74,7 @@ def test_a_run_leaves_what_it_promises(small: Callable[..., Config], tmp_path: P
     config = small("topology.every=4", "training.steps=60")
     summary = start(config, tmp_path / "run", quiet=True)
     assert set(summary) >= ISSUE_KEYS
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert read_json(tmp_path / "run" / "summary.json") == json.loads(json.dumps(summary))
     assert summary["finished"]
     assert summary["nnz"] == summary["nnz_target"]
     assert summary["validation_perplexity"] < summary["untrained_perplexity"]
@@ -213,8 +214,8 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     assert generate_text(run, "item 3", 40, seed=1) == generate_text(run, "item 3", 40, seed=1)
     assert generate_text(run, "item 3", 8, temperature=0.0) != ""
     write_sample(run)
-    sample = json.loads((run / "sample.json").read_text())
-    assert set(sample) == {"prompt", "text", "teacher_text"}
+    sample = read_json(run / "sample.json")
+    assert set(sample) >= {"prompt", "text", "teacher_text"}
     assert sample["prompt"]
     assert sample["text"]
 
@@ -361,12 +362,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_fails_after_the_directory_was_made_leaves_nothing(small: Callable[..., Config], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="training diverged"):
-        start(small("training.learning_rate=1e30", "training.clip=null"), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
 def died(run: Path) -> None:
     """As if the last checkpoint and the summary had not been written."""
     shutil.rmtree(run / "checkpoints" / "step-00000020")
@@ -384,7 +379,7 @@ def test_resume_refuses_text_or_settings_that_have_changed(
     settings = (run / "config.yaml").read_text()
     before, _, teacher = settings.partition("teacher:")
     (run / "config.yaml").write_text(before + "teacher:" + teacher.replace("enabled: true", "enabled: false", 1))
-    with pytest.raises(InputError, match="disagree about teacher"):
+    with pytest.raises(InputError, match=r"teacher\.enabled is false, not true"):
         resume(run, quiet=True)
     (run / "config.yaml").write_text(settings)
     (copied / "3.txt").write_text("something else entirely, " * 200)
@@ -412,7 +407,9 @@ def test_a_checkpoint_that_cannot_be_written_is_named(
     monkeypatch.setattr("sparsae.train.checkpoint.save_file", full)
     with pytest.raises(InputError, match=r"cannot be written.*No space left"):
         start(small(), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    assert metrics(tmp_path / "run")[-1]["step"] == 20  # what was measured is kept
+    assert resume(tmp_path / "run", quiet=True)["finished"]
 
 
 def test_the_teachers_operations_follow_its_storage(small: Callable[..., Config], tmp_path: Path) -> None:
@@ -429,12 +426,6 @@ def test_resume_refuses_what_is_finished_or_absent(small: Callable[..., Config],
         resume(tmp_path / "run", quiet=True)
     with pytest.raises(InputError, match="no such directory"):
         resume(tmp_path / "nothing", quiet=True)
-
-
-def test_divergence_is_named(small: Callable[..., Config], tmp_path: Path) -> None:
-    config = small("training.learning_rate=1e30", "training.clip=null", "training.warmup=0")
-    with pytest.raises(InputError, match=r"training diverged.*learning_rate"):
-        start(config, tmp_path / "run", quiet=True)
 
 
 def test_ctrl_c_saves_and_resume_finishes(text: Path, tmp_path: Path) -> None:

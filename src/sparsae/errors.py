@@ -12,9 +12,10 @@ class InputError(Exception):
 class DivergedError(InputError):
     """Training whose loss is no number any more; a grid of learning rates counts it as a trial that failed."""
 
-    def __init__(self, message: str, step: int, train_flops: int) -> None:
+    def __init__(self, message: str, step: int, train_flops: int, reason: str) -> None:
+        """reason: what is not finite."""
         super().__init__(message)
-        self.step, self.train_flops = step, train_flops
+        self.step, self.train_flops, self.reason = step, train_flops, reason
 
 
 def require_utf8(where: str, text: str) -> None:

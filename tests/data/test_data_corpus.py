@@ -1,5 +1,6 @@
 """Prepared once, found again, never half-written."""
 
+import fcntl
 import os
 import shutil
 import time
@@ -119,14 +120,19 @@ def test_an_interrupted_preparation_leaves_nothing(config):
 
 
 def test_what_was_left_by_a_kill_is_removed_after_a_day(config):
-    old, new = (Path(config.cache, f"unfinished-{name}") for name in ("old", "new"))
-    for path in (old, new):
+    dead, young, held = (Path(config.cache, f"unfinished-{name}") for name in ("dead", "young", "held"))
+    for path in (dead, young, held):
         path.mkdir(parents=True)
-    day_before_yesterday = time.time() - 2 * 86400
-    os.utime(old, (day_before_yesterday, day_before_yesterday))
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    an_hour_ago = time.time() - 3600
+    for path in (dead, held):
+        os.utime(path, (an_hour_ago, an_hour_ago))
     prepare(config)
-    assert not old.exists()
-    assert new.exists()
+    os.close(lock)
+    assert not dead.exists()
+    assert young.exists()
+    assert held.exists()
 
 
 def test_preparations_at_once_agree(config):

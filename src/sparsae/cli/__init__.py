@@ -11,8 +11,9 @@ import contextlib
 import io
 import itertools
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +33,12 @@ from sparsae.cli.output import (
     show_values,
 )
 from sparsae.config.load import annotated, methods, presets, resolve
-from sparsae.errors import InputError, require_utf8
+from sparsae.errors import DivergedError, InputError, require_utf8
 from sparsae.experiments.directory import is_experiment
-from sparsae.train.rundir import describe, refuse_occupied, refuse_unwritable
+from sparsae.files import refuse_unwritable
+from sparsae.train.claim import refuse_occupied
+from sparsae.train.lock import refuse_ranks
+from sparsae.train.rundir import RunDirectory, describe
 
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
@@ -79,7 +83,14 @@ def train(
     seed: Annotated[int | None, typer.Option(help="The same as --set seed=N.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="The same as --set sparsity.sparsity=F.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Continue a run; takes no other settings.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Continue a run; takes no other settings but more --steps.", show_default=False
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Start from a run's weights and settings.", show_default=False),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every setting with its explanation and exit.")
@@ -91,24 +102,30 @@ def train(
 ) -> None:
     """Train a model that is sparse from the first step to the last."""
     quiet = json_file == "-"
+    refuse_ranks()
     refuse_unwritable("--json", json_file)
     if resume is not None:
         options: dict[str, object] = {
+            "--from": source,
             "CONFIG": config,
             "--preset": preset,
             "--method": method,
             "--out": out,
             "--set": settings,
         }
-        options |= {"--steps": steps, "--seed": seed, "--sparsity": sparsity}
+        options |= {"--seed": seed, "--sparsity": sparsity}
         options |= {"--print-config": print_config or None, "--dry-run": dry_run or None}
         given = [name for name, value in options.items() if value not in (None, [])]
         if given:
             raise InputError(f"--resume continues a run with its own settings: leave out {', '.join(given)}")
         with output(json_file) as result:
-            from sparsae.train.run import resume as continue_run
+            left = _left_to_write(resume, steps)
+            if left is None:
+                from sparsae.train.run import resume as continue_run
 
-            result.update(continue_run(resume, quiet))
+                with _reporting(resume):
+                    left = continue_run(resume, quiet, steps)
+            result.update(left)
             _finish(resume, result, quiet)
         _exit_if_stopped(result)
         return
@@ -118,7 +135,7 @@ def train(
         "--sparsity": ("sparsity.sparsity", sparsity),
     }
     resolved = resolve(
-        config,
+        _settings_file(source) if source and not config and not preset else config,
         preset,
         method,
         settings or [],
@@ -138,11 +155,12 @@ def train(
             _show_plan(result)
         return
     directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
-    refuse_occupied(directory)
+    refuse_occupied(directory, resolved)
     with output(json_file) as result:
         from sparsae.train.run import start
 
-        result.update(start(resolved, directory, quiet))
+        with _reporting(directory):
+            result.update(start(resolved, directory, quiet, source))
         _finish(directory, result, quiet)
     _exit_if_stopped(result)
 
@@ -248,8 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except _UsageError as error:
         message = error.format_message()
+    except BrokenPipeError:  # whoever reads our output has had enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INPUT
     except OSError as error:
-        message = f"{error.filename or 'a file'}: cannot be read or written: {error.strerror or error}"
+        place = f"{error.filename}: cannot be read or written: " if error.filename else ""
+        message = f"{place}{error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     else:
@@ -269,6 +292,34 @@ def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:
     page = write_report(run)
     if not quiet:
         typer.echo(f"report: {page}", err=True)
+
+
+@contextlib.contextmanager
+def _reporting(run: Path) -> Iterator[None]:
+    """A run that diverges inside leaves a report too, and its error goes on."""
+    try:
+        yield
+    except DivergedError:
+        from sparsae.report.page import write_report
+
+        typer.echo(f"report: {write_report(run)}", err=True)
+        raise
+
+
+def _left_to_write(path: Path, steps: int | None) -> dict[str, Any] | None:
+    """The summary of a finished run that was cut off before its sample and its report were written; else None."""
+    run = RunDirectory(path)
+    if steps is not None or not run.summary.is_file() or (run.sample.is_file() and run.report.is_file()):
+        return None
+    summary = run.outcome(run.summary)
+    return summary if summary.get("finished") and summary.get("steps") == run.config().training.steps else None
+
+
+def _settings_file(source: Path) -> Path:
+    """A run's config.yaml, which is what the run began with."""
+    run = RunDirectory.open(source)
+    run.config()
+    return run.config_file
 
 
 def _exit_if_stopped(summary: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from sparsae.config.load import methods, presets
 from sparsae.errors import InputError
-from sparsae.train.rundir import refuse_unwritable, to_json, write_atomically
+from sparsae.files import refuse_unwritable, to_json, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,8 @@ import typer
 from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Preset, Settings, grid_options, read
 from sparsae.cli.output import output, show_table
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
-from sparsae.train.rundir import refuse_occupied, refuse_unwritable
+from sparsae.files import refuse_unwritable
+from sparsae.train.claim import refuse_occupied
 
 check = typer.Typer()
 

@@ -17,7 +17,7 @@ from sparsae.experiments.grid import PARAMETERIZATIONS
 from sparsae.experiments.plan import P, Plan, read_plan
 from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.experiments.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
-from sparsae.train.rundir import refuse_unwritable
+from sparsae.files import refuse_unwritable
 
 Given = Annotated[
     list[str] | None,

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsae.files import to_json, write_atomically
 from sparsae.report.readable import duration
-from sparsae.train.rundir import to_json, write_atomically
 
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")

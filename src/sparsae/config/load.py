@@ -7,6 +7,7 @@ it anew.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,11 +17,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
-from sparsae.config.narrow import narrowed
+from sparsae.config.narrow import narrowed, refuse_huge
 from sparsae.config.schema import Config
 from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
-from sparsae.errors import InputError
+from sparsae.errors import InputError, require_utf8
 
 __all__ = [
     "annotated",
@@ -32,6 +33,7 @@ __all__ = [
     "presets",
     "read_settings",
     "resolve",
+    "with_absolute_paths",
 ]
 
 Tree = dict[str, Any]
@@ -107,6 +109,22 @@ def resolve(
     return layers.config()
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The same settings wherever they are read from: a run can be gone on with from any directory."""
+    data = config.data
+    paths = {"source": data.source, "validation_source": data.validation_source, "tokenizer": data.tokenizer}
+    paths["cache"] = data.cache
+    keep = ("stdlib", "train")
+    absolute = {
+        key: os.path.abspath(os.path.expanduser(path))
+        for key, path in paths.items()
+        if path is not None and path not in keep and not path.startswith("hf:")
+    }
+    for key, path in absolute.items():
+        require_utf8(f"data.{key}", path)
+    return config.model_copy(update={"data": data.model_copy(update=absolute)})
+
+
 class _Layers:
     """Layers merged so far: the keys that were given and, for each, where."""
 
@@ -165,6 +183,7 @@ class _Layers:
             if rest and Config.model_fields[str(head[0])].discriminator is not None:
                 rest = rest[1:]  # pydantic puts the rule's name into the location
             raise InputError(explain(error, (*head, *rest), self.origins)) from None
+        refuse_huge(config)
         return narrowed(config) if config.method == "dense_small" else config
 
 

@@ -13,6 +13,27 @@ from pathlib import Path
 from sparsae.config.schema import Config, ModelConfig, SparsityConfig
 from sparsae.errors import InputError
 
+MOST_PARAMETERS = 2**40
+MOST_TOKENS = 2**31 - 1
+
+
+def refuse_huge(config: Config) -> None:
+    """InputError for sizes of which each is possible, but no machine can hold a model or a batch of all of them."""
+    model, training = config.model, config.training
+    block = sum(rows * columns for rows, columns in _linear_shapes(model.model_copy(update={"layers": 1})).values())
+    vocabulary = model.vocab_size or config.data.tokenizer_vocab
+    parameters = model.layers * block + (vocabulary + model.context) * model.width
+    if parameters > MOST_PARAMETERS:
+        raise InputError(
+            f"a model of {parameters:.3g} parameters is too large: lower model.width (now {model.width}), model.layers "
+            f"(now {model.layers}), model.mlp_width, model.vocab_size or model.context"
+        )
+    if (tokens := training.batch_size * model.context) > MOST_TOKENS:
+        raise InputError(
+            f"a batch of {tokens:.3g} tokens is too large: lower training.batch_size (now {training.batch_size}) or "
+            f"model.context (now {model.context})"
+        )
+
 
 def narrowed(config: Config) -> Config:
     """The dense model, no wider than the given one, whose parameters are nearest to its active ones at its sparsity.

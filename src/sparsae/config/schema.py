@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from sparsae.config.parameterization import ParameterizationConfig
-from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Text
+from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, Text
 from sparsae.config.topology import EvolutionConfig, PruningConfig, RuleConfig
 
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
@@ -22,14 +22,14 @@ class ModelConfig(Section):
     """The architecture, built by `transformers` with new weights."""
 
     family: Literal["gpt2", "llama"] = Field(default="gpt2", description="architecture")
-    layers: Count = Field(default=4, description="transformer blocks")
+    layers: Annotated[int, Field(ge=1, le=10_000)] = Field(default=4, description="transformer blocks")
     heads: Count = Field(default=4, description="attention heads a block")
     kv_heads: Count | None = Field(default=None, description="key and value heads (llama); null: as many as heads")
     width: Count = Field(default=256, description="model width d")
     mlp_width: Count | None = Field(
         default=None, description="hidden width of the MLP; null: 4 d (gpt2), 8/3 d in 64s (llama)"
     )
-    context: Annotated[int, Field(ge=2)] = Field(default=256, description="longest sequence, in tokens")
+    context: Annotated[int, Field(ge=2, le=LARGEST)] = Field(default=256, description="longest sequence, in tokens")
     vocab_size: Count | None = Field(default=None, description="entries of the embedding; null: the tokenizer's")
     tie_embeddings: bool = Field(default=True, description="the output head shares the embedding's weights")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="dropout probability (gpt2)")
@@ -70,7 +70,7 @@ class DataConfig(Section):
     tokenizer: Text = Field(
         default="train", description="train (byte-level BPE on the text), a tokenizer.json, or a directory"
     )
-    tokenizer_vocab: Annotated[int, Field(ge=257)] = Field(
+    tokenizer_vocab: Annotated[int, Field(ge=257, le=2**22)] = Field(
         default=4096, description="entries of a tokenizer trained here"
     )
     cache: Text | None = Field(
@@ -180,8 +180,9 @@ class TrainingConfig(Section):
     )
     validation_sequences: Count = Field(default=64, description="held-out sequences a validation reads")
     log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl and of the progress display")
-    checkpoint_every: Count | None = Field(
-        default=None, description="steps between checkpoints; null: only at the end or when stopped"
+    checkpoint_every: Count | None = Field(default=None, description="steps between checkpoints; null: by time only")
+    checkpoint_minutes: Positive | None = Field(
+        default=5.0, description="minutes between checkpoints; null: by steps, at the end and when stopped only"
     )
     keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1  # what fits every counter below; torch multiplies sizes in 64 bits
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Text = Annotated[str, Field(min_length=1)]
 # YAML has lists where these want tuples; their entries stay as strict as everything else.
 Shares = Annotated[tuple[Share, Share], Field(strict=False)]

@@ -1,7 +1,8 @@
 """The YAML that settings are written in: a small strict dialect, read and written by one pair of functions.
 
 YAML 1.1 turns `yes` into true, `010` into 8 and `1:30` into 90, and leaves `1e-3` a string. Here only `true` and
-`false` are booleans, numbers are decimal (`1e-3` is one), keys are text and given once, and there are no tags.
+`false` are booleans, numbers are decimal (`1e-3` is one), keys are text and given once, and there are neither tags nor
+aliases, which a few lines can make a billion values of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 
+from sparsae.config.complaints import shown
 from sparsae.config.schema import Config
 from sparsae.config.section import Section
 from sparsae.errors import InputError
@@ -31,6 +33,12 @@ class _Reader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML declares it so
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor} is not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
 
 class _Writer(yaml.SafeDumper):
     pass
@@ -41,9 +49,9 @@ def _construct_mapping(reader: _Reader, node: yaml.MappingNode) -> dict[str, Any
     for key_node, value_node in node.value:
         key = reader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key {shown(key)} is not text", key_node.start_mark)
         if key in result:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key {shown(key)} is given twice", key_node.start_mark)
         result[key] = reader.construct_object(value_node, deep=True)
     return result
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Shares
+from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, Shares
 
 StartSparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -159,7 +159,7 @@ class MicroBatchConfig(Section):
         default="resampled", description="one batch for the run, a new one an update, or one of a pool"
     )
     sequences: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="sequences in a micro-batch")
-    pool: Count = Field(default=8, description="micro-batches in the pool (pooled)")
+    pool: Annotated[int, Field(ge=1, le=4096)] = Field(default=8, description="micro-batches in the pool (pooled)")
     study: bool = Field(
         default=False,
         description="also score candidates on all validation text, to compare; counted apart from training",
@@ -196,7 +196,7 @@ class AdaptationConfig(Section):
 class BurnInConfig(Section):
     """Gradient steps for regrown weights after a change."""
 
-    steps: Annotated[int, Field(ge=0)] = Field(
+    steps: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
         default=0, description="N_burn_in, gradient steps after an accepted change; 0: none"
     )
     multiplier: Positive = Field(

@@ -13,11 +13,13 @@ first one's result. An entry whose files do not match their digests is made anew
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -35,6 +37,7 @@ from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.splits import Part, split_documents
 from sparsae.data.tokenizer import TRAINING_BYTES, Tokenizer, load_tokenizer, pieces, train_tokenizer
 from sparsae.errors import InputError
+from sparsae.files import read_sealed, write_sealed
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total): `read` and `tokenizer` count bytes, `tokenize` documents; total may be None.
@@ -43,7 +46,7 @@ It is called about once a second while anything goes on, so that a display can s
 
 FORMAT = 2
 _GROUP = 1_000_000  # characters that are encoded at a time
-_ABANDONED = 24 * 3600.0
+_YOUNG, _ABANDONED = 60.0, 24 * 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """A hash of everything in it: tokens of both splits, counts and tokenizer."""
-        return sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
+        """A hash of everything in it: tokens of both splits and how they are read, counts and tokenizer."""
+        content = {key: value for key, value in self.manifest.items() if key != "made_from"}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def validation_tokens(self) -> int:
@@ -114,7 +118,7 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
 def open_corpus(directory: Path) -> Corpus | None:
     """The finished entry in `directory`, or None where there is none or its files are not what was written."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_sealed(directory / "manifest.json")
         if any(digest(directory / name) != expected for name, expected in manifest["files"].items()):
             return None
         dtype = np.dtype(manifest["dtype"])
@@ -123,7 +127,7 @@ def open_corpus(directory: Path) -> Corpus | None:
         )
         tokenizer = load_tokenizer(directory / "tokenizer")
         counts = _load_counts(directory / "counts.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, InputError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Corpus(directory, manifest, tokenizer, train, validation, counts)
 
@@ -191,11 +195,13 @@ def _make(
     _remove_abandoned(directory.parent)
     unfinished = directory.with_name(f"unfinished-{directory.name}-{os.getpid()}-{token_hex(4)}")
     unfinished.mkdir()
+    held = _hold(unfinished)
     try:
         _write_entry(unfinished, config, given, made_from, report)
         _publish(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(held)
     corpus = open_corpus(directory)
     if corpus is None:
         raise InputError(f"{directory}: prepared data was changed while it was written; start again")
@@ -237,7 +243,7 @@ def _write_entry(
             if path.is_file()
         },
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_sealed(directory / "manifest.json", manifest)
 
 
 def _split_texts(config: DataConfig, report: Progress) -> Iterator[Part]:
@@ -353,10 +359,36 @@ def _publish(unfinished: Path, directory: Path) -> None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove what preparations that were killed have left behind a day ago or more."""
+    """Remove what preparations that were killed have left behind."""
     for path in root.glob("unfinished-*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED:
+        if _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _hold(directory: Path) -> int:
+    """Lock a directory for as long as the descriptor is open, or this process lives."""
+    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    with suppress(OSError):  # file systems without locks: age decides there
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def _is_abandoned(unfinished: Path) -> bool:
+    """Whether nobody works in an entry any more. A young one may be about to be locked."""
+    try:
+        age = time.time() - unfinished.stat().st_mtime
+        handle = os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # published or removed in the meantime
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return age > _YOUNG
+    except BlockingIOError:
+        return False
+    except OSError:
+        return age > _ABANDONED
+    finally:
+        os.close(handle)
 
 
 def _save_counts(counts: npt.NDArray[np.int64], path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsae.data.bpe import train_bpe
 from sparsae.errors import InputError
+from sparsae.files import write_atomically
 
 if TYPE_CHECKING:
     import tokenizers
@@ -98,7 +99,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.json").write_text(self.raw.to_str(pretty=True), encoding="utf-8")
+        write_atomically(directory / "tokenizer.json", self.raw.to_str(pretty=True))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
@@ -108,7 +109,7 @@ class Tokenizer:
         }
         if context is not None:
             config["model_max_length"] = context
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_atomically(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def to_transformers(self) -> PreTrainedTokenizerFast:
         """The same tokenizer as `transformers` has it (the import takes seconds)."""

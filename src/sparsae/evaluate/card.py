@@ -9,10 +9,10 @@ from typing import Any
 from sparsae import __version__
 from sparsae.config.schema import Config
 from sparsae.evaluate.loading import LoadedRun
+from sparsae.files import read_json
 from sparsae.nn.linear import SparseLinear
 from sparsae.train.loop import perplexity
 from sparsae.train.progress import readable_perplexity
-from sparsae.train.rundir import read_json
 
 _CARD = """---
 library_name: transformers

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from sparsae.errors import InputError
 from sparsae.evaluate.card import model_card
 from sparsae.evaluate.loading import load_run
+from sparsae.files import temporary_name
 from sparsae.models import fold_attention_scale
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
@@ -44,9 +45,8 @@ def export_run(path: Path, to: Path, teacher: bool = False) -> None:
     # Packed text has no padding, so that the run's model had no use for a token of it; a batch of prompts has.
     model.config.pad_token_id = model.generation_config.pad_token_id = loaded.tokenizer.pad_id
     card = model_card(loaded, layers, sum(parameter.numel() for parameter in model.parameters()), teacher)
-    partial = to.with_name(f".{to.name}.partial")
+    partial = temporary_name(to, "partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         loaded.tokenizer.save(partial, loaded.config.model.context)

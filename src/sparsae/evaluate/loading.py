@@ -43,11 +43,12 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
     checkpoint = run.latest_checkpoint()
     group = "teacher" if teacher else "model"
     tensors, state = load_checkpoint(checkpoint, group)
+    run.check_tokenizer()
     tokenizer = load_tokenizer(run.tokenizer)
     device = choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
     model = build(config, tokenizer.vocab_size, tokenizer.eos_id, device)
     if teacher and config.teacher.storage == "dense":
         densify(model)
-    load_model(model, tensors[group])
+    load_model(model, tensors[group], str(checkpoint / f"{group}.safetensors"))
     model.requires_grad_(False).eval()
     return LoadedRun(run, config, model, tokenizer, device, int(state["trainer"]["step"]), state["corpus"])

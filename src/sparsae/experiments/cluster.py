@@ -7,7 +7,6 @@ resumed from is read there, so that it does not matter which machine goes on wit
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.execution import Ended, Executor
 from sparsae.experiments.units import Unit, progress, run_unit
+from sparsae.train.stopping import handled
 
 _TICK = 1.0  # seconds between looks at what has begun
 
@@ -112,14 +112,10 @@ def _run(directory: str, config: str, threads: int) -> str:
 
 @contextmanager
 def _stopping(stopped: threading.Event) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM set the event."""
+    """While inside, signals to stop set the event."""
 
     def take(number: int, frame: FrameType | None) -> None:
         stopped.set()
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(take):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -5,9 +5,6 @@ plan.yaml  runs/  tuning/  results.json  table.md  table.tex  report.html
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,9 @@ from sparsae.config.load import read_settings
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Plan, parse_plan
 from sparsae.experiments.transfer.plan import TransferPlan
-from sparsae.train.rundir import refuse_occupied, write_atomically
+from sparsae.files import write_atomically
+from sparsae.train.claim import refuse_occupied
+from sparsae.train.lock import locked
 
 _PATIENCE = 30.0  # seconds in which the workers of a killed experiment save and end
 
@@ -60,29 +59,12 @@ def claimed(out: Path, plan: BasePlan) -> Iterator[int]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}; choose another directory") from None
-    try:
-        _acquire(lock, out)
+    with locked(out, "this experiment", _PATIENCE) as lock:
         if not is_experiment(out):
             write_atomically(out / "plan.yaml", plan.dump())
         yield lock
-    finally:
-        os.close(lock)
-
-
-def _acquire(lock: int, out: Path) -> None:
-    waited_until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > waited_until:
-                raise InputError(f"{out}: another process works on this experiment; wait for it, or stop it") from None
-            time.sleep(0.2)
-        else:
-            return
 
 
 def _plain(value: object) -> object:

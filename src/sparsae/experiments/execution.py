@@ -17,6 +17,7 @@ from types import FrameType
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.units import Unit, check_same, outcome, run_unit
+from sparsae.train.stopping import handled
 
 Ended = Callable[[Unit], None]
 
@@ -155,7 +156,7 @@ def _ask(process: subprocess.Popen[str], line: str) -> dict[str, object]:
 
 @contextmanager
 def _forwarded(processes: Sequence[subprocess.Popen[str]], stopped: threading.Event) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM ask the workers to save and stop; this process waits for them."""
+    """While inside, a signal to stop asks the workers to save and stop; this process waits for them."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         stopped.set()
@@ -163,9 +164,5 @@ def _forwarded(processes: Sequence[subprocess.Popen[str]], stopped: threading.Ev
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(forward):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,12 +13,12 @@ from sparsae.errors import InputError
 from sparsae.experiments import figures as draw
 from sparsae.experiments.tables import Table, interval_text, rank_table, results_table
 from sparsae.experiments.transfer import page as transfer
+from sparsae.files import read_json, write_atomically
 from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
 from sparsae.report.markup import Tile
 from sparsae.report.page import document
 from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
-from sparsae.train.rundir import read_json, write_atomically
 
 Results = Mapping[str, Any]
 _TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}

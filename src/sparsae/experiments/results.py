@@ -15,7 +15,8 @@ from sparsae.experiments.ranking import rank_agreement, summarize_rankings
 from sparsae.experiments.summary import conclusions, summarize, warnings
 from sparsae.experiments.tables import results_table
 from sparsae.experiments.units import Unit, outcome
-from sparsae.train.rundir import RunDirectory, to_json, write_atomically
+from sparsae.files import to_json, write_atomically
+from sparsae.train.rundir import RunDirectory
 
 # Keys of results.json, at any depth, that a second experiment of the same plan does not repeat.
 TIMING = ("seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes")

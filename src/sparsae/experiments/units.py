@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsae.config import Config
+from sparsae.config.load import with_absolute_paths
 from sparsae.errors import DivergedError, InputError
-from sparsae.train.rundir import RunDirectory, read_json, to_json, write_atomically
+from sparsae.files import read_json, to_json, write_atomically
+from sparsae.train.rundir import RunDirectory
 
 _DIVERGED = "diverged.json"
 
@@ -30,8 +32,6 @@ class Unit:
 
 def unit_of(name: str, config: Config, flops: int) -> Unit:
     """A unit that can be gone on with from anywhere, and loses at most a tenth of itself when it is killed."""
-    from sparsae.train.run import with_absolute_paths
-
     training = config.training
     if training.checkpoint_every is None:
         every = max(10, training.steps // 10)
@@ -56,30 +56,24 @@ def outcome(directory: Path) -> dict[str, Any] | None:
 
 def check_same(directory: Path, config: Config) -> None:
     """InputError where a directory holds the run of other settings."""
-    begun = outcome(directory) is not None or RunDirectory(directory).saved_steps()
-    if (directory / "config.yaml").is_file() and begun:
-        there = RunDirectory(directory).config()
-        if there != config:
-            raise InputError(
-                f"{directory}: holds a run with other settings; give a new --out, or remove that directory"
-            )
+    run = RunDirectory(directory)
+    if run.begun() and run.config() != config:
+        raise InputError(f"{directory}: holds a run with other settings; give a new --out, or remove that directory")
 
 
 def run_unit(directory: Path, config: Config) -> bool:
     """Bring a run to its end: True; False where a signal stopped it after it was saved.
 
-    A finished run is left as it is, one with a checkpoint is gone on with, and whatever else is there is begun again.
+    A finished run is left as it is, and one that was begun is gone on with.
     """
     if outcome(directory) is not None:
         return True
     from sparsae.train.run import resume, start
 
     try:
-        if RunDirectory(directory).saved_steps():
+        if RunDirectory(directory).begun():
             summary = resume(directory, quiet=True)
         else:
-            if directory.exists():
-                shutil.rmtree(directory)
             summary = start(config, directory, quiet=True)
     except DivergedError as error:
         directory.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from sparsae.config import Config
 from sparsae.errors import InputError
-from sparsae.train.rundir import RunDirectory, read_json
+from sparsae.train.rundir import RunDirectory
 
 Row = Mapping[str, Any]
 
@@ -237,8 +237,8 @@ def read_run(path: Path) -> RunData:
         train=tuple(Train.of(row) for row in kinds["train"]),
         validation=tuple(Validation.of(row) for row in kinds["validation"]),
         topologies=tuple(Topology.of(row) for row in kinds["topology"]),
-        summary=read_json(run.summary) if run.summary.is_file() else None,
-        sample=read_json(run.sample) if run.sample.is_file() else None,
+        summary=run.outcome(run.summary) if run.summary.is_file() else None,
+        sample=run.outcome(run.sample) if run.sample.is_file() else None,
     )
 
 

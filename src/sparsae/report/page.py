@@ -10,8 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from sparsae.errors import InputError
+from sparsae.files import write_atomically
 from sparsae.report.data import RunData, read_run
-from sparsae.train.rundir import RunDirectory, write_atomically
+from sparsae.train.rundir import RunDirectory
 
 
 def write_report(run: Path) -> Path:

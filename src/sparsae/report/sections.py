@@ -53,17 +53,26 @@ def body(run: RunData) -> str:
 
 
 def _state(run: RunData) -> str:
-    planned = run.config.training.steps
-    if run.totals and run.totals.get("finished") is not False:
-        return ""
-    if run.totals:
-        text = f"This run was stopped at step {count(number(run.totals, 'steps'))} of {count(planned)}."
-    else:
-        text = (
-            f"This run has no summary: it is going on or was cut off. Shown up to step {count(run.last_step)} of "
-            f"{count(planned)}; totals are known at its end."
+    """What is not as usual: how far the run came, where it started from, and whether it got more steps."""
+    planned, totals = count(run.config.training.steps), run.totals
+    said = []
+    if diverged := totals.get("diverged"):
+        said.append(
+            f"This run diverged at step {count(number(diverged, 'step'))} of {planned}: {diverged.get('reason')}."
         )
-    return f'<p class="state">{escape(text)}</p>'
+    elif not totals:
+        said.append(
+            f"This run has no summary: it is going on or was cut off. Shown up to step {count(run.last_step)} of "
+            f"{planned}; totals are known at its end."
+        )
+    elif totals.get("finished") is False:
+        said.append(f"This run was stopped at step {count(number(totals, 'steps'))} of {planned}.")
+    if source := totals.get("started_from"):
+        said.append(f"It started from step {count(number(source, 'step'))} of the run in {source.get('path')}.")
+    for entry in totals.get("extensions") or ():
+        before, after = (count(number(entry, key)) for key in ("previous_steps", "steps"))
+        said.append(f"At step {count(number(entry, 'step'))} it was extended from {before} steps to {after}.")
+    return f'<p class="state">{escape(" ".join(said))}</p>' if said else ""
 
 
 def _headline(run: RunData) -> list[Tile]:

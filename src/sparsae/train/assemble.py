@@ -19,6 +19,7 @@ from sparsae.rules import build_rule
 from sparsae.train.build import head_layouts
 from sparsae.train.costs import RunCosts
 from sparsae.train.loop import Trainer
+from sparsae.train.manifest import Extension
 from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter
@@ -50,10 +51,11 @@ def trainer_of(
     trackers: Trackers,
     display: Display,
     device: torch.device,
+    extension: Extension | None = None,
 ) -> Trainer:
     """The loop with the Sparsifier and the teacher that the configuration wants.
 
-    micro_tokens: the held-out tokens that score candidates.
+    micro_tokens: the held-out tokens that score candidates. extension: the last one, of a run that got more steps.
     """
     sparsifier, teacher = None, None
     micro: MicroBatches | None = None
@@ -98,6 +100,7 @@ def trainer_of(
         trackers,
         display,
         device,
+        extension,
     )
     return trainer
 

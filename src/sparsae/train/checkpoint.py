@@ -1,18 +1,17 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, whole or not at all.
 
 A checkpoint is written into a temporary directory and renamed when every byte is on disk, so a run that dies at any
-moment leaves the last whole one. `state.json` holds the SHA-256 of every other file; a file that does not match is
-named.
+moment leaves the last whole one. `state.json` is sealed and holds the SHA-256 of every other file; a file that does not
+match is named, and so is a tensor that does not fit although its file does.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsae.errors import InputError
-from sparsae.nn.linear import sparse_layers
+from sparsae.files import named, read_sealed, sealed, sha256_of, sync, temporary_name
+from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import full_names
-
-FORMAT = 1
+from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -32,58 +31,91 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]
 
     Raises InputError where it cannot be written; then nothing of it is left.
     """
-    temporary = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(directory, "partial")
     try:
         _write(temporary, tensors, state)
+        _make_way(directory, state["run"])
         os.replace(temporary, directory)
+        sync(directory.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
             f"checkpoint {directory} cannot be written: {error}; earlier ones are whole: make room and resume"
         ) from None
-    _sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     temporary.mkdir(parents=True)
     files = {}
-    for group, named in tensors.items():
+    for group, members in tensors.items():
         path = temporary / f"{group}.safetensors"
-        save_file({name: t.detach().contiguous().cpu() for name, t in named.items()}, path)
-        files[path.name] = _sha256(path)
-    text = json.dumps({"format": FORMAT, "files": files, **state}, allow_nan=False)
-    (temporary / "state.json").write_text(text, encoding="utf-8")
+        with named(path):
+            save_file({name: t.detach().contiguous().cpu() for name, t in members.items()}, path)
+        files[path.name] = sha256_of(path)
+    path = temporary / "state.json"
+    with named(path):
+        path.write_text(sealed({"format": CHECKPOINT_FORMAT, "files": files, **state}), encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+        sync(path)
+
+
+def _make_way(directory: Path, run: str) -> None:
+    """What has the name of a new checkpoint: a torn or earlier one of this run goes, anybody else's is put aside."""
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if _is_of(directory, run) or not (directory / "state.json").exists():
+        remove_checkpoint(directory)
+    else:
+        os.replace(directory, directory.with_name(f"{directory.name}-found-{token_hex(4)}"))
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint so that a crash leaves none that looks whole."""
+    if directory.is_symlink() or not directory.is_dir():
+        directory.unlink()
+        return
+    gone = temporary_name(directory, "partial")
+    os.replace(directory, gone)
+    shutil.rmtree(gone)
 
 
 def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The named groups of tensors (all, if none is named) and the state; InputError for a missing or damaged file."""
-    try:
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        files: dict[str, str] = state["files"]
-        state["trainer"]["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {directory} is damaged: state.json cannot be read ({error})") from None
-    if state.get("format") != FORMAT:
-        raise InputError(f"checkpoint {directory} has format {state.get('format')}: this version reads format {FORMAT}")
+    state = read_state(directory)
+    files: dict[str, str] = state["files"]
     tensors = {}
     for group in groups or [name.removesuffix(".safetensors") for name in files]:
         path = directory / f"{group}.safetensors"
         if path.name not in files:
             raise InputError(f"checkpoint {directory} has no {path.name}")
-        if not path.is_file() or _sha256(path) != files[path.name]:
+        if not path.is_file() or sha256_of(path) != files[path.name]:
             raise InputError(f"checkpoint {directory} is damaged: {path.name} is missing or was changed")
-        tensors[group] = load_file(path)
+        try:
+            tensors[group] = load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: not tensors in the safetensors format: {error}") from None
     return tensors, state
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Remove all but the `count` newest whole checkpoints below `directory`."""
-    steps = sorted(path for path in directory.glob("step-*") if (path / "state.json").is_file())
-    for path in steps[:-count]:
-        shutil.rmtree(path)
+def keep_newest(directory: Path, count: int, run: str) -> None:
+    """Remove all but the `count` newest whole checkpoints of this run below `directory`, and what is left of torn ones.
+
+    Those of another run stay.
+    """
+    found = sorted(path for path in directory.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
+    torn = [path for path in found if not (path / "state.json").exists()]
+    for path in [*torn, *[path for path in found if path not in torn and _is_of(path, run)][:-count]]:
+        remove_checkpoint(path)
+
+
+def _is_of(directory: Path, run: str) -> bool:
+    try:
+        return bool(read_sealed(directory / "state.json").get("run") == run)
+    except InputError:
+        return False
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -94,21 +126,42 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Into a model of the same architecture, any topologies. InputError where names or shapes do not fit."""
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor], origin: str = "the checkpoint") -> None:
+    """Into a model of the same architecture, any topologies.
+
+    Raises InputError, which names `origin` and a tensor, where names, shapes or dtypes do not fit, or indices are none.
+    """
     wanted, given = set(model_tensors(model)), set(tensors)
     if wanted != given:
         name = sorted(wanted ^ given)[0]
-        raise InputError(f"the checkpoint does not fit the model: {name} is in only one of them")
+        raise InputError(f"{origin} does not fit the model: {name} is in only one of them")
     full = full_names(model)
-    sparse = tuple(f"{full[name]}." for name in sparse_layers(model))
-    for name, parameter in model_tensors(model).items():
-        if not name.startswith(sparse) and parameter.shape != tensors[name].shape:
-            raise InputError(
-                f"the checkpoint does not fit the model: {name} is {tuple(tensors[name].shape)}, "
-                f"not {tuple(parameter.shape)}"
-            )
+    layers = {full[name]: layer for name, layer in sparse_layers(model).items()}
+    sparse = tuple(f"{name}." for name in layers)
+    for name, own in model_tensors(model).items():
+        if not name.endswith(".indices"):
+            if tensors[name].dtype != own.dtype:
+                raise InputError(f"{origin} does not fit the model: {name} is {tensors[name].dtype}, not {own.dtype}")
+            if not (name.startswith(sparse) and name.endswith(".values")) and tensors[name].shape != own.shape:
+                raise InputError(
+                    f"{origin} does not fit the model: {name} is {tuple(tensors[name].shape)}, not {tuple(own.shape)}"
+                )
+    for name, layer in layers.items():
+        _check_sparse(name, layer, tensors, origin)
     model.load_state_dict(dict(tensors), strict=False)
+
+
+def _check_sparse(name: str, layer: SparseLinear, tensors: Mapping[str, Tensor], origin: str) -> None:
+    indices, values = tensors[f"{name}.indices"], tensors[f"{name}.values"]
+    units = layer.topology.units
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        raise InputError(f"{origin}: {name}.indices is {indices.dtype} {tuple(indices.shape)}, no list of units")
+    inside = not indices.numel() or bool(indices[0] >= 0 and indices[-1] < units)
+    if not inside or not bool((indices[1:] > indices[:-1]).all()):
+        raise InputError(f"{origin}: {name}.indices are not numbers of {units:,} units in ascending order")
+    block = () if layer.unit == (1, 1) else layer.unit
+    if tuple(values.shape) != (indices.numel(), *block):
+        raise InputError(f"{origin}: {name}.values is {tuple(values.shape)}, not {(indices.numel(), *block)}")
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -120,23 +173,25 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; counters of zero dimensions stay on the CPU, as torch keeps them."""
+def load_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    origin: str = "the checkpoint",
+) -> None:
+    """The inverse of `optimizer_tensors`; counters of zero dimensions stay on the CPU, as torch keeps them.
+
+    Raises InputError, which names `origin` and a tensor, for state of no parameter or of another shape.
+    """
     parameters = dict(model.named_parameters())
+    keys = {name.rpartition(":")[2] for name in tensors}
+    for owner in {name.rpartition(":")[0] for name in tensors}:
+        missing = next((key for key in sorted(keys) if f"{owner}:{key}" not in tensors), None)
+        if owner not in parameters or missing is not None:
+            raise InputError(f"{origin} does not fit the optimizer: {owner}:{missing or '*'} is in only one of them")
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(":")
         parameter = parameters[owner]
+        if tensor.dim() and tensor.shape != parameter.shape:
+            raise InputError(f"{origin}: {name} is {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}")
         optimizer.state[parameter][key] = tensor.to(parameter.device) if tensor.dim() else tensor.clone()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,11 +24,13 @@ from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.train.costs import RunCosts
+from sparsae.train.manifest import Extension
 from sparsae.train.memory import state_bytes
 from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter
 from sparsae.train.sparsifier import Sparsifier
+from sparsae.train.stopping import StopRequest
 from sparsae.train.trackers import Trackers
 
 
@@ -52,28 +53,6 @@ class Stopwatch:
             self._inner = outer + spent
 
 
-class StopRequest:
-    """Set by the first SIGINT or SIGTERM, so that the step in progress ends and is saved; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Handle both signals while inside; only the main thread may."""
-        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
 class Trainer:
     """One run from its present step to its end; `state` and `restore` carry it over a stop."""
 
@@ -92,11 +71,13 @@ class Trainer:
         trackers: Trackers,
         display: Display,
         device: torch.device,
+        extension: Extension | None = None,
     ) -> None:
         self.config, self.settings = config, config.training
         self.model, self.optimizer, self.sparsifier, self.teacher = model, optimizer, sparsifier, teacher
         self.batches, self.validation, self.micro_batches, self.costs = batches, validation, micro_batches, costs
         self.metrics, self.trackers, self.display, self.device = metrics, trackers, display, device
+        self.extension = extension
         self.step = self.updates = self.accepted = 0
         self.flops = FlopCounter()
         self.watch = Stopwatch()
@@ -123,29 +104,39 @@ class Trainer:
         return self.settings.batch_size * self.settings.accumulation * self.config.model.context
 
     def run(self, stop: StopRequest, save: Any) -> bool:
-        """Train until the last step (True) or until a stop is requested (False); `save()` writes a checkpoint."""
+        """Train until the last step (True) or until a stop is requested (False); `save()` writes a checkpoint.
+
+        Raises DivergedError where a loss or a gradient is not finite.
+        """
         steps = self.settings.steps
         self.display.begin(self.step, steps)
         if self.step == 0:
             self._validate()
             if self.sparsifier:
                 self._record(self.sparsifier.search.initial_row())
+        elif self.extension and self.step == self.extension.step:
+            self._record({"kind": "extended", **asdict(self.extension), "warmup_steps": self.extension.warmup_steps})
         self._window = (time.perf_counter(), self.step)
-        every, saved = self.settings.checkpoint_every, self.step if self.step else None
+        saved, saved_at = self.step, time.monotonic()
         try:
             while self.step < steps and stop.signal is None:
                 with self.watch.of("train"):
                     self.train_step()
                 if self.step % self._validate_every == 0 or self.step == steps:
                     self._validate()
-                if every and self.step % every == 0:
+                if self._checkpoint_due(time.monotonic() - saved_at):
                     save()
-                    saved = self.step
+                    saved, saved_at = self.step, time.monotonic()
         finally:
             self.display.close()
         if self.step != saved:
             save()
         return self.step == steps
+
+    def _checkpoint_due(self, seconds: float) -> bool:
+        """Whether the step that was done is to be saved, so many seconds after the last one that was."""
+        every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
+        return bool(every and self.step % every == 0) or bool(minutes and seconds >= 60.0 * minutes)
 
     def score(self, step: int) -> Tensor:
         """Mean cross entropy of the model on the micro-batch of the update at `step`."""
@@ -169,6 +160,8 @@ class Trainer:
         rate = settings.learning_rate * cosine_with_warmup(
             step, settings.steps, settings.warmup, settings.final_learning_rate
         )
+        if self.extension and step >= self.extension.step:
+            rate *= self.extension.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         alpha = self.warmup.alpha(step) if self.teacher else 0.0
@@ -183,7 +176,7 @@ class Trainer:
             parts = self._loss(batch, alpha)
             (parts.total / settings.accumulation).backward()
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
-            self._require_finite(loss)
+            self._require_finite("the loss", loss)
             self._sums["loss"] += loss / settings.accumulation
             self._sums["cross_entropy"] += cross_entropy / settings.accumulation
             self._sums["distillation"] += distillation / settings.accumulation
@@ -194,6 +187,7 @@ class Trainer:
         if self.sparsifier:
             self.sparsifier.before_step()
         norm = self._clip()
+        self._require_finite("the gradient's norm", float(norm))
         self.optimizer.step()
         last = step + 1 == settings.steps
         if last or update_due or not self.state_bytes:
@@ -272,9 +266,9 @@ class Trainer:
             self.model.eval()
             self.validation_loss = self._mean_loss(self.model)
             self.teacher_loss = self._mean_loss(self.teacher.model) if self.teacher else None
-        self._require_finite(self.validation_loss)
+        self._require_finite("the validation loss", self.validation_loss)
         if self.teacher_loss is not None:
-            self._require_finite(self.teacher_loss)
+            self._require_finite("the teacher's validation loss", self.teacher_loss)
         if self.step == 0:
             self.untrained_loss = self.validation_loss
         self.warmup.observe(self.validation_loss)
@@ -293,15 +287,21 @@ class Trainer:
         # Validation is not training: it must not slow the tokens per second that are shown.
         self._window = (time.perf_counter(), self.step)
 
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            clip = "set training.clip" if self.settings.clip is None else f"training.clip (now {self.settings.clip:g})"
-            raise DivergedError(
-                f"training diverged: the loss is {loss} at step {self.step}; lower training.learning_rate "
-                f"(now {self.settings.learning_rate:g}) or {clip}",
-                self.step,
-                self.flops.total,
-            )
+    def _require_finite(self, what: str, number: float) -> None:
+        if not math.isfinite(number):
+            raise self.diverged(f"{what} is {number}")
+
+    def diverged(self, reason: str) -> DivergedError:
+        """The error of a run that cannot go on from where it is; `reason` says what is not finite."""
+        settings = self.settings
+        clip = "set training.clip" if settings.clip is None else f"training.clip (now {settings.clip:g})"
+        return DivergedError(
+            f"training diverged: {reason} at step {self.step}; lower training.learning_rate "
+            f"(now {settings.learning_rate:g}) or {clip}",
+            self.step,
+            self.flops.total,
+            reason,
+        )
 
     def _log(self, rate: float, norm: Tensor, burning_in: bool) -> None:
         steps, taught = self._sums["steps"], self._sums["taught_steps"]
@@ -367,7 +367,10 @@ class Trainer:
         self.watch.seconds = dict(state["seconds"])
         self.warmup.restore(state["warmup"])
         self._sums = dict(state["sums"])
-        self.untrained_loss, self.validation_loss = state["untrained_loss"], state["validation_loss"]
+        # Of a run that was saved before its first validation they are null.
+        self.untrained_loss, self.validation_loss = (
+            math.nan if loss is None else loss for loss in (state["untrained_loss"], state["validation_loss"])
+        )
         self.teacher_loss, self.state_bytes = state["teacher_loss"], dict(state["state_bytes"])
 
 

@@ -6,12 +6,14 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.surgery import TeacherLayer
 
@@ -19,6 +21,25 @@ from sparsae.surgery import TeacherLayer
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@contextmanager
+def out_of_memory_is_told(what: str) -> Iterator[None]:
+    """Memory that is refused inside becomes an InputError: `what` does not fit."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error).split("\n")[0]
+    except RuntimeError as error:  # torch has no exception of its own for the CPU's memory
+        if "alloc" not in str(error):
+            raise
+        reason = str(error).split("\n")[0]
+    else:
+        return
+    raise InputError(
+        f"{what} does not fit into memory ({reason}): lower training.batch_size, model.width, model.layers or "
+        "model.context"
+    )
 
 
 def state_bytes(

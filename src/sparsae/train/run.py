@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.load import dump
+from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
-from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
 from sparsae.data import Batches, Corpus, evenly_spaced, prepare, unigram_perplexity
-from sparsae.errors import InputError, require_utf8
-from sparsae.nn.linear import sparse_layers
+from sparsae.errors import DivergedError, InputError
 from sparsae.optim import AdamW
 from sparsae.rules import build_rule
 from sparsae.train.assemble import optimizer_of, trainer_of
@@ -32,19 +30,26 @@ from sparsae.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from sparsae.train.loop import StopRequest, Trainer, perplexity
-from sparsae.train.memory import forget_peak, keep_freed_memory, peak_bytes
+from sparsae.train.claim import claimed, refuse_occupied
+from sparsae.train.lock import refuse_ranks
+from sparsae.train.loop import Trainer
+from sparsae.train.manifest import Manifest
+from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.micro_batch import split_held_out
-from sparsae.train.progress import Display, readable_perplexity
-from sparsae.train.rundir import MetricsWriter, RunDirectory, read_json, refuse_occupied
+from sparsae.train.progress import Display
+from sparsae.train.rundir import MetricsWriter, RunDirectory
+from sparsae.train.source import Source, read_source
+from sparsae.train.stopping import StopRequest
+from sparsae.train.summary import closing, headline, summarize
 from sparsae.train.trackers import Trackers, check_installed
+
+_THREADS = 256  # or four for each core: more than that is a slip, and systems refuse to make them
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
     """Everything of a run that exists before its directory does."""
 
-    config: Config
     device: torch.device
     corpus: Corpus
     model: nn.Module
@@ -54,53 +59,128 @@ class _Parts:
     micro_tokens: Any
 
 
-def start(config: Config, out: Path, quiet: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """A checkpoint that was read."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["trainer"]["step"])
+
+    def file(self, group: str) -> str:
+        """The file of a group of tensors, for messages."""
+        return str(self.path / f"{group}.safetensors")
+
+    def load_into(self, model: nn.Module, optimizer: AdamW) -> None:
+        """InputError where the tensors do not fit."""
+        load_model(model, self._group("model"), self.file("model"))
+        load_optimizer(model, optimizer, self._group("optimizer"), self.file("optimizer"))
+
+    def _group(self, name: str) -> dict[str, Tensor]:
+        if name not in self.tensors:
+            raise InputError(f"checkpoint {self.path} has no {name}.safetensors")
+        return self.tensors[name]
+
+
+def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
     """Train a new run into the directory `out`; returns its summary, also when it was stopped by a signal.
 
-    Raises InputError for anything wrong with the configuration, the data or the directory, before anything is written.
+    source: another run, whose weights and topology this one starts from. Raises InputError for anything wrong with the
+    configuration, the data, the source or the directory; then nothing is left but what was measured, which is why a run
+    that diverged keeps its directory (DivergedError).
     """
-    refuse_occupied(out)
+    refuse_ranks()
+    _check_threads(config)
+    refuse_occupied(out, config)
+    if source is not None and config.data.tokenizer == "train":
+        tokenizer = RunDirectory.open(source).tokenizer
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     config = with_absolute_paths(config)
-    display = Display(quiet)
-    parts = _prepare(config, display)
-    existed = out.exists()
-    run = RunDirectory.create(out)
-    try:
-        run.config_file.write_text(dump(config), encoding="utf-8")
-        parts.corpus.tokenizer.save(run.tokenizer)
-        return _train(parts, run, display, checkpoint=None)
-    except InputError:
-        if not run.saved_steps():
-            # Nothing was trained that could be gone on with: leave the place as it was.
-            for path in [run.path] if not existed else list(run.path.iterdir()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        raise
+    taken = None if source is None else read_source(source, config)
+    with claimed(out) as claim:
+        refuse_occupied(out, config)
+        run, display = RunDirectory(out), Display(quiet)
+        try:
+            parts = _prepare(config, display, taken)
+            return _train(parts, run, _begin(run, config, parts, taken), display, None)
+        except BaseException:
+            claim.undo()
+            raise
 
 
-def resume(path: Path, quiet: bool = False) -> dict[str, Any]:
+def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[str, Any]:
     """Go on with the run in `path` from its newest checkpoint, as if it had never stopped; returns its summary.
 
-    Raises InputError where there is no run or no checkpoint, where either is damaged, or where the run is finished.
+    A run that was stopped before its first checkpoint begins again. steps: train so many steps altogether, more than
+    the run was to have: schedules are drawn anew over all of them, and the learning rate rises again over one in a
+    hundred of those that were added. Raises InputError where there is no run, where a file of it is damaged or was
+    changed, or where the run is finished.
     """
+    refuse_ranks()
     run = RunDirectory.open(path)
-    config = run.config()
-    checkpoint = run.latest_checkpoint()
-    if run.summary.exists() and read_json(run.summary).get("finished"):
-        raise InputError(f"{path}: this run is finished: all {config.training.steps} steps are done")
-    _, state = load_checkpoint(checkpoint, "model")
-    if config.training.threads is None:
-        # The order of sums, and so the last bit, can depend on the number of threads.
-        torch.set_num_threads(state["threads"])
-    display = Display(quiet)
-    parts = _prepare(config, display)
-    if parts.corpus.digest != state["corpus"]:
+    _check_steps(run, run.config(), steps)
+    with claimed(path):
+        run, display = RunDirectory.open(path), Display(quiet)
+        config, manifest = run.config(), run.manifest()
+        _check_steps(run, config, steps)
+        saved = None
+        if run.saved_steps():
+            assert manifest is not None
+            saved = _read_checkpoint(run, manifest, extending=steps is not None and steps > config.training.steps)
+            if config.training.threads is None:
+                # The order of sums, and so the last bit, can depend on the number of threads.
+                torch.set_num_threads(saved.state["threads"])
+        elif manifest is not None and (manifest.started_from or manifest.extensions):
+            raise InputError(f"{path}: this run's checkpoint is gone: restore it, or start a new run")
+        parts = _prepare(config, display)
+        if saved is None:
+            manifest = _begin(run, config, parts, None)
+        elif parts.corpus.digest != saved.state["corpus"]:
+            raise InputError(
+                f"{path}: the text of data.source has changed since the run began; restore it, or start a new run"
+            )
+        assert manifest is not None
+        if steps is not None and steps > config.training.steps:
+            manifest = manifest.extended(saved.step if saved else 0, steps)
+        return _train(parts, run, manifest, display, saved)
+
+
+def _check_steps(run: RunDirectory, config: Config, steps: int | None) -> None:
+    planned = config.training.steps
+    if steps is not None and steps < planned:
+        raise InputError(f"{run.path}: --steps {steps} is fewer than the {planned} of this run, which can only grow")
+    summary = run.outcome(run.summary) if run.summary.exists() else {}
+    if summary.get("finished") and summary.get("steps") == planned == (steps or planned):
         raise InputError(
-            f"{path}: the text of data.source has changed since the run began; restore it, or start a new run"
+            f"{run.path}: this run is finished: all {planned} steps are done (train it longer: --steps N with N above "
+            f"{planned})"
         )
-    return _train(parts, run, display, checkpoint)
 
 
-def _prepare(config: Config, display: Display) -> _Parts:
+def _check_threads(config: Config) -> None:
+    threads, cores = config.training.threads, os.cpu_count() or 1
+    if threads is not None and threads > max(_THREADS, 4 * cores):
+        raise InputError(f"training.threads {threads}: this machine has {cores} cores; give at most so many, or null")
+
+
+def _read_checkpoint(run: RunDirectory, manifest: Manifest, extending: bool) -> _Saved:
+    # Going on from an earlier one ends the same; where more steps begin is part of what the run is.
+    checkpoint = run.latest_checkpoint(or_earlier=not extending)
+    run.check_tokenizer()
+    tensors, state = load_checkpoint(checkpoint)
+    saved = _Saved(checkpoint, tensors, state)
+    extended = manifest.extensions[-1].step if manifest.extensions else 0
+    if saved.step < extended:
+        raise InputError(f"checkpoint {checkpoint} is older than step {extended}, where this run got more steps")
+    return saved
+
+
+def _prepare(config: Config, display: Display, source: Source | None = None) -> _Parts:
+    _check_threads(config)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)
@@ -117,25 +197,48 @@ def _prepare(config: Config, display: Display) -> _Parts:
         display.say(
             "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
         )
-    model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+    with out_of_memory_is_told("the model"):
+        model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+    if source is not None:
+        source.load_into(model, corpus.tokenizer)
     keep_freed_memory(device)
     forget_peak(device)
     optimizer = optimizer_of(model, config)
-    return _Parts(config, device, corpus, model, optimizer, batches, validation, micro)
+    return _Parts(device, corpus, model, optimizer, batches, validation, micro)
 
 
-def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path | None) -> dict[str, Any]:
-    config, began = parts.config, time.perf_counter()
+def _begin(run: RunDirectory, config: Config, parts: _Parts, source: Source | None) -> Manifest:
+    """Write what a run has before it is trained, the manifest first: without it nothing here is known to be a run."""
+    manifest = Manifest(config, started_from=source.record if source else None)
+    manifest.write(run.path)
+    manifest.write_config(run.config_file)
+    parts.corpus.tokenizer.save(run.tokenizer)
+    manifest = manifest.with_tokenizer(run.tokenizer)
+    manifest.write(run.path)
+    return manifest
+
+
+def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved: _Saved | None) -> None:
+    """Nothing is wrong with what was read: from here on the directory is that of a run that goes on."""
+    if manifest != run.manifest():  # it was extended
+        manifest.write(run.path)
+    if resolve(run.config_file) != manifest.config:
+        manifest.write_config(run.config_file)
+    for outcome in (run.summary, run.sample):
+        outcome.unlink(missing_ok=True)
+    metrics.cut(saved.state["metrics"] if saved else None)
+
+
+def _train(
+    parts: _Parts, run: RunDirectory, manifest: Manifest, display: Display, saved: _Saved | None
+) -> dict[str, Any]:
+    config, began = manifest.config, time.perf_counter()
     unigram = unigram_perplexity(parts.corpus.train_counts, parts.validation[:, 1:])
-    saved_state: dict[str, Any] | None = None
-    if checkpoint is not None:
-        tensors, saved_state = load_checkpoint(checkpoint)
-        load_model(parts.model, tensors["model"])
-        load_optimizer(parts.model, parts.optimizer, tensors["optimizer"])
-        # A run that was stopped before its first step writes the rows of step 0 again.
-        run.truncate_metrics(saved_state["trainer"]["step"] or -1)
-        run.summary.unlink(missing_ok=True)
+    if saved is not None:
+        saved.load_into(parts.model, parts.optimizer)
+        run.check_metrics(saved.state["metrics"])
     trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
+    diverged: DivergedError | None = None
     with contextlib.closing(trackers), MetricsWriter(run.metrics) as metrics:
         trainer = trainer_of(
             config,
@@ -148,31 +251,46 @@ def _train(parts: _Parts, run: RunDirectory, display: Display, checkpoint: Path 
             trackers,
             display,
             parts.device,
+            manifest.extensions[-1] if manifest.extensions else None,
         )
-        if saved_state is not None:
-            _restore(trainer, tensors, saved_state)
-        display.say(_headline(parts, unigram))
-        previous = float(saved_state["elapsed"]) if saved_state else 0.0
+        if saved is not None:
+            _restore(trainer, saved)
+        _go_on(run, manifest, metrics, saved)
+        display.say(headline(config, parts.model, len(parts.corpus.train), unigram))
+        previous = float(saved.state["elapsed"]) if saved else 0.0
+
+        def elapsed() -> float:
+            return previous + time.perf_counter() - began
 
         def save() -> None:
             with trainer.watch.of("checkpoint"):
-                _save(trainer, run, parts.corpus.digest, elapsed=previous + time.perf_counter() - began)
+                _save(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed())
 
-        with StopRequest().listening() as stop:
-            finished = trainer.run(stop, save)
-    summary = _summary(parts, trainer, unigram, finished, previous + time.perf_counter() - began)
+        if saved is None and manifest.started_from:
+            save()  # from here on the run needs the other one no more
+        try:
+            with StopRequest().listening() as stop, out_of_memory_is_told("training"):
+                trainer.run(stop, save)
+        except DivergedError as error:
+            diverged = error
+            metrics.write({"kind": "diverged", "step": error.step, "tokens": trainer.tokens, "reason": error.reason})
+        summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position(), diverged)
     run.write_json("summary.json", summary)
-    display.say(_closing(summary, run, stopped_by=stop.signal))
+    if diverged is not None:
+        raise diverged
+    display.say(closing(summary, run))
     return summary
 
 
-def _save(trainer: Trainer, run: RunDirectory, corpus: str, elapsed: float) -> None:
+def _save(trainer: Trainer, run: RunDirectory, name: str, corpus: str, metrics: MetricsWriter, elapsed: float) -> None:
     tensors = {
         "model": model_tensors(trainer.model),
         "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
     }
     state: dict[str, Any] = {
+        "run": name,
         "trainer": trainer.state(),
+        "metrics": metrics.position(),
         "corpus": corpus,
         "threads": torch.get_num_threads(),
         "elapsed": elapsed,
@@ -181,102 +299,33 @@ def _save(trainer: Trainer, run: RunDirectory, corpus: str, elapsed: float) -> N
         state["search"], tensors["search"] = trainer.sparsifier.state()
     if trainer.teacher:
         tensors["teacher"] = model_tensors(trainer.teacher.model)
+    _require_finite(trainer, tensors)
     save_checkpoint(run.checkpoint(trainer.step), tensors, state)
-    keep_newest(run.checkpoints, trainer.settings.keep_checkpoints)
+    keep_newest(run.checkpoints, trainer.settings.keep_checkpoints, name)
 
 
-def _restore(trainer: Trainer, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    wanted = {"teacher": trainer.teacher, "search": trainer.sparsifier}
-    for name, part in wanted.items():
+def _require_finite(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """A checkpoint of numbers that are none must not take the place of a good one."""
+    for group, named in tensors.items():
+        for name, tensor in named.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise trainer.diverged(f"{name} of the {group} is not finite")
+
+
+def _restore(trainer: Trainer, saved: _Saved) -> None:
+    """What is beside model and optimizer."""
+    tensors, state = saved.tensors, saved.state
+    for name, part in {"teacher": trainer.teacher, "search": trainer.sparsifier}.items():
         if (part is not None) != (name in tensors):
-            raise InputError(f"config.yaml and the checkpoint disagree about {name}: undo the change to config.yaml")
-    if trainer.teacher:
-        load_model(trainer.teacher.model, tensors["teacher"])
-        trainer.teacher.reconnect(trainer.model)
-    if trainer.sparsifier:
-        trainer.sparsifier.restore(state["search"], tensors["search"])
-    trainer.restore(state["trainer"])
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """A run must be resumable from any directory."""
-    data = config.data
-    paths = {"source": data.source, "validation_source": data.validation_source, "tokenizer": data.tokenizer}
-    paths["cache"] = data.cache
-    keep = ("stdlib", "train")
-    absolute = {
-        key: os.path.abspath(os.path.expanduser(path))
-        for key, path in paths.items()
-        if path is not None and path not in keep and not path.startswith("hf:")
-    }
-    for key, path in absolute.items():
-        require_utf8(f"data.{key}", path)
-    return config.model_copy(update={"data": data.model_copy(update=absolute)})
-
-
-def _summary(parts: _Parts, trainer: Trainer, unigram: float, finished: bool, seconds: float) -> dict[str, Any]:
-    config, model, costs = parts.config, parts.model, trainer.costs
-    live = sum(p.numel() for p in model.parameters())
-    nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
-    weights = costs.cost.sparse_weights
-    b_out, b_in = config.sparsity.unit
-    target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
-    training_seconds = trainer.watch.seconds.get("train", 0.0) + trainer.watch.seconds.get("topology", 0.0)
-    return {
-        "preset": config.preset,
-        "method": config.method,
-        "seed": config.seed,
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        "parameters_dense": live - nnz + weights,
-        "parameters": live,
-        "sparsity": 1.0 - costs.density,
-        "nnz": nnz,
-        "nnz_target": target,
-        "validation_loss": trainer.validation_loss,
-        "validation_perplexity": perplexity(trainer.validation_loss),
-        "teacher_validation_loss": trainer.teacher_loss,
-        "unigram_perplexity": unigram,
-        "untrained_perplexity": perplexity(trainer.untrained_loss),
-        "train_flops": trainer.flops.total,
-        "train_flops_by_part": dict(trainer.flops.parts),
-        "train_flops_dense_equivalent": trainer.flops.dense_equivalent,
-        "study_flops": trainer.flops.study,
-        "state_bytes_sparse_layers": sum(trainer.state_bytes.values()),
-        "state_bytes_by_part": trainer.state_bytes,
-        "state_bytes_sparse_layers_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
-        "telemetry_bytes": trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
-        "peak_memory_bytes": peak_bytes(parts.device),
-        "tokens_per_second": trainer.tokens / training_seconds if training_seconds else None,
-        "topology_updates": trainer.updates,
-        "topology_updates_accepted": trainer.accepted,
-        "seconds": seconds,
-        "seconds_by_part": trainer.watch.seconds,
-        "finished": finished,
-        "device": str(parts.device),
-        "torch": torch.__version__,
-    }
-
-
-def _headline(parts: _Parts, unigram: float) -> str:
-    config, layers = parts.config, sparse_layers(parts.model)
-    nnz = sum(layer.topology.nnz for layer in layers.values())
-    total = sum(p.numel() for p in parts.model.parameters())
-    return (
-        f"{config.preset} · {config.method} · "
-        f"{total:,} parameters exist, {nnz:,} of them in {len(layers)} sparse layers · "
-        f"{len(parts.corpus.train):,} training tokens · a unigram model's perplexity: {readable_perplexity(unigram)}"
-    )
-
-
-def _closing(summary: dict[str, Any], run: RunDirectory, stopped_by: int | None) -> str:
-    if stopped_by is not None and not summary["finished"]:
-        return f"stopped and saved at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
-    return (
-        f"validation perplexity {readable_perplexity(summary['validation_perplexity'])} "
-        f"(unigram {readable_perplexity(summary['unigram_perplexity'])}, "
-        f"untrained {readable_perplexity(summary['untrained_perplexity'])}) · "
-        f"nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
-        f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
-        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
-    )
+            raise InputError(f"checkpoint {saved.path} and the settings of the run disagree about {name}")
+    try:
+        if trainer.teacher:
+            load_model(trainer.teacher.model, tensors["teacher"], saved.file("teacher"))
+            trainer.teacher.reconnect(trainer.model)
+        if trainer.sparsifier:
+            trainer.sparsifier.restore(state["search"], tensors["search"])
+        trainer.restore(state["trainer"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"checkpoint {saved.path}: state.json or search.safetensors does not fit this run: {error!r}"
+        ) from None

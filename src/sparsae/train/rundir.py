@@ -1,30 +1,35 @@
-"""The directory of a run: where each of its files lies, and how they are written so that none is ever half there.
+"""The directory of a run: where each of its files lies, what is in them, and whether it is what was written.
 
-    config.yaml  metrics.jsonl  tokenizer/  checkpoints/step-00000250/  summary.json  sample.json  report.html
+    manifest.json  config.yaml  metrics.jsonl  tokenizer/  checkpoints/step-00000250/  summary.json  sample.json
+    report.html
 
 Needs no torch, so that `sparsae info` and `sparsae report` answer at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from sparsae.config import Config
+from sparsae.config.complaints import shown
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
+from sparsae.files import named, read_json, read_sealed, sha256_of, to_json, write_sealed
+from sparsae.train.manifest import NAME, Manifest
 
+CHECKPOINT_FORMAT = 2
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
 class RunDirectory:
-    """The paths of a run, and its small files. Making one touches nothing; see `create` and `open`."""
+    """The paths of a run, and its small files. Making one touches nothing; see `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,31 +42,48 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path) -> Self:
-        """Makes the directory of a new run. InputError if something is there already or it cannot be written."""
-        refuse_occupied(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path}: cannot make this directory: {error.strerror}; choose another") from None
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise InputError(f"{path}: no permission to write here; choose another directory")
-        return cls(path)
-
-    @classmethod
     def open(cls, path: Path) -> Self:
         """The directory of a run that exists. InputError if there is none."""
         if not path.is_dir():
             what = "not a directory" if path.exists() else "no such directory"
             raise InputError(f"{path}: {what}; give the directory of a run, such as runs/demo-sparsae-1")
         run = cls(path)
-        if not run.config_file.is_file():
+        if not run.begun():
             raise InputError(f"{path}: not the directory of a run: it has no config.yaml")
         return run
 
+    def begun(self) -> bool:
+        """Whether this is the directory of a run."""
+        return self.config_file.is_file() or (self.path / NAME).is_file()
+
+    def measured(self) -> bool:
+        """Whether there are results that cannot be had again without training."""
+        written = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return written or self.summary.exists() or bool(self.saved_steps())
+
+    def manifest(self) -> Manifest | None:
+        """The run's manifest; None in a directory that has settings only. InputError where it is damaged or lost."""
+        manifest = Manifest.read(self.path)
+        if manifest is None and self.saved_steps():
+            raise InputError(
+                f"{self.path / NAME}: is missing, or this run is of another version of sparsae: restore it"
+            )
+        return manifest
+
     def config(self) -> Config:
-        """The run's settings. InputError if config.yaml cannot be read or is not valid."""
-        return resolve(self.config_file)
+        """The run's settings. InputError if they cannot be read, are not valid, or are not what the run began with."""
+        manifest = self.manifest()
+        if manifest is None:
+            return resolve(self.config_file)
+        if not self.config_file.exists() and not self.measured():  # a run that was killed while it began
+            return manifest.config
+        return manifest.checked_config(self.config_file)
+
+    def check_tokenizer(self) -> None:
+        """InputError where the tokenizer is not the one that the run began with."""
+        manifest = self.manifest()
+        if manifest is not None:
+            manifest.check_tokenizer(self.tokenizer)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies, whether it exists or not."""
@@ -75,59 +97,130 @@ class RunDirectory:
         steps = sorted(int(name[1]) for name in names if name)
         return [step for step in steps if (self.checkpoint(step) / "state.json").is_file()]
 
-    def latest_checkpoint(self) -> Path:
-        """The checkpoint of the highest step. InputError if there is none."""
+    def latest_checkpoint(self, or_earlier: bool = False) -> Path:
+        """The checkpoint of the highest step.
+
+        InputError if there is none, it is another run's, or (unless an earlier one will do, to go on from) a later one
+        was there that is gone or torn.
+        """
         steps = self.saved_steps()
         if not steps:
             raise InputError(f"{self.path}: this run has no checkpoint yet; train it first")
-        return self.checkpoint(steps[-1])
+        checkpoint, manifest = self.checkpoint(steps[-1]), self.manifest()
+        state = read_state(checkpoint)
+        if manifest is not None and state["run"] != manifest.run:
+            raise InputError(f"checkpoint {checkpoint} is one of another run: restore this run's own, or remove it")
+        if state["trainer"]["step"] != steps[-1]:
+            raise InputError(f"checkpoint {checkpoint} is one of step {state['trainer']['step']}: give it its own name")
+        latest = steps[-1] if or_earlier else max(steps[-1], *self._known_steps())
+        if latest > steps[-1]:
+            raise InputError(
+                f"checkpoint {self.checkpoint(latest)} is gone or damaged: state.json cannot be read; restore it, or "
+                f"train it again from step {steps[-1]}: --resume {self.path}"
+            )
+        return checkpoint
+
+    def _known_steps(self) -> list[int]:
+        """Steps that have, or by the summary had, a checkpoint, whole or not."""
+        names = [_CHECKPOINT.fullmatch(entry.name) for entry in self.checkpoints.iterdir()]
+        summary = self.outcome(self.summary) if self.summary.is_file() else {}
+        finished = summary.get("steps", 0) if not summary.get("diverged") else 0
+        return [0, int(finished), *(int(name[1]) for name in names if name)]
+
+    def outcome(self, file: Path) -> dict[str, Any]:
+        """What `write_json` wrote. InputError where it is damaged, or another run's."""
+        value, manifest = read_json(file), self.manifest()
+        if manifest is not None and value.pop("run_id", manifest.run) != manifest.run:
+            raise InputError(f"{file}: is one of another run: restore this run's own, or remove it")
+        return value
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line that was torn by a crash is left out.
 
-        InputError if another line is not a row.
+        InputError if another line is not a row, or the rows up to the summary or else the last checkpoint are not what
+        was written.
         """
-        return [row for _, row in self._metrics_lines()]
+        if self.summary.is_file():
+            self.check_metrics(self.outcome(self.summary).get("metrics"), whole=True)
+        elif self.saved_steps():
+            self.check_metrics(read_state(self.latest_checkpoint(or_earlier=True))["metrics"])
+        return self._rows()
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the rows after a step, and a torn last line, so that a resumed run can write them again."""
-        if self.metrics.exists():
-            kept = [line for line, row in self._metrics_lines() if row.get("step", 0) <= step]
-            write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a JSON file of the run with the run's name and a seal, whole or not at all."""
+        manifest = self.manifest()
+        write_sealed(self.path / name, {**value, "run_id": manifest.run} if manifest else value)
 
-    def write_json(self, name: str, value: object) -> None:
-        """Writes a JSON file of the run, whole or not at all."""
-        write_atomically(self.path / name, to_json(value, indent=2) + "\n")
+    def check_metrics(self, position: Mapping[str, Any] | None, whole: bool = False) -> None:
+        """InputError where the rows up to a position (whole: all there are) are not what was written."""
+        if not position:
+            return
+        size = self.metrics.stat().st_size if self.metrics.is_file() else 0
+        if size < position["bytes"]:
+            raise InputError(f"{self.metrics}: rows are missing; restore the file")
+        if (whole and size > position["bytes"]) or sha256_of(self.metrics, position["bytes"]) != position["sha256"]:
+            raise InputError(f"{self.metrics}: was changed since it was written; restore the file")
 
-    def _metrics_lines(self) -> list[tuple[str, dict[str, Any]]]:
+    def _rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text("utf-8", errors="replace").split("\n")
+        with named(self.metrics):
+            lines = self.metrics.read_text("utf-8", errors="replace").split("\n")
         if lines[-1] == "":
             lines.pop()
-        rows: list[tuple[str, dict[str, Any]]] = []
+        rows: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
             row = _parse_row(line)
+            if row is not None and rows and _step(row) < _step(rows[-1]):
+                raise InputError(f"{self.metrics}: line {number} goes back in steps; the file is damaged")
             if row is not None:
-                rows.append((line, row))
+                rows.append(row)
             elif number < len(lines):
                 raise InputError(f"{self.metrics}: line {number} is not a row of metrics; the file is damaged")
         return rows
 
 
 class MetricsWriter:
-    """Adds rows to a metrics.jsonl, each flushed at once, so that others can follow the run."""
+    """Adds rows to a metrics.jsonl, each handed over at once, so that others can follow the run."""
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[str] = path.open("a", encoding="utf-8")
+        """Goes on at the end of what is there; a link in the file's place is refused."""
+        self._path = path
+        with named(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = os.open(path, flags, 0o666)
+        self._size, self._digest = 0, hashlib.sha256()
+        if path.is_file():
+            self._follow(path.stat().st_size)
+
+    def cut(self, position: Mapping[str, Any] | None) -> None:
+        """Cut back to where a checkpoint was saved (None: to nothing), so that a resumed run writes the rest again."""
+        size = position["bytes"] if position else 0
+        with named(self._path):
+            os.ftruncate(self._file, size)
+        self._follow(size)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; numbers that are not finite become null."""
-        self._stream.write(to_json(row) + "\n")
-        self._stream.flush()
+        line = (to_json(row) + "\n").encode()
+        with named(self._path):
+            left = line
+            while left:
+                left = left[os.write(self._file, left) :]
+        self._digest.update(line)
+        self._size += len(line)
+
+    def position(self) -> dict[str, Any]:
+        """How long the file is, and the SHA-256 of all of it, which is on disk by then."""
+        with named(self._path):
+            os.fsync(self._file)
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
-        self._stream.close()
+        os.close(self._file)
+
+    def _follow(self, size: int) -> None:
+        self._size, self._digest = size, hashlib.sha256(self._path.read_bytes())
 
     def __enter__(self) -> Self:
         return self
@@ -136,65 +229,24 @@ class MetricsWriter:
         self.close()
 
 
-def refuse_unwritable(option: str, file: str | None) -> None:
-    """InputError if the file that an option names could not be written; "-" is standard output, None is no file."""
-    if file is None or file == "-":
-        return
-    folder = Path(file).parent
-    if Path(file).is_dir():
-        raise InputError(f"{option}: {file} is a directory; give a file")
-    if not folder.is_dir():
-        raise InputError(f"{option}: no directory {folder}; give a file in one that exists")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{option}: no permission to write in {folder}; give a file elsewhere")
-
-
-def refuse_occupied(path: Path) -> None:
-    """InputError if a new run cannot go to this path because something is there."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; give a new directory")
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint. InputError where it cannot be read, was changed, or is of another version."""
     try:
-        occupied = path.is_dir() and any(path.iterdir())
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this directory: {error.strerror}; choose another") from None
-    if occupied and (path / "config.yaml").is_file():
+        state = read_sealed(checkpoint / "state.json")
+    except InputError as error:
+        if not (checkpoint / "state.json").is_file():
+            raise InputError(f"checkpoint {checkpoint} is damaged: state.json cannot be read") from None
+        raise InputError(f"checkpoint {checkpoint} is damaged: state.json cannot be read ({error})") from None
+    if state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path}: holds a run already; give a new directory, or continue that run with --resume {path}"
+            f"checkpoint {checkpoint} has format {shown(state.get('format'))}: this version reads format "
+            f"{CHECKPOINT_FORMAT}"
         )
-    if occupied:
-        raise InputError(f"{path}: is not empty; give a new directory")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. InputError if it cannot be read or is something else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path}: not JSON; the file is damaged") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; the file is damaged")
-    return value
-
-
-def to_json(value: object, indent: int | None = None) -> str:
-    """JSON without NaN or infinities, which it has no words for: they become null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    kinds = {"run": str, "files": dict, "trainer": dict, "metrics": dict, "corpus": str, "threads": int}
+    wrong = next((name for name, kind in kinds.items() if not isinstance(state.get(name), kind)), None)
+    if wrong is not None or not isinstance(state["trainer"].get("step"), int):
+        raise InputError(f"checkpoint {checkpoint} is damaged: state.json has no {wrong or 'trainer.step'}")
+    return state
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -216,7 +268,7 @@ def describe(path: Path) -> dict[str, Any]:
         "finished": False,
     }
     if run.summary.is_file():
-        return known | read_json(run.summary)
+        return known | run.outcome(run.summary)
     latest = {row.get("kind"): row for row in run.read_metrics()}
     training, validation = latest.get("train", {}), latest.get("validation", {})
     return known | {
@@ -228,19 +280,14 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
+def _step(row: Mapping[str, Any]) -> int:
+    step = row.get("step")
+    return step if isinstance(step, int) else 0
+
+
 def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value

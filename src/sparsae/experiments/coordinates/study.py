@@ -18,11 +18,11 @@ from sparsae.experiments.coordinates.page import body, title
 from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
 from sparsae.experiments.coordinates.slopes import TOLERANCE, slopes, summary, without_slope
 from sparsae.experiments.matching import Cost
+from sparsae.files import to_json, write_atomically
 from sparsae.report.page import document
 from sparsae.report.readable import duration
 from sparsae.train.build import check
 from sparsae.train.progress import Display
-from sparsae.train.rundir import to_json, write_atomically
 
 
 def measure(plan: CoordinatesPlan, out: Path | None, quiet: bool = False) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from sparsae.experiments.transfer.basins import (
     movement,
 )
 from sparsae.experiments.transfer.plan import KNOBS, Point, TransferPlan
+from sparsae.files import to_json, write_atomically
 from sparsae.report.readable import UNKNOWN, percent
-from sparsae.train.rundir import to_json, write_atomically
 
 Row = Mapping[str, Any]
 LABELS = {name: name.replace("_", " ") for name in KNOBS}

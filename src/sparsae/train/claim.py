@@ -1,0 +1,100 @@
+"""Taking a directory for a run: where one may begin, and giving the place back as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsae.config import Config
+from sparsae.config.load import with_absolute_paths
+from sparsae.errors import InputError
+from sparsae.files import is_temporary
+from sparsae.train import manifest
+from sparsae.train.lock import LOCK, locked
+from sparsae.train.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A directory that this process alone works in; `made` are the directories that did not exist before it."""
+
+    path: Path
+    made: tuple[Path, ...]
+    was_run: bool
+
+    def undo(self) -> None:
+        """Remove what a run that measured nothing has made here, and nothing else.
+
+        Directories go where nobody has put anything into them; a run that was there before stays.
+        """
+        run = RunDirectory(self.path)
+        if self.was_run or run.measured():
+            return
+        tokenizer = [run.tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        own = [run.path / manifest.NAME, run.config_file, run.metrics, *tokenizer, run.path / LOCK]
+        for file in own:
+            if not file.is_dir() or file.is_symlink():
+                file.unlink(missing_ok=True)
+        for directory in (run.tokenizer, run.checkpoints, *reversed(self.made)):
+            with suppress(OSError):  # not empty, or not there
+                directory.rmdir()
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Claim]:
+    """Make the directory where it is new, and keep others out of it while inside.
+
+    Raises InputError where it cannot be made or written, or another process works in it.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot make this directory: {error.strerror}; choose another") from None
+    with locked(path, "this run"):
+        run = RunDirectory(path)
+        for leftover in [*path.iterdir(), *(run.checkpoints.iterdir() if run.checkpoints.is_dir() else ())]:
+            if is_temporary(leftover):
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        yield Claim(path, tuple(reversed(made)), was_run=run.begun())
+
+
+def refuse_occupied(path: Path, config: Config | None = None) -> None:
+    """InputError if nothing new can be made at this path: something is there, or it cannot be made.
+
+    config: of a run that is to begin here. It may take over the directory of a run of the same settings that ended
+    before its first checkpoint.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; give a new directory")
+    try:
+        occupied = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this directory: {error.strerror}; choose another") from None
+    if not occupied:
+        _refuse_unmakeable(path)
+        return
+    run = RunDirectory(path)
+    if not run.begun():
+        raise InputError(f"{path}: is not empty; give a new directory")
+    if config is None or run.manifest() is None or run.saved_steps() or run.summary.exists():
+        raise InputError(
+            f"{path}: holds a run already; give a new directory, or continue that run with --resume {path}"
+        )
+    if run.config() != with_absolute_paths(config):
+        raise InputError(
+            f"{path}: holds a run with other settings, which has no checkpoint yet; give a new directory, or continue "
+            f"that run with --resume {path}"
+        )
+
+
+def _refuse_unmakeable(path: Path) -> None:
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise InputError(f"{path}: cannot make this directory: {there} is no directory; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: no permission to write in {there}; choose another directory")

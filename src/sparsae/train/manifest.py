@@ -1,0 +1,144 @@
+"""The manifest of a run: what it is, its settings, and the digests of the files that it reads again.
+
+`manifest.json` is sealed, and written before anything else of a run. `config.yaml` is the same settings for people: a
+run goes on with settings that both agree on. Each checkpoint's `state.json` is sealed too, names the run, and holds the
+digests of its tensors and of the metrics up to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from sparsae.config import Config
+from sparsae.config.complaints import shown
+from sparsae.config.load import dump, resolve
+from sparsae.errors import InputError
+from sparsae.files import read_sealed, sha256_of, sync, write_atomically, write_sealed
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A run of `previous_steps` was made one of `steps`, at `step`."""
+
+    step: int
+    previous_steps: int
+    steps: int
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises again: one in a hundred of those that were added."""
+        return max(1, round(0.01 * (self.steps - self.previous_steps)))
+
+    def factor(self, step: int) -> float:
+        """What this warm-up multiplies the learning rate of `step`, counted from 0, with."""
+        return min(1.0, (step - self.step + 1) / self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module; `tokenizer` holds SHA-256 by file name, `started_from` the run whose weights this one took."""
+
+    config: Config
+    run: str = field(default_factory=lambda: token_hex(16))
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
+    started_from: Mapping[str, Any] | None = None
+    extensions: tuple[Extension, ...] = ()
+
+    @classmethod
+    def read(cls, directory: Path) -> Self | None:
+        """The manifest in the directory of a run; None where there is none. InputError for a damaged one."""
+        path = directory / NAME
+        if not path.is_file():
+            return None
+        content = read_sealed(path)
+        if content.get("format") != FORMAT:
+            raise InputError(f"{path}: has format {shown(content.get('format'))}: this version reads format {FORMAT}")
+        try:
+            return cls(
+                config=Config.model_validate_json(json.dumps(content["config"])),
+                run=str(content["run"]),
+                tokenizer=dict(content["tokenizer"]),
+                started_from=content["started_from"],
+                extensions=tuple(Extension(**entry) for entry in content["extensions"]),
+            )
+        except ValidationError as error:
+            key = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise InputError(f"{path}: {key}: not a setting of this version of sparsae") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: lacks {error}; it is of another version of sparsae") from None
+
+    def write(self, directory: Path) -> None:
+        """Write it, whole or not at all."""
+        content = {
+            "format": FORMAT,
+            "run": self.run,
+            "tokenizer": dict(self.tokenizer),
+            "started_from": self.started_from,
+            "extensions": [asdict(extension) for extension in self.extensions],
+            "config": self.config.model_dump(mode="json"),
+        }
+        write_sealed(directory / NAME, content)
+
+    def write_config(self, file: Path) -> None:
+        """Write the settings for people."""
+        write_atomically(file, dump(self.config))
+
+    def checked_config(self, file: Path) -> Config:
+        """The run's settings. InputError where config.yaml is not readable or says anything else."""
+        if not file.exists():
+            raise InputError(f"{file}: is missing; the run's settings are in {NAME} too: restore it from there")
+        there = resolve(file)
+        if there == self.config or self._not_yet_extended(there):
+            return self.config
+        changes = list(_changes(there.model_dump(mode="json"), self.config.model_dump(mode="json"), ""))
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise InputError(
+            f"{file}: {', '.join(changes[:3])}{more}: the settings of a run do not change: undo it "
+            "(more steps: --resume RUN --steps N; other settings: train --from RUN)"
+        )
+
+    def _not_yet_extended(self, there: Config) -> bool:
+        """Whether config.yaml is that of before the last extension: a crash came between the two files."""
+        if not self.extensions:
+            return False
+        steps = {"steps": self.extensions[-1].previous_steps}
+        return there == self.config.model_copy(update={"training": self.config.training.model_copy(update=steps)})
+
+    def with_tokenizer(self, folder: Path) -> Self:
+        """With the digests of the files in `folder`, which are brought to disk."""
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        for path in [*files, folder, folder.parent]:
+            sync(path)
+        return replace(self, tokenizer={path.name: sha256_of(path) for path in files})
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """InputError where a file of the tokenizer is not what was written."""
+        for name, digest in self.tokenizer.items():
+            path = folder / name
+            if not path.is_file() or sha256_of(path) != digest:
+                raise InputError(f"{path}: is missing or was changed since the run began: restore it")
+
+    def extended(self, step: int, steps: int) -> Self:
+        """Of the run that has more steps from `step` on."""
+        training = self.config.training
+        config = self.config.model_copy(update={"training": training.model_copy(update={"steps": steps})})
+        return replace(self, config=config, extensions=(*self.extensions, Extension(step, training.steps, steps)))
+
+
+def _changes(there: Any, ours: Any, key: str) -> Iterator[str]:
+    """`key is A, not B` for each setting that differs."""
+    if isinstance(there, Mapping) and isinstance(ours, Mapping):
+        for name in {**ours, **there}:
+            yield from _changes(there.get(name), ours.get(name), f"{key}.{name}" if key else name)
+    elif there != ours:
+        yield f"{key} is {shown(there)}, not {shown(ours)}"

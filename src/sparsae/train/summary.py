@@ -1,0 +1,102 @@
+"""The outcome of a run in numbers, and in a line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsae.config.schema import Config
+from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
+from sparsae.errors import DivergedError
+from sparsae.nn.linear import sparse_layers
+from sparsae.train.loop import Trainer, perplexity
+from sparsae.train.manifest import Manifest
+from sparsae.train.memory import peak_bytes
+from sparsae.train.progress import readable_perplexity
+from sparsae.train.rundir import RunDirectory
+
+
+def summarize(
+    manifest: Manifest,
+    trainer: Trainer,
+    unigram: float,
+    seconds: float,
+    metrics: dict[str, Any],
+    diverged: DivergedError | None,
+) -> dict[str, Any]:
+    """The keys of summary.json, which docs/configuration.md explains."""
+    config, model, costs = manifest.config, trainer.model, trainer.costs
+    live = sum(p.numel() for p in model.parameters())
+    nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
+    weights = costs.cost.sparse_weights
+    b_out, b_in = config.sparsity.unit
+    target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
+    training_seconds = trainer.watch.seconds.get("train", 0.0) + trainer.watch.seconds.get("topology", 0.0)
+    return {
+        "preset": config.preset,
+        "method": config.method,
+        "seed": config.seed,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "parameters_dense": live - nnz + weights,
+        "parameters": live,
+        "sparsity": 1.0 - costs.density,
+        "nnz": nnz,
+        "nnz_target": target,
+        "validation_loss": trainer.validation_loss,
+        "validation_perplexity": perplexity(trainer.validation_loss),
+        "teacher_validation_loss": trainer.teacher_loss,
+        "unigram_perplexity": unigram,
+        "untrained_perplexity": perplexity(trainer.untrained_loss),
+        "train_flops": trainer.flops.total,
+        "train_flops_by_part": dict(trainer.flops.parts),
+        "train_flops_dense_equivalent": trainer.flops.dense_equivalent,
+        "study_flops": trainer.flops.study,
+        "state_bytes_sparse_layers": sum(trainer.state_bytes.values()),
+        "state_bytes_by_part": trainer.state_bytes,
+        "state_bytes_sparse_layers_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
+        "telemetry_bytes": trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
+        "peak_memory_bytes": peak_bytes(trainer.device),
+        "tokens_per_second": trainer.tokens / training_seconds if training_seconds else None,
+        "topology_updates": trainer.updates,
+        "topology_updates_accepted": trainer.accepted,
+        "seconds": seconds,
+        "seconds_by_part": trainer.watch.seconds,
+        "finished": diverged is None and trainer.step == config.training.steps,
+        "diverged": {"step": diverged.step, "reason": diverged.reason} if diverged else None,
+        "started_from": manifest.started_from,
+        "extensions": [asdict(extension) for extension in manifest.extensions],
+        "metrics": metrics,
+        "device": str(trainer.device),
+        "torch": torch.__version__,
+    }
+
+
+def headline(config: Config, model: nn.Module, training_tokens: int, unigram: float) -> str:
+    """What is about to be trained."""
+    layers = sparse_layers(model)
+    nnz = sum(layer.topology.nnz for layer in layers.values())
+    total = sum(p.numel() for p in model.parameters())
+    return (
+        f"{config.preset} · {config.method} · "
+        f"{total:,} parameters exist, {nnz:,} of them in {len(layers)} sparse layers · "
+        f"{training_tokens:,} training tokens · a unigram model's perplexity: {readable_perplexity(unigram)}"
+    )
+
+
+def closing(summary: dict[str, Any], run: RunDirectory) -> str:
+    """What came out, or how to go on."""
+    if not summary["finished"]:
+        saved = "stopped and saved" if summary["steps"] else "stopped"
+        return f"{saved} at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
+    return (
+        f"validation perplexity {readable_perplexity(summary['validation_perplexity'])} "
+        f"(unigram {readable_perplexity(summary['unigram_perplexity'])}, "
+        f"untrained {readable_perplexity(summary['untrained_perplexity'])}) · "
+        f"nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
+        f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
+        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
+    )
