@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
-from sparsae.files import read_json, sealed, to_json, write_atomically
+from sparsae.files import sealed, to_json, write_atomically
 from sparsae.train.claim import claimed, refuse_occupied
 from sparsae.train.manifest import Manifest
 from sparsae.train.rundir import MetricsWriter, RunDirectory, describe
@@ -106,7 +106,9 @@ class TestCheckpoints:
             save_checkpoint(run, step)
         run.checkpoint(500).mkdir()  # without its state.json: torn
         (run.checkpoints / ".step-00000900.partial").mkdir()
-        assert run.latest_checkpoint() == run.checkpoints / "step-00000100"
+        assert run.latest_checkpoint(or_earlier=True) == run.checkpoints / "step-00000100"
+        with pytest.raises(InputError, match="step-00000500 is gone or damaged"):
+            run.latest_checkpoint()
         assert run.saved_steps() == [9, 20, 100]
 
 
@@ -177,7 +179,7 @@ class TestJson:
         with pytest.raises(OSError, match="No space") as caught:
             write_atomically(run.summary, "{}")
         assert caught.value.filename == str(run.summary)
-        assert read_json(run.summary) == {"steps": 1}
+        assert run.outcome(run.summary) == {"steps": 1}
         assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "manifest.json", "summary.json"]
 
 

@@ -30,6 +30,7 @@ from sparsae.files import read_json
 from sparsae.nn.linear import sparse_layers
 from sparsae.train.plan import plan
 from sparsae.train.run import resume, start
+from sparsae.train.rundir import RunDirectory
 
 TIME_FIELDS = {"seconds", "tokens_per_second"}
 ISSUE_KEYS = {
@@ -74,7 +75,8 @@ def test_a_run_leaves_what_it_promises(small: Callable[..., Config], tmp_path: P
     config = small("topology.every=4", "training.steps=60")
     summary = start(config, tmp_path / "run", quiet=True)
     assert set(summary) >= ISSUE_KEYS
-    assert read_json(tmp_path / "run" / "summary.json") == json.loads(json.dumps(summary))
+    run = RunDirectory(tmp_path / "run")
+    assert run.outcome(run.summary) == json.loads(json.dumps(summary))
     assert summary["finished"]
     assert summary["nnz"] == summary["nnz_target"]
     assert summary["validation_perplexity"] < summary["untrained_perplexity"]

@@ -9,7 +9,6 @@ from typing import Any
 from sparsae import __version__
 from sparsae.config.schema import Config
 from sparsae.evaluate.loading import LoadedRun
-from sparsae.files import read_json
 from sparsae.nn.linear import SparseLinear
 from sparsae.train.loop import perplexity
 from sparsae.train.progress import readable_perplexity
@@ -119,7 +118,7 @@ def _measured(loaded: LoadedRun, teacher: bool) -> str:
         ("validation loss, nats a token", f"{loss:.4f}"),
         ("validation perplexity", readable_perplexity(perplexity(loss))),
     ]
-    summary: dict[str, Any] = read_json(loaded.run.summary) if loaded.run.summary.is_file() else {}
+    summary: dict[str, Any] = loaded.run.outcome(loaded.run.summary) if loaded.run.summary.is_file() else {}
     for name, label in (("unigram_perplexity", "of a unigram model"), ("untrained_perplexity", "before training")):
         if summary.get(name) is not None:
             lines.append((f"perplexity {label}", readable_perplexity(float(summary[name]))))
