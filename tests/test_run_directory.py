@@ -238,6 +238,15 @@ class TestKilled:
         for way in ("resume", "out"):
             assert_same_run(tmp_path / way, unbroken)
 
+    def test_what_is_left_of_a_manifest_that_was_being_written_keeps_nobody_out(
+        self, make: Make, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / ".manifest.json.0123456789abcdef.tmp").write_text("{")
+        assert start(make("training.steps=2"), run, quiet=True)["finished"]
+        assert not list(run.glob(".manifest*"))
+
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     @pytest.mark.parametrize("after", ["manifest", "config", "tokenizer"])
     def test_a_run_that_was_killed_while_it_began_begins_again(

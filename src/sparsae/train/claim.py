@@ -72,7 +72,7 @@ def refuse_occupied(path: Path, config: Config | None = None) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; give a new directory")
     try:
-        occupied = path.is_dir() and any(entry.name != LOCK for entry in path.iterdir())
+        occupied = path.is_dir() and not all(entry.name == LOCK or is_temporary(entry) for entry in path.iterdir())
     except OSError as error:
         raise InputError(f"{path}: cannot read this directory: {error.strerror}; choose another") from None
     if not occupied:

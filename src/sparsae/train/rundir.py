@@ -129,8 +129,11 @@ class RunDirectory:
 
     def outcome(self, file: Path) -> dict[str, Any]:
         """What `write_json` wrote. InputError where it is damaged, or another run's."""
-        value, manifest = read_json(file), self.manifest()
-        if manifest is not None and value.pop("run_id", manifest.run) != manifest.run:
+        manifest = self.manifest()
+        if manifest is None:
+            return read_json(file)
+        value = read_sealed(file)
+        if value.pop("run_id", None) != manifest.run:
             raise InputError(f"{file}: is one of another run: restore this run's own, or remove it")
         return value
 
