@@ -235,9 +235,9 @@ class SparseLinear(nn.Module):
         """The (out, in) weight; differentiable with respect to the values. Raises as `forward` does."""
         prepared, (b_out, b_in) = self.prepare(), self.unit
         traced = torch.compiler.is_compiling() or is_tracing()
-        if not traced and not same_indices(prepared.source, prepared.topology.indices):
-            raise InputError(CHANGED)
-        if not is_tracing():  # which warns of whoever compares shapes
+        if not traced:  # torch.jit warns of whoever compares shapes
+            if not same_indices(prepared.source, prepared.topology.indices):
+                raise InputError(CHANGED)
             key_and_layout(self.values, prepared.structures, self.out_features, self.in_features)
         rows, columns = prepared.topology.grid
         units = self.values.new_zeros(rows * columns, *self.values.shape[1:])
