@@ -300,3 +300,33 @@ def test_a_fused_mlp_looks_at_its_indices_too() -> None:
     layer.indices.data.add_(1)
     with pytest.raises(InputError, match=REFUSED):
         model(tokens)
+
+
+def test_values_that_are_loaded_for_the_same_topology_change_nothing_else() -> None:
+    model, x = net(1), torch.randn(5, 24)
+    state = copy.deepcopy(model.state_dict())
+    model(x).sum().backward()
+    layer = sparse_layers(model)["0"]
+    key, gradient = int(layer.key), layer.values.grad
+    layer.values.data.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(layer.values, state["0.values"])
+    assert gradient is not None
+    assert layer.values.grad is gradient
+    assert int(layer.key) == key
+
+
+def test_a_layer_on_the_meta_device_takes_over_what_it_is_assigned() -> None:
+    model, x = net(1), torch.randn(5, 24)
+    empty = copy.deepcopy(model).to("meta")
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(x), model(x))
+
+
+def test_compiled_code_that_reads_the_weight_looks_at_the_indices() -> None:
+    model, x = net(1), torch.randn(5, 24)
+    layer = sparse_layers(model)["0"]
+    compiled = torch.compile(lambda x: x @ layer.weight.T, backend="aot_eager", fullgraph=True)
+    assert same(compiled(x), x @ layer.dense_weight().T)
+    _copy_in_place(model, net(2))
+    assert bool(compiled(x).isnan().all())

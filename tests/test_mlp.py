@@ -380,3 +380,29 @@ def test_it_compiles_to_one_graph() -> None:
     want = everything(model, x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(everything(compiled, x), want, 1e-5)
+
+
+@pytest.mark.usefixtures("always_fused")
+@pytest.mark.parametrize("name", ["c_fc", "act", "c_proj"])
+def test_a_forward_that_somebody_replaced_is_called(name: str) -> None:
+    model, x = sparsify(gpt2(), 0.8), torch.randn(8, 32)
+    before = model(x)
+    part = model.get_submodule(f"0.{name}")
+    forward = part.forward
+    part.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+    assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.usefixtures("always_fused")
+def test_inputs_are_looked_at(fused_calls: list[int]) -> None:
+    model = sparsify(gpt2(), 0.8, backend="cpu")
+    with pytest.raises(ValueError, match="its last dimension must be 32"):
+        model(torch.randn(8, 16))
+    up = sparse_layers(model)["0.c_fc"]
+    assert up.bias is not None
+    before = model(torch.ones(8, 32))
+    up.bias = nn.Parameter(torch.stack([up.bias.detach()] * 2, 1)[:, 0])
+    assert not up.bias.is_contiguous()
+    torch.testing.assert_close(model(torch.ones(8, 32)), before)
+    torch.testing.assert_close(up(torch.ones(8, 32)), densify(nn.Sequential(copy.deepcopy(up)))(torch.ones(8, 32)))
+    assert len(fused_calls) == 2

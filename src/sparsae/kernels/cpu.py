@@ -40,7 +40,7 @@ class Cpu(Backend):
     def spmm(self, values: Tensor, layout: Layout, x_TI: Tensor, bias: Tensor | None = None) -> Tensor:
         if not is_native(x_TI.dtype):
             return self._dense.spmm(values, layout, x_TI, bias)
-        bias = None if bias is None else bias.float()
+        bias = None if bias is None else bias.float().contiguous()
         return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
 
     def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:

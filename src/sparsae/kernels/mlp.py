@@ -158,7 +158,9 @@ def _weights(
         value = value.data
         key, layout = key_and_layout(value, structures[6 * number : 6 * number + 6], *shapes[number])
         keys.append(key)
-        weights.append(native.Weight(value.float().contiguous(), bias.float() if bias.numel() else None, layout))
+        weights.append(
+            native.Weight(value.float().contiguous(), bias.float().contiguous() if bias.numel() else None, layout)
+        )
     return keys, weights
 
 

@@ -67,7 +67,9 @@ def poisoned(values: Tensor, indices: Tensor, own: Tensor) -> Tensor:
 
 
 def same_indices(one: Tensor, other: Tensor) -> bool:
-    """Whether two index tensors hold the same numbers, whatever their dtypes and devices."""
+    """Whether two index tensors hold the same numbers, whatever their dtypes and devices; on meta, none are held."""
+    if one.is_meta or other.is_meta:
+        return one is other
     if one.shape != other.shape or one.is_floating_point() or other.is_floating_point():
         return False
     if one.dtype != other.dtype or one.device != other.device:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
-from sparsae.kernels.structures import CHANGED, key_and_layout, same_indices, seen_with
+from sparsae.kernels.structures import CHANGED, key_and_layout, poisoned, same_indices, seen_with
 from sparsae.nn.names import modules_by_name
 from sparsae.nn.weight import DenseView
 
@@ -111,7 +112,7 @@ class SparseLinear(nn.Module):
             weight_OI = self._dense_weight()
             return weight_OI.T if self.conv1d else weight_OI
 
-        if torch.compiler.is_compiling() or is_tracing():
+        if _is_traced() or transformed():
             return build()
         shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
         return DenseView(build, shape, self.values, requires_grad=self.values.requires_grad)
@@ -170,6 +171,11 @@ class SparseLinear(nn.Module):
         prepared = self._prepared
         # What traces sees an index tensor of its own; the operator compares when it runs.
         if prepared is None or not (torch.compiler.is_compiling() or prepared.source is self.indices):
+            if prepared is not None and transformed():
+                # Tensors that are made inside of a transform are of no use afterwards.
+                if not same_indices(_unwrapped(self.indices), prepared.topology.indices):
+                    raise InputError("inside a function transform (torch.func) a sparse layer keeps its topology")
+                return prepared
             with self.lock:
                 prepared = self._prepared = self._structured(self.indices, self._known(self.indices))
         return prepared
@@ -180,12 +186,12 @@ class SparseLinear(nn.Module):
         Raises InputError where another topology was written into the indices, ValueError for values of another number
         of units and for an x of another width.
         """
-        if runs_elsewhere():
+        if by_operators():
             return functional.linear(x, self._dense_weight(), self.bias)
-        if torch.compiler.is_compiling():
-            return self._multiply(x)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {self.in_features}")
+        if torch.compiler.is_compiling():
+            return self._multiply(x)
         if torch.is_grad_enabled() or _watched(x):
             with self.lock:
                 return self._multiply(x)
@@ -234,17 +240,21 @@ class SparseLinear(nn.Module):
     def _dense_weight(self) -> Tensor:
         """The (out, in) weight; differentiable with respect to the values. Raises as `forward` does."""
         prepared, (b_out, b_in) = self.prepare(), self.unit
-        traced = torch.compiler.is_compiling() or is_tracing()
-        if not traced:  # torch.jit warns of whoever compares shapes
-            if not same_indices(prepared.source, prepared.topology.indices):
-                raise InputError(CHANGED)
-            key_and_layout(self.values, prepared.structures, self.out_features, self.in_features)
+        own = prepared.topology.indices
+        values: Tensor = self.values
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # Compared when the graph runs.
+            values = poisoned(values, self.indices, own)
+        elif not _is_traced() and not same_indices(prepared.source, own):
+            raise InputError(CHANGED)
+        if not is_tracing():  # which warns of every look at a shape
+            key_and_layout(values, prepared.structures, self.out_features, self.in_features)
         rows, columns = prepared.topology.grid
-        units = self.values.new_zeros(rows * columns, *self.values.shape[1:])
-        units = units.index_put((prepared.topology.indices.long(),), self.values)
+        units = values.new_zeros(rows * columns, *values.shape[1:])
+        units = units.index_put((own.long(),), values)
         blocks = units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3)
         weight_OI = blocks.reshape(self.out_features, self.in_features)
-        if weight_OI.requires_grad and not traced:
+        if weight_OI.requires_grad and not _is_traced() and not transformed():
             weight_OI.register_hook(lambda gradient_OI: _answer(prepared, gradient_OI))
         return weight_OI
 
@@ -258,17 +268,25 @@ class SparseLinear(nn.Module):
                 return before.topology.to(indices.device)
             return _checked(shape, indices, self.unit, "the indices of a sparse layer")
 
-    def _structured(self, source: Tensor, topology: Topology) -> Prepared:
+    def _has(self, topology: Topology) -> bool:
+        """Whether this is the layer's topology: values that are loaded for it change nothing else, as in any module."""
+        prepared = self._prepared
+        if prepared is None or prepared.source is not self.indices or self.indices.is_meta:
+            return False
+        return same_indices(topology.indices, prepared.topology.indices)
+
+    def _structured(self, source: Tensor, topology: Topology, key: Tensor | None = None) -> Prepared:
         # Made outside of inference mode, whose tensors are of no use for training.
         with torch.inference_mode(False), torch.no_grad():
             if topology.indices.is_inference():
                 topology = Topology(topology.shape, topology.indices.clone(), topology.unit)
+            key = new_key() if key is None else key
             if source.is_meta:
-                return Prepared(source, topology, "reference", [new_key(), topology.indices])
+                return Prepared(source, topology, "reference", [key, topology.indices])
             layout = Layout(topology.shape, topology.unit, topology.indices)
             backend = choose_backend(self.backend, layout, self.values.dtype)
             derived = topology.view(backend.name, backend.derive)
-            return Prepared(source, topology, backend.name, [new_key(), topology.indices, *derived])
+            return Prepared(source, topology, backend.name, [key, topology.indices, *derived])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         before = self._prepared
@@ -283,7 +301,8 @@ class SparseLinear(nn.Module):
                 self.indices = topology.indices.clone()
             # Not so after `to_empty`: what is loaded then is looked at by the first forward pass.
             if self.indices.is_meta or same_indices(self.indices, topology.indices):
-                self._prepared = self._structured(self.indices, topology)
+                # The same topology: probes go on knowing the layer, wherever it is moved between two steps.
+                self._prepared = self._structured(self.indices, topology, before.structures[0])
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -299,8 +318,9 @@ class SparseLinear(nn.Module):
         indices, values = state_dict.get(prefix + "indices"), state_dict.get(prefix + "values")
         if indices is not None and values is not None:
             topology = _checked((self.out_features, self.in_features), indices, self.unit, prefix + "indices")
-            device = self.values.device
-            self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
+            if not self._has(topology) or tuple(values.shape) != topology.values_shape:
+                device = self.values.device
+                self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -309,9 +329,36 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in modules_by_name(model).items() if isinstance(module, SparseLinear)}
 
 
-def runs_elsewhere() -> bool:
-    """Whether a graph is made that shall do without this package: then torch's own operators go into it."""
-    return is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+def by_operators() -> bool:
+    """Whether torch's own operators on a dense weight have to compute.
+
+    So it is where a graph is made that shall do without this package, and under what can look into them only.
+    """
+    return is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()) or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap) or forward-mode differentiation sees what is computed."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: asked while a graph is made, whose
+# guards know of transforms.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or is_tracing()
+
+
+def _unwrapped(indices: Tensor) -> Tensor:
+    """Indices as they were before transforms wrapped them. Raises InputError for those of several models at once."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(indices):
+        if functorch.is_batchedtensor(indices):
+            raise InputError("the indices of a sparse layer cannot be mapped over (torch.func.vmap): give in_dims None")
+        indices = functorch.get_unwrapped(indices)
+    return indices
 
 
 def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
@@ -322,13 +369,8 @@ def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
 
 
 def _watched(x: Tensor) -> bool:
-    """Whether operators on x are more than arithmetic: seen by a mode or transform, or on another kind of tensor."""
-    return (
-        type(x) is not Tensor
-        or x.is_neg()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Whether operators on x are more than arithmetic: seen by a mode, or on another kind of tensor."""
+    return type(x) is not Tensor or x.is_neg() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def in_autocast(tensor: Tensor) -> Tensor:

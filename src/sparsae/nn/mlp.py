@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from sparsae.kernels import breakeven, native
 from sparsae.kernels.cpu import is_native
 from sparsae.kernels.mlp import sparse_mlp
-from sparsae.nn.linear import SparseLinear, in_autocast, runs_elsewhere
+from sparsae.nn.linear import SparseLinear, by_operators, in_autocast
 
 # Of transformers' MLP classes: the names of the layers up, down and gate, and of the activation.
 _LAYERS = {
@@ -78,10 +78,11 @@ class FusedMLP(nn.Module):
         return y if dropout is None else dropout(y)
 
     def _fuses(self, layers: list[Any], x: Tensor) -> bool:
-        # A hook wants to see what goes through; for a token or two the single layers are faster.
-        if runs_elsewhere() or x.numel() <= 2 * x.shape[-1]:
-            return False
         if any(type(layer) is not SparseLinear for layer in layers):
+            return False
+        # A hook wants to see what goes through; for a token or two the single layers are faster; and of an x that does
+        # not fit they say so.
+        if by_operators() or x.shape[-1:] != (layers[0].in_features,) or x.numel() <= 2 * x.shape[-1]:
             return False
         if any(map(hooked, (*layers, self._modules[self._activation], *self._original))):
             return False
@@ -95,9 +96,9 @@ class FusedMLP(nn.Module):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anybody listens to what goes through this module, or through every module."""
+    """Whether anybody listens to what goes through this module, or through every module, or replaced its forward."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or bool(_has_any_global_hook())
+    return any(own) or "forward" in vars(module) or bool(_has_any_global_hook())
 
 
 def _kernel_of(activation: nn.Module | None) -> str | None:
