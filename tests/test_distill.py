@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from sparsae.config.schema import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.topology import sample_distinct
 from sparsae.distill import Teacher, WarmUp
+from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.surgery import Swap, plan
@@ -134,3 +138,33 @@ def test_warm_up_by_fraction_and_by_validation() -> None:
     again = WarmUp(config, steps=100)
     again.restore(validation.state())
     assert again.alpha(0) == 0.5
+
+
+@pytest.mark.parametrize("storage", ["union", "masked"])
+def test_a_student_that_was_loaded_without_its_teacher_is_told(storage: Literal["union", "masked"]) -> None:
+    model = small_model()
+    first = copy.deepcopy(model.state_dict())
+    teacher = Teacher(model, TeacherConfig(storage=storage))
+    layers = sparse_layers(model)
+    plan(layers, random_swap(layers, 1), "zero", generator(1)).commit(None, teacher.layers)
+    teacher.update(model, 0)
+    both = copy.deepcopy(model.state_dict()), copy.deepcopy(teacher.model.state_dict())
+    model.load_state_dict(first)
+    with pytest.raises(InputError, match=r"does not have the student's topology.*reconnect"):
+        teacher.update(model, 1)
+    model.load_state_dict(both[0])
+    teacher.model.load_state_dict(both[1])
+    teacher.reconnect(model)
+    teacher.update(model, 1)
+    # Moving a model changes none of its topologies.
+    teacher.update(model.double().float(), 2)
+
+
+@pytest.mark.parametrize("storage", ["union", "masked"])
+def test_states_that_do_not_belong_together_are_not_connected(storage: Literal["union", "masked"]) -> None:
+    model = small_model()
+    teacher = Teacher(model, TeacherConfig(storage=storage))
+    layers = sparse_layers(model)
+    plan(layers, random_swap(layers, 1), "zero", generator(1)).commit(None)
+    with pytest.raises(InputError, match="load the states of both"):
+        teacher.reconnect(model)

@@ -245,6 +245,11 @@ def test_a_state_goes_between_wrapped_and_plain_models(here: str, there: str) ->
     other_plain, other, other_optimizer, other_sparsifier = made(there)
     other_plain.load_state_dict(plain.state_dict())
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert sparsifier.teacher is not None
+    assert other_sparsifier.teacher is not None
+    teacher, other_teacher = (modules_by_name(t.model)[""] for t in (sparsifier.teacher, other_sparsifier.teacher))
+    other_teacher.load_state_dict(teacher.state_dict())
+    other_sparsifier.teacher.reconnect(other)
     other_sparsifier.restore(*state)
     for each in (sparsifier, other_sparsifier):
         torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -430,3 +431,43 @@ def test_a_real_scaler_overflows_and_the_search_goes_on(section: str) -> None:
     assert skipped
     assert accepted
     assert all(bool(layer.values.isfinite().all()) for layer in sparse_layers(model).values())
+
+
+def test_layers_that_share_their_values_cannot_move() -> None:
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(3)))
+    sparsify(model, 0.8, budget="uniform")
+    one, _, other = sparse_layers(model).values()
+    other.load_state_dict(one.state_dict())
+    other.values = one.values
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(InputError, match="layers 0 and 2 share their values"):
+        Sparsifier(model, optimizer, SparsifierConfig(steps=9, topology=RiglConfig(every=2)))
+    Sparsifier(model, optimizer, SparsifierConfig(steps=9, topology=StaticConfig()))
+
+
+def test_a_layer_that_left_the_model_is_told() -> None:
+    model, optimizer, sparsifier = made("rigl")
+    model[0] = copy.deepcopy(model[0])  # type: ignore[index,operator]
+    backward(model, 0)
+    sparsifier.before_step()
+    optimizer.step()
+    with pytest.raises(InputError, match="layer 0 was replaced in the model"):
+        sparsifier.after_step()
+
+
+@pytest.mark.parametrize("between", [lambda model: model.to("cpu"), lambda model: model.load_state_dict(_taken(model))])
+def test_a_model_that_is_moved_or_loaded_between_steps_goes_on(between: Any) -> None:
+    model, optimizer, sparsifier = made("rigl")
+    updates = 0
+    for step in range(4):
+        between(model)
+        optimizer.zero_grad()
+        backward(model, step)
+        sparsifier.before_step()
+        optimizer.step()
+        updates += sparsifier.after_step() is not None
+    assert updates == 2
+
+
+def _taken(model: nn.Module) -> dict[str, Any]:
+    return copy.deepcopy(model.state_dict())

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.schema import TeacherConfig
+from sparsae.errors import InputError
+from sparsae.kernels.structures import same_indices
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import modules_by_name
 from sparsae.nn.sparsify import densify
 from sparsae.surgery import TeacherLayer
+
+_OTHER_TOPOLOGY = "the teacher's layer {} does not have the student's topology"
 
 
 class Teacher:
@@ -55,7 +59,10 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
-        """One step of the average, after the optimizer's."""
+        """One step of the average, after the optimizer's.
+
+        Raises InputError where a layer of the student got another topology and the teacher was not told.
+        """
         beta, student = self.decay(step), _unsynchronized(student)
         sparse = sparse_layers(student)
         owned = {id(layer.values) for layer in sparse.values()}
@@ -65,7 +72,7 @@ class Teacher:
             mine = [teacher_parameters[name].data for name, _ in shared]
             torch._foreach_lerp_(mine, [p.data for _, p in shared], 1.0 - beta)
         for name, layer in sparse.items():
-            self._update_layer(self.layers[name], layer, beta)
+            self._update_layer(name, self.layers[name], layer, beta)
         theirs = dict(student.named_buffers())
         for name, buffer in self.model.named_buffers():
             # Index tensors belong to the topology, which surgery changes.
@@ -73,26 +80,38 @@ class Teacher:
                 buffer.copy_(theirs[name])
 
     def reconnect(self, student: nn.Module) -> None:
-        """After both models were loaded: mark what the student has active, and share its index tensors where equal."""
+        """After both models were loaded: mark what the student has active, and share its index tensors where equal.
+
+        Raises InputError where a layer of the student has connections that the teacher's has not.
+        """
         for name, layer in sparse_layers(student).items():
             kept = self.layers[name]
             if isinstance(kept.module, SparseLinear):
                 mine, theirs = kept.module.topology, layer.topology
+                active = theirs.contains(mine.indices)
+                if int(active.sum()) != theirs.count or (kept.storage == "masked" and mine.count != theirs.count):
+                    raise InputError(f"{_OTHER_TOPOLOGY.format(name)}: load the states of both, of the same step")
                 if mine.count == theirs.count:
                     kept.module.set_topology(theirs, kept.module.values.data)
-                    kept.active = None
-                else:
-                    kept.active = theirs.contains(mine.indices)
+                kept.active = None if mine.count == theirs.count else active
+                kept.student = theirs
 
     @staticmethod
-    def _update_layer(kept: TeacherLayer, layer: SparseLinear, beta: float) -> None:
+    def _update_layer(name: str, kept: TeacherLayer, layer: SparseLinear, beta: float) -> None:
         module = kept.module
         if not isinstance(module, SparseLinear):
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.mul_(beta)
             layer.add_to_dense(weight.T if layer.conv1d else weight, 1.0 - beta)
-        elif kept.active is None:
+            return
+        # Only surgery tells the teacher: a state that was loaded into the student does not.
+        if layer.topology is not kept.student:
+            mine = module.topology.indices
+            if not same_indices(mine if kept.active is None else mine[kept.active], layer.topology.indices):
+                raise InputError(f"{_OTHER_TOPOLOGY.format(name)}: load its state too, then teacher.reconnect(model)")
+            kept.student = layer.topology
+        if kept.active is None:
             module.values.data.lerp_(layer.values.data, 1.0 - beta)
         else:
             faded = module.values.data.mul_(beta)

@@ -66,18 +66,21 @@ class TeacherLayer:
 
     storage "masked": a sparse layer over the student's topology; "union": one over the student's topology and the units
     dropped before that have not yet faded, with `active` marking the student's (None: all are); "dense": a dense layer.
+    student: the student's topology that `active` is of; None where that has to be looked at.
     """
 
     module: nn.Module
     storage: str
     tolerance: float
     active: Tensor | None = None
+    student: Topology | None = None
 
     def follow(self, change: Change) -> None:
         """Take over the student's new topology. A unit that the teacher has no memory of starts at zero."""
         module = self.module
         if not isinstance(module, SparseLinear):
             return
+        self.student = change.after
         if self.storage == "masked":
             module.set_topology(change.after, remap(module.values.data, change.source))
             return

@@ -111,13 +111,15 @@ class TopologySearch:
         """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients.
 
         What trains now takes part in that update, and nothing else. Raises InputError for a layer that trains while
-        the optimizer does not have it, and where layers were frozen or not while a rule prunes that counted otherwise.
+        the optimizer does not have it or that is no longer in the model, for two layers with the same values, and where
+        layers were frozen or not while a rule prunes that counted otherwise.
         """
         self._close_probes()
         self._probes = {}
         if not self.due(step):
             return
         self._trained = trained_layers(self._layers, self._optimizer)
+        refuse_lost_or_tied(self._model, self._layers)
         if self.ends and (other := sorted(set(self._trained) ^ set(self.ends))):
             raise InputError(
                 f"layer {other[0]} was frozen or unfrozen since pruning began, which counts on the layers that trained "
@@ -365,6 +367,26 @@ def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Op
                 "layer by requires_grad_(False)"
             )
     return trained
+
+
+def refuse_lost_or_tied(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError for a layer whose connections cannot move alone: not in the model now, or with another's values.
+
+    What moved would be no weight of the model, or would move the other layer's values to other places.
+    """
+    present = {id(module) for module in model.modules()}
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if id(layer) not in present:
+            raise InputError(
+                f"layer {name} was replaced in the model since Sparsifier was made: make the Sparsifier afterwards"
+            )
+        other = owners.setdefault(id(layer.values), name)
+        if other != name:
+            raise InputError(
+                f"layers {other} and {name} share their values, which cannot follow two topologies: use one module "
+                "under both names, or rule 'static'"
+            )
 
 
 @contextmanager

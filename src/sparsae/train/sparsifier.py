@@ -38,7 +38,14 @@ from sparsae.rules import build_rule
 from sparsae.rules.base import Rule
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_ranks, tell_if_still
-from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update, trained_layers
+from sparsae.train.search import (
+    ScoreFunction,
+    StudyFunction,
+    TopologySearch,
+    Update,
+    refuse_lost_or_tied,
+    trained_layers,
+)
 
 
 class SparsifierConfig(Section):
@@ -72,9 +79,9 @@ class Sparsifier:
 
     Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, the rule cannot do
     without scores or a parameterization, or a rule prunes without a sparsity to end at, or to one below the model's;
-    where all layers are frozen and the rule would move connections; where the optimizer's state or several ranks cannot
-    follow a rule that moves them; and for heads of what is no sparse layer. `before_step` and `after_step` raise it for
-    calls that are missing; what may be meant (a step that was skipped) is logged.
+    where all layers are frozen, or two share their values, and the rule would move connections; where the optimizer's
+    state or several ranks cannot follow a rule that moves them; and for heads of what is no sparse layer. `before_step`
+    and `after_step` raise it for calls that are missing; what may be meant (a step that was skipped) is logged.
     """
 
     def __init__(
@@ -105,6 +112,7 @@ class Sparsifier:
         rule = rule if score is not None else rule.without_scores()
         refuse_ranks(config.topology.rule, rule)
         if rule.moves:
+            refuse_lost_or_tied(model, self._layers)
             refuse_unsupported(optimizer, trained)
         self._calls = LoopCalls(config.topology.rule, rule, self._layers, optimizer)
         ends = self._ends(rule, trained)
