@@ -216,7 +216,8 @@ def read_settings(file: Path) -> Tree:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST_FILE + 1)
     except OSError as error:
-        raise InputError(f"{file}: cannot read these settings: {error.strerror}; give a YAML file") from None
+        hint = f"give a YAML file{f', or a setting by --set {file}' if '=' in str(file) else ''}"
+        raise InputError(f"{file}: cannot read these settings: {error.strerror}; {hint}") from None
     if len(content) > _LARGEST_FILE:
         raise InputError(f"{file}: too long for settings; give a YAML file of at most {_LARGEST_FILE:,} bytes")
     try:
@@ -226,7 +227,8 @@ def read_settings(file: Path) -> Tree:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"{file}: must hold sections (key: value), not {shown(tree)}")
+        hint = f"; text to train on is named by --set data.source={file}" if isinstance(tree, str) else ""
+        raise InputError(f"{file}: must hold sections (key: value), not {shown(tree)}{hint}")
     return tree
 
 
@@ -263,7 +265,12 @@ def parse_override(override: str) -> Tree:
         raise InputError(f"--set: {key}: no value after '='; write null for none")
     if names in (["preset"], ["method"]):
         raise InputError(f"--set: {key}: cannot be set this way; use --{key} NAME")
-    return _nested(names, read_yaml(text, f"--set: {key}"))
+    try:
+        return _nested(names, read_yaml(text, f"--set: {key}"))
+    except InputError as error:
+        if text.lstrip()[0] not in "*&!%@`[{|>" or set(text) & {"'", '"', "\n"} or len(text) > 200:
+            raise
+        raise InputError(f"{error}; as text it wants quotes of its own: --set '{key}=\"{text}\"'") from None
 
 
 def _nested(names: Sequence[str], value: object) -> Tree:

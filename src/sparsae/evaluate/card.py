@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
 inputs = tokenizer("{prompt}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens})[0]))
 ```
 
 {storage}
@@ -87,6 +87,7 @@ def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters
             text=_named(config.data.source),
             measured=_measured(loaded, teacher),
             prompt="def " if config.data.source == "stdlib" else "The ",
+            new_tokens=max(1, min(40, config.model.context - 4)),  # the prompt has four bytes, so at most four tokens
             storage=storage if layers else "",
         ).rstrip()
         + "\n"
