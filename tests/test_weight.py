@@ -79,6 +79,10 @@ def test_what_it_is_like_is_answered_without_building_it(kind: str) -> None:
         lambda w: w.float().norm(),
         lambda w: torch.stack([w, w]).sum(),
         lambda w: w.clone(),
+        lambda w: w.view(-1)[3:50:7],
+        lambda w: torch.broadcast_tensors(torch.ones(1), w[0])[0].clone(),
+        lambda w: w.max(dim=1).values,
+        lambda w: w.T[2:4].T,
         lambda w: w.data + 1,
     ],
 )
@@ -107,6 +111,12 @@ WRITES: dict[str, Callable[[SparseLinear], object]] = {
     "data": lambda m: m.weight.data.zero_(),
     "detach": lambda m: m.weight.detach().add_(1),
     "data =": lambda m: setattr(m.weight, "data", torch.zeros(1)),
+    "slice": lambda m: m.weight[0].zero_(),
+    "transposed": lambda m: m.weight.T.mul_(0),
+    "row": lambda m: next(iter(m.weight)).fill_(1),
+    "parts": lambda m: m.weight.chunk(2)[1].add_(1),
+    "view": lambda m: m.weight.view(-1)[3:].zero_(),
+    "same dtype": lambda m: m.weight.float().zero_(),
     "init": lambda m: nn.init.normal_(m.weight),
     "kaiming": lambda m: nn.init.kaiming_uniform_(m.weight),
     "out": lambda m: torch.mul(m.weight, 2, out=m.weight),
@@ -177,3 +187,12 @@ def test_modes_and_transforms_see_the_product() -> None:
         graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
     other = torch.randn(5, 16)
     torch.testing.assert_close(graph(other), layer(other).detach())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+def test_dense_weights_lie_in_memory_as_those_of_dense_layers(unit: tuple[int, int], kind: str) -> None:
+    layer, dense = layer_of(kind, unit), dense_of(kind, unit)
+    assert layer.dense_weight().is_contiguous()
+    assert dense.weight.is_contiguous()  # type: ignore[operator, union-attr]
+    assert (layer.weight * 1).is_contiguous()

@@ -110,7 +110,7 @@ class SparseLinear(nn.Module):
 
         def build() -> Tensor:
             weight_OI = self._dense_weight()
-            return weight_OI.T if self.conv1d else weight_OI
+            return (weight_OI.T if self.conv1d else weight_OI).contiguous()
 
         if _is_traced() or transformed():
             return build()
@@ -209,7 +209,7 @@ class SparseLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The (out, in) weight with its zeros, a new tensor: for export, people and tests."""
         with torch.no_grad():
-            return self._dense_weight()
+            return self._dense_weight().contiguous()
 
     @torch.no_grad()
     def add_to_dense(self, weight_OI: Tensor, scale: float) -> None:

@@ -54,7 +54,18 @@ class DenseView(Tensor):
             raise RuntimeError(READ_ONLY)
         if func in _DETACHING and isinstance(args[0], DenseView):
             return args[0]._detached()
-        return func(*tree_map(_built, args), **tree_map(_built, kwargs))
+        built: list[Tensor] = []
+
+        def build(thing: Any) -> Any:
+            if not isinstance(thing, DenseView):
+                return thing
+            built.append(thing._build())
+            return built[-1]
+
+        result = func(*tree_map(build, args), **tree_map(build, kwargs))
+        # What a slice, or another view of what was built, is written with is lost like what the whole is.
+        memory = {_memory(tensor) for tensor in built} - {0}
+        return tree_map(lambda thing: _read_only(thing) if _memory(thing) in memory else thing, result)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -112,6 +123,16 @@ _ANSWERED = {
     ),
 }
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _memory(thing: Any) -> int:
+    """Where the data of a plain tensor lie; 0 for anything else."""
+    plain = type(thing) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(thing)
+    return thing.untyped_storage().data_ptr() if plain else 0
+
+
+def _read_only(tensor: Tensor) -> DenseView:
+    return DenseView(lambda: tensor, tensor.shape, tensor, requires_grad=tensor.requires_grad)
 
 
 def _built(thing: Any) -> Any:
