@@ -264,3 +264,24 @@ def test_a_model_is_gone_when_nobody_holds_it() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_layer_inside_a_layer_is_replaced_too_in_one_walk() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(30)))
+    model[0].adapter = nn.Linear(8, 8)
+    walks = 0
+    own = model.named_modules
+
+    def counted(*given: Any, **named: Any) -> Any:
+        nonlocal walks
+        walks += 1
+        return own(*given, **named)
+
+    model.named_modules = counted  # type: ignore[method-assign]
+    sparsify(model, 0.5)
+    assert walks < 30
+    assert isinstance(model[0].adapter, SparseLinear)
+    walks = 0
+    densify(model)
+    assert walks < 30
+    assert type(model[0].adapter) is nn.Linear

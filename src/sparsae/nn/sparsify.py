@@ -81,11 +81,13 @@ def sparsify(
         name: _sparse_twin(name, module, topologies[name], initializer, backend, seed)
         for name, module in targets.items()
     }
-    for name, module in targets.items():
-        _replace(model, module, twins[name])
-    for name, module in list(model.named_modules()):
-        if recognized(module) and not is_patched(module) and not name.endswith("_orig_mod"):
-            _fuse(model, module)
+    _replace(model, [(module, twins[name]) for name, module in targets.items()])
+    mlps = [
+        module
+        for name, module in model.named_modules()
+        if recognized(module) and not is_patched(module) and not name.endswith("_orig_mod")
+    ]
+    _replace(model, [(module, _fused(module)) for module in mlps])
     note(model, choice)
     tell_when_saving(model)
     return model
@@ -99,10 +101,9 @@ def densify(model: nn.Module) -> nn.Module:
     _refuse_synchronized(model)
     layers = sparse_layers(model)
     twins = {name: _dense_twin(name, layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        _replace(model, layer, twins[name])
-    for module in [module for module in model.modules() if isinstance(module, FusedMLP)]:
-        _unfuse(model, module)
+    _replace(model, [(layer, twins[name]) for name, layer in layers.items()])
+    fused = [module for module in model.modules() if isinstance(module, FusedMLP)]
+    _replace(model, [(module, _unfused(module)) for module in fused])
     forget(model)
     save_as_before(model)
     return model
@@ -266,18 +267,18 @@ def _own_names(kind: type[nn.Module]) -> frozenset[str]:
         return own_names(kind(1, 1))
 
 
-def _fuse(model: nn.Module, module: nn.Module) -> None:
-    """Put a FusedMLP in the place of an MLP. The hooks move: the MLP is still called inside, where it cannot fuse."""
+def _fused(module: nn.Module) -> FusedMLP:
+    """What takes the place of an MLP. The hooks move: the MLP is still called inside, where it cannot fuse."""
     fused = FusedMLP(module)
     carry_module("", module, fused, frozenset(module._modules))
     without_hooks(module)
-    _replace(model, module, fused)
+    return fused
 
 
-def _unfuse(model: nn.Module, fused: FusedMLP) -> None:
+def _unfused(fused: FusedMLP) -> nn.Module:
     original = fused.original
     carry_module("", fused, original, own_names(FusedMLP(original)))
-    _replace(model, fused, original)
+    return original
 
 
 def _refuse_synchronized(model: nn.Module) -> None:
@@ -288,11 +289,14 @@ def _refuse_synchronized(model: nn.Module) -> None:
         )
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that the old module has."""
-    for parent in list(model.modules()):
+def _replace(model: nn.Module, twins: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    """Each old module by its new one, under every name that it has, in one walk through the model."""
+    new_of = {id(old): new for old, new in twins}
+    # A linear layer may have one inside, which its twin has too.
+    for parent in [*model.modules(), *new_of.values()]:
         # named_children would give a module with two names only once.
         for name, child in list(parent._modules.items()):
-            if child is old:
+            if (new := new_of.get(id(child))) is not None:
                 setattr(parent, name, new)
-    hand_over_hooks(old, new)
+    for old, new in twins:
+        hand_over_hooks(old, new)
