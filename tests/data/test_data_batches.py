@@ -50,6 +50,12 @@ def test_a_batch_larger_than_the_corpus_repeats_it():
     assert sorted(batch[:4, 0].tolist()) == [0, 0, 4, 4]
 
 
+def test_a_batch_that_is_far_larger_than_the_corpus_is_refused():
+    with pytest.raises(InputError, match=r"batch_size 5000: the text has 2 sequences .* at most 4,096"):
+        Batches(np.arange(9), 4, 5000, seed=0)
+    assert Batches(np.arange(4 * 1000 + 1), 4, 5000, seed=0).at(0).shape == (5000, 5)
+
+
 def test_evenly_spaced_windows_cover_the_text():
     tokens = np.arange(101)
     assert evenly_spaced(tokens, 10, 3)[:, 0].tolist() == [0, 40, 90]

@@ -10,6 +10,8 @@ from sparsae.core.randomness import generator
 from sparsae.data.shards import TokenSequence
 from sparsae.errors import InputError
 
+_FEW_WINDOWS = 4096  # a batch of so many may repeat the shortest text
+
 
 def window_count(tokens: TokenSequence, context: int) -> int:
     """Windows of `context` + 1 tokens at a stride of `context`; raises InputError where there is none."""
@@ -27,7 +29,7 @@ class Batches:
 
     An epoch visits every window of `context` + 1 tokens once, over all ranks together, in an order of its own drawn
     from (seed, epoch). One rank with batches of R x B sequences reads at each step what R ranks with B read.
-    Raises InputError where `tokens` does not hold one window.
+    Raises InputError where `tokens` does not hold one window, and where a batch would repeat a text over and over.
     """
 
     def __init__(
@@ -36,6 +38,11 @@ class Batches:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is not one of {ranks}")
         self.windows = window_count(tokens, context)
+        if batch_size > (most := max(_FEW_WINDOWS, 16 * self.windows)):
+            raise InputError(
+                f"training.batch_size {batch_size}: the text has {self.windows:,} sequences of model.context {context}; "
+                f"give at most {most:,}, or more text"
+            )
         self._tokens, self._context, self._batch_size = tokens, context, batch_size
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
