@@ -71,6 +71,8 @@ CASES: dict[str, list[str]] = {
     "evaluate run --json none/x": ["--json", "none"],
     "generate run": ["--prompt"],
     "generate run --prompt a --tokens 0": ["--tokens", "1"],
+    "generate run --prompt a --tokens 100001": ["--tokens", "100000"],
+    "train --set tracking.sample_tokens=100001": ["tracking.sample_tokens", "at most 100000"],
     "generate run --prompt a --temperature -1": ["--temperature", "0"],
     "generate run --prompt a --temperature nan": ["--temperature"],
     "generate run --prompt a --temperature inf": ["--temperature", "finite"],

@@ -69,7 +69,7 @@ def test_no_whole_number_may_be_of_any_size(key: str) -> None:
         ["model.width=2147483644"],
         ["model.mlp_width=2147483647", "model.width=4096"],
         ["model.vocab_size=2147483647", "model.width=4096"],
-        ["model.layers=10000", "model.width=65536"],
+        ["model.layers=1000", "model.width=65536"],
         ["training.batch_size=2147483647"],
         ["model.context=2147483647", "model.width=4096"],
     ],
@@ -77,6 +77,12 @@ def test_no_whole_number_may_be_of_any_size(key: str) -> None:
 def test_sizes_whose_product_no_machine_holds_are_refused(settings: list[str], method: str) -> None:
     with pytest.raises(InputError, match="too large"):
         resolve(None, None, method, settings)
+
+
+def test_models_deeper_than_any_that_was_trained_are_refused() -> None:
+    assert resolve(overrides=["model.layers=1000"]).model.layers == 1000
+    with pytest.raises(InputError, match=r"model\.layers: must be at most 1000, not 1001"):
+        resolve(overrides=["model.layers=1001"])
 
 
 def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:

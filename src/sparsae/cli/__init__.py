@@ -33,6 +33,7 @@ from sparsae.cli.output import (
     show_values,
 )
 from sparsae.config.load import annotated, methods, presets, resolve
+from sparsae.config.schema import MOST_GENERATED
 from sparsae.errors import DivergedError, InputError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
@@ -194,7 +195,7 @@ def evaluate(
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.", show_default=False)],
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add.")] = 120,
+    tokens: Annotated[int, typer.Option(min=1, max=MOST_GENERATED, metavar="N", help="Tokens to add.")] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="F", help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, metavar="N", help="Choose among so many tokens; 0: among all.")] = 50,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Fixes what is random.")] = 0,

@@ -15,6 +15,7 @@ from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, Text
 from sparsae.config.topology import EvolutionConfig, PruningConfig, RuleConfig
 
+MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
 
 
@@ -22,7 +23,7 @@ class ModelConfig(Section):
     """The architecture, built by `transformers` with new weights."""
 
     family: Literal["gpt2", "llama"] = Field(default="gpt2", description="architecture")
-    layers: Annotated[int, Field(ge=1, le=10_000)] = Field(default=4, description="transformer blocks")
+    layers: Annotated[int, Field(ge=1, le=1_000)] = Field(default=4, description="transformer blocks")
     heads: Count = Field(default=4, description="attention heads a block")
     kv_heads: Count | None = Field(default=None, description="key and value heads (llama); null: as many as heads")
     width: Count = Field(default=256, description="model width d")
@@ -197,7 +198,9 @@ class TrackingConfig(Section):
     sample_prompt: Text | None = Field(
         default=None, description="prompt of the sample in the report; null: the start of a held-out text"
     )
-    sample_tokens: Count = Field(default=120, description="tokens of the sample in the report")
+    sample_tokens: Annotated[int, Field(ge=1, le=MOST_GENERATED)] = Field(
+        default=120, description="tokens of the sample in the report"
+    )
 
 
 class Config(Section):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.schema import MOST_GENERATED
 from sparsae.core.randomness import generator
 from sparsae.data import prepare
 from sparsae.errors import InputError
@@ -115,8 +116,8 @@ def next_tokens(
 def _continue(
     loaded: LoadedRun, ids: list[int], tokens: int, temperature: float, top_k: int, rng: torch.Generator
 ) -> list[int]:
-    if tokens < 1:
-        raise InputError(f"{tokens} tokens to generate: ask for at least 1")
+    if not 1 <= tokens <= MOST_GENERATED:
+        raise InputError(f"{tokens} tokens to generate: ask for 1 to {MOST_GENERATED}")
     made = next_tokens(
         loaded.model,
         ids,
