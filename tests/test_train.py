@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -199,6 +200,8 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     small: Callable[..., Config], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
+    umask = os.umask(0o022)
+    os.umask(umask)
     start(small("training.steps=40"), run, quiet=True)
     held_out = evaluate_run(run)
     assert held_out["perplexity"] == pytest.approx(math.exp(held_out["loss"]))
@@ -211,6 +214,7 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     assert again["bits_per_byte"] == pytest.approx(
         again["loss"] * again["tokens"] / math.log(2) / again["bytes"], rel=1e-2
     )
+    assert again["documents"] == 1
     taught = evaluate_run(run, str(text / "3.txt"), teacher=True)
     assert taught["loss"] != again["loss"]
     assert generate_text(run, "item 3", 40, seed=1) == generate_text(run, "item 3", 40, seed=1)
@@ -248,6 +252,8 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     taught_card = (tmp_path / "taught" / "README.md").read_text()
     assert f"| {last['teacher_loss']:.4f} |" in taught_card
     assert "teacher" in taught_card
+    for file in (run / "summary.json", *run.rglob("*.safetensors"), *(tmp_path / "exported").iterdir()):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask, file
     topology = load_file(tmp_path / "exported" / "topology.safetensors")
     layers = sparse_layers(loaded.model)
     assert {f"{name}.indices" for name in layers} == set(topology)
@@ -262,6 +268,16 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     with pytest.raises(InputError, match=r"full: cannot be written: .*No space left"):
         export_run(run, tmp_path / "full")
     assert not list(tmp_path.glob("*full*"))
+
+
+def test_held_out_text_inside_one_document_is_a_document(
+    small: Callable[..., Config], tmp_path: Path, text: Path
+) -> None:
+    run, source = tmp_path / "run", tmp_path / "one.txt"
+    source.write_text("\n\n".join((text / f"{i}.txt").read_text() for i in range(10)))
+    start(small(f"data.source={source}", "training.steps=1", "data.validation_share=0.1"), run, quiet=True)
+    held_out = evaluate_run(run)
+    assert (held_out["documents"], held_out["tokens"] > 0) == (1, True)
 
 
 @pytest.mark.parametrize("method", ["sparsae", "rigl", "gse", "sparsae-rigl"])

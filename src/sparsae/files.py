@@ -58,6 +58,12 @@ def write_atomically(path: Path, text: str) -> None:
             raise
 
 
+def open_as_directory(path: Path) -> None:
+    """Let everybody read or write a file who may its directory; libraries that write their own make it private."""
+    with named(path):
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a directory, to disk."""
     with named(path):

@@ -37,7 +37,7 @@ from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.splits import Part, split_documents
 from sparsae.data.tokenizer import TRAINING_BYTES, Tokenizer, load_tokenizer, pieces, train_tokenizer
 from sparsae.errors import InputError
-from sparsae.files import read_sealed, write_sealed
+from sparsae.files import open_as_directory, read_sealed, write_sealed
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total): `read` and `tokenizer` count bytes, `tokenize` documents; total may be None.
@@ -395,6 +395,7 @@ def _save_counts(counts: npt.NDArray[np.int64], path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"train": counts}, path)
+    open_as_directory(path)
 
 
 def _load_counts(path: Path) -> npt.NDArray[np.int64]:

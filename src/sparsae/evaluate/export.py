@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sparsae.errors import InputError
 from sparsae.evaluate.card import model_card
 from sparsae.evaluate.loading import load_run
-from sparsae.files import temporary_name
+from sparsae.files import open_as_directory, temporary_name
 from sparsae.models import fold_attention_scale
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
@@ -53,6 +53,8 @@ def export_run(path: Path, to: Path, teacher: bool = False) -> None:
         (partial / "README.md").write_text(card, encoding="utf-8")
         if topology:
             save_file(topology, partial / "topology.safetensors", metadata=layout)
+        for file in partial.glob("*.safetensors"):
+            open_as_directory(file)
         if to.exists():
             to.rmdir()
         os.replace(partial, to)

@@ -77,7 +77,10 @@ def _text(loaded: LoadedRun, data: str | None, progress: Progress | None) -> tup
     # The rest has scored candidates: the topology was chosen on it.
     reported = split_held_out(corpus.validation, loaded.config.model.context)[0][:]
     size = len(loaded.tokenizer.decode(reported.tolist()).encode())
-    return reported, size, int(np.count_nonzero(reported == loaded.tokenizer.eos_id))
+    ends = np.flatnonzero(reported == loaded.tokenizer.eos_id)
+    # A document that is cut off by the division counts too.
+    begun = len(ends) == 0 or ends[-1] != len(reported) - 1
+    return reported, size, len(ends) + int(begun)
 
 
 def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

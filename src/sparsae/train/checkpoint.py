@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsae.errors import InputError
-from sparsae.files import named, read_sealed, sealed, sha256_of, sync, temporary_name
+from sparsae.files import named, open_as_directory, read_sealed, sealed, sha256_of, sync, temporary_name
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import full_names
 from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
@@ -54,6 +54,7 @@ def _write(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: 
         path = temporary / f"{group}.safetensors"
         with named(path):
             save_file({name: t.detach().contiguous().cpu() for name, t in members.items()}, path)
+        open_as_directory(path)
         files[path.name] = sha256_of(path)
     path = temporary / "state.json"
     with named(path):
