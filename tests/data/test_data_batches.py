@@ -51,7 +51,7 @@ def test_a_batch_larger_than_the_corpus_repeats_it():
 
 
 def test_a_batch_that_is_far_larger_than_the_corpus_is_refused():
-    with pytest.raises(InputError, match=r"batch_size 5000: the text has 2 sequences .* at most 4,096"):
+    with pytest.raises(InputError, match=r"batch_size 5000: the text has 2 sequences .* give at most 4,096"):
         Batches(np.arange(9), 4, 5000, seed=0)
     assert Batches(np.arange(4 * 1000 + 1), 4, 5000, seed=0).at(0).shape == (5000, 5)
 

@@ -40,8 +40,8 @@ class Batches:
         self.windows = window_count(tokens, context)
         if batch_size > (most := max(_FEW_WINDOWS, 16 * self.windows)):
             raise InputError(
-                f"training.batch_size {batch_size}: the text has {self.windows:,} sequences of model.context {context}; "
-                f"give at most {most:,}, or more text"
+                f"training.batch_size {batch_size}: the text has {self.windows:,} sequences of context {context}: "
+                f"give at most {most:,}"
             )
         self._tokens, self._context, self._batch_size = tokens, context, batch_size
         self._seed, self._rank, self._ranks = seed, rank, ranks
