@@ -232,3 +232,17 @@ def test_misuse_is_named() -> None:
     with pytest.raises(InputError, match="elitist"):
         Sparsifier(model, optimizer, SparsifierConfig(steps=1, topology=EvolutionConfig(selection="elitist")))
     Sparsifier(model, optimizer, SparsifierConfig(steps=1, topology=StaticConfig()))
+
+
+def test_the_name_of_a_rule_is_no_rule() -> None:
+    with pytest.raises(InputError, match=r"topology: must be the settings of a rule, such as GmpConfig\(\), not 'gmp'"):
+        SparsifierConfig(steps=3, topology="gmp")
+
+
+def test_what_is_no_state_is_refused() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)
+    sparsifier = Sparsifier(model, torch.optim.AdamW(model.parameters()), SparsifierConfig(steps=30))
+    with pytest.raises(InputError, match=r"no 'step': .*Sparsifier.state\(\)"):
+        sparsifier.restore({}, {})
+    with pytest.raises(InputError, match=r"no 'telemetry.*Sparsifier.state\(\)"):
+        sparsifier.restore(sparsifier.state()[0], {})

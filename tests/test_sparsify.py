@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +208,26 @@ def test_a_floor_that_cannot_be_held_is_named() -> None:
 def test_a_bare_linear_layer_is_refused() -> None:
     with pytest.raises(InputError, match="itself a linear layer"):
         sparsify(nn.Linear(4, 4), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sparsity": "0.9"}, "sparsity: must be a number such as 0.9, not '0.9'"),
+        ({"sparsity": None}, "sparsity: must be a number such as 0.9, not None"),
+        ({"sparsity": True}, "sparsity: must be a number such as 0.9, not True"),
+        ({"unit": 4}, r"unit: must be two whole numbers.* not 4"),
+        ({"unit": (4, 0)}, r"unit: must be two whole numbers.* not \(4, 0\)"),
+        ({"unit": (4, 4, 4)}, "unit: must be two whole numbers"),
+        ({"model": "gpt2"}, "model: must be a torch.nn.Module, not 'gpt2'"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        sparsify(**{"model": nn.Sequential(nn.Linear(8, 8)), **given})
+
+
+def test_a_model_that_is_sparse_already_is_told_so() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5)
+    with pytest.raises(InputError, match="no linear layer to sparsify: 2 sparse already"):
+        sparsify(model, 0.9)

@@ -46,6 +46,8 @@ class Choice:
             why = Counter(
                 reason for name, reason in self.reasons(model).items() if reason and is_linear_like(modules[name])
             )
+            if sparse := sum(isinstance(module, SparseLinear) for module in modules.values()):
+                why["sparse already (densify(model) first)"] = sparse
             counted = "; ".join(f"{count} {reason}" for reason, count in why.most_common())
             raise InputError(f"no linear layer to sparsify: {counted or 'the model has no dense one'}")
         return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
+from reprlib import repr
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +54,11 @@ def sparsify(
     layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and attributes, and what
     was frozen is.
 
-    Raises InputError for a sparsity outside [0, 1), a unit that does not divide a layer, patterns and heads that match
-    nothing, bounds that cannot hold the budget, and hooks on the gradient of a weight; then nothing has changed.
+    Raises InputError for arguments of other types, a sparsity outside [0, 1), a unit that does not divide a layer,
+    patterns and heads that match nothing, bounds that cannot hold the budget, and hooks on the gradient of a weight;
+    then nothing has changed.
     """
+    _check_types(model, sparsity, unit)
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
     _refuse_synchronized(model)
@@ -91,6 +95,16 @@ def sparsify(
     note(model, choice)
     tell_when_saving(model)
     return model
+
+
+def _check_types(model: object, sparsity: object, unit: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: must be a torch.nn.Module, not {repr(model)}")
+    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
+        raise InputError(f"sparsity: must be a number such as 0.9, not {repr(sparsity)}")
+    sides = unit if isinstance(unit, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in sides):
+        raise InputError(f"unit: must be two whole numbers, rows and columns such as (4, 4), not {repr(unit)}")
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from sparsae.config.schema import TeacherConfig
@@ -34,7 +34,7 @@ from sparsae.nn.sparsify import check_heads, head_floor, layer_counts
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import refuse_unsupported
 from sparsae.parameterization import Parameterization
-from sparsae.rules import build_rule
+from sparsae.rules import RULES, build_rule
 from sparsae.rules.base import Rule
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_ranks, tell_if_still
@@ -46,6 +46,8 @@ from sparsae.train.search import (
     refuse_lost_or_tied,
     trained_layers,
 )
+
+_NEWER = ("waiting", "initial_densities")  # a state of an earlier version lacks them
 
 
 class SparsifierConfig(Section):
@@ -65,6 +67,16 @@ class SparsifierConfig(Section):
     )
     accumulation: Count = Field(1, description="backward passes an optimizer step")
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("topology", mode="before")
+    @classmethod
+    def _a_name_is_no_rule(cls, topology: object) -> object:
+        if isinstance(topology, str):
+            example = topology if topology in RULES else "rigl"
+            raise InputError(
+                f"topology: must be the settings of a rule, such as {example.capitalize()}Config(), not '{topology}'"
+            )
+        return topology
 
 
 class Sparsifier:
@@ -196,9 +208,19 @@ class Sparsifier:
         return plain, tensors
 
     def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """From `state`, after model, optimizer and teacher were restored."""
+        """From `state`, after model, optimizer and teacher were restored.
+
+        Raises InputError for what `state` did not return, or returned of a model with other sparse layers.
+        """
+        if lacking := [key for key in self.state()[0] if key not in plain and key not in _NEWER]:
+            raise InputError(f"the state has no '{lacking[0]}': give both values that Sparsifier.state() returned")
         if other := sorted(set(plain["bounds"]) ^ set(self._layers)):
             raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
+        telemetry = _below(tensors, "telemetry.")
+        if lacking := [key for key in self.search.telemetry.state() if key not in telemetry]:
+            raise InputError(
+                f"the tensors have no 'telemetry.{lacking[0]}': give both values that Sparsifier.state() returned"
+            )
         self.step = int(plain["step"])
         self.search.state = self.search.rule.state_from_dict(plain["rule"])
         self.search.waiting = bool(plain.get("waiting", False))
@@ -207,7 +229,7 @@ class Sparsifier:
         self._burn_in.new = {name: t.to(device) for name, t in _below(tensors, "burn_in.").items()}
         self.search.bounds = {name: (low, high) for name, (low, high) in plain["bounds"].items()}
         self.search.ends = {name: (first, last) for name, (first, last) in plain["ends"].items()}
-        self.search.telemetry.restore(_below(tensors, "telemetry."))
+        self.search.telemetry.restore(telemetry)
         self._initial_densities = dict(plain.get("initial_densities", self._initial_densities))
         self._follow_density()
         self.search.arm(self.step + 1)
