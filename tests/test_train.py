@@ -280,6 +280,17 @@ def test_held_out_text_inside_one_document_is_a_document(
     assert (held_out["documents"], held_out["tokens"] > 0) == (1, True)
 
 
+def test_a_run_is_evaluated_with_its_own_threads(small: Callable[..., Config], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        start(small("training.steps=1", "training.threads=1"), tmp_path / "run", quiet=True)
+        torch.set_num_threads(2)
+        evaluate_run(tmp_path / "run")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("method", ["sparsae", "rigl", "gse", "sparsae-rigl"])
 def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path, method: str) -> None:
     config = small(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class LoadedRun:
 
 
 def load_run(path: Path, teacher: bool = False) -> LoadedRun:
-    """The student, or the teacher, of the run in `path`.
+    """The student, or the teacher, of the run in `path`; torch computes with the run's training.threads from then on.
 
     Raises InputError where there is no run, no checkpoint or no teacher, and where the checkpoint is damaged.
     """
@@ -45,6 +46,9 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
     tensors, state = load_checkpoint(checkpoint, group)
     run.check_tokenizer()
     tokenizer = load_tokenizer(run.tokenizer)
+    if config.training.threads is not None:
+        # At most one for each core: a run may come from a larger machine.
+        torch.set_num_threads(min(config.training.threads, os.cpu_count() or 1))
     device = choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
     model = build(config, tokenizer.vocab_size, tokenizer.eos_id, device)
     if teacher and config.teacher.storage == "dense":
