@@ -45,6 +45,7 @@ def test_numbers_of_a_run_that_went_wrong_stay_readable(capsys: pytest.CaptureFi
     first, second = capsys.readouterr().err.splitlines()
     assert first == "step 3 · validation loss 652.0000, perplexity 1.45e+283"
     assert "updates 18 ·" in second
+    assert "validation" not in second  # it has a line of its own, and this one's step is another
     display.topology(18, 7)
     display.train(row, 20)
     assert "updates 7/18 ·" in capsys.readouterr().err

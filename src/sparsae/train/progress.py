@@ -67,7 +67,8 @@ class Display:
         parts = [
             f"loss {row['cross_entropy']:.3f}",
             f"KL {row['distillation']:.3f}" if row["distillation"] is not None else "",
-            self._latest["validation"],
+            # Without a terminal a validation has a line of its own, which follows that of its step.
+            self._latest["validation"] if self._live else "",
             f"{row['tokens_per_second']:,.0f} tokens/s",
             f"density {row['density']:.4g}",
             self._latest["updates"],
