@@ -238,9 +238,12 @@ class TestWhatPeopleRead:
 
 
 class TestEndings:
-    def test_ctrl_c_ends_without_a_traceback(self, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    def test_ctrl_c_ends_without_a_traceback(
+        self, monkeypatch: pytest.MonkeyPatch, calls: Calls, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         calls.replace(monkeypatch, "sparsae.train.run", start=KeyboardInterrupt())
         assert main(["train"]) == 130
+        assert capsys.readouterr().err == "sparsae: interrupted\n"
 
     def test_a_fault_of_our_own_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
         calls.replace(monkeypatch, "sparsae.train.run", start=ZeroDivisionError("a bug"))

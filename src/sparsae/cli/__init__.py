@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 import sparsae
 from sparsae.cli import experiments
@@ -32,6 +33,7 @@ from sparsae.cli.output import (
     show_table,
     show_values,
 )
+from sparsae.config.complaints import explain
 from sparsae.config.load import annotated, methods, presets, resolve
 from sparsae.config.schema import MOST_GENERATED
 from sparsae.errors import DivergedError, InputError, require_utf8
@@ -266,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         message = str(error)
     except _UsageError as error:
-        message = error.format_message()
+        message = _without_pydantic(error)
     except BrokenPipeError:  # whoever reads our output has had enough
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -275,11 +277,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: cannot be read or written: " if error.filename else ""
         message = f"{place}{error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
+        print("sparsae: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     else:
         return code if isinstance(code, int) else 0
     print(f"sparsae: error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_INPUT
+
+
+def _without_pydantic(error: Any) -> str:
+    """What a wrong argument's error says; of a number that is none, which pydantic reads, as of any setting."""
+    if not isinstance(error.__cause__, ValidationError) or error.param is None:
+        return str(error.format_message())
+    return explain(error.__cause__.errors(include_url=False)[0], (), {(): error.param.opts[0]})
 
 
 def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:

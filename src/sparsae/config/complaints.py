@@ -12,7 +12,9 @@ Keys = tuple[str, ...]
 
 _TYPES = {
     "int_type": "a whole number",
+    "int_parsing": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
@@ -42,7 +44,8 @@ def shown(value: Any) -> str:
 def nearest(name: str, names: Iterable[str]) -> str:
     """`did you mean a or b?`, or, where nothing is near, all the names."""
     known = list(names)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = [other for other in known if len(name) > 2 and other.startswith(name)]
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(known)}"
 
 
@@ -65,10 +68,12 @@ def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str]) 
 
 def explain(error: ErrorDetails, keys: tuple[str | int, ...], origins: Mapping[Keys, str]) -> str:
     """The whole line for one of pydantic's errors; `keys` is its location without the tags of unions."""
-    line = f"{_origin(keys, origins)}: "
+    origin = _origin(keys, origins)
+    line = f"{origin}: "
     if error["type"] == "missing":
         keys = keys[:-1]  # pydantic points at the entry that a list lacks
-    if keys:
+    names = [key for key in keys if isinstance(key, str)]
+    if keys and [f"--{name.replace('_', '-')}" for name in names] != [origin]:  # an option may be all of the key
         line += f"{dotted(keys)}: "
     return line + _what(error)
 

@@ -135,11 +135,16 @@ class Plan(BasePlan):
     )
     tuning: Tuning = Tuning()
 
+    @field_validator("methods")
+    @classmethod
+    def _methods_are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in methods():
+                raise ValueError(f"no method '{name}'; {nearest(name, methods())}")
+        return names
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        for name in self.methods:
-            if name not in methods():
-                raise ValueError(f"methods: no method '{name}'; {nearest(name, methods())}")
         for name in self.variants:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"variants: '{name}' cannot name a directory: use letters, digits and . _ + -")
