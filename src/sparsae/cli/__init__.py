@@ -15,10 +15,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import typer
 from pydantic import ValidationError
+from typer.core import TyperGroup
 
 import sparsae
 from sparsae.cli import experiments
@@ -46,8 +47,22 @@ from sparsae.train.rundir import RunDirectory, describe
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
 
+
+@final
+class _Commands(TyperGroup):
+    """Tells of Ctrl-C, which Typer makes an exit code like that of a run that was saved and has said so."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("sparsae: interrupted", file=sys.stderr)
+            raise
+
+
 app = typer.Typer(
     name="sparsae",
+    cls=_Commands,
     help="Train language models that are sparse from the first step to the last.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -277,7 +292,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: cannot be read or written: " if error.filename else ""
         message = f"{place}{error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
-        print("sparsae: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     else:
         return code if isinstance(code, int) else 0
