@@ -323,7 +323,10 @@ def _restore(trainer: Trainer, saved: _Saved) -> None:
             load_model(trainer.teacher.model, tensors["teacher"], saved.file("teacher"))
             trainer.teacher.reconnect(trainer.model)
         if trainer.sparsifier:
-            trainer.sparsifier.restore(state["search"], tensors["search"])
+            try:
+                trainer.sparsifier.restore(state["search"], tensors["search"])
+            except InputError as error:  # which knows of no file
+                raise InputError(f"checkpoint {saved.path} does not fit this run: {error}") from None
         trainer.restore(state["trainer"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(
