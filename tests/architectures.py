@@ -11,8 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from sparsae import AdamW, Sparsifier, SparsifierConfig, parameter_groups, sparsify
-from sparsae.config import EvolutionConfig, RiglConfig
 from sparsae.nn.linear import sparse_layers
+from sparsae.rules import EvolutionConfig, RiglConfig
 
 RULES: dict[str, Any] = {"rigl": RiglConfig(every=5), "evolution": EvolutionConfig(every=5, proposer="guided")}
 VOCABULARY, LENGTH = 48, 8

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsae.config import Config, EvolutionConfig, StaticConfig
+from sparsae.config import Config
 from sparsae.config.load import annotated, dump, methods, presets, resolve
 from sparsae.errors import InputError
+from sparsae.rules import EvolutionConfig, StaticConfig
 
 
 def write(directory: Path, text: str | bytes) -> Path:

@@ -6,23 +6,19 @@ from collections.abc import Iterator
 import pytest
 from pydantic import ValidationError
 
-from sparsae.config import (
-    Config,
+from sparsae.config import Config, ModelConfig, Section, SparsityConfig, TrainingConfig
+from sparsae.config.load import json_schema, methods, presets, resolve
+from sparsae.errors import InputError
+from sparsae.rules import (
     EvolutionConfig,
     GmpConfig,
     GranetConfig,
     GseConfig,
     MagnitudeConfig,
-    ModelConfig,
     RiglConfig,
-    Section,
     SetConfig,
-    SparsityConfig,
     StaticConfig,
-    TrainingConfig,
 )
-from sparsae.config.load import json_schema, methods, presets, resolve
-from sparsae.errors import InputError
 
 
 def sections(section: type[Section]) -> Iterator[type[Section]]:
@@ -94,7 +90,7 @@ def test_names_that_ship() -> None:
     assert set(presets()) == {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
     assert set(methods()) == {
         "sparsae", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search", "static", "static-erk", "dense",
-        "dense_small", "set", "rigl", "gse", "gmp", "granet", "magnitude",
+        "dense_small", "set", "rigl", "gse", "gmp", "granet", "magnitude", "evolution",
     }  # fmt: skip
 
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from sparsae.config.schema import TeacherConfig
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import sample_distinct
 from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
-from sparsae.surgery import Swap, plan
+from sparsae.surgery import plan
 
 
 def small_model(unit: tuple[int, int] = (1, 1)) -> nn.Module:

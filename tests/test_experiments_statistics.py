@@ -150,9 +150,12 @@ def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
 
 
 def test_a_method_that_moved_nothing_is_named_once() -> None:
-    idle = {"updates": 0, "steps": 40, "rule": "rigl", "budget_deviation": 0.0}
-    rows = [row("static", n, 3.0) | {"rule": "static", "budget_deviation": 0.0, "updates": 0} for n in range(2)]
-    rows += [row("set", n, 3.0) | {"rule": "set", "budget_deviation": 0.0} for n in range(2)]
+    idle = {"updates": 0, "steps": 40, "rule": "rigl", "moves": True, "budget_deviation": 0.0}
+    rows = [
+        row("static", n, 3.0) | {"rule": "static", "moves": False, "budget_deviation": 0.0, "updates": 0}
+        for n in range(2)
+    ]
+    rows += [row("set", n, 3.0) | {"rule": "set", "moves": True, "budget_deviation": 0.0} for n in range(2)]
     rows += [row("rigl", n, 3.0) | idle for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
     assert warnings({"tuning": [], "rows": rows}) == [
         "gse at sparsity 0.9, seed 0: diverged",

@@ -10,12 +10,13 @@ import pytest
 from scipy import stats
 
 from sparsae.cli import main
-from sparsae.config import StaticConfig, TeacherConfig
+from sparsae.config import TeacherConfig
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
 from sparsae.experiments.plan import Plan, parse_plan
 from sparsae.experiments.ranking import rank_agreement
 from sparsae.experiments.variants import ABLATIONS, WRITTEN, ablation_variants, sensitivity_variants
+from sparsae.rules import StaticConfig
 
 TINY = {
     "model": {"layers": 1, "width": 16, "heads": 2, "context": 16},

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, parameter_groups, sparsify
-from sparsae.config import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, RiglConfig, SetConfig, StaticConfig
 from sparsae.config.schema import TeacherConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.names import modules_by_name
+from sparsae.rules import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, RiglConfig, SetConfig, StaticConfig
 
 MOVING: dict[str, Any] = {
     "evolution": EvolutionConfig(every=2),

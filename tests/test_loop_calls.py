@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsae.config.topology import EvolutionConfig, GmpConfig, RiglConfig, RuleConfig, SetConfig, StaticConfig
+from sparsae.config import RuleConfig
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
@@ -23,10 +24,10 @@ from sparsae.kernels.probe import LargestGradients, new_key
 from sparsae.kernels.registry import BACKENDS
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
-from sparsae.rules import RULES
-from sparsae.rules.base import Candidate, Score
+from sparsae.registry import RULES
+from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
 from sparsae.rules.evolution import Evolution
-from sparsae.surgery import Swap
+from sparsae.rules.parts.rule import Candidate, Score
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import mlp, score_of
 
@@ -60,7 +61,7 @@ def made(
     model = mlp(unit=unit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     topology = _config(rule, plain)
-    config = SparsifierConfig(steps=steps, topology=topology, sparsity=0.9 if RULES[rule](topology).prunes else None)
+    config = SparsifierConfig(steps=steps, topology=topology, sparsity=0.9 if build_rule(topology).prunes else None)
     score = score_of(model) if "elitist" in section else None
     return model, optimizer, Sparsifier(model, optimizer, config, score=score)  # type: ignore[arg-type]
 
@@ -76,7 +77,7 @@ def backward(model: nn.Module, seed: int, poison: float | None = None) -> None:
 
 
 def test_every_rule_is_here() -> None:
-    assert {name.partition(",")[0] for name in SECTIONS} | {"static"} == set(RULES)
+    assert {name.partition(",")[0] for name in SECTIONS} | {"static"} == set(RULES.names())
 
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])

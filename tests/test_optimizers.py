@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsae.config.topology import RiglConfig, SetConfig, StaticConfig
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, sample_distinct
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW
-from sparsae.surgery import Swap, plan
+from sparsae.rules import RiglConfig, SetConfig, StaticConfig
+from sparsae.surgery import plan
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsae.config import EvolutionConfig, ModelConfig, ParameterizationConfig
+from sparsae.config import ModelConfig, ParameterizationConfig
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_modules, decoder_and_head, parameterized
@@ -22,7 +23,8 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, follow_density, parameter_groups
 from sparsae.parameterization import Parameterization, Role, initialize
-from sparsae.surgery import Swap, plan
+from sparsae.rules import EvolutionConfig
+from sparsae.surgery import plan
 from sparsae.train.assemble import optimizer_of
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import LLAMA, SUPAR, built, config_of, mlp

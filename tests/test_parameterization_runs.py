@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsae.config import Config, EvolutionConfig, ParameterizationConfig
+from sparsae.config import Config, ParameterizationConfig
 from sparsae.config.load import resolve
+from sparsae.core.cadence import cosine_with_warmup
 from sparsae.core.randomness import generator
-from sparsae.core.schedules import cosine_with_warmup
 from sparsae.distill import Teacher
 from sparsae.evaluate.decoding import FastDecoder, open_decoder
 from sparsae.evaluate.export import export_run
@@ -26,6 +26,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.parameterization import Parameterization
+from sparsae.rules import EvolutionConfig
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import LLAMA, SUPAR, built, config_of, mlp
 

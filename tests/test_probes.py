@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from sparsae.config import EvolutionConfig, GseConfig, RiglConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
+from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 
 WIDTH, HIDDEN = 24, 48

@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsae.config.topology import EvolutionConfig, ResetConfig, RuleConfig, StaticConfig
+from sparsae.config.span import Horizon
 from sparsae.core.heads import HeadLayout
+from sparsae.core.observation import LayerView, Observation, head_counts, head_densities
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
-from sparsae.rules import RULES, build_rule
-from sparsae.rules.base import Candidate, LayerView, Observation, Score, head_counts, head_densities
+from sparsae.registry import RULES
+from sparsae.rules import EvolutionConfig, ResetConfig, StaticConfig, build_rule
 from sparsae.rules.evolution import Evolution, EvolutionState
-from sparsae.rules.parts import keeps_bounds
-from sparsae.rules.proposers import PROPOSERS, Temperatures, reset
-from sparsae.rules.proxy import Running, combine, diversity, known_gradient_norm
-from sparsae.surgery import Swap, plan
+from sparsae.rules.parts.exchange import keeps_bounds
+from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
+from sparsae.rules.parts.proxy import Running, combine, diversity, known_gradient_norm
+from sparsae.rules.parts.rule import Candidate, Score
+from sparsae.surgery import plan
 
 
 def observe(seed: int = 0, unit: tuple[int, int] = (1, 1), bounds: tuple[int, int] | None = None) -> Observation:
@@ -275,9 +277,9 @@ def test_state_survives_json() -> None:
 
 def test_due_steps() -> None:
     rule = Evolution(EvolutionConfig(every=10, start=0.1, stop=0.5))
-    assert [step for step in range(1, 101) if rule.due(step, 100)] == [20, 30, 40, 50]
-    assert sum(Evolution(EvolutionConfig(stop=1.0)).due(step, 1000) for step in range(1, 1001)) == 19
-    assert not build_rule(StaticConfig()).due(1, 2)
+    assert [step for step in range(1, 101) if rule.due(step, Horizon(100))] == [20, 30, 40, 50]
+    assert sum(Evolution(EvolutionConfig(stop=1.0)).due(step, Horizon(1000)) for step in range(1, 1001)) == 19
+    assert not build_rule(StaticConfig()).due(1, Horizon(2))
 
 
 def test_mutation_rate_follows_its_schedule() -> None:
@@ -299,10 +301,9 @@ def test_without_scores_comma_takes_its_one_candidate_and_elitist_refuses() -> N
         Evolution(EvolutionConfig(selection="elitist")).without_scores()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", RULES.names())
 def test_every_rule_keeps_the_contract(name: str) -> None:
-    configs = {type_.model_fields["rule"].default: type_ for type_ in get_args(get_args(RuleConfig)[0])}
-    rule = RULES[name](configs[name]())
+    rule = build_rule(RULES[name].settings())
     state = rule.initial_state()
     assert rule.state_from_dict(json.loads(json.dumps(dataclasses.asdict(state)))) == state
     observation = observe()

@@ -9,22 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from sparsae.config.topology import (
-    GmpConfig,
-    GranetConfig,
-    GseConfig,
-    MagnitudeConfig,
-    RiglConfig,
-    RuleConfig,
-    SetConfig,
-)
+from sparsae.config import RuleConfig
 from sparsae.core.budgets import allocate, relative_density
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.probe import SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.rules.base import NoState
-from sparsae.rules.gse import Gse
+from sparsae.rules import GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, RiglConfig, SetConfig
+from sparsae.rules.gse import build_gse
+from sparsae.rules.parts.rule import NoState
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 
 # Loss y1 - y2 of y = W2 W1 x with x = (1, 2, 3): dy = (1, -1). Unit numbers run down the columns: 2 * column + row.
@@ -146,7 +139,7 @@ def frequencies(sampling: str, x_TI: torch.Tensor, dy_TO: torch.Tensor, draws: i
     """How often each (output, input) pair is drawn, one at a time, from a layer whose active unit is elsewhere."""
     shape = (dy_TO.shape[1], x_TI.shape[1])
     topology = Topology.from_indices(shape, torch.tensor([shape[0] * shape[1] - 1]))
-    rule = Gse(GseConfig(sampling=sampling))  # type: ignore[arg-type]
+    rule = build_gse(GseConfig(sampling=sampling))  # type: ignore[arg-type]
     counts = torch.zeros(shape[1] * shape[0])
     for seed in range(draws):
         draw = rule.sample({"a": topology}, NoState(), generator(seed))["a"]
@@ -186,7 +179,7 @@ def test_nothing_to_go_by_is_an_even_draw() -> None:
 def test_a_drawn_sample_has_distinct_inactive_units_and_their_gradients(sampling: str) -> None:
     topology = Topology.random((12, 20), 20, generator(1), (2, 2))
     layer = SparseLinear(topology, torch.randn(topology.values_shape, generator=generator(2)))
-    draws = Gse(GseConfig(sampling=sampling, sample_ratio=2.0)).sample({"a": topology}, NoState(), generator(3))  # type: ignore[arg-type]
+    draws = build_gse(GseConfig(sampling=sampling, sample_ratio=2.0)).sample({"a": topology}, NoState(), generator(3))  # type: ignore[arg-type]
     probe = SampledGradients(layer.key, draws["a"])
     for seed in (4, 5):
         x = torch.randn(5, 20, generator=generator(seed, "x"))

@@ -10,11 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsae.config.span import Horizon
+from sparsae.core.cadence import Cubic, Periodic
+from sparsae.core.observation import LayerView, Observation
 from sparsae.core.ranking import largest, smallest
-from sparsae.core.schedules import Cubic, is_periodic
 from sparsae.core.topology import Topology
-from sparsae.rules.base import LayerView, Observation
-from sparsae.rules.parts import cosine_fraction, exchange, pruned_counts, smallest_overall
+from sparsae.rules.parts.drop import smallest_overall
+from sparsae.rules.parts.exchange import CosineFraction
+from sparsae.rules.parts.grow import exchange
+from sparsae.rules.parts.pruning import pruned_counts
 
 SCORES = st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, -3.0]), min_size=1, max_size=30)
 
@@ -73,30 +77,38 @@ def test_a_choice_that_its_limits_cannot_hold_is_refused() -> None:
 def test_the_cosine_is_the_papers() -> None:
     # f(t) = alpha / 2 (1 + cos(t pi / T_end)), with T_end = 75 of 100 steps.
     for t in (0, 10, 37.5, 74):
-        assert cosine_fraction(0.3, t / 100, 0.75) == pytest.approx(0.15 * (1 + math.cos(t * math.pi / 75)))
-    assert cosine_fraction(0.3, 0.75, 0.75) == pytest.approx(0.0, abs=1e-12)
-    assert cosine_fraction(0.3, 0.9, 0.75) == pytest.approx(0.0, abs=1e-12)
+        assert CosineFraction(0.3, 0.75).at(t / 100) == pytest.approx(0.15 * (1 + math.cos(t * math.pi / 75)))
+    assert CosineFraction(0.3, 0.75).at(0.75) == pytest.approx(0.0, abs=1e-12)
+    assert CosineFraction(0.3, 0.75).at(0.9) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_updates_come_periodically_until_they_end() -> None:
-    assert [t for t in range(1, 1001) if is_periodic(t, 1000, 100, 0.75)] == [100, 200, 300, 400, 500, 600, 700]
-    assert [t for t in range(1, 401) if is_periodic(t, 400, 100, 0.75)] == [100, 200]
-    assert [t for t in range(1, 201) if is_periodic(t, 200, 100, 1.0)] == [100]
+    assert [t for t in range(1, 1001) if Periodic(100, stop=0.75).due(t, Horizon(1000))] == [
+        100,
+        200,
+        300,
+        400,
+        500,
+        600,
+        700,
+    ]
+    assert [t for t in range(1, 401) if Periodic(100, stop=0.75).due(t, Horizon(400))] == [100, 200]
+    assert [t for t in range(1, 201) if Periodic(100, stop=1.0).due(t, Horizon(200))] == [100]
 
 
 def test_the_cubic_schedule_is_the_papers_and_ends_exactly() -> None:
     schedule = Cubic(0.25, 0.75, 10)
-    assert [t for t in range(1, 101) if schedule.due(t, 100)] == [25, 35, 45, 55, 65, 75]
-    assert schedule.left(3, 100) == schedule.left(25, 100) == 1.0
-    assert schedule.left(35, 100) == pytest.approx(0.8**3)
-    assert schedule.left(75, 100) == schedule.left(99, 100) == 0.0
+    assert [t for t in range(1, 101) if schedule.due(t, Horizon(100))] == [25, 35, 45, 55, 65, 75]
+    assert schedule.left(3, Horizon(100)) == schedule.left(25, Horizon(100)) == 1.0
+    assert schedule.left(35, Horizon(100)) == pytest.approx(0.8**3)
+    assert schedule.left(75, Horizon(100)) == schedule.left(99, Horizon(100)) == 0.0
 
 
 @given(st.integers(1, 300), st.integers(1, 200), st.floats(0, 0.99), st.floats(0.01, 1))
 def test_every_cubic_schedule_ends(steps: int, every: int, start: float, span: float) -> None:
     schedule = Cubic(start, min(1.0, start + span), every)
-    due = [t for t in range(1, steps + 1) if schedule.due(t, steps)]
-    left = [schedule.left(t, steps) for t in due]
+    due = [t for t in range(1, steps + 1) if schedule.due(t, Horizon(steps))]
+    left = [schedule.left(t, Horizon(steps)) for t in due]
     assert due
     assert left[-1] == 0.0
     assert left == sorted(left, reverse=True)
@@ -145,8 +157,21 @@ def test_pruning_is_by_layer_or_over_the_model() -> None:
         "b": view_of([1.0, 2.0, 3.0, 4.0], 8, ends=(4, 2)),
     }
     observation = Observation(views, 1, 2)
-    assert pruned_counts(observation, 0.5, "local") == {"a": 1, "b": 1}
-    assert pruned_counts(observation, 0.0, "local") == {"a": 2, "b": 2}
+    magnitudes = {name: view.magnitude for name, view in views.items()}
+    assert pruned_counts(observation, magnitudes, 0.5, "local") == {
+        "a": 1,
+        "b": 1,
+    }
+    assert pruned_counts(observation, magnitudes, 0.0, "local") == {
+        "a": 2,
+        "b": 2,
+    }
     # All of "a" is smaller than anything in "b", but it keeps its one unit.
-    assert pruned_counts(observation, 0.5, "global") == {"a": 2, "b": 0}
-    assert pruned_counts(observation, 0.0, "global") == {"a": 3, "b": 1}
+    assert pruned_counts(observation, magnitudes, 0.5, "global") == {
+        "a": 2,
+        "b": 0,
+    }
+    assert pruned_counts(observation, magnitudes, 0.0, "global") == {
+        "a": 3,
+        "b": 1,
+    }

@@ -11,25 +11,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparsae.config import RuleConfig
 from sparsae.config.schema import TeacherConfig
-from sparsae.config.topology import (
-    EvolutionConfig,
-    GmpConfig,
-    GranetConfig,
-    GseConfig,
-    MagnitudeConfig,
-    RiglConfig,
-    RuleConfig,
-    SetConfig,
-)
+from sparsae.config.span import Horizon
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels import native
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
-from sparsae.surgery import Swap, plan
+from sparsae.rules import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, RiglConfig, SetConfig
+from sparsae.surgery import plan
 from sparsae.train.checkpoint import load_model, load_optimizer, model_tensors, optimizer_tensors
 from sparsae.train.memory import state_bytes
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
@@ -174,11 +168,11 @@ def test_pruning_ends_at_exactly_its_target_and_everything_shrinks_with_it(name:
     assert counts == sorted(counts, reverse=True)
     assert counts[29] == target
     rule = sparsifier.search.rule
-    steps = [t for t in range(1, 41) if rule.due(t, 40)]
+    steps = [t for t in range(1, 41) if rule.due(t, Horizon(40))]
     begin, end = start // (unit[0] * unit[1]), round(0.2 * units)
     for t in steps:
         # Rounded in each layer, when each layer has its own schedule.
-        assert abs(counts[t - 1] // (unit[0] * unit[1]) - rule.active_units(begin, end, t, 40)) <= 1
+        assert abs(counts[t - 1] // (unit[0] * unit[1]) - rule.active_units(begin, end, t, Horizon(40))) <= 1
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     assert sparsifier.teacher is not None

@@ -531,7 +531,7 @@ class TestLonger:
         assert_same_run(run, tmp_path / "broken")
 
     def test_the_rate_rises_again_over_one_percent_of_what_was_added(self, make: Make, tmp_path: Path) -> None:
-        from sparsae.core.schedules import cosine_with_warmup
+        from sparsae.core.cadence import cosine_with_warmup
 
         run = tmp_path / "run"
         start(make("training.log_every=1", method="static"), run, quiet=True)

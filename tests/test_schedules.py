@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsae.core.schedules import cosine_with_warmup, decayed
+from sparsae.core.cadence import cosine_with_warmup, decayed
 
 shares = st.floats(0.0, 1.0)
 kinds: st.SearchStrategy[Literal["constant", "linear", "cosine"]] = st.sampled_from(["constant", "linear", "cosine"])

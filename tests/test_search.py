@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.topology import EvolutionConfig, ProxyConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.kernels.probe import SampledGradients, open_probe
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
+from sparsae.rules import EvolutionConfig, ProxyConfig
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from sparsae.train.telemetry import TopologyTelemetry
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
@@ -219,7 +219,7 @@ def test_head_floors_hold_under_evolution() -> None:
     )
     config = SparsifierConfig(steps=60, topology=topology, head_min_density=0.25, min_density=0.0, max_density=1.0)
     sparsifier = Sparsifier(model, optimizer, config, heads=heads)
-    from sparsae.rules.base import head_densities
+    from sparsae.core.observation import head_densities
 
     for _ in range(50):
         for p in model.parameters():

@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsae.config.schema import TeacherConfig
-from sparsae.config.topology import EvolutionConfig, StaticConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.reference import SCRATCH
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
+from sparsae.rules import EvolutionConfig, StaticConfig
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 from tests.test_topology import assert_valid
@@ -100,7 +100,7 @@ def test_thousands_of_updates_keep_every_invariant(proposer: str, unit: tuple[in
 
 
 def _constant_score():  # type: ignore[no-untyped-def]
-    from sparsae.rules.base import Score
+    from sparsae.rules.parts.rule import Score
 
     return Score(1.0, 0.0, 0.0)
 

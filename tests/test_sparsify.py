@@ -11,11 +11,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sparsae.core.heads import HeadLayout
+from sparsae.core.observation import head_densities
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
-from sparsae.rules.base import head_densities
 from sparsae.train.checkpoint import load_model, model_tensors
 
 

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from sparsae import AdamW, InputError, SparseLinear, Sparsifier, SparsifierConfig, densify, sparsify, summary
-from sparsae.config import RiglConfig
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.summary import Summary
+from sparsae.rules import RiglConfig
 
 
 def gpt2(vocabulary: int = 50) -> GPT2LMHeadModel:

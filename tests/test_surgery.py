@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap, sample_distinct
 from sparsae.nn.linear import SparseLinear
-from sparsae.surgery import Swap, TeacherLayer, kaiming_uniform, plan
+from sparsae.surgery import TeacherLayer, kaiming_uniform, plan
 from tests.strategies import topologies
 from tests.test_topology import assert_valid
 

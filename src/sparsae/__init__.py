@@ -13,17 +13,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsae.config.rules import RuleConfig as RuleConfig
+    from sparsae.config.span import Span as Span
+    from sparsae.core.cadence import Cadence as Cadence
+    from sparsae.core.cadence import Cubic as Cubic
+    from sparsae.core.cadence import Never as Never
+    from sparsae.core.cadence import Once as Once
+    from sparsae.core.cadence import Periodic as Periodic
+    from sparsae.core.heads import HeadLayout as HeadLayout
+    from sparsae.core.observation import LayerView as LayerView
+    from sparsae.core.observation import Observation as Observation
+    from sparsae.core.swap import Swap as Swap
     from sparsae.core.topology import Topology as Topology
     from sparsae.errors import InputError as InputError
     from sparsae.losses import distillation_loss as distillation_loss
     from sparsae.nn.linear import SparseLinear as SparseLinear
+    from sparsae.nn.linear import sparse_layers as sparse_layers
     from sparsae.nn.sparsify import densify as densify
     from sparsae.nn.sparsify import sparsify as sparsify
     from sparsae.nn.summary import summary as summary
     from sparsae.optim import AdamW as AdamW
     from sparsae.optim import parameter_groups as parameter_groups
     from sparsae.parameterization import Parameterization as Parameterization
-    from sparsae.surgery import Swap as Swap
+    from sparsae.registry import RULES as RULES
+    from sparsae.rules.parts.drop import Drop as Drop
+    from sparsae.rules.parts.drop import RandomDrop as RandomDrop
+    from sparsae.rules.parts.drop import SmallestMagnitude as SmallestMagnitude
+    from sparsae.rules.parts.exchange import CosineFraction as CosineFraction
+    from sparsae.rules.parts.exchange import Exchange as Exchange
+    from sparsae.rules.parts.grow import Grow as Grow
+    from sparsae.rules.parts.grow import LargestGradient as LargestGradient
+    from sparsae.rules.parts.grow import LargestSampledGradient as LargestSampledGradient
+    from sparsae.rules.parts.grow import RandomGrowth as RandomGrowth
+    from sparsae.rules.parts.pruning import Pruning as Pruning
+    from sparsae.rules.parts.rule import Candidate as Candidate
+    from sparsae.rules.parts.rule import Decision as Decision
+    from sparsae.rules.parts.rule import Rule as Rule
     from sparsae.train.sparsifier import Sparsifier as Sparsifier
     from sparsae.train.sparsifier import SparsifierConfig as SparsifierConfig
 
@@ -31,16 +56,41 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdamW": "sparsae.optim",
+    "Cadence": "sparsae.core.cadence",
+    "Candidate": "sparsae.rules.parts.rule",
+    "CosineFraction": "sparsae.rules.parts.exchange",
+    "Cubic": "sparsae.core.cadence",
+    "Decision": "sparsae.rules.parts.rule",
+    "Drop": "sparsae.rules.parts.drop",
+    "Exchange": "sparsae.rules.parts.exchange",
+    "Grow": "sparsae.rules.parts.grow",
+    "HeadLayout": "sparsae.core.heads",
     "InputError": "sparsae.errors",
+    "LargestGradient": "sparsae.rules.parts.grow",
+    "LargestSampledGradient": "sparsae.rules.parts.grow",
+    "LayerView": "sparsae.core.observation",
+    "Never": "sparsae.core.cadence",
+    "Observation": "sparsae.core.observation",
+    "Once": "sparsae.core.cadence",
     "Parameterization": "sparsae.parameterization",
+    "Periodic": "sparsae.core.cadence",
+    "Pruning": "sparsae.rules.parts.pruning",
+    "RULES": "sparsae.registry",
+    "RandomDrop": "sparsae.rules.parts.drop",
+    "RandomGrowth": "sparsae.rules.parts.grow",
+    "Rule": "sparsae.rules.parts.rule",
+    "RuleConfig": "sparsae.config.rules",
+    "SmallestMagnitude": "sparsae.rules.parts.drop",
+    "Span": "sparsae.config.span",
     "SparseLinear": "sparsae.nn.linear",
     "Sparsifier": "sparsae.train.sparsifier",
     "SparsifierConfig": "sparsae.train.sparsifier",
-    "Swap": "sparsae.surgery",
+    "Swap": "sparsae.core.swap",
     "Topology": "sparsae.core.topology",
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
     "parameter_groups": "sparsae.optim",
+    "sparse_layers": "sparsae.nn.linear",
     "sparsify": "sparsae.nn.sparsify",
     "summary": "sparsae.nn.summary",
 }

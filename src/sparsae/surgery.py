@@ -16,33 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import follow
 
 InitialStd = Callable[[str, Topology], float]
-
-
-@dataclass(frozen=True, eq=False)
-class Swap:
-    """A proposed change over the whole model: flat unit numbers to drop and to grow, by layer.
-
-    As many come as go, but for `shrinks`: that many more go, and the model is smaller afterwards.
-    """
-
-    drop: Mapping[str, Tensor]
-    grow: Mapping[str, Tensor]
-    shrinks: int = 0
-
-    @property
-    def size(self) -> int:
-        """Units that go."""
-        return sum(units.numel() for units in self.drop.values())
-
-    def count_changes(self) -> dict[str, int]:
-        """Change of each touched layer's number of active units."""
-        names = list(dict.fromkeys([*self.drop, *self.grow]))
-        return {name: _size(self.grow, name) - _size(self.drop, name) for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +155,3 @@ def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:
     bound = math.sqrt(6.0) / fan_in.to(torch.float32).sqrt()
     uniform = torch.rand(topology.values_shape, generator=rng, dtype=torch.float32, device="cpu") * 2 - 1
     return uniform * bound.view(-1, *[1] * (uniform.dim() - 1))
-
-
-def _size(units: Mapping[str, Tensor], name: str) -> int:
-    return units[name].numel() if name in units else 0

@@ -22,7 +22,6 @@ from sparsae.bench.clock import using_threads
 from sparsae.bench.rows import Column, Row
 from sparsae.config.load import resolve
 from sparsae.config.schema import Config
-from sparsae.config.topology import StaticConfig
 from sparsae.core.randomness import generator
 from sparsae.data.batches import Batches
 from sparsae.errors import InputError
@@ -30,6 +29,7 @@ from sparsae.evaluate.generation import next_tokens
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import sparse_layers
+from sparsae.rules import StaticConfig
 from sparsae.train.assemble import silent_trainer
 from sparsae.train.build import build, check
 from sparsae.train.loop import Trainer
@@ -65,7 +65,7 @@ class _Model:
 
     @property
     def searches(self) -> bool:
-        return self.trainer.sparsifier is not None and self.config.topology.rule != "static"
+        return self.trainer.sparsifier is not None and self.trainer.sparsifier.search.rule.moves
 
     def step(self, counts: bool) -> None:
         due = self.trainer.sparsifier is not None and self.trainer.sparsifier.update_due

@@ -16,8 +16,9 @@ import torch
 
 from sparsae.bench.clock import Phases, interleaved, using_threads
 from sparsae.bench.rows import Column, Row, groups
-from sparsae.config.topology import EvolutionConfig, GseConfig, RiglConfig
+from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, grid_size
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
@@ -25,12 +26,11 @@ from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear
 from sparsae.optim import AdamW
-from sparsae.rules.base import LayerView, Observation, Rule
-from sparsae.rules.gse import Gse
-from sparsae.rules.parts import sample_inactive
-from sparsae.rules.proposers import PROPOSERS, Temperatures
-from sparsae.rules.rigl import Rigl
-from sparsae.surgery import Plan, Swap, plan
+from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig, build_rule
+from sparsae.rules.parts.proposers import PROPOSERS, Temperatures
+from sparsae.rules.parts.rule import Rule
+from sparsae.rules.parts.sampling import sample_inactive
+from sparsae.surgery import Plan, plan
 
 _NAME = "layer"
 
@@ -62,8 +62,8 @@ class Subject:
         self.config = EvolutionConfig()
         self.temperatures = Temperatures(self.config.drop_temperature, self.config.grow_temperature)
         self._rules: dict[str, Rule] = {
-            "gse": Gse(GseConfig(drop_fraction=share)),
-            "rigl": Rigl(RiglConfig(drop_fraction=share)),
+            "gse": build_rule(GseConfig(drop_fraction=share)),
+            "rigl": build_rule(RiglConfig(drop_fraction=share)),
         }
         self._sample: torch.Tensor | None = None
         self._gradient: torch.Tensor | None = None

@@ -25,6 +25,7 @@ import sparsae
 from sparsae.cli import experiments
 from sparsae.cli.bench import bench
 from sparsae.cli.check import check
+from sparsae.cli.listing import list_methods
 from sparsae.cli.output import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
@@ -268,6 +269,7 @@ def info(run: Run, json_file: JsonFile = None) -> None:
 
 for _command in (experiments.compare, experiments.ablate, experiments.sensitivity, experiments.transfer):
     app.command()(_command)
+app.command("methods")(list_methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,10 @@
-"""Settings: their schema, the named presets and methods, and how a run's settings are put together."""
+"""Settings: their schema, the named presets and methods, and how a run's settings are put together.
+
+The settings of a topology rule are in the rule's own file: `from sparsae.rules import RiglConfig`.
+"""
 
 from sparsae.config.parameterization import ParameterizationConfig
+from sparsae.config.rules import BurnInConfig, MicroBatchConfig, RuleConfig
 from sparsae.config.schema import (
     Config,
     DataConfig,
@@ -11,44 +15,19 @@ from sparsae.config.schema import (
     TrainingConfig,
 )
 from sparsae.config.section import Section
-from sparsae.config.topology import (
-    AdaptationConfig,
-    BurnInConfig,
-    EvolutionConfig,
-    GmpConfig,
-    GranetConfig,
-    GseConfig,
-    MagnitudeConfig,
-    MicroBatchConfig,
-    ProxyConfig,
-    ResetConfig,
-    RiglConfig,
-    RuleConfig,
-    SetConfig,
-    StaticConfig,
-)
+from sparsae.config.span import Span
 
 __all__ = [
-    "AdaptationConfig",
     "BurnInConfig",
     "Config",
     "DataConfig",
-    "EvolutionConfig",
-    "GmpConfig",
-    "GranetConfig",
-    "GseConfig",
-    "MagnitudeConfig",
     "MicroBatchConfig",
     "ModelConfig",
     "ParameterizationConfig",
-    "ProxyConfig",
-    "ResetConfig",
-    "RiglConfig",
     "RuleConfig",
     "Section",
-    "SetConfig",
+    "Span",
     "SparsityConfig",
-    "StaticConfig",
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",

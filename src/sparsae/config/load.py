@@ -11,19 +11,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
 from sparsae.config.narrow import narrowed, refuse_huge
+from sparsae.config.rules import RuleConfig
 from sparsae.config.schema import Config
 from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError, require_utf8
+from sparsae.registry import RULES
 
 __all__ = [
+    "about",
     "annotated",
     "dump",
     "has_sparsity",
@@ -48,8 +51,16 @@ def presets() -> tuple[str, ...]:
 
 
 def methods() -> tuple[str, ...]:
-    """Names of the methods that ship with the package."""
-    return _shipped("methods")
+    """Names of the methods: those that ship with the package, and every rule, which is a method without a teacher."""
+    return tuple(sorted({*_shipped("methods"), *RULES.names()}))
+
+
+def about(method: str) -> str:
+    """One sentence on a method: of its file, or of the rule that it is. InputError if there is no such method."""
+    if method in _shipped("methods"):
+        text = (resources.files("sparsae.config") / "methods" / f"{method}.yaml").read_text("utf-8")
+        return text.partition("\n")[0].removeprefix("# ")
+    return RULES[method].title
 
 
 def has_sparsity(method: str) -> bool:
@@ -60,8 +71,18 @@ def has_sparsity(method: str) -> bool:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a settings file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    """JSON schema of a settings file, for editors: with the settings of every rule that is known here."""
+    schema = Config.model_json_schema()
+    rules = []
+    for name in RULES.names():
+        rule = RULES[name].settings.model_json_schema(ref_template="#/$defs/{model}")
+        schema["$defs"] |= rule.pop("$defs", {})
+        rule["properties"]["rule"] |= {"const": name, "default": name}
+        rules.append(rule)
+    schema["$defs"].pop(RuleConfig.__name__, None)
+    schema["properties"]["topology"] = {"oneOf": rules, "title": "Topology"}
+    schema["properties"]["rules"] |= {"additionalProperties": {"oneOf": rules}}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def resolve(
@@ -133,11 +154,14 @@ class _Layers:
         self.origins: dict[Keys, str] = {}
 
     def add_names(self, preset: str, method: str) -> None:
-        for kind, name in (("preset", preset), ("method", method)):
-            if name not in _shipped(f"{kind}s"):
-                raise InputError(f"no {kind} {shown(name)}; {nearest(name, _shipped(f'{kind}s'))}")
-            text = (resources.files("sparsae.config") / f"{kind}s" / f"{name}.yaml").read_text("utf-8")
-            self.add(read_yaml(text, f"{kind} {name}"), f"{kind} {name}")
+        for kind, name, names in (("preset", preset, presets()), ("method", method, methods())):
+            if name not in names:
+                raise InputError(f"no {kind} {shown(name)}; {nearest(name, names)}")
+            if name in _shipped(f"{kind}s"):
+                text = (resources.files("sparsae.config") / f"{kind}s" / f"{name}.yaml").read_text("utf-8")
+                self.add(read_yaml(text, f"{kind} {name}"), f"{kind} {name}")
+            else:
+                self.add({"topology": {"rule": name}, "teacher": {"enabled": False}}, f"{kind} {name}")
         self.tree |= {"preset": preset, "method": method}
 
     def add(self, given: Tree, origin: str) -> None:
@@ -149,8 +173,8 @@ class _Layers:
             field = section.model_fields.get(name)
             if field is None:
                 raise InputError(f"{origin}: {unknown_key(keys, section.model_fields, _all_keys(Config, ()))}")
-            variants = _variants(field)
-            if not variants:
+            inner_section = _section(field)
+            if inner_section is None:
                 tree[name] = value
                 self.origins.pop(keys, None)  # so that the origins stay in the order of the layers
                 self.origins[keys] = origin
@@ -158,17 +182,17 @@ class _Layers:
             if not isinstance(value, dict):
                 raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
             inner = tree.setdefault(name, {})
-            if field.discriminator is not None:
-                inner = tree[name] = self._of_one_rule(inner, value, variants, keys, origin)
-                self._merge(inner, value, variants[inner["rule"]], keys, origin)
-            else:
-                self._merge(inner, value, variants[""], keys, origin)
+            if inner_section is RuleConfig:
+                inner = tree[name] = self._of_one_rule(inner, value, keys, origin)
+                inner_section = RULES[inner["rule"]].settings
+            self._merge(inner, value, inner_section, keys, origin)
 
-    def _of_one_rule(self, tree: Tree, given: Tree, rules: dict[str, type[Section]], keys: Keys, origin: str) -> Tree:
+    def _of_one_rule(self, tree: Tree, given: Tree, keys: Keys, origin: str) -> Tree:
         current = tree.get("rule", _DEFAULT.topology.rule)
         rule = given.get("rule", current)
-        if not isinstance(rule, str) or rule not in rules:
-            raise InputError(f"{origin}: {dotted(keys)}.rule: no rule {shown(rule)}; {nearest(str(rule), rules)}")
+        if not isinstance(rule, str) or rule not in RULES:
+            hint = nearest(str(rule), RULES.names())
+            raise InputError(f"{origin}: {dotted(keys)}.rule: no rule {shown(rule)}; {hint}")
         if rule == current:
             return {**tree, "rule": rule}
         self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
@@ -176,32 +200,42 @@ class _Layers:
 
     def config(self) -> Config:
         try:
-            config = Config.model_validate(self.tree)
+            config = Config.model_validate({**self.tree, **self._rules()})
         except ValidationError as errors:
             error = errors.errors(include_url=False)[0]
-            head, rest = error["loc"][:1], error["loc"][1:]
-            if rest and Config.model_fields[str(head[0])].discriminator is not None:
-                rest = rest[1:]  # pydantic puts the rule's name into the location
-            raise InputError(explain(error, (*head, *rest), self.origins)) from None
+            raise InputError(explain(error, error["loc"], self.origins)) from None
         refuse_huge(config)
         return narrowed(config) if config.method == "dense_small" else config
 
+    def _rules(self) -> Tree:
+        """The sections that belong to a rule, validated by its own class."""
+        found: Tree = {}
+        for name, field in Config.model_fields.items():
+            if _section(field) is RuleConfig and name in self.tree:
+                tree = self.tree[name]
+                try:
+                    found[name] = RULES[tree.get("rule", _DEFAULT.topology.rule)].settings.model_validate(tree)
+                except ValidationError as errors:
+                    error = errors.errors(include_url=False)[0]
+                    raise InputError(explain(error, (name, *error["loc"]), self.origins)) from None
+        return found
 
-def _variants(field: FieldInfo) -> dict[str, type[Section]]:
-    """Sections that a field may hold: none for a plain value, one under "", or one a rule under the rule's name."""
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-        return {"": field.annotation}
-    if field.discriminator is not None:
-        return {cls.model_fields["rule"].default: cls for cls in get_args(field.annotation)}
-    return {}
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, `RuleConfig` for one that belongs to a rule; None for a plain value."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _all_keys(section: type[Section], path: Keys) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        variants = _variants(field)
-        if not variants:
+        inner = _section(field)
+        if inner is None:
             yield dotted((*path, name))
-        for inner in variants.values():
+        elif inner is RuleConfig:
+            for rule in RULES.own_names():
+                yield from _all_keys(RULES[rule].settings, (*path, name))
+        else:
             yield from _all_keys(inner, (*path, name))
 
 
@@ -237,7 +271,7 @@ def _name(tree: Tree, kind: str, origin: str) -> str | None:
     if kind not in tree:
         return None
     name = tree.pop(kind)
-    names = _shipped(f"{kind}s")
+    names = presets() if kind == "preset" else methods()
     if not isinstance(name, str) or name not in names:
         raise InputError(f"{origin}: {kind}: no {kind} {shown(name)}; {nearest(str(name), names)}")
     return name

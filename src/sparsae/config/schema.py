@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from sparsae.config.parameterization import ParameterizationConfig
+from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, Text
-from sparsae.config.topology import EvolutionConfig, PruningConfig, RuleConfig
 
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
@@ -212,7 +212,10 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sparsity: SparsityConfig = SparsityConfig()
-    topology: RuleConfig = EvolutionConfig()
+    topology: AnyRule = Field(default_factory=default_rule)
+    rules: dict[Text, AnyRule] = Field(
+        default={}, description="rules beside topology's, each for the layers whose names match its pattern (a glob)"
+    )
     teacher: TeacherConfig = TeacherConfig()
     parameterization: ParameterizationConfig = ParameterizationConfig()
     training: TrainingConfig = TrainingConfig()
@@ -226,9 +229,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pruning_prunes(self) -> Self:
-        if not isinstance(self.topology, PruningConfig):
+        start, end, rule = self.topology.first_sparsity, self.sparsity.sparsity, self.topology.rule
+        if start is None:
             return self
-        start, end, rule = self.topology.start_sparsity, self.sparsity.sparsity, self.topology.rule
         if start >= end:
             raise ValueError(f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}")
         if self.sparsity.head_min_density:
@@ -246,4 +249,5 @@ class Config(Section):
     @property
     def initial_sparsity(self) -> float:
         """Sparsity of the untrained model: that of the whole run, but where the rule prunes."""
-        return self.topology.start_sparsity if isinstance(self.topology, PruningConfig) else self.sparsity.sparsity
+        start = self.topology.first_sparsity
+        return self.sparsity.sparsity if start is None else start

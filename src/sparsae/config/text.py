@@ -137,6 +137,8 @@ def _annotated_lines(section: Section, indent: str) -> list[str]:
             lines.extend(_annotated_lines(value, indent + "  "))
         else:
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            if isinstance(value, dict):
+                value = section.model_dump(mode="json")[name]
             explained = f"{field.description}; one of {', '.join(choices)}" if len(choices) > 1 else field.description
             lines.append(f"{indent}{name}: {inline(value)}  # {explained}")
     return lines

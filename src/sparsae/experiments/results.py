@@ -16,6 +16,7 @@ from sparsae.experiments.summary import conclusions, summarize, warnings
 from sparsae.experiments.tables import results_table
 from sparsae.experiments.units import Unit, outcome
 from sparsae.files import to_json, write_atomically
+from sparsae.rules import build_rule
 from sparsae.train.rundir import RunDirectory
 
 # Keys of results.json, at any depth, that a second experiment of the same plan does not repeat.
@@ -105,7 +106,7 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         teacher = 4 * others if config.teacher.enabled else 0
         row["state_bytes"] = found["state_bytes_sparse_layers"] + _OTHER_STATE * others + teacher
         row["accepted_updates"], row["updates"] = found["topology_updates_accepted"], found["topology_updates"]
-        row["rule"] = config.topology.rule
+        row["rule"], row["moves"] = config.topology.rule, build_rule(config.topology, config.rules).moves
     row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.unit.name
     metrics = [] if diverged else RunDirectory(run).read_metrics()
     row["curve"] = _curve(metrics)

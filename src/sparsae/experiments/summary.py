@@ -64,7 +64,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
                 f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: spent "
                 f"{row['budget_deviation']:+.1%} of its budget of {row['match']}"
             )
-    still = (row for row in results["rows"] if row.get("rule", "static") != "static" and not row["updates"])
+    still = (row for row in results["rows"] if row.get("moves") and not row["updates"])
     for method, sparsity, steps in dict.fromkeys((row["method"], row["sparsity"], row["steps"]) for row in still):
         found.append(
             f"{method} at sparsity {sparsity:g}: no topology update in {steps:,} steps, so it was static "

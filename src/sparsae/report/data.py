@@ -15,6 +15,8 @@ from typing import Any, Self
 
 from sparsae.config import Config
 from sparsae.errors import InputError
+from sparsae.rules import build_rule
+from sparsae.rules.parts.rule import Rule
 from sparsae.train.rundir import RunDirectory
 
 Row = Mapping[str, Any]
@@ -182,6 +184,11 @@ class RunData:
     sample: Row | None
 
     @cached_property
+    def rule(self) -> Rule[Any]:
+        """The rule that moved connections."""
+        return build_rule(self.config.topology, self.config.rules)
+
+    @cached_property
     def updates(self) -> tuple[Topology, ...]:
         """The topologies after the first: one an update."""
         return tuple(topology for topology in self.topologies if topology.step > 0)
@@ -214,7 +221,7 @@ class RunData:
 
     def burn_in_spans(self) -> list[tuple[float, float]]:
         """(first, last) steps of the burn-in periods: after each accepted update, and wherever a row says so."""
-        length = self.config.topology.burn_in.steps if self.config.topology.rule == "evolution" else 0
+        length = self.rule.burn_in.steps
         spans = [(u.step, u.step + length) for u in self.updates if u.accepted and length]
         flagged = [(row.step - 1, row.step) for row in self.train if row.burn_in]
         outside = [(a, b) for a, b in flagged if not any(start <= a and b <= end for start, end in spans)]

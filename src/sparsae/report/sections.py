@@ -9,7 +9,6 @@ from statistics import median
 
 from sparsae import __version__
 from sparsae.config.load import annotated
-from sparsae.config.topology import is_elitist
 from sparsae.report import figures as draw
 from sparsae.report import maps, markup
 from sparsae.report.data import Layer, RunData, Topology, number
@@ -113,7 +112,7 @@ def _updates_tile(run: RunData) -> Tile:
     updates, accepted = len(run.updates), sum(update.accepted for update in run.updates)
     if not updates:
         return Tile("Topology updates", "none", ["the topology stays as drawn"])
-    if accepted == updates and not is_elitist(run.config.topology):
+    if accepted == updates and not run.rule.declines:
         return Tile("Topology updates", count(updates), ["each took a new topology, as its rule always does"])
     return Tile("Updates accepted", f"{accepted} of {updates}", ["of the topology"])
 

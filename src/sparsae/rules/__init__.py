@@ -1,33 +1,50 @@
-"""Topology rules: which connections to drop and to grow. A new rule is one file and one line here."""
+"""Topology rules: which connections to drop and to grow. A rule is one file here, or in an installed package.
+
+The settings of a rule are `from sparsae.rules import RiglConfig`; what rules are made of is in `sparsae.rules.parts`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from sparsae.config.topology import RuleConfig
-from sparsae.rules.base import Rule
-from sparsae.rules.evolution import Evolution
-from sparsae.rules.gmp import Gmp
-from sparsae.rules.granet import Granet
-from sparsae.rules.gse import Gse
-from sparsae.rules.magnitude import Magnitude
-from sparsae.rules.rigl import Rigl
-from sparsae.rules.set import Set
-from sparsae.rules.static import Static
+from sparsae.registry import RULES
 
-RULES: dict[str, Callable[[Any], Rule[Any]]] = {
-    "static": Static,
-    "set": Set,
-    "rigl": Rigl,
-    "gse": Gse,
-    "gmp": Gmp,
-    "granet": Granet,
-    "magnitude": Magnitude,
-    "evolution": Evolution,
+if TYPE_CHECKING:
+    from sparsae.config.rules import RuleConfig
+    from sparsae.rules.evolution import AdaptationConfig as AdaptationConfig
+    from sparsae.rules.evolution import EvolutionConfig as EvolutionConfig
+    from sparsae.rules.evolution import ResetConfig as ResetConfig
+    from sparsae.rules.gmp import GmpConfig as GmpConfig
+    from sparsae.rules.granet import GranetConfig as GranetConfig
+    from sparsae.rules.gse import GseConfig as GseConfig
+    from sparsae.rules.magnitude import MagnitudeConfig as MagnitudeConfig
+    from sparsae.rules.parts.proxy import ProxyConfig as ProxyConfig
+    from sparsae.rules.parts.rule import Rule
+    from sparsae.rules.rigl import RiglConfig as RiglConfig
+    from sparsae.rules.set import SetConfig as SetConfig
+    from sparsae.rules.static import StaticConfig as StaticConfig
+
+_OF_EVOLUTION = {
+    "AdaptationConfig": "evolution",
+    "ProxyConfig": "parts.proxy",
+    "ResetConfig": "evolution",
 }
 
 
-def build_rule(config: RuleConfig) -> Rule[Any]:
-    """The rule of a `topology` section."""
-    return RULES[config.rule](config)
+def build_rule(config: RuleConfig, others: Mapping[str, RuleConfig] | None = None) -> Rule[Any]:
+    """The rule of a `topology` section, beside `others` for the layers whose names match their patterns first."""
+    rule: Rule[Any] = RULES[config.rule].build(config)
+    if not others:
+        return rule
+    from sparsae.rules.parts.several import Several
+
+    return Several({pattern: RULES[other.rule].build(other) for pattern, other in others.items()} | {"*": rule})
+
+
+def __getattr__(name: str) -> Any:
+    home = _OF_EVOLUTION.get(name) or name.removesuffix("Config").lower()
+    if not name.endswith("Config") or (name not in _OF_EVOLUTION and home not in RULES.own_names()):
+        raise AttributeError(f"module 'sparsae.rules' has no attribute '{name}'")
+    return getattr(import_module(f"sparsae.rules.{home}"), name)

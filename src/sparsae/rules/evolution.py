@@ -11,21 +11,111 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from sparsae.config.topology import EvolutionConfig
-from sparsae.core.schedules import decayed
-from sparsae.core.topology import Topology
+from sparsae.config.rules import BurnInConfig, MicroBatchConfig, RuleConfig, require_order
+from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Shares
+from sparsae.config.span import Span
+from sparsae.core.cadence import Periodic, decayed
+from sparsae.core.observation import Observation
 from sparsae.errors import InputError
-from sparsae.rules.base import Candidate, Decision, Need, Observation, Rule, Score
-from sparsae.rules.parts import keeps_bounds, sample_inactive
-from sparsae.rules.proposers import PROPOSERS, Temperatures, reset, shares
-from sparsae.rules.proxy import Running, combine
+from sparsae.registry import RULES
+from sparsae.rules.parts.exchange import keeps_bounds
+from sparsae.rules.parts.proxy import ProxyConfig, Running, combine
+from sparsae.rules.parts.rule import Candidate, Decision, Need, Rule, Score
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsae.core.topology import Topology
 
 Number = TypeVar("Number", int, float)
+
+
+class ResetConfig(Section):
+    """Conditional global resets: a candidate that is a large jump."""
+
+    probability: Share = Field(default=0.0, description="p_reset, probability that a candidate is a global reset")
+    reshuffle: Shares = Field(default=(0.05, 0.10), description="share of the connections that a reshuffle moves")
+    redraw: Share = Field(
+        default=0.5, description="probability that a reset is a new Erdos-Renyi topology instead of a reshuffle"
+    )
+    patience: Count = Field(
+        default=5, description="updates without a better micro-batch perplexity before resets become likelier"
+    )
+    boosted_probability: Share = Field(default=0.0, description="p_reset while boosted")
+    boosted_updates: Count = Field(default=2, description="updates that a boost lasts")
+
+
+class AdaptationConfig(Section):
+    """lambda and p_mutate follow recent success."""
+
+    enabled: bool = Field(default=False, description="let success shrink, and stagnation grow, lambda and p_mutate")
+    patience: Count = Field(default=2, description="updates in a row of the same outcome before they move")
+    factor: Annotated[float, Field(gt=1.0)] = Field(
+        default=1.25, description="factor by which p_mutate moves; lambda moves by 1"
+    )
+    candidates: Counts = Field(default=(2, 5), description="range of lambda")
+    mutation_rate: Shares = Field(default=(0.001, 0.01), description="range of p_mutate")
+
+
+class EvolutionConfig(RuleConfig):
+    """The (1+lambda) or (1,lambda) evolution strategy over topologies."""
+
+    every: Span | None = Field(
+        default=None, description="K, between updates: steps, 5%, 1 epoch; null: a twentieth of the run, at least 10"
+    )
+    start: Share = Field(default=0.0, description="share of the run before the first update")
+    stop: Share = Field(default=0.9, description="share of the run after which the topology stays")
+    candidates: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="lambda, candidates an update")
+    selection: Literal["elitist", "comma"] = Field(
+        default="comma",
+        description="whether the current topology competes (elitist) or the best candidate always replaces it (comma)",
+    )
+    proposer: Literal["uniform", "layerwise", "guided", "shift", "rigl"] = Field(
+        default="guided",
+        description="random swaps over the model or per layer, guided by size and sampled or (rigl) dense gradients, "
+        "or shifts between layers",
+    )
+    mutation_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.3, description="p_mutate, share of connections a candidate moves"
+    )
+    mutation_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="how p_mutate goes from start to stop"
+    )
+    drop_temperature: NonNegative = Field(
+        default=1.0, description="Gumbel noise on 2 log|w| when a guided proposal drops; 0: smallest first"
+    )
+    grow_temperature: NonNegative = Field(
+        default=0.0, description="Gumbel noise on 2 log|g| when a guided proposal grows; 0: largest first"
+    )
+    sample_ratio: Positive = Field(
+        default=1.0, description="gamma, sampled inactive positions a guided proposal sees, in terms of nnz"
+    )
+    initialization: Literal["zero", "kaiming_uniform", "normal"] = Field(
+        default="zero", description="values of new connections; normal: as the layer's first ones were drawn"
+    )
+    redraws: Count = Field(default=20, description="draws before a candidate that keeps leaving the bounds is given up")
+    proxy: ProxyConfig = ProxyConfig()
+    micro_batch: MicroBatchConfig = MicroBatchConfig()
+    reset: ResetConfig = ResetConfig()
+    adaptation: AdaptationConfig = AdaptationConfig()
+    burn_in: BurnInConfig = BurnInConfig()
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        require_order(self.start, self.stop)
+        for name, (low, high) in {
+            "reset.reshuffle": self.reset.reshuffle,
+            "adaptation.candidates": self.adaptation.candidates,
+            "adaptation.mutation_rate": self.adaptation.mutation_rate,
+        }.items():
+            if low > high:
+                raise ValueError(f"{name} [{low:g}, {high:g}] must be given lowest first")
+        return self
 
 
 @dataclass(frozen=True)
@@ -42,6 +132,7 @@ class EvolutionState:
     running: Running = field(default_factory=Running)
 
 
+@RULES.register("evolution", EvolutionConfig)
 class Evolution(Rule[EvolutionState]):
     """The evolution strategy; its proposer, selection, adaptation and resets are chosen by the configuration."""
 
@@ -49,8 +140,11 @@ class Evolution(Rule[EvolutionState]):
         self.config = config
         self.initialization = config.initialization
         self.burn_in = config.burn_in
+        self.declines = config.selection == "elitist"
+        self.when = Periodic(
+            config.every or "5%", config.start, config.stop, at_stop=True, least=1 if config.every else 10
+        )
         needs: set[Need] = set()
-        self._temperatures = Temperatures(config.drop_temperature, config.grow_temperature)
         wanted: dict[str, Need] = {"guided": "gradient_at", "rigl": "dense_gradient"}
         if config.proposer in wanted:
             needs.add(wanted[config.proposer])
@@ -80,16 +174,16 @@ class Evolution(Rule[EvolutionState]):
         running = Running(running["count"], tuple(running["mean"]), tuple(running["square"]))
         return EvolutionState(**{**data, "running": running})
 
-    def due(self, step: int, steps: int) -> bool:
-        every = self.config.every or max(10, steps // 20)
-        return step % every == 0 and self.config.start * steps < step < steps and step <= self.config.stop * steps
-
     def sample(
         self, topologies: Mapping[str, Topology], state: EvolutionState, rng: torch.Generator
     ) -> dict[str, Tensor]:
+        from sparsae.rules.parts.sampling import sample_inactive
+
         return sample_inactive(topologies, self.config.sample_ratio, rng) if "gradient_at" in self.needs else {}
 
     def growth(self, topologies: Mapping[str, Topology], state: EvolutionState, progress: float) -> dict[str, int]:
+        from sparsae.rules.parts.proposers import shares
+
         active = sum(topology.count for topology in topologies.values())
         return shares(topologies, self._moves(active, state, progress))
 
@@ -180,6 +274,11 @@ class Evolution(Rule[EvolutionState]):
         return max(1, round(self.mutation_rate(state, progress) * active))
 
     def _draw(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> Candidate:
+        import torch
+
+        from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
+
+        temperatures = Temperatures(self.config.drop_temperature, self.config.grow_temperature)
         count = self._moves(observation.count, state, observation.progress)
         is_reset = float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu")) < self.reset_probability(
             state
@@ -190,7 +289,7 @@ class Evolution(Rule[EvolutionState]):
                 name, swap = reset(observation, self.config.reset, rng)
             else:
                 name = self.config.proposer
-                swap = PROPOSERS[name](observation, count, self._temperatures, rng)
+                swap = PROPOSERS[name](observation, count, temperatures, rng)
             if keeps_bounds(observation.layers, swap):
                 return Candidate(swap, name)
             candidate = Candidate(swap, name, rejected="bounds")

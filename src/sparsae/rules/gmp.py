@@ -10,41 +10,38 @@ below its k_min. What is pruned is gone from values, optimizer and teacher, and 
 
 from __future__ import annotations
 
-import torch
+from typing import Literal, Self
 
-from sparsae.config.topology import GmpConfig
-from sparsae.core.ranking import smallest
-from sparsae.core.schedules import Cubic
-from sparsae.rules.base import Candidate, NoState, Observation, Rule
-from sparsae.rules.parts import candidate, pruned_counts, shrunk
+from pydantic import Field, model_validator
+
+from sparsae.config.rules import RuleConfig, StartSparsity, require_order
+from sparsae.config.section import Share
+from sparsae.config.span import Span
+from sparsae.core.cadence import Cubic
+from sparsae.registry import RULES
+from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.pruning import Pruning
 
 
-class Gmp(Rule[NoState]):
+class GmpConfig(RuleConfig):
+    """Gradual magnitude pruning by a cubic schedule (Zhu & Gupta, 2017)."""
+
+    start_sparsity: StartSparsity = Field(default=0.0, description="sparsity of the first model; 0: every connection")
+    every: Span = Field(default=100, description="between prunings: steps, 5%, 1 epoch")
+    start: Share = Field(default=0.25, description="share of the run at which pruning begins")
+    stop: Share = Field(default=0.75, description="share of the run at which sparsity.sparsity is reached")
+    scope: Literal["local", "global"] = Field(
+        default="local", description="each layer on its way to its own budget, or the model's smallest weights"
+    )
+
+    @model_validator(mode="after")
+    def _start_comes_first(self) -> Self:
+        require_order(self.start, self.stop)
+        return self
+
+
+@RULES.register("gmp", GmpConfig)
+def build_gmp(config: GmpConfig) -> Pruning:
     """Magnitude drop without growth, by a cubic schedule."""
-
-    prunes = True
-
-    def __init__(self, config: GmpConfig) -> None:
-        self.config = config
-        self.schedule = Cubic(config.start, config.stop, config.every)
-
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return self.schedule.due(step, steps)
-
-    def active_units(self, start: int, end: int, step: int, steps: int) -> int:
-        return shrunk(start, end, self.schedule.left(step, steps))
-
-    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        left = self.schedule.left(observation.step, observation.steps)
-        pruned = pruned_counts(observation, left, self.config.scope)
-        drop = {
-            name: view.topology.indices[smallest(view.magnitude, pruned[name])]
-            for name, view in observation.layers.items()
-        }
-        return [candidate(observation, "gmp", drop, {})]
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {}
+    when = Cubic(config.start, config.stop, config.every)
+    return Pruning("gmp", when=when, drop=SmallestMagnitude(), scope=config.scope)

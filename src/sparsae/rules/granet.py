@@ -13,58 +13,54 @@ schedule's end, until the end of the training; the paper does so within it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Literal, Self
 
-import torch
+from pydantic import Field, model_validator
 
-from sparsae.config.topology import GranetConfig
-from sparsae.core.ranking import smallest
-from sparsae.core.schedules import Cubic
-from sparsae.core.topology import Topology
-from sparsae.rules.base import Candidate, NoState, Observation, Rule
-from sparsae.rules.parts import candidate, cosine_fraction, exchange, pruned_counts, shrunk
+from sparsae.config.rules import RuleConfig, StartSparsity, require_order
+from sparsae.config.section import Share
+from sparsae.config.span import Span
+from sparsae.core.cadence import Cubic
+from sparsae.registry import RULES
+from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.exchange import CosineFraction
+from sparsae.rules.parts.grow import LargestGradient
+from sparsae.rules.parts.pruning import Pruning
 
 
-class Granet(Rule[NoState]):
+class GranetConfig(RuleConfig):
+    """GraNet: gradual pruning with zero-cost neuroregeneration (Liu et al., 2021)."""
+
+    start_sparsity: StartSparsity = Field(default=0.5, description="sparsity of the first model; 0: every connection")
+    every: Span = Field(default=100, description="between prunings: steps, 5%, 1 epoch")
+    start: Share = Field(default=0.25, description="share of the run at which pruning begins")
+    stop: Share = Field(default=0.75, description="share of the run at which sparsity.sparsity is reached")
+    scope: Literal["global", "local"] = Field(
+        default="global", description="the model's smallest weights, or each layer on its way to its own budget"
+    )
+    regeneration: Share = Field(
+        default=0.5,
+        description="r, share of a layer's connections regenerated, at the start; cosine decay over the run",
+    )
+    accumulate: Literal["last", "sum"] = Field(
+        default="last",
+        description="dense gradient of the last micro-batch, or their sum, which keeps every layer's in memory",
+    )
+
+    @model_validator(mode="after")
+    def _start_comes_first(self) -> Self:
+        require_order(self.start, self.stop)
+        return self
+
+
+@RULES.register("granet", GranetConfig)
+def build_granet(config: GranetConfig) -> Pruning:
     """Magnitude drop by a cubic schedule, and a magnitude drop with as much growth by the dense gradient."""
-
-    needs = frozenset({"dense_gradient"})
-    prunes = True
-
-    def __init__(self, config: GranetConfig) -> None:
-        self.config = config
-        self.accumulate = config.accumulate
-        self.schedule = Cubic(config.start, config.stop, config.every)
-
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return self.schedule.due(step, steps)
-
-    def active_units(self, start: int, end: int, step: int, steps: int) -> int:
-        return shrunk(start, end, self.schedule.left(step, steps))
-
-    def growth(self, topologies: Mapping[str, Topology], state: NoState, progress: float) -> dict[str, int]:
-        # Of what is there before pruning: how much each layer loses is not known until the optimizer has stepped.
-        return {name: int(self.regeneration(progress) * topology.count) for name, topology in topologies.items()}
-
-    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        left = self.schedule.left(observation.step, observation.steps)
-        pruned = pruned_counts(observation, left, self.config.scope)
-        drop, grow = {}, {}
-        for name, view in observation.layers.items():
-            n = int(self.regeneration(observation.progress) * (view.topology.count - pruned[name]))
-            gone = smallest(view.magnitude, pruned[name] + n)
-            if n:
-                drop[name], grow[name] = exchange(view, gone, n)
-            else:
-                drop[name] = view.topology.indices[gone]
-        return [candidate(observation, "granet", drop, grow)]
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {"drop_fraction": self.regeneration(progress)}
-
-    def regeneration(self, progress: float) -> float:
-        """r in force."""
-        return cosine_fraction(self.config.regeneration, progress, 1.0)
+    return Pruning(
+        "granet",
+        when=Cubic(config.start, config.stop, config.every),
+        drop=SmallestMagnitude(),
+        scope=config.scope,
+        fraction=CosineFraction(config.regeneration),
+        grow=LargestGradient(config.accumulate),
+    )

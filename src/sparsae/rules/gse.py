@@ -24,125 +24,49 @@ global ranking would break them, the next smallest weights of other layers go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from sparsae.config.topology import GseConfig
-from sparsae.core.ranking import largest, smallest
-from sparsae.core.schedules import is_periodic
-from sparsae.core.topology import Topology
-from sparsae.kernels.probe import Draw
-from sparsae.rules.base import Candidate, LayerView, NoState, Observation, Rule, unit_magnitude
-from sparsae.rules.parts import (
-    candidate,
-    cosine_fraction,
-    largest_sampled,
-    sample_inactive,
-    sample_of,
-    smallest_overall,
-)
+from sparsae.config.rules import RuleConfig
+from sparsae.config.section import Positive, Share
+from sparsae.config.span import Span
+from sparsae.core.cadence import Periodic
+from sparsae.registry import RULES
+from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.exchange import CosineFraction, Exchange
+from sparsae.rules.parts.grow import LargestSampledGradient
 
 
-class Gse(Rule[NoState]):
-    """Grow the largest gradients of a sample, then drop the smallest weights."""
+class GseConfig(RuleConfig):
+    """GSE: the largest gradients of a sampled subset come, then small weights go (Heddes et al., 2024)."""
 
-    needs = frozenset({"gradient_at"})
-
-    def __init__(self, config: GseConfig) -> None:
-        self.config = config
-
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return is_periodic(step, steps, self.config.every, self.config.stop)
-
-    def sample(
-        self, topologies: Mapping[str, Topology], state: NoState, rng: torch.Generator
-    ) -> Mapping[str, Tensor | Draw]:
-        if self.config.sampling == "uniform":
-            return sample_inactive(topologies, self.config.sample_ratio, rng)
-        seeds = torch.randint(2**62, (len(topologies),), generator=rng, device="cpu").tolist()
-        return {
-            name: _drawn(topology, round(self.config.sample_ratio * topology.count), self.config.sampling, seed)
-            for (name, topology), seed in zip(topologies.items(), seeds, strict=True)
-        }
-
-    def probed_units(self, active: int, inactive: int) -> int:
-        return min(round(self.config.sample_ratio * active), inactive)
-
-    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        fraction = self.drop_fraction(observation.progress)
-        move = _move_globally if self.config.scope == "global" else _move_locally
-        return [candidate(observation, "gse", *move(observation.layers, fraction))]
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {"drop_fraction": self.drop_fraction(progress)}
-
-    def drop_fraction(self, progress: float) -> float:
-        """f in force."""
-        return cosine_fraction(self.config.drop_fraction, progress, self.config.stop)
+    every: Span = Field(default=1000, description="between updates: steps, 5%, 1 epoch")
+    stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.75, description="share of the run at which the rate is 0 and updates end"
+    )
+    drop_fraction: Share = Field(
+        default=0.2, description="alpha, share of the connections moved by the first update; cosine decay"
+    )
+    sampling: Literal["uniform", "grabo", "graest"] = Field(
+        default="uniform",
+        description="how the subset is drawn: evenly, by the size of activations and output gradients, or by a random "
+        "estimate of the gradient",
+    )
+    sample_ratio: Positive = Field(default=1.0, description="gamma, positions drawn in terms of a layer's nnz")
+    scope: Literal["global", "local"] = Field(
+        default="global", description="compare gradients and weights over the model, or within each layer"
+    )
 
 
-def _move_locally(views: Mapping[str, LayerView], fraction: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    drop, grow = {}, {}
-    for name, view in views.items():
-        assert view.sample_gradient is not None
-        sample = sample_of(view)
-        n = min(int(fraction * view.topology.count), sample.numel())
-        grow[name] = sample[largest(unit_magnitude(view.sample_gradient), n).to(sample.device)]
-        drop[name] = view.topology.indices[smallest(view.magnitude, n)]
-    return drop, grow
-
-
-def _move_globally(views: Mapping[str, LayerView], fraction: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    counts = {name: view.topology.count for name, view in views.items()}
-    # No more grows in a layer than it has, so that the layers together can always lose as much within their bounds.
-    room = {name: min(sample_of(view).numel(), counts[name]) for name, view in views.items()}
-    n = min(int(fraction * sum(counts.values())), sum(room.values()))
-    grow = largest_sampled(views, n, room)
-    least, most = {}, {}
-    for name, view in views.items():
-        k_min, k_max = view.bounds
-        least[name] = max(0, counts[name] + grow[name].numel() - k_max)
-        most[name] = min(counts[name], counts[name] + grow[name].numel() - k_min)
-    positions = smallest_overall({name: view.magnitude for name, view in views.items()}, n, least, most)
-    return {name: view.topology.indices[positions[name]] for name, view in views.items()}, grow
-
-
-def _drawn(topology: Topology, n: int, sampling: str, seed: int) -> Draw:
-    """Draws n pairs of an output and an input of the layer by GraBo or GraEst, less repeated and active ones."""
-    score: Callable[[Tensor, Tensor], Tensor] = _bias if sampling == "grabo" else _estimate
-
-    def draw(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-        rng = torch.Generator().manual_seed(seed)
-        signs = torch.randint(2, (x_TI.shape[0],), generator=rng, device="cpu").to(x_TI.device, x_TI.dtype) * 2 - 1
-        rows, columns = (
-            _draw_from(score(side, signs).view(-1, width).sum(1), n, rng)
-            for side, width in ((dy_TO, topology.unit[0]), (x_TI, topology.unit[1]))
-        )
-        units = (columns * topology.grid[0] + rows).unique().to(topology.indices)
-        return units[~topology.contains(units)]
-
-    return draw
-
-
-def _bias(side_TF: Tensor, signs_T: Tensor) -> Tensor:
-    """GraBo: sum_t |a_t| of each feature."""
-    return side_TF.abs().sum(0, dtype=torch.float32)
-
-
-def _estimate(side_TF: Tensor, signs_T: Tensor) -> Tensor:
-    """GraEst: |sum_t s_t a_t| of each feature."""
-    return (signs_T @ side_TF).float().abs()
-
-
-def _draw_from(weights: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n numbers of [0, len(weights)), with replacement, in proportion to the weights; evenly where all are zero."""
-    ends = weights.double().cpu().cumsum(0)
-    if not float(ends[-1]) > 0:
-        return torch.randint(weights.numel(), (n,), generator=rng, device="cpu")
-    at = torch.rand(n, generator=rng, dtype=torch.float64, device="cpu") * ends[-1]
-    return torch.searchsorted(ends, at, right=True).clamp_(max=weights.numel() - 1)
+@RULES.register("gse", GseConfig)
+def build_gse(config: GseConfig) -> Exchange:
+    """Grow the largest gradients of a sample, and drop the smallest of the weights that were there before."""
+    return Exchange(
+        "gse",
+        when=Periodic(config.every, stop=config.stop),
+        fraction=CosineFraction(config.drop_fraction, config.stop),
+        drop=SmallestMagnitude(),
+        grow=LargestSampledGradient(config.sample_ratio, config.sampling),
+        scope=config.scope,
+    )

@@ -6,40 +6,30 @@ over the whole model ("global") or in each layer ("local").
 
 from __future__ import annotations
 
-import math
+from typing import Annotated, Literal
 
-import torch
+from pydantic import Field
 
-from sparsae.config.topology import MagnitudeConfig
-from sparsae.core.ranking import smallest
-from sparsae.rules.base import Candidate, NoState, Observation, Rule
-from sparsae.rules.parts import candidate, pruned_counts
+from sparsae.config.rules import RuleConfig, StartSparsity
+from sparsae.core.cadence import Once
+from sparsae.registry import RULES
+from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.pruning import Pruning
 
 
-class Magnitude(Rule[NoState]):
+class MagnitudeConfig(RuleConfig):
+    """One-shot magnitude pruning of a trained model, then fine-tuning (Han et al., 2015)."""
+
+    start_sparsity: StartSparsity = Field(default=0.0, description="sparsity of the first model; 0: every connection")
+    at: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.5, description="share of the run after which the model is pruned"
+    )
+    scope: Literal["global", "local"] = Field(
+        default="global", description="the model's smallest weights, or each layer down to its own budget"
+    )
+
+
+@RULES.register("magnitude", MagnitudeConfig)
+def build_magnitude(config: MagnitudeConfig) -> Pruning:
     """Magnitude drop without growth, once."""
-
-    prunes = True
-
-    def __init__(self, config: MagnitudeConfig) -> None:
-        self.config = config
-
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return step == max(1, math.floor(self.config.at * steps))
-
-    def active_units(self, start: int, end: int, step: int, steps: int) -> int:
-        return end if step >= max(1, math.floor(self.config.at * steps)) else start
-
-    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        pruned = pruned_counts(observation, 0.0, self.config.scope)
-        drop = {
-            name: view.topology.indices[smallest(view.magnitude, pruned[name])]
-            for name, view in observation.layers.items()
-        }
-        return [candidate(observation, "magnitude", drop, {})]
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {}
+    return Pruning("magnitude", when=Once(config.at), drop=SmallestMagnitude(), scope=config.scope)

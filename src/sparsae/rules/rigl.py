@@ -18,46 +18,43 @@ micro-batch counts; "sum" takes all, and keeps every layer's dense gradient unti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Annotated, Literal
 
-import torch
+from pydantic import Field
 
-from sparsae.config.topology import RiglConfig
-from sparsae.core.ranking import smallest
-from sparsae.core.schedules import is_periodic
-from sparsae.core.topology import Topology
-from sparsae.rules.base import Candidate, NoState, Observation, Rule
-from sparsae.rules.parts import candidate, cosine_fraction, exchange
+from sparsae.config.rules import RuleConfig
+from sparsae.config.section import Share
+from sparsae.config.span import Span
+from sparsae.core.cadence import Periodic
+from sparsae.registry import RULES
+from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.exchange import CosineFraction, Exchange
+from sparsae.rules.parts.grow import LargestGradient
 
 
-class Rigl(Rule[NoState]):
+class RiglConfig(RuleConfig):
+    """RigL: small weights go, the largest dense gradients come (Evci et al., 2020)."""
+
+    every: Span = Field(default=100, description="between updates: steps, 5%, 1 epoch")
+    stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.75, description="share of the run at which the drop fraction is 0 and updates end"
+    )
+    drop_fraction: Share = Field(
+        default=0.3, description="alpha, share of a layer's connections moved by the first update; cosine decay"
+    )
+    accumulate: Literal["last", "sum"] = Field(
+        default="last",
+        description="dense gradient of the last micro-batch, or their sum, which keeps every layer's in memory",
+    )
+
+
+@RULES.register("rigl", RiglConfig)
+def build_rigl(config: RiglConfig) -> Exchange:
     """Magnitude drop, growth by the dense gradient."""
-
-    needs = frozenset({"dense_gradient"})
-
-    def __init__(self, config: RiglConfig) -> None:
-        self.config = config
-        self.accumulate = config.accumulate
-
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return is_periodic(step, steps, self.config.every, self.config.stop)
-
-    def growth(self, topologies: Mapping[str, Topology], state: NoState, progress: float) -> dict[str, int]:
-        return {name: int(self.drop_fraction(progress) * topology.count) for name, topology in topologies.items()}
-
-    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        drop, grow = {}, {}
-        for name, view in observation.layers.items():
-            n = int(self.drop_fraction(observation.progress) * view.topology.count)
-            drop[name], grow[name] = exchange(view, smallest(view.magnitude, n), n)
-        return [candidate(observation, "rigl", drop, grow)]
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {"drop_fraction": self.drop_fraction(progress)}
-
-    def drop_fraction(self, progress: float) -> float:
-        """f in force."""
-        return cosine_fraction(self.config.drop_fraction, progress, self.config.stop)
+    return Exchange(
+        "rigl",
+        when=Periodic(config.every, stop=config.stop),
+        fraction=CosineFraction(config.drop_fraction, config.stop),
+        drop=SmallestMagnitude(),
+        grow=LargestGradient(config.accumulate),
+    )

@@ -11,40 +11,39 @@ update: what grows was inactive before it.
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated
 
-from sparsae.config.topology import SetConfig
-from sparsae.core.ranking import smallest
-from sparsae.core.schedules import is_periodic
-from sparsae.rules.base import Candidate, NoState, Observation, Rule
-from sparsae.rules.parts import candidate, cosine_fraction
+from pydantic import Field
+
+from sparsae.config.rules import RuleConfig
+from sparsae.config.section import Share
+from sparsae.config.span import Span
+from sparsae.core.cadence import Periodic
+from sparsae.registry import RULES
+from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.exchange import CosineFraction, Exchange
+from sparsae.rules.parts.grow import RandomGrowth
 
 
-class Set(Rule[NoState]):
+class SetConfig(RuleConfig):
+    """SET: small weights go, random ones come (Mocanu et al., 2018)."""
+
+    every: Span = Field(default=100, description="between updates: steps, 5%, 1 epoch")
+    stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.75, description="share of the run at which the drop fraction is 0 and updates end"
+    )
+    drop_fraction: Share = Field(
+        default=0.3, description="alpha, share of a layer's connections moved by the first update; cosine decay"
+    )
+
+
+@RULES.register("set", SetConfig)
+def build_set(config: SetConfig) -> Exchange:
     """Magnitude drop, random growth."""
-
-    def __init__(self, config: SetConfig) -> None:
-        self.config = config
-
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return is_periodic(step, steps, self.config.every, self.config.stop)
-
-    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        fraction = self.drop_fraction(observation.progress)
-        drop, grow = {}, {}
-        for name, view in observation.layers.items():
-            topology = view.topology
-            n = min(int(fraction * topology.count), topology.units - topology.count)
-            drop[name] = topology.indices[smallest(view.magnitude, n)]
-            grow[name] = topology.sample_inactive(n, rng)
-        return [candidate(observation, "set", drop, grow)]
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {"drop_fraction": self.drop_fraction(progress)}
-
-    def drop_fraction(self, progress: float) -> float:
-        """f in force."""
-        return cosine_fraction(self.config.drop_fraction, progress, self.config.stop)
+    return Exchange(
+        "set",
+        when=Periodic(config.every, stop=config.stop),
+        fraction=CosineFraction(config.drop_fraction, config.stop),
+        drop=SmallestMagnitude(),
+        grow=RandomGrowth(),
+    )

@@ -5,12 +5,22 @@ With an Erdos-Renyi budget it is the baseline of Liu et al. (2022), The Unreason
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from sparsae.config.topology import StaticConfig
-from sparsae.rules.base import Candidate, NoState, Observation, Rule
+from sparsae.config.rules import RuleConfig
+from sparsae.core.observation import Observation
+from sparsae.registry import RULES
+from sparsae.rules.parts.rule import Candidate, NoState, Rule
+
+if TYPE_CHECKING:
+    import torch
 
 
+class StaticConfig(RuleConfig):
+    """The topology that was drawn first stays."""
+
+
+@RULES.register("static", StaticConfig)
 class Static(Rule[NoState]):
     """Never due: the baseline that every dynamic rule has to beat."""
 
@@ -19,14 +29,5 @@ class Static(Rule[NoState]):
     def __init__(self, config: StaticConfig) -> None:
         self.config = config
 
-    def initial_state(self) -> NoState:
-        return NoState()
-
-    def due(self, step: int, steps: int) -> bool:
-        return False
-
     def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
         return []
-
-    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
-        return {}

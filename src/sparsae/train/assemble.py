@@ -27,6 +27,11 @@ from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from sparsae.train.trackers import Trackers
 
 
+def epoch_steps(config: Config, batches: Batches) -> int:
+    """Optimizer steps of a pass over the training text."""
+    return max(1, round(batches.windows / (config.training.batch_size * config.training.accumulation)))
+
+
 def optimizer_of(model: nn.Module, config: Config) -> AdamW:
     """AdamW over the parameters of a model whose layers have the densities that they start with."""
     settings = config.training
@@ -59,7 +64,7 @@ def trainer_of(
     """
     sparsifier, teacher = None, None
     micro: MicroBatches | None = None
-    rule = build_rule(config.topology)
+    rule = build_rule(config.topology, config.rules)
     if sparse_layers(model):
         if rule.micro_batch:
             micro = MicroBatches(micro_tokens, config.model.context, rule.micro_batch, config.seed, device)
@@ -69,8 +74,10 @@ def trainer_of(
             SparsifierConfig(
                 steps=config.training.steps,
                 topology=config.topology,
+                rules=config.rules,
                 teacher=config.teacher,
                 accumulation=config.training.accumulation,
+                steps_per_epoch=epoch_steps(config, batches),
                 seed=config.seed,
                 min_density=config.sparsity.density_bounds[0],
                 max_density=config.sparsity.density_bounds[1],

@@ -17,6 +17,7 @@ from sparsae.nn.choice import Choice, weight_shape
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import Initializer, check_heads, head_floor, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
+from sparsae.rules import build_rule
 
 
 def check(config: Config) -> None:
@@ -25,7 +26,7 @@ def check(config: Config) -> None:
     Raises InputError.
     """
     sparsity = config.sparsity
-    if sparsity.sparsity == 0 and config.topology.rule != "static":
+    if sparsity.sparsity == 0 and build_rule(config.topology, config.rules).moves:
         raise InputError(
             f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
         )

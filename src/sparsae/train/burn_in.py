@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsae.config.topology import BurnInConfig
+from sparsae.config.rules import BurnInConfig
 from sparsae.nn.linear import SparseLinear
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsae.config.span import Horizon
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import refuse_unmovable
-from sparsae.rules.base import Rule
+from sparsae.rules.parts.rule import Rule
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +24,8 @@ log = logging.getLogger(__name__)
 class LoopCalls:
     """Follows `before_step` and `after_step` of one loop, for a rule that moves connections."""
 
-    def __init__(
-        self, name: str, rule: Rule[Any], layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
-    ) -> None:
-        """`name` is the rule's."""
-        self._name, self._rule, self._layers, self._optimizer = name, rule, layers, optimizer
+    def __init__(self, rule: Rule[Any], layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> None:
+        self._rule, self._layers, self._optimizer = rule, layers, optimizer
         self._wants_gradients = bool(rule.needs & {"gradient", "gradient_at", "dense_gradient"})
         self._between = False  # before_step() was called, and after_step() was not yet
         self._before: tuple[str, Tensor] | None = None
@@ -39,7 +37,7 @@ class LoopCalls:
         """`due`: whether an update follows the coming optimizer step."""
         if not self._rule.moves:
             return
-        refuse_ranks(self._name, self._rule)
+        refuse_ranks(self._rule)
         if self._between:
             self._tell(
                 "twice",
@@ -55,7 +53,7 @@ class LoopCalls:
                 "optimizer.zero_grad()"
             )
             if due and self._wants_gradients:
-                raise InputError(f"{advice}; rule '{self._name}' looks at gradients")
+                raise InputError(f"{advice}; rule '{self._rule.name}' looks at gradients")
             self._tell("gradient", advice)
         self._before = None
         self._checks_state = self._checks_state or due
@@ -68,7 +66,7 @@ class LoopCalls:
         """Raises InputError for an optimizer whose state cannot follow connections that move."""
         if not self._rule.moves:
             return
-        refuse_ranks(self._name, self._rule)
+        refuse_ranks(self._rule)
         if not self._between:
             raise InputError(
                 "after_step() without before_step(): call before_step() after loss.backward(), before optimizer.step()"
@@ -100,23 +98,24 @@ class LoopCalls:
             log.warning("%s", what)
 
 
-def tell_if_still(name: str, rule: Rule[Any], steps: int) -> None:
-    """Log that a rule never moves a connection in a run of `steps`, though it is one that does."""
-    if rule.moves and not any(rule.due(step, steps) for step in range(1, steps + 1)):
+def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
+    """Log that a rule never moves a connection in a run, though it is one that does."""
+    steps = horizon.steps
+    if rule.moves and not any(rule.due(step, horizon) for step in range(1, steps + 1)):
         log.warning(
             "rule '%s' moves no connection in %d steps: the topology stays as it is drawn (set topology.every lower)",
-            name,
+            rule.name,
             steps,
         )
 
 
-def refuse_ranks(name: str, rule: Rule[Any]) -> None:
+def refuse_ranks(rule: Rule[Any]) -> None:
     """Raise InputError for a rule that moves connections where the process group has more than one rank."""
     if not rule.moves or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     ranks = torch.distributed.get_world_size()
     if ranks > 1:
         raise InputError(
-            f"rule '{name}' would move other connections on each of {ranks} ranks, for each sees other gradients and "
-            "scores: use rule 'static' (StaticConfig()), or one process"
+            f"rule '{rule.name}' would move other connections on each of {ranks} ranks, for each sees other gradients "
+            "and scores: use rule 'static' (StaticConfig()), or one process"
         )

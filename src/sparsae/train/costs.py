@@ -6,8 +6,8 @@ import math
 
 from torch import nn
 
+from sparsae.config.rules import MicroBatchConfig
 from sparsae.config.schema import Config, ModelConfig
-from sparsae.config.topology import MicroBatchConfig
 from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
 from sparsae.models import decoder_and_head
 from sparsae.nn.choice import linear_layers, weight_shape

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.schema import Config
-from sparsae.config.topology import is_elitist
 from sparsae.core.accounting import FlopCounter
+from sparsae.core.cadence import cosine_with_warmup
 from sparsae.core.randomness import derive_seed
-from sparsae.core.schedules import cosine_with_warmup
 from sparsae.data.batches import Batches
 from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import DivergedError
@@ -214,7 +213,7 @@ class Trainer:
         self.costs.count_study(self.flops, update.cost, self.validation[:, 1:].numel())
         self.costs.nnz = self.sparsifier.nnz
         self._record(update.row)
-        self.display.topology(self.updates, self.accepted if is_elitist(self.config.topology) else None)
+        self.display.topology(self.updates, self.accepted if self.sparsifier.search.rule.declines else None)
 
     def _loss(self, batch: Tensor, alpha: float, head_gradient: bool = True) -> LossParts:
         """batch: (B, context + 1) tokens."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsae.config.topology import MicroBatchConfig
+from sparsae.config.rules import MicroBatchConfig
 from sparsae.core.randomness import generator
 from sparsae.data.shards import TokenSequence
 

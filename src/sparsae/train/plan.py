@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsae.config.schema import Config
+from sparsae.config.span import Horizon
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
 from sparsae.data import load_tokenizer
 from sparsae.distill import WarmUp
@@ -17,7 +18,7 @@ from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules import build_rule
-from sparsae.rules.base import Rule
+from sparsae.rules.parts.rule import Rule
 from sparsae.train.build import build, check, choose_device
 from sparsae.train.costs import RunCosts
 from sparsae.train.search import SearchCost
@@ -32,7 +33,7 @@ def plan(config: Config) -> dict[str, Any]:
     check(config)
     model = untrained(config)
     layers = sparse_layers(model)
-    rule = build_rule(config.topology)
+    rule = build_rule(config.topology, config.rules)
     costs = RunCosts(model, config, rule.micro_batch)
     training = config.training
     tokens = training.batch_size * training.accumulation * config.model.context
@@ -86,7 +87,7 @@ def count_flops(config: Config, model: nn.Module) -> tuple[FlopCounter, FlopCoun
     It is assumed that lambda stays, that no candidate is rejected, that the warm-up of the teacher is by fraction, that
     a teacher holds what its student does, and that pruning keeps the layers' proportions.
     """
-    rule = build_rule(config.topology)
+    rule = build_rule(config.topology, config.rules)
     return _expected_flops(config, rule, RunCosts(model, config, rule.micro_batch), sparse_layers(model))
 
 
@@ -95,6 +96,7 @@ def _expected_flops(
 ) -> tuple[FlopCounter, FlopCounter]:
     """Operations of the run as its number of active weights will move; and of its steps, with a dense teacher."""
     training = config.training
+    horizon = Horizon(training.steps)
     steps, micro_tokens = training.steps, training.batch_size * config.model.context
     tokens = micro_tokens * training.accumulation
     probed_tokens = micro_tokens if "dense_gradient" in rule.needs and rule.accumulate == "last" else tokens
@@ -111,7 +113,7 @@ def _expected_flops(
         teacher_nnz = costs.cost.sparse_weights if config.teacher.storage == "dense" else costs.nnz
         costs.count_step(flops, tokens, teacher_nnz if taught else None)
         costs.count_step(dense, tokens, costs.cost.sparse_weights if taught else None)
-        if rule.due(step, steps):
+        if rule.due(step, horizon):
             left = costs.nnz / (block * sum(start.values()))
             growth = rule.growth(topologies, rule.initial_state(), step / steps)
             probed = {
@@ -124,7 +126,7 @@ def _expected_flops(
             }
             backwards = scored if "candidate_gradient" in rule.needs else 0
             costs.count_update(flops, SearchCost(scored, backwards, probed))
-            costs.nnz = block * rule.active_units(sum(start.values()), end, step, steps)
+            costs.nnz = block * rule.active_units(sum(start.values()), end, step, horizon)
     return flops, dense
 
 

@@ -193,7 +193,7 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     reported, micro = split_held_out(corpus.validation, context)
     batches = Batches(corpus.train, context, config.training.batch_size, config.seed)
     validation = evenly_spaced(reported, context, config.training.validation_sequences)
-    if reported is micro and build_rule(config.topology).micro_batch:
+    if reported is micro and build_rule(config.topology, config.rules).micro_batch:
         display.say(
             "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
         )

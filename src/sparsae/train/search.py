@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.span import Horizon
 from sparsae.core.heads import HeadLayout
+from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
+from sparsae.core.swap import Swap
 from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
-from sparsae.rules.base import Candidate, Decision, LayerView, Observation, Rule, Score
-from sparsae.rules.proxy import activity, diversity, known_gradient_norm
-from sparsae.surgery import Change, InitialStd, Plan, Swap, TeacherLayer, plan
+from sparsae.rules.parts.proxy import activity, diversity, known_gradient_norm
+from sparsae.rules.parts.rule import Candidate, Decision, Rule, Score
+from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
 from sparsae.train.telemetry import TopologyTelemetry
 
 log = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ class TopologySearch:
         score: ScoreFunction | None,
         study: StudyFunction | None = None,
         initial_std: InitialStd | None = None,
-        steps: int,
+        horizon: Horizon,
         passes: int,
         seed: int,
     ) -> None:
@@ -94,7 +97,7 @@ class TopologySearch:
         self.bounds, self.ends = dict(bounds), dict(ends)
         self._heads, self._head_floors = heads, head_floors
         self._score, self._study, self._initial_std = score, study, initial_std
-        self._steps, self._passes, self._seed = steps, passes, seed
+        self._horizon, self._passes, self._seed = horizon, passes, seed
         self._trained: Mapping[str, SparseLinear] = {}
         self._probes: dict[str, Probe] = {}
         self._norms: dict[str, float] = {}
@@ -105,7 +108,7 @@ class TopologySearch:
 
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1."""
-        return self.waiting or self.rule.due(step, self._steps)
+        return self.waiting or self.rule.due(step, self._horizon)
 
     def arm(self, step: int) -> None:
         """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients.
@@ -128,13 +131,14 @@ class TopologySearch:
         if not self._trained:
             log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
             return
-        topologies = {name: layer.topology for name, layer in self._trained.items()}
+        moved = self.rule.concerns(self._trained, step, self._horizon)
+        topologies = {name: layer.topology for name, layer in self._trained.items() if name in moved}
         if "gradient_at" in self.rule.needs:
             samples = self.rule.sample(topologies, self.state, generator(self._seed, "sample", step))
-            self._probes = {name: SampledGradients(self._layers[name].key, u) for name, u in samples.items()}
+            self._probes |= {name: SampledGradients(self._layers[name].key, u) for name, u in samples.items()}
         if "dense_gradient" in self.rule.needs:
-            growth = self.rule.growth(topologies, self.state, step / self._steps)
-            self._probes = {
+            growth = self.rule.growth(topologies, self.state, step / self._horizon.steps)
+            self._probes |= {
                 name: LargestGradients(self._layers[name].key, n, self.rule.accumulate, self._passes)
                 for name, n in growth.items()
                 if n
@@ -185,7 +189,7 @@ class TopologySearch:
             name: LayerView(**{**vars(view), "values": self._layers[name].values.data, "moment": moments.get(name)})
             for name, view in self._views.items()
         }
-        observation = Observation(views, step, self._steps)
+        observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
         current: Score | None = None
         scores: list[Score | None] = [None] * len(candidates)
@@ -236,7 +240,7 @@ class TopologySearch:
             "chosen": None,
             "candidates": [],
             "current": None,
-            **self.rule.telemetry(self.state, step / self._steps),
+            **self.rule.telemetry(self.state, step / self._horizon.steps),
             **self.telemetry.row(step, {}, {}),
             "skipped": None,
             "seconds": 0.0,

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schema import TeacherConfig
 from sparsae.config.section import Count, Section, Share
-from sparsae.config.topology import EvolutionConfig, RuleConfig
+from sparsae.config.span import Horizon
 from sparsae.core.budgets import density_bounds
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
@@ -34,8 +35,9 @@ from sparsae.nn.sparsify import check_heads, head_floor, layer_counts
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import refuse_unsupported
 from sparsae.parameterization import Parameterization
-from sparsae.rules import RULES, build_rule
-from sparsae.rules.base import Rule
+from sparsae.registry import RULES
+from sparsae.rules import build_rule
+from sparsae.rules.parts.rule import Rule
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_ranks, tell_if_still
 from sparsae.train.search import (
@@ -54,7 +56,8 @@ class SparsifierConfig(Section):
     """What a Sparsifier does. The defaults are the method `sparsae` without a teacher."""
 
     steps: Annotated[int, Field(ge=1)] = Field(description="optimizer steps of the whole training: schedules end there")
-    topology: RuleConfig = EvolutionConfig()
+    topology: AnyRule = Field(default_factory=default_rule)
+    rules: dict[str, AnyRule] = Field({}, description="other rules for layers whose names match these patterns")
     teacher: TeacherConfig = TeacherConfig(enabled=False)
     min_density: Share | None = Field(None, description="k_min of every layer; null: a quarter of the model's density")
     max_density: Share | None = Field(None, description="k_max of every layer; null: 4 times the model's density")
@@ -66,6 +69,9 @@ class SparsifierConfig(Section):
         "erk", description="how density spreads over layers at the end of a rule that prunes layer by layer"
     )
     accumulation: Count = Field(1, description="backward passes an optimizer step")
+    steps_per_epoch: Count | None = Field(
+        None, description="optimizer steps of a pass over the data, for rules that count in epochs"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("topology", mode="before")
@@ -82,7 +88,8 @@ class SparsifierConfig(Section):
 class Sparsifier:
     """Searches the topology of a sparsified model while somebody trains it, and keeps its teacher.
 
-    model: a model with `SparseLinear` layers. optimizer: any torch optimizer over its parameters. score: the mean cross
+    model: a model with `SparseLinear` layers. optimizer: any torch optimizer over its parameters. rule: anybody's rule,
+    in the place of that which `config.topology` names. score: the mean cross
     entropy (a scalar that autograd can differentiate) of the model on held-out data, given the step; the same data for
     equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
     parameterization: what the optimizer's groups were made for, if anything; grown weights that start "normal" need it.
@@ -102,6 +109,7 @@ class Sparsifier:
         optimizer: torch.optim.Optimizer,
         config: SparsifierConfig,
         *,
+        rule: Rule[Any] | None = None,
         score: ScoreFunction | None = None,
         study: StudyFunction | None = None,
         heads: Mapping[str, HeadLayout] | None = None,
@@ -114,7 +122,8 @@ class Sparsifier:
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
         trained = trained_layers(self._layers, optimizer)
-        rule = build_rule(config.topology)
+        rule = build_rule(config.topology, config.rules) if rule is None else rule
+        rule.refuse_layers(self._layers)
         if not trained and rule.moves:
             raise InputError(
                 "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
@@ -122,11 +131,11 @@ class Sparsifier:
             )
         self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
         rule = rule if score is not None else rule.without_scores()
-        refuse_ranks(config.topology.rule, rule)
+        refuse_ranks(rule)
         if rule.moves:
             refuse_lost_or_tied(model, self._layers)
             refuse_unsupported(optimizer, trained)
-        self._calls = LoopCalls(config.topology.rule, rule, self._layers, optimizer)
+        self._calls = LoopCalls(rule, self._layers, optimizer)
         ends = self._ends(rule, trained)
         if rule.initialization == "normal" and parameterization is None:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
@@ -150,11 +159,11 @@ class Sparsifier:
             score=score,
             study=study,
             initial_std=self._initial_std if parameterization else None,
-            steps=config.steps,
+            horizon=Horizon(config.steps, config.steps_per_epoch),
             passes=config.accumulation,
             seed=config.seed,
         )
-        tell_if_still(config.topology.rule, rule, config.steps)
+        tell_if_still(rule, Horizon(config.steps, config.steps_per_epoch))
         self.search.arm(1)
 
     @property
@@ -268,7 +277,7 @@ class Sparsifier:
 
     def _ends(self, rule: Rule[Any], layers: Mapping[str, SparseLinear]) -> dict[str, tuple[int, int]]:
         """Each trained layer's units now and at the end, of a rule that prunes."""
-        config, rule_name = self.config, self.config.topology.rule
+        config, rule_name = self.config, rule.name
         if rule.prunes == (config.sparsity is None):
             raise InputError(
                 f"rule '{rule_name}' prunes: set the sparsity where it ends"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsae.core.heads import HeadLayout
+from sparsae.core.observation import head_densities
 from sparsae.core.topology import Topology, remap
 from sparsae.nn.linear import SparseLinear
-from sparsae.rules.base import head_densities
 from sparsae.surgery import Change
 
 

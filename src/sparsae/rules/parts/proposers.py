@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsae.config.topology import ResetConfig
+from sparsae.core.observation import Observation, unit_magnitude
 from sparsae.core.ranking import smallest
+from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, sample_distinct
-from sparsae.rules.base import Observation, unit_magnitude
-from sparsae.rules.parts import exchange
-from sparsae.surgery import Swap
+from sparsae.rules.parts.grow import exchange
+
+if TYPE_CHECKING:
+    from sparsae.rules.evolution import ResetConfig
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from sparsae.config.topology import ProxyConfig
-from sparsae.core.heads import HeadLayout
-from sparsae.core.schedules import decayed
-from sparsae.core.topology import Topology
-from sparsae.rules.base import LayerView, Score, head_densities
-from sparsae.surgery import Change
+from sparsae.config.section import NonNegative, Section
+from sparsae.core.cadence import decayed
+from sparsae.core.observation import LayerView, head_densities
+from sparsae.rules.parts.rule import Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsae.core.heads import HeadLayout
+    from sparsae.core.topology import Topology
+    from sparsae.surgery import Change
+
+
+class ProxyConfig(Section):
+    """P = w1 CE + w2 diversity - w3 activity; lower is better."""
+
+    loss_weight: NonNegative = Field(
+        default=1.0, description="w1, weight of the cross entropy on the micro-batch (nats)"
+    )
+    diversity_weight: NonNegative = Field(
+        default=0.01, description="w2, weight of the deviation of densities over layers and heads"
+    )
+    activity_weight: NonNegative = Field(
+        default=0.005, description="w3, weight of the mean gradient norm of the layers"
+    )
+    standardize: bool = Field(default=False, description="standardize each component by its running mean and deviation")
+    anneal: Literal["none", "linear", "cosine"] = Field(
+        default="none", description="how w2 and w3 go to 0 over the run"
+    )
+    activity: Literal["candidate", "training", "moments"] = Field(
+        default="moments",
+        description="gradient norms come from the candidate's backward pass, the last training step, or Adam's moments",
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,8 @@ def combine(score: Score, config: ProxyConfig, running: Running, progress: float
 
 def diversity(topologies: Mapping[str, Topology], heads: Mapping[str, HeadLayout]) -> float:
     """Standard deviation of active / total over layers; a layer with attention heads counts once a head."""
+    import torch
+
     parts = [
         head_densities(topology, heads[name]).cpu()
         if name in heads
@@ -86,6 +115,8 @@ def known_gradient_norm(view: LayerView, change: Change | None, source: str) -> 
     source "training": the last training gradients, and for grown units the sampled ones where they were taken;
     "moments": the optimizer's average gradient, which a grown unit does not have.
     """
+    import torch
+
     active = view.gradient if source == "training" else view.moment
     assert active is not None
     squares = _unit_squares(active)

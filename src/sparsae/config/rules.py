@@ -1,0 +1,97 @@
+"""What the settings of every topology rule have in common; a rule's own are in its own file (`sparsae.rules`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from sparsae.config.section import LARGEST, Positive, Section
+from sparsae.errors import InputError
+from sparsae.registry import RULES
+
+StartSparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class RuleConfig(Section):
+    """The settings of a rule: a class of its own for each, which `register_rule` gives the rule's name.
+
+    A rule that prunes has a field `start_sparsity` and ends at the model's sparsity; every other one keeps that.
+    """
+
+    registered_name: ClassVar[str] = ""
+
+    rule: str = Field(default="", description="which rule moves connections")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = data.get("rule", cls.registered_name)
+        if given != cls.registered_name:
+            raise ValueError(f"rule must be {cls.registered_name}, not {given}")
+        return {**data, "rule": given}
+
+    @property
+    def first_sparsity(self) -> float | None:
+        """Sparsity of the untrained model, of a rule that prunes; None: that of the whole run."""
+        start = getattr(self, "start_sparsity", None)
+        return None if start is None else float(start)
+
+
+class BurnInConfig(Section):
+    """Gradient steps for regrown weights after a change."""
+
+    steps: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
+        default=0, description="N_burn_in, gradient steps after an accepted change; 0: none"
+    )
+    multiplier: Positive = Field(
+        default=1.5, description="learning rate of new connections in terms of the base learning rate"
+    )
+    scope: Literal["new", "all"] = Field(
+        default="all", description="what moves: only new connections, or everything with the multiplier on the new"
+    )
+
+
+class MicroBatchConfig(Section):
+    """The held-out sequences that score candidates; all candidates of one update see the same ones."""
+
+    mode: Literal["static", "resampled", "pooled"] = Field(
+        default="resampled", description="one batch for the run, a new one an update, or one of a pool"
+    )
+    sequences: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="sequences in a micro-batch")
+    pool: Annotated[int, Field(ge=1, le=4096)] = Field(default=8, description="micro-batches in the pool (pooled)")
+    study: bool = Field(
+        default=False,
+        description="also score candidates on all validation text, to compare; counted apart from training",
+    )
+
+
+def require_order(start: float, stop: float) -> None:
+    """For validators. Raises ValueError unless `start` comes before `stop`."""
+    if start >= stop:
+        raise ValueError(f"start {start:g} must come before stop {stop:g}")
+
+
+def default_rule() -> RuleConfig:
+    """The settings of the rule that a run has where nothing else is said."""
+    return RULES["evolution"].settings()
+
+
+def _of_its_rule(data: Any) -> Any:
+    """Settings as a mapping, validated by the class that their rule registered."""
+    if not isinstance(data, dict):
+        return data
+    try:
+        return RULES[data.get("rule", "evolution")].settings.model_validate(data)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    except ValidationError as errors:
+        first = errors.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        what = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ValueError(f"{where}: {what}" if where else what) from None
+
+
+AnyRule = Annotated[SerializeAsAny[RuleConfig], BeforeValidator(_of_its_rule)]

@@ -1,0 +1,126 @@
+"""When something happens, and how a quantity moves over a run: values and pure functions of the step.
+
+Steps are counted from 1; a span is a number of steps, a share of the run or epochs (`config.span`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsae.config.span import Horizon, span_steps
+
+
+def cosine_with_warmup(step: int, steps: int, warmup: float, final: float) -> float:
+    """Multiplier of the peak at `step` of `steps`, counted from 0.
+
+    With w = warmup * steps: (step + 1) / w while step < w, then final + (1 - final) (1 + cos(pi t)) / 2 with t going
+    from 0 to 1 over the remaining steps. Never 0 at the first step.
+    """
+    warm_steps = round(warmup * steps)
+    if step < warm_steps:
+        return (step + 1) / warm_steps
+    progress = (step - warm_steps) / max(1, steps - 1 - warm_steps)
+    return final + (1.0 - final) * decayed("cosine", min(1.0, progress))
+
+
+def decayed(kind: Literal["constant", "linear", "cosine"], progress: float) -> float:
+    """1 at progress 0 and, but for "constant", 0 at progress 1: 1 - p, or (1 + cos(pi p)) / 2."""
+    match kind:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - progress
+        case "cosine":
+            return (1.0 + math.cos(math.pi * progress)) / 2.0
+    raise ValueError(f"unknown schedule '{kind}': use constant, linear or cosine")
+
+
+class Cadence(ABC):
+    """When updates come."""
+
+    @abstractmethod
+    def due(self, step: int, horizon: Horizon) -> bool:
+        """Whether one follows `step`."""
+
+    def left(self, step: int, horizon: Horizon) -> float:
+        """Share of the way from where something is to where it shall be that remains after `step`: of what prunes."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Never(Cadence):
+    """No update at all."""
+
+    def due(self, step: int, horizon: Horizon) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Periodic(Cadence):
+    """Every so many steps, after the share `start` and before the share `stop` of the run, and before its last step.
+
+    at_stop: an update may fall on the step at which `stop` is reached. least: never more often than this.
+    """
+
+    every: int | str
+    start: float = 0.0
+    stop: float = 1.0
+    at_stop: bool = False
+    least: int = 1
+
+    def due(self, step: int, horizon: Horizon) -> bool:
+        every, steps = max(self.least, span_steps(self.every, horizon)), horizon.steps
+        last = self.stop * steps
+        inside = self.start * steps < step < steps and (step < last or (self.at_stop and step <= last))
+        return step % every == 0 and inside
+
+
+@dataclass(frozen=True)
+class Once(Cadence):
+    """After the share `at` of the run, once; then nothing of the way is left."""
+
+    at: float
+
+    def due(self, step: int, horizon: Horizon) -> bool:
+        return step == self._step(horizon)
+
+    def left(self, step: int, horizon: Horizon) -> float:
+        return 0.0 if step >= self._step(horizon) else 1.0
+
+    def _step(self, horizon: Horizon) -> int:
+        return max(1, math.floor(self.at * horizon.steps))
+
+
+@dataclass(frozen=True)
+class Cubic(Cadence):
+    """A quantity that falls from where it is to where it shall be (Zhu & Gupta, 2017):
+
+        x_t = x_end + (x_start - x_end) (1 - (t - t_0) / (t_1 - t_0))^3          for t_0 <= t <= t_1,
+
+    t_0 and t_1 being `start` and `stop` as shares of the steps. It moves every `every` steps from t_0 on, and at t_1.
+    """
+
+    start: float
+    stop: float
+    every: int | str
+
+    def due(self, step: int, horizon: Horizon) -> bool:
+        """Whether it moves after `step`."""
+        first, last = self._span(horizon.steps)
+        every = span_steps(self.every, horizon)
+        return first <= step <= last and ((step - first) % every == 0 or step == last)
+
+    def left(self, step: int, horizon: Horizon) -> float:
+        """(1 - (t - t_0) / (t_1 - t_0))^3, exactly 1 before and 0 after."""
+        first, last = self._span(horizon.steps)
+        if step >= last:
+            return 0.0
+        return (1.0 - max(0, step - first) / (last - first)) ** 3
+
+    def _span(self, steps: int) -> tuple[int, int]:
+        # The last one comes before the last step, so that no model ends untrained at its final sparsity.
+        last = max(1, min(math.floor(self.stop * steps), steps - 1))
+        return min(max(1, math.ceil(self.start * steps)), last), last

@@ -1,0 +1,107 @@
+"""What a rule sees: the model's sparse layers at the moment of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsae.config.span import Horizon
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsae.core.heads import HeadLayout
+    from sparsae.core.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """One sparse layer at the moment of an update.
+
+    values, gradient (of the last backward pass) and moment (the optimizer's average gradient) have the topology's
+    values_shape; sample holds inactive units and sample_gradient the gradients there. Under "dense_gradient" these are
+    the units with the largest gradients, and sample_gradient (n,) and active_gradient (count,) are magnitudes, of the
+    same backward passes. bounds are (k_min, k_max) in units, head_floor the least active units of a head, ends the
+    layer's units at the start and by its budget at the end of a run that prunes. What the rule did not declare is None.
+    """
+
+    topology: Topology
+    values: Tensor
+    bounds: tuple[int, int]
+    heads: HeadLayout | None = None
+    head_floor: int = 0
+    gradient: Tensor | None = None
+    moment: Tensor | None = None
+    sample: Tensor | None = None
+    sample_gradient: Tensor | None = None
+    active_gradient: Tensor | None = None
+    ends: tuple[int, int] | None = None
+
+    @property
+    def magnitude(self) -> Tensor:
+        """(count,) |w| of each unit, the L2 norm of a block."""
+        return unit_magnitude(self.values)
+
+    def holds(self, count: int) -> bool:
+        """Whether so many active units are inside this layer's bounds."""
+        return self.bounds[0] <= count <= self.bounds[1]
+
+    def keeps_floor(self, topology: Topology) -> bool:
+        """Whether a new topology of this layer leaves every attention head its floor."""
+        if self.heads is None or not self.head_floor:
+            return True
+        return int(head_counts(topology, self.heads).min()) >= self.head_floor
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """The model's sparse layers at an update, which follows step `step`, counted from 1, of `steps`.
+
+    epoch: steps of a pass over the training data, None where that is not known.
+    """
+
+    layers: Mapping[str, LayerView]
+    step: int
+    steps: int
+    epoch: int | None = None
+
+    @property
+    def horizon(self) -> Horizon:
+        """The length of the run."""
+        return Horizon(self.steps, self.epoch)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that has passed."""
+        return self.step / self.steps
+
+    @property
+    def topologies(self) -> dict[str, Topology]:
+        """The layers' topologies."""
+        return {name: view.topology for name, view in self.layers.items()}
+
+    @property
+    def count(self) -> int:
+        """Active units of the whole model."""
+        return sum(view.topology.count for view in self.layers.values())
+
+
+def unit_magnitude(tensor: Tensor) -> Tensor:
+    """(count,) magnitude of each unit: |w|, or the L2 norm of a block."""
+    return tensor.abs() if tensor.dim() == 1 else tensor.flatten(1).norm(dim=1)
+
+
+def head_counts(topology: Topology, heads: HeadLayout) -> Tensor:
+    """(heads,) active units of each attention head's slice of a layer."""
+    import torch
+
+    side = topology.rows if heads.axis == "out" else topology.columns
+    block = topology.unit[0] if heads.axis == "out" else topology.unit[1]
+    return torch.bincount((side.long() * block) // heads.size, minlength=heads.groups(*topology.shape))
+
+
+def head_densities(topology: Topology, heads: HeadLayout) -> Tensor:
+    """(heads,) density of each head's slice."""
+    counts = head_counts(topology, heads)
+    return counts.double() * counts.numel() / topology.units

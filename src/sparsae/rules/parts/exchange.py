@@ -1,0 +1,128 @@
+"""Rules that exchange connections: when x how many x what is dropped x what is grown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sparsae.core.cadence import Cadence, decayed
+from sparsae.core.observation import LayerView, Observation
+from sparsae.core.swap import Swap
+from sparsae.rules.parts.drop import Drop, smallest_overall
+from sparsae.rules.parts.grow import Grow, largest_sampled
+from sparsae.rules.parts.rule import Candidate, NoState, Rule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsae.core.topology import Topology
+    from sparsae.kernels.probe import Draw
+
+
+@dataclass(frozen=True)
+class CosineFraction:
+    """f_t = alpha / 2 (1 + cos(pi t / T_end)) (Evci et al., 2020), T_end being the share `stop` of the run; then 0."""
+
+    first: float
+    stop: float = 1.0
+
+    def at(self, progress: float) -> float:
+        """f when the share `progress` of the run has passed."""
+        return self.first * decayed("cosine", min(1.0, progress / self.stop))
+
+
+class Exchange(Rule[NoState]):
+    """At each update a fraction of the connections is dropped and as many are grown.
+
+    scope "local": floor(f_t nnz_l) in each layer l, whose number of connections stays. "global": floor(f_t nnz) over
+    the model, by scores of all layers together, each layer inside its bounds; `grow` then must be of a sample.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        when: Cadence,
+        fraction: CosineFraction,
+        drop: Drop,
+        grow: Grow,
+        scope: Literal["local", "global"] = "local",
+    ) -> None:
+        self._name, self.when, self._fraction, self._drop, self._grow = name, when, fraction, drop, grow
+        self._scope = scope
+        self.needs, self.accumulate = grow.needs, grow.accumulate
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def sample(
+        self, topologies: Mapping[str, Topology], state: NoState, rng: torch.Generator
+    ) -> Mapping[str, Tensor | Draw]:
+        return self._grow.sample(topologies, rng)
+
+    def growth(self, topologies: Mapping[str, Topology], state: NoState, progress: float) -> dict[str, int]:
+        return {name: int(self._fraction.at(progress) * topology.count) for name, topology in topologies.items()}
+
+    def probed_units(self, active: int, inactive: int) -> int:
+        return self._grow.probed_units(active, inactive)
+
+    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
+        fraction = self._fraction.at(observation.progress)
+        move = self._over_the_model if self._scope == "global" else self._layer_by_layer
+        return [candidate(observation, self.name, *move(observation.layers, fraction, rng))]
+
+    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
+        return {"drop_fraction": self._fraction.at(progress)}
+
+    def _layer_by_layer(
+        self, views: Mapping[str, LayerView], fraction: float, rng: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        from sparsae.core.ranking import smallest
+
+        drop, grow = {}, {}
+        for name, view in views.items():
+            n = min(int(fraction * view.topology.count), self._grow.room(view))
+            drop[name], grow[name] = self._grow.exchange(view, smallest(self._drop.scores(view, rng), n), n, rng)
+        return drop, grow
+
+    def _over_the_model(
+        self, views: Mapping[str, LayerView], fraction: float, rng: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        counts = {name: view.topology.count for name, view in views.items()}
+        # No more grows in a layer than it has, so that the layers together can always lose as much within their bounds.
+        room = {name: min(self._grow.room(view), counts[name]) for name, view in views.items()}
+        n = min(int(fraction * sum(counts.values())), sum(room.values()))
+        grow = largest_sampled(views, n, room)
+        least, most = {}, {}
+        for name, view in views.items():
+            k_min, k_max = view.bounds
+            least[name] = max(0, counts[name] + grow[name].numel() - k_max)
+            most[name] = min(counts[name], counts[name] + grow[name].numel() - k_min)
+        scores = {name: self._drop.scores(view, rng) for name, view in views.items()}
+        positions = smallest_overall(scores, n, least, most)
+        return {name: view.topology.indices[positions[name]] for name, view in views.items()}, grow
+
+
+def candidate(observation: Observation, name: str, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> Candidate:
+    """A rule's one candidate, out of the race where it leaves a layer's bounds or a head's floor."""
+    drop, grow = ({layer: u for layer, u in units.items() if u.numel()} for units in (drop, grow))
+    shrinks = sum(u.numel() for u in drop.values()) - sum(u.numel() for u in grow.values())
+    swap = Swap(drop, grow, shrinks)
+    return Candidate(swap, name, None if keeps_bounds(observation.layers, swap) else "bounds")
+
+
+def keeps_bounds(views: Mapping[str, LayerView], swap: Swap) -> bool:
+    """Whether every touched layer stays inside its bounds and above its heads' floors after a swap."""
+    for name, change in swap.count_changes().items():
+        view, empty = views[name], views[name].topology.indices[:0]
+        if not view.holds(view.topology.count + change):
+            return False
+        # Counts are known without the new topology, which takes as long as a candidate's layer to make.
+        if view.head_floor and not view.keeps_floor(
+            view.topology.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))[0]
+        ):
+            return False
+    return True

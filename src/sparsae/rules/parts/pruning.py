@@ -1,0 +1,111 @@
+"""Rules that prune: when x what is dropped, from the first model's connections to the budget, and what regenerates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from sparsae.core.cadence import Cadence
+from sparsae.core.observation import LayerView, Observation
+from sparsae.rules.parts.drop import Drop, smallest_overall
+from sparsae.rules.parts.exchange import CosineFraction, candidate
+from sparsae.rules.parts.grow import Grow
+from sparsae.rules.parts.rule import Candidate, NoState, Rule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsae.core.topology import Topology
+    from sparsae.kernels.probe import Draw
+
+
+class Pruning(Rule[NoState]):
+    """The smallest scores are dropped until so many units are left as `when` says; what is left may regenerate.
+
+    scope "local": each layer is on the way from its first to its last number of units, which the budget gives.
+    "global": the model is, whichever its smallest scores are, and every layer keeps its k_min. Where there are
+    `fraction` and `grow`, floor(f_t nnz_l) of what is left in layer l are dropped besides, and as many grown.
+    """
+
+    prunes = True
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        when: Cadence,
+        drop: Drop,
+        scope: Literal["local", "global"],
+        fraction: CosineFraction | None = None,
+        grow: Grow | None = None,
+    ) -> None:
+        self._name, self.when, self._drop, self._scope = name, when, drop, scope
+        self._fraction, self._grow = fraction, grow
+        if grow is not None:
+            self.needs, self.accumulate = grow.needs, grow.accumulate
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def sample(
+        self, topologies: Mapping[str, Topology], state: NoState, rng: torch.Generator
+    ) -> Mapping[str, Tensor | Draw]:
+        return {} if self._grow is None else self._grow.sample(topologies, rng)
+
+    def growth(self, topologies: Mapping[str, Topology], state: NoState, progress: float) -> dict[str, int]:
+        # Of what is there before pruning: how much each layer loses is not known until the optimizer has stepped.
+        return {name: int(self._regeneration(progress) * topology.count) for name, topology in topologies.items()}
+
+    def probed_units(self, active: int, inactive: int) -> int:
+        return 0 if self._grow is None else self._grow.probed_units(active, inactive)
+
+    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
+        from sparsae.core.ranking import smallest
+
+        left = self.when.left(observation.step, observation.horizon)
+        scores = {name: self._drop.scores(view, rng) for name, view in observation.layers.items()}
+        pruned = pruned_counts(observation, scores, left, self._scope)
+        drop, grow = {}, {}
+        for name, view in observation.layers.items():
+            n = int(self._regeneration(observation.progress) * (view.topology.count - pruned[name]))
+            positions = smallest(scores[name], pruned[name] + n)
+            if n and self._grow is not None:
+                drop[name], grow[name] = self._grow.exchange(view, positions, n, rng)
+            else:
+                drop[name] = view.topology.indices[positions]
+        return [candidate(observation, self.name, drop, grow)]
+
+    def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
+        return {} if self._fraction is None else {"drop_fraction": self._regeneration(progress)}
+
+    def _regeneration(self, progress: float) -> float:
+        return 0.0 if self._fraction is None else self._fraction.at(progress)
+
+
+def pruned_counts(observation: Observation, scores: Mapping[str, Tensor], left: float, scope: str) -> dict[str, int]:
+    """How many units with its smallest scores each layer loses, on the way from its first to its last number of units.
+
+    left: share of that way that remains. "local": each layer has k_end + left (k_start - k_end) units afterwards.
+    "global": the model has, whichever its smallest scores are, and every layer keeps its k_min.
+    """
+    views = observation.layers
+    goals = {name: shrunk(*_ends(view), left) for name, view in views.items()}
+    if scope == "local":
+        return {name: max(0, view.topology.count - goals[name]) for name, view in views.items()}
+    starts, ends = (sum(_ends(view)[i] for view in views.values()) for i in (0, 1))
+    surplus = max(0, observation.count - shrunk(starts, ends, left))
+    room = {name: max(0, view.topology.count - view.bounds[0]) for name, view in views.items()}
+    positions = smallest_overall(scores, surplus, dict.fromkeys(views, 0), room)
+    return {name: at.numel() for name, at in positions.items()}
+
+
+def shrunk(start: int, end: int, left: float) -> int:
+    """Units of a model, or of a layer, `left` of whose way from `start` to `end` remains."""
+    return end + round(left * (start - end))
+
+
+def _ends(view: LayerView) -> tuple[int, int]:
+    assert view.ends is not None
+    return view.ends

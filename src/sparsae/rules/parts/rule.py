@@ -1,0 +1,158 @@
+"""What a topology rule is.
+
+A rule is hyper-parameters with pure functions over an explicit state and an explicit generator. The loop asks whether
+an update is due, captures just what the rule needs, asks for candidates, has them scored if the rule needs scores,
+and tells the rule the scores; the rule answers with its choice. SET, RigL and their like are rules with one
+candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from sparsae.config.rules import BurnInConfig, MicroBatchConfig
+from sparsae.config.span import Horizon
+from sparsae.core.cadence import Cadence, Never
+from sparsae.core.observation import Observation
+from sparsae.core.swap import Swap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsae.core.topology import Topology
+    from sparsae.kernels.probe import Draw
+
+Need = Literal["gradient", "gradient_at", "dense_gradient", "moments", "micro_batch_score", "candidate_gradient"]
+State = TypeVar("State")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A proposal: which proposer made it, and why it is out of the race (None: it is in)."""
+
+    swap: Swap
+    proposer: str
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class NoState:
+    """Nothing to remember."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The raw components of the proxy, for one topology: nats, a density, and a gradient norm."""
+
+    cross_entropy: float
+    diversity: float
+    activity: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every component is a number."""
+        return math.isfinite(self.cross_entropy) and math.isfinite(self.diversity) and math.isfinite(self.activity)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The rule's choice (an index, None: stay), and the proxy's value of each candidate and of the current topology."""
+
+    chosen: int | None
+    scores: tuple[float | None, ...] = ()
+    current: float | None = None
+
+
+class Rule(ABC, Generic[State]):
+    """A topology rule: `when` its updates come, and what `ask` proposes.
+
+    `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON. moves: whether it ever changes the
+    topology. needs: what has to be captured for it. accumulate: over which backward passes of a step a "dense_gradient"
+    is taken. prunes: whether the model shrinks, as fast as `when` says. micro_batch: the held-out sequences that score
+    its candidates, where it needs scores. initialization: values of grown units (see `surgery.plan`). burn_in: the
+    gradient steps after a change. declines: whether an update may leave the topology as it is since no candidate is
+    better.
+    """
+
+    when: Cadence = Never()
+    moves: bool = True
+    needs: frozenset[Need] = frozenset()
+    accumulate: Literal["last", "sum"] = "last"
+    prunes: bool = False
+    initialization: str = "zero"
+    burn_in: BurnInConfig = BurnInConfig(steps=0)
+    micro_batch: MicroBatchConfig | None = None
+    declines: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages and metrics call it."""
+        return type(self).__name__.lower()
+
+    def initial_state(self) -> State:
+        """The state before the first update: nothing, of a rule that remembers nothing."""
+        return NoState()  # type: ignore[return-value]
+
+    def state_from_dict(self, data: Mapping[str, Any]) -> State:
+        """The state that `dataclasses.asdict` turned into `data`, JSON in between."""
+        return type(self.initial_state())(**data)
+
+    def due(self, step: int, horizon: Horizon) -> bool:
+        """Whether an update follows optimizer step `step`, counted from 1."""
+        return self.when.due(step, horizon)
+
+    def concerns(self, layers: Iterable[str], step: int, horizon: Horizon) -> set[str]:
+        """Names of the layers whose connections the update after `step` may move."""
+        return set(layers)
+
+    def refuse_layers(self, layers: Iterable[str]) -> None:
+        """Before a training, with the names of its sparse layers. Raises InputError where it cannot serve them."""
+
+    def sample(
+        self, topologies: Mapping[str, Topology], state: State, rng: torch.Generator
+    ) -> Mapping[str, Tensor | Draw]:
+        """The inactive units whose gradients the next update wants, by layer ("gradient_at")."""
+        return {}
+
+    def growth(self, topologies: Mapping[str, Topology], state: State, progress: float) -> Mapping[str, int]:
+        """At most so many units will each layer grow at the update that comes next ("dense_gradient")."""
+        return {}
+
+    def probed_units(self, active: int, inactive: int) -> int:
+        """Of how many inactive units of a layer an update computes the gradient, at most: for plans."""
+        return inactive if "dense_gradient" in self.needs else 0
+
+    def active_units(self, start: int, end: int, step: int, horizon: Horizon) -> int:
+        """Active units of a model after `step`, of one that starts with `start` and has `end` by its settings."""
+        return end + round(self.when.left(step, horizon) * (start - end)) if self.prunes else start
+
+    @abstractmethod
+    def ask(self, observation: Observation, state: State, rng: torch.Generator) -> list[Candidate]:
+        """The candidates of an update."""
+
+    def tell(
+        self,
+        candidates: Sequence[Candidate],
+        scores: Sequence[Score | None],
+        current: Score | None,
+        state: State,
+        progress: float,
+    ) -> tuple[Decision, State]:
+        """The choice and the next state: the first candidate that is in the race and changes anything.
+
+        A score is None where none was needed or the candidate is rejected.
+        """
+        return Decision(next((i for i, c in enumerate(candidates) if c.rejected is None and c.swap.size), None)), state
+
+    def telemetry(self, state: State, progress: float) -> dict[str, float]:
+        """The strategy parameters that are in force, for the metrics."""
+        return {}
+
+    def without_scores(self) -> Rule[State]:
+        """This rule where nothing can score a candidate. Raises InputError where it cannot do without."""
+        return self

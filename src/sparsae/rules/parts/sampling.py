@@ -1,0 +1,64 @@
+"""How positions are sampled whose gradients are looked at. `gse.py` has the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from sparsae.core.topology import Topology
+from sparsae.kernels.probe import Draw
+
+
+def sample_inactive(topologies: Mapping[str, Topology], ratio: float, rng: torch.Generator) -> dict[str, Tensor]:
+    """gamma * count inactive units of each layer, uniformly without replacement."""
+    return {
+        name: topology.sample_inactive(min(round(ratio * topology.count), topology.units - topology.count), rng)
+        for name, topology in topologies.items()
+    }
+
+
+def drawn(topologies: Mapping[str, Topology], ratio: float, sampling: str, rng: torch.Generator) -> dict[str, Draw]:
+    """About gamma * count positions of each layer by GraBo or GraEst, to be drawn from its next backward pass."""
+    seeds = torch.randint(2**62, (len(topologies),), generator=rng, device="cpu").tolist()
+    return {
+        name: _drawn(topology, round(ratio * topology.count), sampling, seed)
+        for (name, topology), seed in zip(topologies.items(), seeds, strict=True)
+    }
+
+
+def _drawn(topology: Topology, n: int, sampling: str, seed: int) -> Draw:
+    """Draws n pairs of an output and an input of the layer by GraBo or GraEst, less repeated and active ones."""
+    score: Callable[[Tensor, Tensor], Tensor] = _bias if sampling == "grabo" else _estimate
+
+    def draw(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, (x_TI.shape[0],), generator=rng, device="cpu").to(x_TI.device, x_TI.dtype) * 2 - 1
+        rows, columns = (
+            _draw_from(score(side, signs).view(-1, width).sum(1), n, rng)
+            for side, width in ((dy_TO, topology.unit[0]), (x_TI, topology.unit[1]))
+        )
+        units = (columns * topology.grid[0] + rows).unique().to(topology.indices)
+        return units[~topology.contains(units)]
+
+    return draw
+
+
+def _bias(side_TF: Tensor, signs_T: Tensor) -> Tensor:
+    """GraBo: sum_t |a_t| of each feature."""
+    return side_TF.abs().sum(0, dtype=torch.float32)
+
+
+def _estimate(side_TF: Tensor, signs_T: Tensor) -> Tensor:
+    """GraEst: |sum_t s_t a_t| of each feature."""
+    return (signs_T @ side_TF).float().abs()
+
+
+def _draw_from(weights: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """n numbers of [0, len(weights)), with replacement, in proportion to the weights; evenly where all are zero."""
+    ends = weights.double().cpu().cumsum(0)
+    if not float(ends[-1]) > 0:
+        return torch.randint(weights.numel(), (n,), generator=rng, device="cpu")
+    at = torch.rand(n, generator=rng, dtype=torch.float64, device="cpu") * ends[-1]
+    return torch.searchsorted(ends, at, right=True).clamp_(max=weights.numel() - 1)

@@ -1,0 +1,192 @@
+"""Several rules in one model, each for the layers whose names match its pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparsae.config.span import Horizon
+from sparsae.core.cadence import Cadence
+from sparsae.core.observation import Observation
+from sparsae.core.swap import Swap
+from sparsae.errors import InputError
+from sparsae.rules.parts.rule import Candidate, Decision, Rule, Score
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparsae.core.topology import Topology
+    from sparsae.kernels.probe import Draw
+
+Value = TypeVar("Value")
+States = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOf(Cadence):
+    """Whenever one of several is due."""
+
+    cadences: tuple[Cadence, ...]
+
+    def due(self, step: int, horizon: Horizon) -> bool:
+        return any(cadence.due(step, horizon) for cadence in self.cadences)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralState:
+    """The state of each rule, as it would be alone."""
+
+    states: States
+
+
+class Several(Rule[SeveralState]):
+    """The first pattern (a glob) that matches a layer's name says which rule moves its connections.
+
+    Each rule sees its own layers only, at its own updates. One of them may compare candidates by scores; each of its
+    candidates then is of the whole model, the others' one proposal in it.
+
+    Raises InputError for rules that prune, that want other starting values, burn-ins or accumulations than another;
+    where two compare candidates, and where one does and another has updates at other steps.
+    """
+
+    def __init__(self, rules: Mapping[str, Rule[Any]]) -> None:
+        self.rules = dict(rules)
+        rules_ = list(self.rules.values())
+        self.when = AnyOf(tuple(rule.when for rule in rules_))
+        self.moves = any(rule.moves for rule in rules_)
+        self.needs = frozenset().union(*(rule.needs for rule in rules_))
+        self.declines = any(rule.declines for rule in rules_)
+        moving = [rule for rule in rules_ if rule.moves]
+        if pruning := next((rule.name for rule in rules_ if rule.prunes), None):
+            raise InputError(f"rule '{pruning}' prunes, which it can do only over the whole model: leave `rules` out")
+        if len(scored := [rule for rule in moving if rule.micro_batch]) > 1:
+            raise InputError(
+                f"rules '{scored[0].name}' and '{scored[1].name}' both compare candidates by scores: let one of them do"
+            )
+        if scored and (other := next((rule for rule in moving if rule.when != scored[0].when), None)):
+            raise InputError(
+                f"rule '{scored[0].name}' compares candidates by scores, and '{other.name}' has updates at other "
+                "steps: give both the same"
+            )
+        self.micro_batch = scored[0].micro_batch if scored else None
+        dense = [rule for rule in moving if "dense_gradient" in rule.needs]
+        self.accumulate = _common("accumulate", dense, lambda rule: rule.accumulate, "last")
+        self.initialization = _common("initialization", moving, lambda rule: rule.initialization, "zero")
+        self.burn_in = _common("burn_in", moving, lambda rule: rule.burn_in, Rule.burn_in)
+
+    @property
+    def name(self) -> str:
+        return " + ".join(dict.fromkeys(rule.name for rule in self.rules.values()))
+
+    def initial_state(self) -> SeveralState:
+        return SeveralState(tuple(rule.initial_state() for rule in self.rules.values()))
+
+    def state_from_dict(self, data: Mapping[str, Any]) -> SeveralState:
+        pairs = zip(self.rules.values(), data["states"], strict=True)
+        return SeveralState(tuple(rule.state_from_dict(state) for rule, state in pairs))
+
+    def concerns(self, layers: Iterable[str], step: int, horizon: Horizon) -> set[str]:
+        due = self._due(step, horizon)
+        return {name for name in layers if self._index(name) in due}
+
+    def refuse_layers(self, layers: Iterable[str]) -> None:
+        used = {self._index(name) for name in layers}
+        if idle := [pattern for i, pattern in enumerate(self.rules) if i not in used]:
+            raise InputError(f"the rule under the pattern '{idle[0]}' has no sparse layer: no name matches it first")
+
+    def sample(
+        self, topologies: Mapping[str, Topology], state: SeveralState, rng: torch.Generator
+    ) -> dict[str, Tensor | Draw]:
+        found: dict[str, Tensor | Draw] = {}
+        for rule, mine, own in self._split(topologies, state):
+            if "gradient_at" in rule.needs:
+                found |= rule.sample(mine, own, rng)
+        return found
+
+    def growth(self, topologies: Mapping[str, Topology], state: SeveralState, progress: float) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for rule, mine, own in self._split(topologies, state):
+            if "dense_gradient" in rule.needs:
+                found |= rule.growth(mine, own, progress)
+        return found
+
+    def probed_units(self, active: int, inactive: int) -> int:
+        return max(rule.probed_units(active, inactive) for rule in self.rules.values())
+
+    def ask(self, observation: Observation, state: SeveralState, rng: torch.Generator) -> list[Candidate]:
+        due = self._due(observation.step, observation.horizon)
+        asked = [
+            rule.ask(dataclasses.replace(observation, layers=mine), own, rng) if mine and i in due else []
+            for i, (rule, mine, own) in enumerate(self._split(observation.layers, state))
+        ]
+        # A rule with one proposal has it in every candidate of the one that compares.
+        width = max(map(len, asked), default=0)
+        return [_merged([found[i % len(found)] for found in asked if found]) for i in range(width)]
+
+    def tell(
+        self,
+        candidates: Sequence[Candidate],
+        scores: Sequence[Score | None],
+        current: Score | None,
+        state: SeveralState,
+        progress: float,
+    ) -> tuple[Decision, SeveralState]:
+        rules = list(self.rules.values())
+        judge = next((i for i, rule in enumerate(rules) if rule.micro_batch), 0)
+        if current is None or not rules[judge].micro_batch:
+            return Rule.tell(self, candidates, scores, current, state, progress)
+        decision, own = rules[judge].tell(candidates, scores, current, state.states[judge], progress)
+        states = (*state.states[:judge], own, *state.states[judge + 1 :])
+        return decision, SeveralState(states)
+
+    def telemetry(self, state: SeveralState, progress: float) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for rule, own in zip(self.rules.values(), state.states, strict=True):
+            found = rule.telemetry(own, progress) | found
+        return found
+
+    def without_scores(self) -> Several:
+        return Several({pattern: rule.without_scores() for pattern, rule in self.rules.items()})
+
+    def _index(self, layer: str) -> int:
+        """Which rule moves a layer's connections."""
+        index = next((i for i, pattern in enumerate(self.rules) if fnmatchcase(layer, pattern)), None)
+        if index is None:
+            raise InputError(f"no rule is for layer {layer}: add one under the pattern '*'")
+        return index
+
+    def _due(self, step: int, horizon: Horizon) -> set[int]:
+        """Rules with an update; all of them at one that is made up for, later than it was due."""
+        everyone = {i for i, rule in enumerate(self.rules.values()) if rule.moves}
+        return {i for i, rule in enumerate(self.rules.values()) if rule.due(step, horizon)} or everyone
+
+    def _split(self, layers: Mapping[str, Value], state: SeveralState) -> list[tuple[Rule[Any], dict[str, Value], Any]]:
+        mine: list[dict[str, Value]] = [{} for _ in self.rules]
+        for name, value in layers.items():
+            mine[self._index(name)][name] = value
+        return list(zip(self.rules.values(), mine, state.states, strict=True))
+
+
+def _common(what: str, rules: Sequence[Rule[Any]], value: Callable[[Rule[Any]], Value], otherwise: Value) -> Value:
+    """What all rules have alike."""
+    for rule in rules[1:]:
+        if value(rule) != value(rules[0]):
+            raise InputError(
+                f"rules '{rules[0].name}' and '{rule.name}' differ in {what}, which several rules in one model share: "
+                "set the same in both"
+            )
+    return value(rules[0]) if rules else otherwise
+
+
+def _merged(parts: Sequence[Candidate]) -> Candidate:
+    drop: dict[str, Tensor] = {}
+    grow: dict[str, Tensor] = {}
+    for part in parts:
+        drop |= part.swap.drop
+        grow |= part.swap.grow
+    rejected = next((part.rejected for part in parts if part.rejected), None)
+    proposer = " + ".join(dict.fromkeys(part.proposer for part in parts))
+    return Candidate(Swap(drop, grow), proposer, rejected)
