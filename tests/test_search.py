@@ -97,7 +97,7 @@ def test_sampled_gradients_are_those_of_a_dense_layer() -> None:
     sparsifier = Sparsifier(
         model, optimizer, SparsifierConfig(steps=20, topology=EvolutionConfig(every=1, candidates=1))
     )
-    probes = sparsifier.search._probes
+    probes = sparsifier.search.gradients.probes
     dense = densify(mlp())
     for seed in (1, 2):  # Gradients of two passes add up, as in accumulation.
         x = torch.randn(8, 24, generator=generator(seed, "x"))
@@ -132,7 +132,7 @@ def test_scoring_is_not_watched() -> None:
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=topology), score=score_of(model))  # type: ignore[arg-type]
     x = torch.randn(8, 24, generator=generator(1, "x"))
     (model(x) - x).square().mean().backward()
-    probes = sparsifier.search._probes
+    probes = sparsifier.search.gradients.probes
     seen = {name: probe.gradient for name, probe in probes.items()}
     assert seen
     sparsifier.before_step()
@@ -155,7 +155,7 @@ def test_compiled_models_are_probed_and_follow_every_count() -> None:
         for step in range(12):
             x = torch.randn(8, 24, generator=generator(step, "x"))
             (compiled(x) - x).square().mean().backward()
-            assert all(probe.gradient is not None for probe in sparsifier.search._probes.values())
+            assert all(probe.gradient is not None for probe in sparsifier.search.gradients.probes.values())
             sparsifier.before_step()
             optimizer.step()
             sparsifier.after_step()

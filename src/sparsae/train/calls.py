@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
 from sparsae.errors import InputError
@@ -107,6 +107,39 @@ def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
             rule.name,
             steps,
         )
+
+
+def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> dict[str, SparseLinear]:
+    """The layers that are not frozen. Raises InputError for one whose values the optimizer does not have."""
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
+    for name, layer in trained.items():
+        if id(layer.values) not in optimized:
+            raise InputError(
+                f"the optimizer does not have the values of {name}: build it after sparsify(model, ...), or freeze the "
+                "layer by requires_grad_(False)"
+            )
+    return trained
+
+
+def refuse_lost_or_tied(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError for a layer whose connections cannot move alone: not in the model now, or with another's values.
+
+    What moved would be no weight of the model, or would move the other layer's values to other places.
+    """
+    present = {id(module) for module in model.modules()}
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if id(layer) not in present:
+            raise InputError(
+                f"layer {name} was replaced in the model since Sparsifier was made: make the Sparsifier afterwards"
+            )
+        other = owners.setdefault(id(layer.values), name)
+        if other != name:
+            raise InputError(
+                f"layers {other} and {name} share their values, which cannot follow two topologies: use one module "
+                "under both names, or rule 'static'"
+            )
 
 
 def refuse_ranks(rule: Rule[Any]) -> None:

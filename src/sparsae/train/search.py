@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,12 +18,12 @@ from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
-from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
 from sparsae.rules.parts.proxy import activity, diversity, known_gradient_norm
 from sparsae.rules.parts.rule import Candidate, Decision, Rule, Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
+from sparsae.train.capture import GradientCapture
 from sparsae.train.telemetry import TopologyTelemetry
 
 log = logging.getLogger(__name__)
@@ -95,15 +94,13 @@ class TopologySearch:
         self.telemetry = TopologyTelemetry(layers, heads)
         self._model, self._layers, self._optimizer, self._teacher = model, layers, optimizer, teacher
         self.bounds, self.ends = dict(bounds), dict(ends)
-        self._heads, self._head_floors = heads, head_floors
+        self._heads = heads
         self._score, self._study, self._initial_std = score, study, initial_std
-        self._horizon, self._passes, self._seed = horizon, passes, seed
-        self._trained: Mapping[str, SparseLinear] = {}
-        self._probes: dict[str, Probe] = {}
-        self._norms: dict[str, float] = {}
-        self._views: dict[str, LayerView] | None = None
+        self._horizon, self._seed = horizon, seed
+        self.gradients = GradientCapture(
+            model, layers, optimizer, heads, head_floors, horizon=horizon, passes=passes, seed=seed
+        )
         self.waiting = False
-        self._not_finite: str | None = None
         self._told = False
 
     def due(self, step: int) -> bool:
@@ -113,81 +110,30 @@ class TopologySearch:
     def arm(self, step: int) -> None:
         """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients.
 
-        What trains now takes part in that update, and nothing else. Raises InputError for a layer that trains while
-        the optimizer does not have it or that is no longer in the model, for two layers with the same values, and where
-        layers were frozen or not while a rule prunes that counted otherwise.
+        Raises InputError as `GradientCapture.arm` does.
         """
-        self._close_probes()
-        self._probes = {}
-        if not self.due(step):
-            return
-        self._trained = trained_layers(self._layers, self._optimizer)
-        refuse_lost_or_tied(self._model, self._layers)
-        if self.ends and (other := sorted(set(self._trained) ^ set(self.ends))):
-            raise InputError(
-                f"layer {other[0]} was frozen or unfrozen since pruning began, which counts on the layers that trained "
-                "then: keep requires_grad as it was until pruning is over"
-            )
-        if not self._trained:
-            log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
-            return
-        moved = self.rule.concerns(self._trained, step, self._horizon)
-        topologies = {name: layer.topology for name, layer in self._trained.items() if name in moved}
-        if "gradient_at" in self.rule.needs:
-            samples = self.rule.sample(topologies, self.state, generator(self._seed, "sample", step))
-            self._probes |= {name: SampledGradients(self._layers[name].key, u) for name, u in samples.items()}
-        if "dense_gradient" in self.rule.needs:
-            growth = self.rule.growth(topologies, self.state, step / self._horizon.steps)
-            self._probes |= {
-                name: LargestGradients(self._layers[name].key, n, self.rule.accumulate, self._passes)
-                for name, n in growth.items()
-                if n
-            }
+        self.gradients.clear()
+        if self.due(step):
+            self.gradients.arm(self.rule, self.state, step, self.ends)
 
     def capture(self, step: int) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
-        if not self.due(step):
-            return
-        self._close_probes()
-        needs, views = self.rule.needs, {}
-        self._not_finite = None
-        self._trained = {name: layer for name, layer in self._trained.items() if layer.values.requires_grad}
-        for name, layer in self._trained.items():
-            gradient = layer.values.grad
-            if gradient is None:
-                gradient = torch.zeros_like(layer.values)
-            probe = self._probes.get(name)
-            if probe is not None and probe.gradient is None and bool(gradient.any()):
-                raise InputError(_unanswered(name, self._passes))
-            self._norms[name] = float(gradient.norm())
-            probed = self._probed(name)
-            if not (_is_finite(gradient, self._norms[name]) and _is_finite(probed.get("sample_gradient"))):
-                self._not_finite = self._not_finite or name
-            views[name] = LayerView(
-                layer.topology,
-                layer.values.data,
-                self.bounds[name],
-                self._heads.get(name),
-                self._head_floors.get(name, 0),
-                gradient=gradient.detach().clone() if "gradient" in needs else None,
-                ends=self.ends.get(name),
-                **probed,
-            )
-        # Where everything has been frozen since, there is nothing to update.
-        self._views = views or None
+        if self.due(step):
+            self.gradients.take(self.rule, self.bounds, self.ends)
 
     def update(self, step: int) -> Update | None:
         """After the optimizer's step: one update of the topology, if it is due."""
-        if self._views is None:
+        seen = self.gradients.views
+        if seen is None:
             return None
         started = time.perf_counter()
-        self.waiting = self._not_finite is not None
+        self.waiting = self.gradients.not_finite is not None
         if self.waiting:
             return self._postponed(step, started)
         moments = self._moments()
         views = {
             name: LayerView(**{**vars(view), "values": self._layers[name].values.data, "moment": moments.get(name)})
-            for name, view in self._views.items()
+            for name, view in seen.items()
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
@@ -221,11 +167,11 @@ class TopologySearch:
             if current is not None
             else None,
             **in_force,
-            **self.telemetry.row(step, changes, self._norms),
+            **self.telemetry.row(step, changes, self.gradients.norms),
             "skipped": None,
             "seconds": time.perf_counter() - started,
         }
-        self._views, self._norms, self._probes = None, {}, {}
+        self.gradients.clear()
         return Update(row, changes, cost)
 
     def initial_row(self) -> dict[str, Any]:
@@ -252,12 +198,12 @@ class TopologySearch:
                 "step %d: the topology update waits for the next step, since a gradient of %s is not finite "
                 "(said once; rows of the metrics have it as skipped)",
                 step,
-                self._not_finite,
+                self.gradients.not_finite,
             )
             self._told = True
         cost = self._cost([], None, 0)
         row = self._unchanged(step) | {"skipped": "gradient", "seconds": time.perf_counter() - started}
-        self._views, self._norms, self._probes = None, {}, {}
+        self.gradients.clear()
         return Update(row, {}, cost)
 
     def _plan(self, swap: Swap, step: int, index: int) -> Plan:
@@ -272,10 +218,10 @@ class TopologySearch:
                 loss = self._score(step)
             norms = [0.0]
             if wants_gradient:
-                values = [layer.values for layer in self._trained.values()]
+                values = [layer.values for layer in self.gradients.trained.values()]
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
                 norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-            topologies = {name: layer.topology for name, layer in self._trained.items()}
+            topologies = {name: layer.topology for name, layer in self.gradients.trained.items()}
         known = self.rule.needs & {"gradient", "moments"}
         if known:
             source = "training" if "gradient" in known else "moments"
@@ -297,24 +243,6 @@ class TopologySearch:
                 found[index] = {"validation_cross_entropy": self._study()}
         return found
 
-    def _probed(self, name: str) -> dict[str, Tensor]:
-        """What a layer's probe saw, as fields of its view: nothing of one that took no part in the backward pass."""
-        probe, layer = self._probes.get(name), self._layers[name]
-        if probe is None:
-            return {}
-        values = layer.values.detach()
-        units = layer.indices[:0] if probe.units is None else probe.units
-        dense = isinstance(probe, LargestGradients)
-        if probe.gradient is None:
-            gradient = values.new_zeros(units.numel(), *(() if dense else values.shape[1:]))
-        else:
-            gradient = probe.gradient.to(values.dtype)
-        fields = {"sample": units, "sample_gradient": gradient}
-        if isinstance(probe, LargestGradients):
-            active = values.new_zeros(layer.topology.count) if probe.active is None else probe.active.to(values.dtype)
-            fields["active_gradient"] = active
-        return fields
-
     def _moments(self) -> dict[str, Tensor]:
         """The optimizer's average gradient of each layer, where the rule needs it: zeros where a layer has none yet.
 
@@ -334,63 +262,7 @@ class TopologySearch:
     def _cost(self, scores: list[Score | None], current: Score | None, studied: int) -> SearchCost:
         forwards = sum(score is not None for score in [current, *scores])
         backwards = forwards if "candidate_gradient" in self.rule.needs else 0
-        probed = {}
-        for name, probe in self._probes.items():
-            b_out, b_in = self._layers[name].unit
-            probed[name] = (probe.positions * b_out * b_in, probe.tokens)
-        return SearchCost(forwards, backwards, probed, studied)
-
-    def _close_probes(self) -> None:
-        for probe in self._probes.values():
-            probe.close()
-
-
-def _unanswered(name: str, passes: int) -> str:
-    made = (
-        "" if passes == 1 else f"fewer than the {passes} backward passes of SparsifierConfig.accumulation were made, "
-    )
-    return (
-        f"layer {name} got a gradient of its values, but none at inactive connections, where the rule wants it: {made}"
-        "its topology was replaced since the last step, or compiled code reads its `weight` instead of calling it"
-    )
-
-
-def _is_finite(tensor: Tensor | None, norm: float = math.nan) -> bool:
-    """Whether all elements are finite: a finite norm tells; another may have overflowed by itself."""
-    return tensor is None or math.isfinite(norm) or bool(tensor.isfinite().all())
-
-
-def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> dict[str, SparseLinear]:
-    """The layers that are not frozen. Raises InputError for one whose values the optimizer does not have."""
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
-    for name, layer in trained.items():
-        if id(layer.values) not in optimized:
-            raise InputError(
-                f"the optimizer does not have the values of {name}: build it after sparsify(model, ...), or freeze the "
-                "layer by requires_grad_(False)"
-            )
-    return trained
-
-
-def refuse_lost_or_tied(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
-    """Raise InputError for a layer whose connections cannot move alone: not in the model now, or with another's values.
-
-    What moved would be no weight of the model, or would move the other layer's values to other places.
-    """
-    present = {id(module) for module in model.modules()}
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        if id(layer) not in present:
-            raise InputError(
-                f"layer {name} was replaced in the model since Sparsifier was made: make the Sparsifier afterwards"
-            )
-        other = owners.setdefault(id(layer.values), name)
-        if other != name:
-            raise InputError(
-                f"layers {other} and {name} share their values, which cannot follow two topologies: use one module "
-                "under both names, or rule 'static'"
-            )
+        return SearchCost(forwards, backwards, self.gradients.probed(), studied)
 
 
 @contextmanager

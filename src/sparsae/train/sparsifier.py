@@ -39,15 +39,8 @@ from sparsae.registry import RULES
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.burn_in import BurnIn
-from sparsae.train.calls import LoopCalls, refuse_ranks, tell_if_still
-from sparsae.train.search import (
-    ScoreFunction,
-    StudyFunction,
-    TopologySearch,
-    Update,
-    refuse_lost_or_tied,
-    trained_layers,
-)
+from sparsae.train.calls import LoopCalls, refuse_lost_or_tied, refuse_ranks, tell_if_still, trained_layers
+from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
 
 _NEWER = ("waiting", "initial_densities")  # a state of an earlier version lacks them
 
