@@ -7,7 +7,7 @@ LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-newest soak check format lock performance clean
+.PHONY: demo test test-newest soak golden check format lock performance clean
 
 # Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -36,6 +36,10 @@ test-newest:
 # What takes minutes each: fuzzing, corruptions, kills.
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/soak
+
+# Short runs of every method, the code of a commit beside the working tree, bit for bit: make golden OLD=v0.1.0
+golden: $(VENV)/.installed
+	$(BIN)/python -m tests.golden $(OLD)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
