@@ -1,4 +1,4 @@
-"""What rules are made of: rankings with ties, schedules, choices over all layers within bounds."""
+"""What rules are made of: schedules, choices over all layers within bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsae.config.span import Horizon
 from sparsae.core.cadence import Cubic, Periodic
 from sparsae.core.observation import LayerView, Observation
-from sparsae.core.ranking import largest, smallest
+from sparsae.core.ranking import smallest
 from sparsae.core.topology import Topology
 from sparsae.rules.parts.drop import smallest_overall
 from sparsae.rules.parts.exchange import CosineFraction
@@ -21,24 +21,6 @@ from sparsae.rules.parts.grow import exchange
 from sparsae.rules.parts.pruning import pruned_counts
 
 SCORES = st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, -3.0]), min_size=1, max_size=30)
-
-
-@given(SCORES, st.integers(0, 30))
-def test_of_equals_the_first_are_taken(scores: list[float], n: int) -> None:
-    n = min(n, len(scores))
-    by_size = sorted(range(len(scores)), key=lambda i: (scores[i], i))
-    assert smallest(torch.tensor(scores), n).tolist() == sorted(by_size[:n])
-    by_size = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    assert largest(torch.tensor(scores), n).tolist() == sorted(by_size[:n])
-
-
-def test_what_is_no_number_is_never_among_the_best() -> None:
-    scores = torch.tensor([math.nan, 1.0, math.nan, 3.0, 2.0])
-    assert largest(scores, 2).tolist() == [3, 4]
-    assert smallest(scores, 2).tolist() == [1, 4]
-    assert largest(scores, 4).tolist() == [0, 1, 3, 4]
-    with pytest.raises(ValueError, match="cannot take 6 of 5"):
-        largest(scores, 6)
 
 
 @given(st.lists(SCORES, min_size=1, max_size=4), st.data())

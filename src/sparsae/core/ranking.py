@@ -1,34 +1,96 @@
-"""The n smallest or largest of many scores, by a rule for ties that every run and every machine shares."""
+"""The n smallest or largest of many scores, by a rule for ties that every run and every machine shares.
+
+Of equal scores (-0.0 and 0.0 are equal) the first is taken, which `torch.topk` leaves open, and NaN comes last, whether
+the smallest or the largest are wanted. How many there will be is known, and nothing here waits for a device to tell.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+# The group of each score, of [0, G), and then limits are (G,) tensors; or the sizes of groups that lie one after
+# another, and then limits are as many ints.
+Groups = Tensor | Sequence[int]
+Limits = Tensor | Sequence[int]
+
 
 def largest(scores: Tensor, n: int) -> Tensor:
-    """Positions of the n largest of (m,) scores, ascending; of equal ones the first. NaN ranks below everything.
-
-    `torch.topk` leaves open which of equal scores it takes. Raises ValueError for n > m.
-    """
-    if not 0 <= n <= scores.numel():
-        raise ValueError(f"cannot take {n} of {scores.numel()} scores")
-    if n in (0, scores.numel()):
-        return torch.arange(n, device=scores.device)
-    missing = scores.isnan()
-    if bool(missing.any()):
-        # By position: any number in its place would tie with a score that is that number.
-        known, unknown = (~missing).nonzero().squeeze(1), missing.nonzero().squeeze(1)
-        best = known[largest(scores[known], min(n, known.numel()))]
-        return torch.cat([best, unknown[: n - best.numel()]]).sort().values
-    # Selection and masks: O(m), where sorting would cost several times as much.
-    threshold = scores.kthvalue(scores.numel() - n + 1).values
-    chosen = scores > threshold
-    equal = (scores == threshold).nonzero().squeeze(1)
-    chosen[equal[: n - int(chosen.sum())]] = True
-    return chosen.nonzero().squeeze(1)
+    """Positions of the n largest of (m,) scores, ascending. Raises ValueError for n > m."""
+    return smallest(-scores, n)
 
 
 def smallest(scores: Tensor, n: int) -> Tensor:
-    """Positions of the n smallest of (m,) scores, ascending; of equal ones the first. NaN ranks above everything."""
-    return largest(-scores, n)
+    """Positions of the n smallest of (m,) scores, ascending. Raises ValueError for n > m."""
+    return _positions(_first(scores, n), n)
+
+
+def select(scores: Tensor, n: int, groups: Groups, least: Limits, most: Limits) -> Tensor:
+    """Positions of the n smallest of (m,) scores with at least `least` and at most `most` of each group, ascending.
+
+    No other choice within these limits has a smaller sum. The sum of `least` is at most n, and that of `most` (of the
+    group's size, where that is less) at least; no `least` is more than its group's size or `most`. Nothing checks this,
+    because that would wait for the device: n positions come in any case.
+    """
+    keys = _keys(scores)
+    must, may = best_of_each(keys, groups, least), best_of_each(keys, groups, most)
+    # What must be taken comes before every score, what may not be after every one, NaN included.
+    limits = torch.iinfo(keys.dtype)
+    return smallest(keys.masked_fill(must, limits.min).masked_fill_(~may, limits.max), n)
+
+
+def best_of_each(scores: Tensor, groups: Groups, limits: Limits) -> Tensor:
+    """(m,) bool: whether a score is among the `limits` smallest of its group, all of them where these are more."""
+    if isinstance(groups, Tensor):
+        assert isinstance(limits, Tensor)
+        return places(scores, groups, limits.numel()) < limits[groups]
+    parts = zip(scores.split(list(groups)), limits, strict=True)
+    return torch.cat([_first(part, min(int(limit), part.numel())) for part, limit in parts])
+
+
+def places(scores: Tensor, groups: Tensor, count: int) -> Tensor:
+    """(m,) int64: the place of each score among those of its group, of `count` groups, from 0 for the smallest."""
+    order = _keys(scores).sort(stable=True).indices
+    order = order[groups[order].sort(stable=True).indices]
+    sizes = torch.zeros(count, dtype=torch.int64, device=groups.device).index_add_(0, groups, torch.ones_like(groups))
+    starts = sizes.cumsum(0) - sizes
+    at = torch.arange(groups.numel(), device=groups.device) - starts[groups[order]]
+    return torch.empty_like(groups).scatter_(0, order, at)
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """Whole numbers in the order of the scores, equal where these are; NaN above all, with a number to spare beyond."""
+    if not scores.is_floating_point():
+        return scores
+    # The bits of a float, read as a whole number, order as floats do; among negative ones the other way round.
+    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    keys = (wide + 0.0).view(torch.int64 if wide.dtype == torch.float64 else torch.int32)  # -0.0 + 0.0 is 0.0
+    limits = torch.iinfo(keys.dtype)
+    keys ^= (keys >> (limits.bits - 1)).bitwise_and_(limits.max)
+    return keys.masked_fill_(scores.isnan(), limits.max - 1)
+
+
+def _first(scores: Tensor, n: int) -> Tensor:
+    """(m,) bool: the n smallest scores, of equal ones the first, NaN last."""
+    if not 0 <= n <= scores.numel():
+        raise ValueError(f"cannot take {n} of {scores.numel()} scores")
+    if n in (0, scores.numel()):
+        return torch.full(scores.shape, n > 0, dtype=torch.bool, device=scores.device)
+    # Selection and masks: O(m), where sorting would cost several times as much.
+    threshold = scores.kthvalue(n).values
+    below, equal = scores < threshold, scores == threshold
+    if scores.is_floating_point():
+        unknown, too_few = scores.isnan(), threshold.isnan()
+        below |= too_few & ~unknown
+        equal |= too_few & unknown
+    equal &= equal.cumsum(0, dtype=torch.int32) <= n - below.count_nonzero()
+    return below.logical_or_(equal)
+
+
+def _positions(chosen: Tensor, n: int) -> Tensor:
+    """Where (m,) `chosen` is true, which is n times."""
+    # Twice as fast on the CPU, where there is no device to wait for.
+    at = chosen.nonzero() if chosen.device.type == "cpu" else torch.nonzero_static(chosen, size=n)
+    return at.squeeze(1)
