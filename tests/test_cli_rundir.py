@@ -15,7 +15,7 @@ from sparsae.errors import InputError
 from sparsae.files import sealed, to_json, write_atomically
 from sparsae.train.claim import claimed, refuse_occupied
 from sparsae.train.manifest import Manifest
-from sparsae.train.rundir import MetricsWriter, RunDirectory, describe
+from sparsae.train.rundir import CHECKPOINT_FORMAT, MetricsWriter, RunDirectory, describe
 
 
 def append(run: RunDirectory, row: dict[str, object]) -> None:
@@ -38,7 +38,7 @@ def save_checkpoint(run: RunDirectory, step: int) -> Path:
     path.mkdir(parents=True)
     size = run.metrics.stat().st_size if run.metrics.exists() else 0
     position = {"bytes": size, "sha256": hashlib.sha256(run.metrics.read_bytes() if size else b"").hexdigest()}
-    state = {"format": 2, "run": "r", "files": {}, "trainer": {"step": step}, "metrics": position}
+    state = {"format": CHECKPOINT_FORMAT, "run": "r", "files": {}, "trainer": {"step": step}, "metrics": position}
     (path / "state.json").write_text(sealed(state | {"corpus": "c", "threads": 1}))
     return path
 

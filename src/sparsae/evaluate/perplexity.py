@@ -15,10 +15,9 @@ from torch import Tensor
 from sparsae.data import Progress, prepare, tokenize_text
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import LoadedRun, load_run
-from sparsae.losses import language_model_loss
-from sparsae.models import decoder_and_head, hidden_states
 from sparsae.train.loop import perplexity
 from sparsae.train.micro_batch import split_held_out
+from sparsae.train.objective import Objective
 
 
 def evaluate_run(
@@ -43,9 +42,11 @@ def evaluate_run(
     if len(tokens) < 2:
         raise InputError(f"{data or 'the held-out text'} has {len(tokens)} tokens: nothing to predict")
     nats, count = 0.0, 0
-    for inputs, targets in _windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
-        nats += _loss(loaded, inputs, targets) * targets.numel()
-        count += targets.numel()
+    objective = Objective(loaded.model, loaded.config.training, loaded.device)
+    for batch in _windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
+        predicted = batch.shape[0] * (batch.shape[1] - 1)
+        nats += objective.cross_entropy(batch) * predicted
+        count += predicted
         if progress:
             progress("evaluate", count, len(tokens) - 1)
     loss = nats / count
@@ -83,23 +84,12 @@ def _text(loaded: LoadedRun, data: str | None, progress: Progress | None) -> tup
     return reported, size, len(ends) + int(begun)
 
 
-def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, targets) of whole windows in batches, then of what is left."""
+def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[Tensor]:
+    """Whole windows (B, context + 1) in batches, then one of what is left; each begins with the last's last token."""
     whole = (len(tokens) - 1) // context
     for first in range(0, whole, batch):
         last = min(first + batch, whole)
         span = torch.from_numpy(tokens[first * context : last * context + 1].astype(np.int64))
-        yield span[:-1].view(-1, context), span[1:].view(-1, context)
+        yield span.unfold(0, context + 1, context)
     if whole * context < len(tokens) - 1:
-        rest = torch.from_numpy(tokens[whole * context :].astype(np.int64))
-        yield rest[None, :-1], rest[None, 1:]
-
-
-@torch.no_grad()
-def _loss(loaded: LoadedRun, inputs: Tensor, targets: Tensor) -> float:
-    decoder, head = decoder_and_head(loaded.model)
-    settings = loaded.config.training
-    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        hidden = hidden_states(decoder, inputs.to(loaded.device))
-        parts = language_model_loss(hidden, head, targets.flatten().to(loaded.device), chunk=settings.loss_chunk)
-    return float(parts.cross_entropy)
+        yield torch.from_numpy(tokens[whole * context :].astype(np.int64))[None]

@@ -21,9 +21,11 @@ from sparsae.train.costs import RunCosts
 from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Extension
 from sparsae.train.micro_batch import MicroBatches
+from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.stopwatch import Stopwatch
 from sparsae.train.trackers import Trackers
 
 
@@ -62,9 +64,13 @@ def trainer_of(
 
     micro_tokens: the held-out tokens that score candidates. extension: the last one, of a run that got more steps.
     """
-    sparsifier, teacher = None, None
-    micro: MicroBatches | None = None
     rule = build_rule(config.topology, config.rules)
+    teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
+    seed = config.seed if config.model.dropout else None
+    objective = Objective(model, config.training, device, teacher=teacher, dropout_seed=seed)
+    sparsifier: Sparsifier | None = None
+    micro: MicroBatches | None = None
+    watch = Stopwatch()
     if sparse_layers(model):
         if rule.micro_batch:
             micro = MicroBatches(micro_tokens, config.model.context, rule.micro_batch, config.seed, device)
@@ -85,31 +91,27 @@ def trainer_of(
                 sparsity=config.sparsity.sparsity if rule.prunes else None,
                 budget=config.sparsity.budget,
             ),
-            score=(lambda step: trainer.score(step)) if micro else None,
-            study=(lambda: trainer.study()) if rule.micro_batch and rule.micro_batch.study else None,
+            score=HeldOutScore(objective, micro) if micro else None,
+            study=HeldOutStudy(objective, validation, watch) if rule.micro_batch and rule.micro_batch.study else None,
             heads=head_layouts(sparse_layers(model), config),
             parameterization=parameterized(config.model, config.parameterization),
+            teacher=teacher,
         )
-        teacher = sparsifier.teacher
-    elif config.teacher.enabled:
-        teacher = Teacher(model, config.teacher)
-    trainer = Trainer(
+    return Trainer(
         config,
-        model,
+        objective,
         optimizer,
         sparsifier,
-        teacher,
         batches,
         validation,
         micro,
         RunCosts(model, config, rule.micro_batch),
+        watch,
         metrics,
         trackers,
         display,
-        device,
         extension,
     )
-    return trainer
 
 
 def silent_trainer(

@@ -4,52 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsae.config.schema import Config
 from sparsae.core.accounting import FlopCounter
 from sparsae.core.cadence import cosine_with_warmup
-from sparsae.core.randomness import derive_seed
 from sparsae.data.batches import Batches
-from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import DivergedError
-from sparsae.losses import LossParts, language_model_loss
-from sparsae.models import decoder_and_head, hidden_states
-from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.linear import sparse_layers
 from sparsae.train.costs import RunCosts
 from sparsae.train.manifest import Extension
 from sparsae.train.memory import state_bytes
 from sparsae.train.micro_batch import MicroBatches
+from sparsae.train.objective import Objective
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter
 from sparsae.train.sparsifier import Sparsifier
 from sparsae.train.stopping import StopRequest
+from sparsae.train.stopwatch import Stopwatch
 from sparsae.train.trackers import Trackers
-
-
-class Stopwatch:
-    """Seconds by part of the run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner = 0.0
-
-    @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Count the enclosed time as `part`, but for what is counted inside it as another part."""
-        started, outer, self._inner = time.perf_counter(), self._inner, 0.0
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[part] = self.seconds.get(part, 0.0) + spent - self._inner
-            self._inner = outer + spent
 
 
 class Trainer:
@@ -58,38 +35,31 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: nn.Module,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         sparsifier: Sparsifier | None,
-        teacher: Teacher | None,
         batches: Batches,
         validation: Tensor,
         micro_batches: MicroBatches | None,
         costs: RunCosts,
+        watch: Stopwatch,
         metrics: MetricsWriter,
         trackers: Trackers,
         display: Display,
-        device: torch.device,
         extension: Extension | None = None,
     ) -> None:
         self.config, self.settings = config, config.training
-        self.model, self.optimizer, self.sparsifier, self.teacher = model, optimizer, sparsifier, teacher
+        self.objective, self.optimizer, self.sparsifier = objective, optimizer, sparsifier
+        self.model, self.teacher, self.device = objective.model, objective.teacher, objective.device
         self.batches, self.validation, self.micro_batches, self.costs = batches, validation, micro_batches, costs
-        self.metrics, self.trackers, self.display, self.device = metrics, trackers, display, device
+        self.metrics, self.trackers, self.display, self.watch = metrics, trackers, display, watch
         self.extension = extension
         self.step = self.updates = self.accepted = 0
         self.flops = FlopCounter()
-        self.watch = Stopwatch()
-        self.warmup = WarmUp(config.teacher, self.settings.steps)
         self.validation_loss = self.untrained_loss = math.nan
         self.teacher_loss: float | None = None
         self.state_bytes: dict[str, int] = {}
         self._sums = {"cross_entropy": 0.0, "distillation": 0.0, "loss": 0.0, "steps": 0, "taught_steps": 0}
-        self._compiled: Any = None
-        if self.settings.compile:
-            # An update may change a layer's number of values: one graph for all numbers, not one for each.
-            torch._dynamo.config.force_parameter_static_shapes = False
-            self._compiled = torch.compile(decoder_and_head(model)[0], dynamic=None)
         self._window = (time.perf_counter(), 0)
 
     @property
@@ -137,18 +107,6 @@ class Trainer:
         every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
         return bool(every and self.step % every == 0) or bool(minutes and seconds >= 60.0 * minutes)
 
-    def score(self, step: int) -> Tensor:
-        """Mean cross entropy of the model on the micro-batch of the update at `step`."""
-        assert self.micro_batches is not None
-        # A dense head's gradient is nobody's concern here.
-        is_sparse = isinstance(decoder_and_head(self.model)[1], SparseLinear)
-        return self._loss(self.micro_batches.at(step), alpha=0.0, head_gradient=is_sparse).total
-
-    def study(self) -> float:
-        """Mean cross entropy of the model, as it is in the middle of an update, on the validation text."""
-        with self.watch.of("study"):
-            return self._mean_loss(self.model)
-
     @property
     def _validate_every(self) -> int:
         return self.settings.validate_every or max(10, self.settings.steps // 10)
@@ -163,16 +121,13 @@ class Trainer:
             rate *= self.extension.factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        alpha = self.warmup.alpha(step) if self.teacher else 0.0
+        alpha = self.objective.alpha(step)
         update_due = self.sparsifier is not None and self.sparsifier.update_due
         if self.micro_batches and update_due:
             self.micro_batches.prefetch(step + 1)
-        self.model.train()
-        if self.config.model.dropout:
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        self.objective.begin_step(step)
         for micro in range(settings.accumulation):
-            batch = self._to_device(self.batches.at(step * settings.accumulation + micro))
-            parts = self._loss(batch, alpha)
+            parts = self.objective.loss(self.batches.at(step * settings.accumulation + micro), alpha)
             (parts.total / settings.accumulation).backward()
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
             self._require_finite("the loss", loss)
@@ -215,28 +170,6 @@ class Trainer:
         self._record(update.row)
         self.display.topology(self.updates, self.accepted if self.sparsifier.search.rule.declines else None)
 
-    def _loss(self, batch: Tensor, alpha: float, head_gradient: bool = True) -> LossParts:
-        """batch: (B, context + 1) tokens."""
-        inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            teacher_hidden = teacher_head = None
-            if alpha > 0 and self.teacher:
-                teacher_decoder, teacher_head = decoder_and_head(self.teacher.model)
-                with torch.no_grad():
-                    teacher_hidden = hidden_states(teacher_decoder, inputs)
-            decoder, head = decoder_and_head(self.model)
-            hidden = hidden_states(decoder if self._compiled is None else self._compiled, inputs)
-            return language_model_loss(
-                hidden,
-                head,
-                targets,
-                teacher_hidden_TD=teacher_hidden,
-                teacher_head=teacher_head,
-                alpha=alpha,
-                chunk=self.settings.loss_chunk,
-                head_gradient=head_gradient,
-            )
-
     def _clip(self) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -244,33 +177,14 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
         return norm
 
-    @torch.no_grad()
-    def _mean_loss(self, model: nn.Module) -> float:
-        decoder, head = decoder_and_head(model)
-        total, size = 0.0, self.settings.batch_size
-        for rows in self.validation.split(size):
-            batch = self._to_device(rows)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-                parts = language_model_loss(
-                    hidden_states(decoder, batch[:, :-1]),
-                    head,
-                    batch[:, 1:].reshape(-1),
-                    chunk=self.settings.loss_chunk,
-                )
-            total += float(parts.cross_entropy) * rows.shape[0]
-        return total / self.validation.shape[0]
-
     def _validate(self) -> None:
         with self.watch.of("validation"):
-            self.model.eval()
-            self.validation_loss = self._mean_loss(self.model)
-            self.teacher_loss = self._mean_loss(self.teacher.model) if self.teacher else None
+            self.validation_loss, self.teacher_loss = self.objective.validate(self.validation)
         self._require_finite("the validation loss", self.validation_loss)
         if self.teacher_loss is not None:
             self._require_finite("the teacher's validation loss", self.teacher_loss)
         if self.step == 0:
             self.untrained_loss = self.validation_loss
-        self.warmup.observe(self.validation_loss)
         row = {
             "kind": "validation",
             "step": self.step,
@@ -279,7 +193,7 @@ class Trainer:
             "perplexity": perplexity(self.validation_loss),
             "teacher_loss": self.teacher_loss,
             "train_flops": self.flops.total,
-            "seconds": sum(self.watch.seconds.values()),
+            "seconds": self.watch.total,
         }
         self._record(row)
         self.display.validation(row)
@@ -319,7 +233,7 @@ class Trainer:
             "density": self.costs.density,
             "burn_in": burning_in,
             "train_flops": self.flops.total,
-            "seconds": sum(self.watch.seconds.values()),
+            "seconds": self.watch.total,
             "tokens_per_second": (self.step - first) * self.tokens_per_step / (now - started),
         }
         self._sums = dict.fromkeys(self._sums, 0)
@@ -338,11 +252,6 @@ class Trainer:
         if sum(now.values()) >= sum(self.state_bytes.values()):
             self.state_bytes = now
 
-    def _to_device(self, batch: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs of the loop itself, as JSON values."""
         return {
@@ -350,8 +259,8 @@ class Trainer:
             "updates": self.updates,
             "accepted": self.accepted,
             "flops": self.flops.to_dict(),
-            "seconds": self.watch.seconds,
-            "warmup": self.warmup.state(),
+            "seconds": self.watch.state_dict(),
+            "objective": self.objective.state_dict(),
             "sums": self._sums,
             "untrained_loss": self.untrained_loss,
             "validation_loss": self.validation_loss,
@@ -363,8 +272,8 @@ class Trainer:
         """From `state`, after model, optimizer, teacher and Sparsifier were restored."""
         self.step, self.updates, self.accepted = state["step"], state["updates"], state["accepted"]
         self.flops = FlopCounter.from_dict(state["flops"])
-        self.watch.seconds = dict(state["seconds"])
-        self.warmup.restore(state["warmup"])
+        self.watch.load_state_dict(state["seconds"])
+        self.objective.load_state_dict(state["objective"])
         self._sums = dict(state["sums"])
         # Of a run that was saved before its first validation they are null.
         self.untrained_loss, self.validation_loss = (

@@ -24,7 +24,7 @@ from sparsae.errors import InputError
 from sparsae.files import named, read_json, read_sealed, sha256_of, to_json, write_sealed
 from sparsae.train.manifest import NAME, Manifest
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 

@@ -86,6 +86,7 @@ class Sparsifier:
     entropy (a scalar that autograd can differentiate) of the model on held-out data, given the step; the same data for
     equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
     parameterization: what the optimizer's groups were made for, if anything; grown weights that start "normal" need it.
+    teacher: one of this model that exists already, in the place of one by `config.teacher`.
 
     A layer whose values do not require a gradient is frozen: its connections stay, and nothing of a swap is its.
 
@@ -107,6 +108,7 @@ class Sparsifier:
         study: StudyFunction | None = None,
         heads: Mapping[str, HeadLayout] | None = None,
         parameterization: Parameterization | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.config = config
         self.step = 0
@@ -122,7 +124,7 @@ class Sparsifier:
                 "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
                 "unfreeze one, or take StaticConfig() as topology"
             )
-        self.teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
+        self.teacher = Teacher(model, config.teacher) if teacher is None and config.teacher.enabled else teacher
         rule = rule if score is not None else rule.without_scores()
         refuse_ranks(rule)
         if rule.moves:

@@ -1,0 +1,156 @@
+"""What a language model is trained for: a batch of tokens to the parts of its loss, the same for everybody who asks.
+
+Training, the scores of candidate topologies, validation and evaluation are one forward pass, written once. Autocast,
+the teacher, the chunks of the loss and compilation are decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.config.schema import TrainingConfig
+from sparsae.core.randomness import derive_seed
+from sparsae.distill import Teacher, WarmUp
+from sparsae.losses import LossParts, language_model_loss
+from sparsae.models import decoder_and_head, hidden_states
+from sparsae.nn.linear import SparseLinear
+from sparsae.train.micro_batch import MicroBatches
+from sparsae.train.stopwatch import Stopwatch
+
+
+class Objective:
+    """L = CE + alpha KL(teacher || student) of a model, CE without a teacher, for tokens (B, context + 1)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingConfig,
+        device: torch.device,
+        *,
+        teacher: Teacher | None = None,
+        dropout_seed: int | None = None,
+    ) -> None:
+        """dropout_seed: what each step's dropout is drawn from; None: the model has none."""
+        self.model, self.teacher, self.device = model, teacher, device
+        self._settings, self._dropout_seed = settings, dropout_seed
+        self._warmup = WarmUp(teacher.config, settings.steps) if teacher else None
+
+    @cached_property
+    def _trained(self) -> Any:
+        """The decoder as it is trained and scored."""
+        decoder = decoder_and_head(self.model)[0]
+        if not self._settings.compile:
+            return decoder
+        # An update may change a layer's number of values: one graph for all numbers, not one for each.
+        torch._dynamo.config.force_parameter_static_shapes = False
+        return torch.compile(decoder, dynamic=None)
+
+    def begin_step(self, step: int) -> None:
+        """Training mode, with the dropout of that step (counted from 0)."""
+        self.model.train()
+        if self._dropout_seed is not None:
+            torch.manual_seed(derive_seed(self._dropout_seed, "dropout", step))
+
+    def alpha(self, step: int) -> float:
+        """The weight of the KL term at a step counted from 0; 0 without a teacher."""
+        return self._warmup.alpha(step) if self._warmup else 0.0
+
+    def loss(self, batch: Tensor, alpha: float) -> LossParts:
+        """What is trained, with the KL term at this weight."""
+        return self._parts(self.model, self._trained, batch, alpha=alpha)
+
+    def score(self, batch: Tensor) -> Tensor:
+        """Mean cross entropy, differentiable in the sparse layers: a dense head's gradient is nobody's concern here."""
+        is_sparse = isinstance(decoder_and_head(self.model)[1], SparseLinear)
+        return self._parts(self.model, self._trained, batch, head_gradient=is_sparse).total
+
+    @torch.no_grad()
+    def cross_entropy(self, batch: Tensor, model: nn.Module | None = None) -> float:
+        """Mean cross entropy of the model (or another) as it is, in nats a token."""
+        model = model or self.model
+        return float(self._parts(model, decoder_and_head(model)[0], batch).cross_entropy)
+
+    def mean(self, rows: Tensor, model: nn.Module | None = None) -> float:
+        """Mean cross entropy over rows (N, context + 1), a batch at a time."""
+        total = 0.0
+        for batch in rows.split(self._settings.batch_size):
+            total += self.cross_entropy(batch, model) * batch.shape[0]
+        return total / rows.shape[0]
+
+    def validate(self, rows: Tensor) -> tuple[float, float | None]:
+        """Means over held-out rows of the model, in evaluation mode from then on, and of the teacher; see `mean`.
+
+        An improvement may end the warm-up.
+        """
+        self.model.eval()
+        loss = self.mean(rows)
+        if self._warmup:
+            self._warmup.observe(loss)
+        return loss, self.mean(rows, self.teacher.model) if self.teacher else None
+
+    def _parts(
+        self, model: nn.Module, decoder: Any, batch: Tensor, *, alpha: float = 0.0, head_gradient: bool = True
+    ) -> LossParts:
+        """decoder: the model's, or what it was compiled to."""
+        batch = self._on_device(batch)
+        inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.precision == "bfloat16"):
+            teacher_hidden = teacher_head = None
+            if alpha > 0 and self.teacher:
+                teacher_decoder, teacher_head = decoder_and_head(self.teacher.model)
+                with torch.no_grad():
+                    teacher_hidden = hidden_states(teacher_decoder, inputs)
+            return language_model_loss(
+                hidden_states(decoder, inputs),
+                decoder_and_head(model)[1],
+                targets,
+                teacher_hidden_TD=teacher_hidden,
+                teacher_head=teacher_head,
+                alpha=alpha,
+                chunk=self._settings.loss_chunk,
+                head_gradient=head_gradient,
+            )
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        if self.device.type == "cuda" and batch.device.type == "cpu":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside model and teacher: how far the warm-up is."""
+        return {"warmup": self._warmup.state()} if self._warmup else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From `state_dict`."""
+        if self._warmup:
+            self._warmup.restore(state["warmup"])
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutScore:
+    """The score of a topology: mean cross entropy on the micro-batch of the update at a step."""
+
+    objective: Objective
+    micro_batches: MicroBatches
+
+    def __call__(self, step: int) -> Tensor:
+        """A scalar with gradient."""
+        return self.objective.score(self.micro_batches.at(step))
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutStudy:
+    """What scores are compared with: mean cross entropy on all validation rows, its time counted as "study"."""
+
+    objective: Objective
+    rows: Tensor
+    watch: Stopwatch
+
+    def __call__(self) -> float:
+        with self.watch.of("study"):
+            return self.objective.mean(self.rows)
