@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -118,6 +119,18 @@ def test_the_summary_table_is_the_summary() -> None:
     assert len(documented) == len(set(documented))
     assert set(documented) == written
     assert set(PROMISED.split()) <= written
+
+
+def test_the_fields_of_every_row_of_the_metrics_are_explained() -> None:
+    from sparsae.train.rows import Row, TopologyRow
+
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    section = text.partition("## Rows of metrics.jsonl")[2].partition("\n## ")[0]
+    told = {part.partition("**")[0]: set(re.findall(r"`(\w+)`", part)) for part in section.split("\n**")[1:]}
+    kinds = {row.kind: {field.name for field in dataclasses.fields(row)} for row in Row.__subclasses__()}
+    assert set(told) == set(kinds)
+    for kind, fields in kinds.items():
+        assert fields - ({"data"} if kind == TopologyRow.kind else set()) <= told[kind], kind
 
 
 def test_presets_and_methods_are_all_explained() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from sparsae.train.loop import Trainer
+from sparsae.config.schema import TrainingConfig
+from sparsae.train.divergence import diverged
+from sparsae.train.observers import Standing
 from sparsae.train.progress import Display
+from sparsae.train.rows import TopologyRow, TrainRow, ValidationRow
 
 
 def test_a_stage_that_lasts_shows_that_it_goes_on(
@@ -31,29 +32,23 @@ def test_a_stage_that_lasts_shows_that_it_goes_on(
 
 def test_numbers_of_a_run_that_went_wrong_stay_readable(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display()
-    display.validation({"step": 3, "loss": 652.0, "perplexity": math.exp(652.0), "teacher_loss": None})
-    display.topology(18, None)
-    row = {
-        "step": 4,
-        "cross_entropy": 1.0,
-        "distillation": None,
-        "tokens_per_second": 9,
-        "density": 0.1,
-        "burn_in": False,
-    }
-    display.train(row, 20)
+    display.begin(Standing(step=0, steps=20, updates=16, accepted=16))
+    display.observe(ValidationRow(3, 0, 652.0, math.exp(652.0), None, 0, 0.0))
+    topology = {"step": 0, "accepted": False}
+    for step, accepted in ((0, False), (1, True), (2, True)):  # the first topology is no update
+        display.observe(TopologyRow.of({**topology, "step": step, "accepted": accepted}))
+    row = TrainRow(4, 0, 1.0, 1.0, None, 0.1, 1.0, 7, 0.1, False, 0, 0.0, 9.0)
+    display.observe(row)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "step 3 · validation loss 652.0000, perplexity 1.45e+283"
     assert "updates 18 ·" in second
     assert "validation" not in second  # it has a line of its own, and this one's step is another
-    display.topology(18, 7)
-    display.train(row, 20)
-    assert "updates 7/18 ·" in capsys.readouterr().err
+    display.observe(TopologyRow.of({**topology, "step": 5}))
+    display.observe(row)
+    assert "updates 18/19 ·" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("clip", "advice"), [(None, "or set training.clip"), (1.0, "or training.clip (now 1)")])
 def test_a_setting_that_is_set_is_not_advised_to_be_set(clip: float | None, advice: str) -> None:
-    settings = SimpleNamespace(learning_rate=0.5, clip=clip)
-    trainer: Any = SimpleNamespace(settings=settings, step=3, flops=SimpleNamespace(total=7))
-    error = Trainer.diverged(trainer, "the loss is nan")
+    error = diverged(TrainingConfig(learning_rate=0.5, clip=clip), "the loss is nan", 3, 7)
     assert str(error).endswith(f"lower training.learning_rate (now 0.5) {advice}")

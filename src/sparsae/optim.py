@@ -158,6 +158,15 @@ def _bias_correction(steps: Tensor, beta: float, out: Tensor | None = None) -> T
     return torch.mul(steps, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Tensor:
+    """The norm of all gradients together, which are then scaled to have at most `largest` (None: they stay)."""
+    learning = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(learning, largest, norm)
+    return norm
+
+
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,

@@ -22,7 +22,6 @@ def main() -> None:
     loop = trainer(config)
     loop.train_step()
     loop.train_step()
-    loop.metrics.close()
     # base_bytes is the interpreter with torch, before there is a model.
     print(json.dumps({"peak_bytes": peak_bytes(device), "base_bytes": base}))
 

@@ -23,17 +23,17 @@ from sparsae.bench.rows import Column, Row
 from sparsae.config.load import resolve
 from sparsae.config.schema import Config
 from sparsae.core.randomness import generator
-from sparsae.data.batches import Batches
 from sparsae.errors import InputError
 from sparsae.evaluate.generation import next_tokens
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import sparse_layers
 from sparsae.rules import StaticConfig
-from sparsae.train.assemble import silent_trainer
+from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, check
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import keep_freed_memory
+from sparsae.train.text import Text
 
 STEP, UPDATE, DECODE = "step", "update", "decode"
 _EVERY = 4  # steps from one measured update to the next
@@ -172,8 +172,6 @@ class Steps:
         for round_ in range(4 if self.decode else 0):
             for model in models:
                 model.decode(self.decode, counts=round_ > 0)
-        for model in models:
-            model.trainer.metrics.close()
         memory = {m.backend: _peak(m.config, threads) for m in models} if self.memory else {}
         return [row for model in sparse for row in self._compare(model, dense, memory, threads)]
 
@@ -191,7 +189,7 @@ class Steps:
             "dense_parameters": sum(p.numel() for p in dense.trainer.model.parameters()),
             "nnz": sum(layer.topology.nnz for layer in sparse_layers(trainer_.model).values()),
         }
-        for what, tokens in ((STEP, trainer_.tokens_per_step), (DECODE, 1)):
+        for what, tokens in ((STEP, trainer_.account.tokens_per_step), (DECODE, 1)):
             seconds, theirs = model.median(what), dense.median(what)
             if seconds is None or theirs is None:
                 continue
@@ -220,20 +218,16 @@ def dense_twin(config: Config) -> Config:
 
 
 def trainer(config: Config) -> Trainer:
-    """The loop of a run with new weights, over random tokens; its metrics go nowhere."""
+    """The loop of a run with new weights, over random tokens."""
     device = torch.device("cpu")
     context, vocabulary = config.model.context, config.data.tokenizer_vocab
     model = build(config, vocabulary, 0, device)
     windows = max(8, config.training.batch_size)
     rng = generator(config.seed, "bench tokens")
     tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng, device="cpu").numpy()
-    return silent_trainer(
-        config,
-        model,
-        Batches(tokens, context, config.training.batch_size, config.seed),
-        torch.zeros(0, context + 1, dtype=torch.int64, device="cpu"),
-        tokens,
-        device,
+    nothing = torch.zeros(0, context + 1, dtype=torch.int64, device="cpu")
+    return trainer_of(
+        config, model, optimizer_of(model, config), Text.of(config, tokens, nothing, tokens, device), device
     )
 
 

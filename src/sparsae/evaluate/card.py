@@ -10,8 +10,8 @@ from sparsae import __version__
 from sparsae.config.schema import Config
 from sparsae.evaluate.loading import LoadedRun
 from sparsae.nn.linear import SparseLinear
-from sparsae.train.loop import perplexity
 from sparsae.train.progress import readable_perplexity
+from sparsae.train.validation import perplexity
 
 _CARD = """---
 library_name: transformers

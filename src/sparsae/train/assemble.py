@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsae.config.schema import Config
 from sparsae.data.batches import Batches
@@ -16,17 +14,16 @@ from sparsae.models import parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
+from sparsae.train.account import Account
 from sparsae.train.build import head_layouts
 from sparsae.train.costs import RunCosts
+from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Extension
-from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
-from sparsae.train.progress import Display
-from sparsae.train.rundir import MetricsWriter
+from sparsae.train.observers import Observer
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
-from sparsae.train.stopwatch import Stopwatch
-from sparsae.train.trackers import Trackers
+from sparsae.train.text import Text
 
 
 def epoch_steps(config: Config, batches: Batches) -> int:
@@ -51,83 +48,60 @@ def trainer_of(
     config: Config,
     model: nn.Module,
     optimizer: AdamW,
-    batches: Batches,
-    validation: Tensor,
-    micro_tokens: Any,
-    metrics: MetricsWriter,
-    trackers: Trackers,
-    display: Display,
+    text: Text,
     device: torch.device,
+    observers: Sequence[Observer] = (),
     extension: Extension | None = None,
 ) -> Trainer:
     """The loop with the Sparsifier and the teacher that the configuration wants.
 
-    micro_tokens: the held-out tokens that score candidates. extension: the last one, of a run that got more steps.
+    extension: the last one, of a run that got more steps.
     """
-    rule = build_rule(config.topology, config.rules)
+    training = config.training
     teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
-    seed = config.seed if config.model.dropout else None
-    objective = Objective(model, config.training, device, teacher=teacher, dropout_seed=seed)
-    sparsifier: Sparsifier | None = None
-    micro: MicroBatches | None = None
-    watch = Stopwatch()
-    if sparse_layers(model):
-        if rule.micro_batch:
-            micro = MicroBatches(micro_tokens, config.model.context, rule.micro_batch, config.seed, device)
-        sparsifier = Sparsifier(
-            model,
-            optimizer,
-            SparsifierConfig(
-                steps=config.training.steps,
-                topology=config.topology,
-                rules=config.rules,
-                teacher=config.teacher,
-                accumulation=config.training.accumulation,
-                steps_per_epoch=epoch_steps(config, batches),
-                seed=config.seed,
-                min_density=config.sparsity.density_bounds[0],
-                max_density=config.sparsity.density_bounds[1],
-                head_min_density=config.sparsity.head_min_density,
-                sparsity=config.sparsity.sparsity if rule.prunes else None,
-                budget=config.sparsity.budget,
-            ),
-            score=HeldOutScore(objective, micro) if micro else None,
-            study=HeldOutStudy(objective, validation, watch) if rule.micro_batch and rule.micro_batch.study else None,
-            heads=head_layouts(sparse_layers(model), config),
-            parameterization=parameterized(config.model, config.parameterization),
-            teacher=teacher,
-        )
+    objective = Objective(
+        model, training, device, teacher=teacher, dropout_seed=config.seed if config.model.dropout else None
+    )
+    account = Account(
+        RunCosts(model, config, build_rule(config.topology, config.rules).micro_batch),
+        tokens_per_step=training.batch_size * training.accumulation * config.model.context,
+        study_tokens=text.validation[:, 1:].numel(),
+    )
     return Trainer(
-        config,
+        training,
         objective,
         optimizer,
-        sparsifier,
-        batches,
-        validation,
-        micro,
-        RunCosts(model, config, rule.micro_batch),
-        watch,
-        metrics,
-        trackers,
-        display,
-        extension,
+        text,
+        sparsifier=sparsifier_of(config, objective, optimizer, text, account) if sparse_layers(model) else None,
+        rate=LearningRate.of(training, extension),
+        account=account,
+        observers=observers,
     )
 
 
-def silent_trainer(
-    config: Config, model: nn.Module, batches: Batches, validation: Tensor, micro_tokens: Any, device: torch.device
-) -> Trainer:
-    """The loop for measurements, with a new optimizer: its metrics go nowhere and it shows nothing."""
-    nowhere = Path(os.devnull)
-    return trainer_of(
-        config,
-        model,
-        optimizer_of(model, config),
-        batches,
-        validation,
-        micro_tokens,
-        MetricsWriter(nowhere),
-        Trackers(config.tracking, nowhere, {}),
-        Display(quiet=True),
-        device,
+def sparsifier_of(config: Config, objective: Objective, optimizer: AdamW, text: Text, account: Account) -> Sparsifier:
+    """The search over the sparse layers of the objective's model; a study's time is booked on the account."""
+    rule, sparsity = build_rule(config.topology, config.rules), config.sparsity
+    studies = rule.micro_batch is not None and rule.micro_batch.study
+    return Sparsifier(
+        objective.model,
+        optimizer,
+        SparsifierConfig(
+            steps=config.training.steps,
+            topology=config.topology,
+            rules=config.rules,
+            accumulation=config.training.accumulation,
+            steps_per_epoch=epoch_steps(config, text.batches),
+            seed=config.seed,
+            min_density=sparsity.density_bounds[0],
+            max_density=sparsity.density_bounds[1],
+            head_min_density=sparsity.head_min_density,
+            sparsity=sparsity.sparsity if rule.prunes else None,
+            budget=sparsity.budget,
+        ),
+        score=HeldOutScore(objective, text.micro_batches) if text.micro_batches else None,
+        study=HeldOutStudy(objective, text.validation, account.watch) if studies else None,
+        heads=head_layouts(sparse_layers(objective.model), config),
+        parameterization=parameterized(config.model, config.parameterization),
+        teacher=objective.teacher,
     )

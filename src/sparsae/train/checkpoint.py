@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
@@ -24,6 +25,24 @@ from sparsae.files import named, open_as_directory, read_sealed, sealed, sha256_
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import full_names
 from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
+
+
+class Cadence:
+    """When a run is saved: every so many steps, and when so many minutes have passed since it was."""
+
+    def __init__(self, every: int | None, minutes: float | None, step: int) -> None:
+        """step: where the run is, and is saved."""
+        self._every, self._minutes = every, minutes
+        self.saved(step)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step exists."""
+        self.last, self._at = step, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether the step that was just done, counted from 1, is to be saved."""
+        by_step = self._every is not None and step % self._every == 0
+        return by_step or (self._minutes is not None and time.monotonic() - self._at >= 60.0 * self._minutes)
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from sparsae.train.observers import Observer, Standing
+from sparsae.train.rows import Row, TopologyRow, TrainRow, ValidationRow
 
 _STAGES = {  # name of a stage -> (what it does, what it counts)
     "read": ("reading", "bytes"),
@@ -20,7 +22,7 @@ _STAGES = {  # name of a stage -> (what it does, what it counts)
 _SILENCE = 10.0  # seconds after which a line without a terminal says that a stage goes on
 
 
-class Display:
+class Display(Observer):
     """Messages, stages with a known or unknown length, and the training line."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -32,7 +34,8 @@ class Display:
         self._stage: str | None = None
         self._started = (time.monotonic(), 0)
         self._told = time.monotonic()
-        self._latest = {"validation": "", "updates": ""}
+        self._standing = Standing(0, 0)
+        self._validation = ""
 
     def say(self, text: str) -> None:
         """One line."""
@@ -55,42 +58,60 @@ class Display:
             self.say(f"{title} ... {done:,}{of} {counted}, {now - self._started[0]:.0f} s")
         self._advance(done, total)
 
-    def begin(self, step: int, steps: int) -> None:
-        """Training starts, or goes on, at `step`."""
+    def begin(self, standing: Standing) -> None:
+        """Training starts, or goes on."""
         self.close()
-        self._started = (time.monotonic(), step)
+        self._standing = standing
+        self._started = (time.monotonic(), standing.step)
         if self._live:
-            self._open("training", steps)
+            self._open("training", standing.steps)
 
-    def train(self, row: Mapping[str, Any], steps: int) -> None:
-        """A train row of the metrics."""
+    def observe(self, row: Row) -> None:
+        """A line for what was trained or validated; updates of the topology are counted in it."""
+        match row:
+            case TrainRow():
+                self._train(row)
+            case ValidationRow():
+                self._validate(row)
+            case TopologyRow() if row.step:
+                now = self._standing
+                self._standing = replace(now, updates=now.updates + 1, accepted=now.accepted + row.accepted)
+
+    def end(self) -> None:
+        """Leave the terminal as it was."""
+        self.close()
+
+    def _train(self, row: TrainRow) -> None:
+        steps = self._standing.steps
         parts = [
-            f"loss {row['cross_entropy']:.3f}",
-            f"KL {row['distillation']:.3f}" if row["distillation"] is not None else "",
+            f"loss {row.cross_entropy:.3f}",
+            f"KL {row.distillation:.3f}" if row.distillation is not None else "",
             # Without a terminal a validation has a line of its own, which follows that of its step.
-            self._latest["validation"] if self._live else "",
-            f"{row['tokens_per_second']:,.0f} tokens/s",
-            f"density {row['density']:.4g}",
-            self._latest["updates"],
-            "burn-in" if row["burn_in"] else "",
+            self._validation if self._live else "",
+            f"{row.tokens_per_second:,.0f} tokens/s",
+            f"density {row.density:.4g}",
+            self._updates(),
+            "burn-in" if row.burn_in else "",
         ]
         text = " · ".join(part for part in parts if part)
         if self._bar is not None:
             self._line.plain = text
-            self._advance(row["step"], steps)
+            self._advance(row.step, steps)
         else:
-            self.say(f"step {row['step']}/{steps} · {text} · ETA {self._eta(row['step'], steps)}")
+            self.say(f"step {row.step}/{steps} · {text} · ETA {self._eta(row.step, steps)}")
 
-    def validation(self, row: Mapping[str, Any]) -> None:
-        """A validation row of the metrics."""
-        perplexity = readable_perplexity(row["perplexity"])
-        self._latest["validation"] = f"validation ppl {perplexity}"
-        teacher = "" if row["teacher_loss"] is None else f", teacher's loss {row['teacher_loss']:.4f}"
-        self.say(f"step {row['step']} · validation loss {row['loss']:.4f}, perplexity {perplexity}{teacher}")
+    def _validate(self, row: ValidationRow) -> None:
+        perplexity = readable_perplexity(row.perplexity)
+        self._validation = f"validation ppl {perplexity}"
+        teacher = "" if row.teacher_loss is None else f", teacher's loss {row.teacher_loss:.4f}"
+        self.say(f"step {row.step} · validation loss {row.loss:.4f}, perplexity {perplexity}{teacher}")
 
-    def topology(self, updates: int, accepted: int | None) -> None:
-        """Updates of the topology so far, and how many were accepted; None under a rule that takes each."""
-        self._latest["updates"] = f"updates {updates}" if accepted is None else f"updates {accepted}/{updates}"
+    def _updates(self) -> str:
+        """How many updates there were, and how many of them were accepted where that is not all."""
+        updates, accepted = self._standing.updates, self._standing.accepted
+        if not updates:
+            return ""
+        return f"updates {updates}" if accepted == updates else f"updates {accepted}/{updates}"
 
     def close(self) -> None:
         """Leave the terminal as it was."""

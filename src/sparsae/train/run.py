@@ -5,42 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
-from sparsae.data import Batches, Corpus, evenly_spaced, prepare, unigram_perplexity
+from sparsae.data import Corpus, evenly_spaced, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
 from sparsae.optim import AdamW
-from sparsae.rules import build_rule
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, check, choose_device
-from sparsae.train.checkpoint import (
-    keep_newest,
-    load_checkpoint,
-    load_model,
-    load_optimizer,
-    model_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
 from sparsae.train.claim import claimed, refuse_occupied
 from sparsae.train.lock import refuse_ranks
-from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Manifest
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.micro_batch import split_held_out
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter, RunDirectory
+from sparsae.train.saving import SavedRun, read_saved, save_run
 from sparsae.train.source import Source, read_source
 from sparsae.train.stopping import StopRequest
 from sparsae.train.summary import closing, headline, summarize
+from sparsae.train.text import Text
 from sparsae.train.trackers import Trackers, check_installed
 
 _THREADS = 256  # or four for each core: more than that is a slip, and systems refuse to make them
@@ -54,36 +44,7 @@ class _Parts:
     corpus: Corpus
     model: nn.Module
     optimizer: AdamW
-    batches: Batches
-    validation: Tensor
-    micro_tokens: Any
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """A checkpoint that was read."""
-
-    path: Path
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.state["trainer"]["step"])
-
-    def file(self, group: str) -> str:
-        """The file of a group of tensors, for messages."""
-        return str(self.path / f"{group}.safetensors")
-
-    def load_into(self, model: nn.Module, optimizer: AdamW) -> None:
-        """InputError where the tensors do not fit."""
-        load_model(model, self._group("model"), self.file("model"))
-        load_optimizer(model, optimizer, self._group("optimizer"), self.file("optimizer"))
-
-    def _group(self, name: str) -> dict[str, Tensor]:
-        if name not in self.tensors:
-            raise InputError(f"checkpoint {self.path} has no {name}.safetensors")
-        return self.tensors[name]
+    text: Text
 
 
 def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
@@ -130,7 +91,7 @@ def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[st
         saved = None
         if run.saved_steps():
             assert manifest is not None
-            saved = _read_checkpoint(run, manifest, extending=steps is not None and steps > config.training.steps)
+            saved = read_saved(run, manifest, extending=steps is not None and steps > config.training.steps)
             if config.training.threads is None:
                 # The order of sums, and so the last bit, can depend on the number of threads.
                 torch.set_num_threads(saved.state["threads"])
@@ -167,18 +128,6 @@ def _check_threads(config: Config) -> None:
         raise InputError(f"training.threads {threads}: this machine has {cores} cores; give at most so many, or null")
 
 
-def _read_checkpoint(run: RunDirectory, manifest: Manifest, extending: bool) -> _Saved:
-    # Going on from an earlier one ends the same; where more steps begin is part of what the run is.
-    checkpoint = run.latest_checkpoint(or_earlier=not extending)
-    run.check_tokenizer()
-    tensors, state = load_checkpoint(checkpoint)
-    saved = _Saved(checkpoint, tensors, state)
-    extended = manifest.extensions[-1].step if manifest.extensions else 0
-    if saved.step < extended:
-        raise InputError(f"checkpoint {checkpoint} is older than step {extended}, where this run got more steps")
-    return saved
-
-
 def _prepare(config: Config, display: Display, source: Source | None = None) -> _Parts:
     _check_threads(config)
     if config.training.threads:
@@ -191,9 +140,9 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     display.say(corpus.held_out)
     context = config.model.context
     reported, micro = split_held_out(corpus.validation, context)
-    batches = Batches(corpus.train, context, config.training.batch_size, config.seed)
-    validation = evenly_spaced(reported, context, config.training.validation_sequences)
-    if reported is micro and build_rule(config.topology, config.rules).micro_batch:
+    rows = evenly_spaced(reported, context, config.training.validation_sequences)
+    text = Text.of(config, corpus.train, rows, micro, device)
+    if reported is micro and text.micro_batches:
         display.say(
             "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
         )
@@ -203,8 +152,7 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
         source.load_into(model, corpus.tokenizer)
     keep_freed_memory(device)
     forget_peak(device)
-    optimizer = optimizer_of(model, config)
-    return _Parts(device, corpus, model, optimizer, batches, validation, micro)
+    return _Parts(device, corpus, model, optimizer_of(model, config), text)
 
 
 def _begin(run: RunDirectory, config: Config, parts: _Parts, source: Source | None) -> Manifest:
@@ -218,7 +166,7 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, source: Source | No
     return manifest
 
 
-def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved: _Saved | None) -> None:
+def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved: SavedRun | None) -> None:
     """Nothing is wrong with what was read: from here on the directory is that of a run that goes on."""
     if manifest != run.manifest():  # it was extended
         manifest.write(run.path)
@@ -230,10 +178,10 @@ def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved:
 
 
 def _train(
-    parts: _Parts, run: RunDirectory, manifest: Manifest, display: Display, saved: _Saved | None
+    parts: _Parts, run: RunDirectory, manifest: Manifest, display: Display, saved: SavedRun | None
 ) -> dict[str, Any]:
     config, began = manifest.config, time.perf_counter()
-    unigram = unigram_perplexity(parts.corpus.train_counts, parts.validation[:, 1:])
+    unigram = unigram_perplexity(parts.corpus.train_counts, parts.text.validation[:, 1:])
     if saved is not None:
         saved.load_into(parts.model, parts.optimizer)
         run.check_metrics(saved.state["metrics"])
@@ -244,17 +192,13 @@ def _train(
             config,
             parts.model,
             parts.optimizer,
-            parts.batches,
-            parts.validation,
-            parts.micro_tokens,
-            metrics,
-            trackers,
-            display,
+            parts.text,
             parts.device,
-            manifest.extensions[-1] if manifest.extensions else None,
+            observers=(metrics, trackers, display),
+            extension=manifest.extensions[-1] if manifest.extensions else None,
         )
         if saved is not None:
-            _restore(trainer, saved)
+            saved.restore(trainer)
         _go_on(run, manifest, metrics, saved)
         display.say(headline(config, parts.model, len(parts.corpus.train), unigram))
         previous = float(saved.state["elapsed"]) if saved else 0.0
@@ -263,8 +207,8 @@ def _train(
             return previous + time.perf_counter() - began
 
         def save() -> None:
-            with trainer.watch.of("checkpoint"):
-                _save(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed())
+            with trainer.account.watch.of("checkpoint"):
+                save_run(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed())
 
         if saved is None and manifest.started_from:
             save()  # from here on the run needs the other one no more
@@ -273,62 +217,9 @@ def _train(
                 trainer.run(stop, save)
         except DivergedError as error:
             diverged = error
-            metrics.write({"kind": "diverged", "step": error.step, "tokens": trainer.tokens, "reason": error.reason})
         summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position(), diverged)
     run.write_json("summary.json", summary)
     if diverged is not None:
         raise diverged
     display.say(closing(summary, run))
     return summary
-
-
-def _save(trainer: Trainer, run: RunDirectory, name: str, corpus: str, metrics: MetricsWriter, elapsed: float) -> None:
-    tensors = {
-        "model": model_tensors(trainer.model),
-        "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
-    }
-    state: dict[str, Any] = {
-        "run": name,
-        "trainer": trainer.state(),
-        "metrics": metrics.position(),
-        "corpus": corpus,
-        "threads": torch.get_num_threads(),
-        "elapsed": elapsed,
-    }
-    if trainer.sparsifier:
-        state["search"], tensors["search"] = trainer.sparsifier.state()
-    if trainer.teacher:
-        tensors["teacher"] = model_tensors(trainer.teacher.model)
-    _require_finite(trainer, tensors)
-    save_checkpoint(run.checkpoint(trainer.step), tensors, state)
-    keep_newest(run.checkpoints, trainer.settings.keep_checkpoints, name)
-
-
-def _require_finite(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """A checkpoint of numbers that are none must not take the place of a good one."""
-    for group, named in tensors.items():
-        for name, tensor in named.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise trainer.diverged(f"{name} of the {group} is not finite")
-
-
-def _restore(trainer: Trainer, saved: _Saved) -> None:
-    """What is beside model and optimizer."""
-    tensors, state = saved.tensors, saved.state
-    for name, part in {"teacher": trainer.teacher, "search": trainer.sparsifier}.items():
-        if (part is not None) != (name in tensors):
-            raise InputError(f"checkpoint {saved.path} and the settings of the run disagree about {name}")
-    try:
-        if trainer.teacher:
-            load_model(trainer.teacher.model, tensors["teacher"], saved.file("teacher"))
-            trainer.teacher.reconnect(trainer.model)
-        if trainer.sparsifier:
-            try:
-                trainer.sparsifier.restore(state["search"], tensors["search"])
-            except InputError as error:  # which knows of no file
-                raise InputError(f"checkpoint {saved.path} does not fit this run: {error}") from None
-        trainer.restore(state["trainer"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(
-            f"checkpoint {saved.path}: state.json or search.safetensors does not fit this run: {error!r}"
-        ) from None

@@ -23,6 +23,8 @@ from sparsae.config.load import resolve
 from sparsae.errors import InputError
 from sparsae.files import named, read_json, read_sealed, sha256_of, to_json, write_sealed
 from sparsae.train.manifest import NAME, Manifest
+from sparsae.train.observers import Observer
+from sparsae.train.rows import Row
 
 CHECKPOINT_FORMAT = 3
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -183,7 +185,7 @@ class RunDirectory:
         return rows
 
 
-class MetricsWriter:
+class MetricsWriter(Observer):
     """Adds rows to a metrics.jsonl, each handed over at once, so that others can follow the run."""
 
     def __init__(self, path: Path) -> None:
@@ -202,6 +204,9 @@ class MetricsWriter:
         with named(self._path):
             os.ftruncate(self._file, size)
         self._follow(size)
+
+    def observe(self, row: Row) -> None:
+        self.write(row.to_dict())
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; numbers that are not finite become null."""

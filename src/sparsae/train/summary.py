@@ -12,11 +12,12 @@ from sparsae.config.schema import Config
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
 from sparsae.errors import DivergedError
 from sparsae.nn.linear import sparse_layers
-from sparsae.train.loop import Trainer, perplexity
+from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Manifest
 from sparsae.train.memory import peak_bytes
 from sparsae.train.progress import readable_perplexity
 from sparsae.train.rundir import RunDirectory
+from sparsae.train.validation import perplexity
 
 
 def summarize(
@@ -28,49 +29,50 @@ def summarize(
     diverged: DivergedError | None,
 ) -> dict[str, Any]:
     """The keys of summary.json, which docs/configuration.md explains."""
-    config, model, costs = manifest.config, trainer.model, trainer.costs
+    config, model, account, validation = manifest.config, trainer.model, trainer.account, trainer.validation
+    tokens = account.tokens(trainer.step)
     live = sum(p.numel() for p in model.parameters())
     nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
-    weights = costs.cost.sparse_weights
+    weights = account.costs.cost.sparse_weights
     b_out, b_in = config.sparsity.unit
     target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
-    training_seconds = trainer.watch.seconds.get("train", 0.0) + trainer.watch.seconds.get("topology", 0.0)
+    training_seconds = sum(account.watch.seconds.get(part, 0.0) for part in ("train", "topology"))
     return {
         "preset": config.preset,
         "method": config.method,
         "seed": config.seed,
         "steps": trainer.step,
-        "tokens": trainer.tokens,
+        "tokens": tokens,
         "parameters_dense": live - nnz + weights,
         "parameters": live,
-        "sparsity": 1.0 - costs.density,
+        "sparsity": 1.0 - account.costs.density,
         "nnz": nnz,
         "nnz_target": target,
-        "validation_loss": trainer.validation_loss,
-        "validation_perplexity": perplexity(trainer.validation_loss),
-        "teacher_validation_loss": trainer.teacher_loss,
+        "validation_loss": validation.loss,
+        "validation_perplexity": perplexity(validation.loss),
+        "teacher_validation_loss": validation.teacher_loss,
         "unigram_perplexity": unigram,
-        "untrained_perplexity": perplexity(trainer.untrained_loss),
-        "train_flops": trainer.flops.total,
-        "train_flops_by_part": dict(trainer.flops.parts),
-        "train_flops_dense_equivalent": trainer.flops.dense_equivalent,
-        "study_flops": trainer.flops.study,
-        "state_bytes_sparse_layers": sum(trainer.state_bytes.values()),
-        "state_bytes_by_part": trainer.state_bytes,
+        "untrained_perplexity": perplexity(validation.untrained),
+        "train_flops": account.flops.total,
+        "train_flops_by_part": dict(account.flops.parts),
+        "train_flops_dense_equivalent": account.flops.dense_equivalent,
+        "study_flops": account.flops.study,
+        "state_bytes_sparse_layers": sum(account.state_bytes.values()),
+        "state_bytes_by_part": account.state_bytes,
         "state_bytes_sparse_layers_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
         "telemetry_bytes": trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
-        "peak_memory_bytes": peak_bytes(trainer.device),
-        "tokens_per_second": trainer.tokens / training_seconds if training_seconds else None,
-        "topology_updates": trainer.updates,
-        "topology_updates_accepted": trainer.accepted,
+        "peak_memory_bytes": peak_bytes(trainer.objective.device),
+        "tokens_per_second": tokens / training_seconds if training_seconds else None,
+        "topology_updates": account.updates,
+        "topology_updates_accepted": account.accepted,
         "seconds": seconds,
-        "seconds_by_part": trainer.watch.seconds,
-        "finished": diverged is None and trainer.step == config.training.steps,
+        "seconds_by_part": account.watch.seconds,
+        "finished": diverged is None and trainer.done,
         "diverged": {"step": diverged.step, "reason": diverged.reason} if diverged else None,
         "started_from": manifest.started_from,
         "extensions": [asdict(extension) for extension in manifest.extensions],
         "metrics": metrics,
-        "device": str(trainer.device),
+        "device": str(trainer.objective.device),
         "torch": torch.__version__,
     }
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from sparsae.config.schema import TrackingConfig
 from sparsae.errors import InputError
+from sparsae.train.observers import Observer
+from sparsae.train.rows import Row
 
 Sink = Callable[[dict[str, float], int], None]
 
 
-class Trackers:
-    """Every tracker that was asked for; `log` sends a row of the metrics to each, `close` ends them."""
+class Trackers(Observer):
+    """Every tracker that was asked for; each gets the rows of the metrics, and `close` ends them."""
 
     def __init__(self, config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -> None:
         """Starts them. Raises InputError where a tracker's package is not installed."""
@@ -43,11 +45,11 @@ class Trackers:
                 self._sinks.append(_logger(tracker))
                 self._closers.append(tracker.finish)
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """The finite numbers of a metrics row as "kind/name"; nested ones as "kind/name/inner"."""
-        numbers = dict(_numbers(row, str(row["kind"])))
+    def observe(self, row: Row) -> None:
+        """The numbers of a row as "kind/name"; nested ones as "kind/name/inner"."""
+        numbers = dict(_numbers(row.to_dict(), row.kind))
         for sink in self._sinks:
-            sink(numbers, int(row["step"]))
+            sink(numbers, row.step)
 
     def close(self) -> None:
         """Flush and end."""

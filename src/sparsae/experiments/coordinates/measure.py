@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config import Config
-from sparsae.data import Batches, Corpus
+from sparsae.data import Corpus
 from sparsae.errors import DivergedError
 from sparsae.models import decoder_and_head
 from sparsae.nn.choice import weight_shape
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.report.readable import short_names
-from sparsae.train.assemble import silent_trainer
+from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, choice_of, choose_device
 from sparsae.train.loop import Trainer
 from sparsae.train.micro_batch import split_held_out
+from sparsae.train.text import Text
 
 Quantity = Literal["activation", "gradient", "update"]
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -143,7 +144,6 @@ def scales(config: Config, corpus: Corpus, stepped: Callable[[], None] = lambda:
     finally:
         for handle in handles:
             handle.remove()
-        trainer.metrics.close()
 
 
 def _gauges(model: nn.Module, config: Config) -> dict[str, Gauge]:
@@ -167,16 +167,10 @@ def _fan_in(module: nn.Module) -> float:
 
 
 def _trainer(config: Config, corpus: Corpus) -> Trainer:
-    """The loop of a run with new weights; its metrics go nowhere."""
+    """The loop of a run with new weights."""
     device = choose_device(config.training.device)
     context = config.model.context
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
-    _, micro = split_held_out(corpus.validation, context)
-    return silent_trainer(
-        config,
-        model,
-        Batches(corpus.train, context, config.training.batch_size, config.seed),
-        torch.zeros(0, context + 1, dtype=torch.int64, device="cpu"),
-        micro,
-        device,
-    )
+    nothing = torch.zeros(0, context + 1, dtype=torch.int64, device="cpu")
+    text = Text.of(config, corpus.train, nothing, split_held_out(corpus.validation, context)[1], device)
+    return trainer_of(config, model, optimizer_of(model, config), text, device)

@@ -1,0 +1,68 @@
+"""All that a run spends: operations, seconds, bytes of its model's state, and updates of its topology."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsae.core.accounting import FlopCounter
+from sparsae.distill import Teacher
+from sparsae.nn.linear import sparse_layers
+from sparsae.train.costs import RunCosts
+from sparsae.train.memory import state_bytes
+from sparsae.train.search import Update
+from sparsae.train.stopwatch import Stopwatch
+
+
+class Account:
+    """Sums from the first step of a run on."""
+
+    def __init__(self, costs: RunCosts, tokens_per_step: int, study_tokens: int) -> None:
+        """study_tokens: what a candidate is studied on, the validation text."""
+        self.costs, self.tokens_per_step, self._study_tokens = costs, tokens_per_step, study_tokens
+        self.flops = FlopCounter()
+        self.watch = Stopwatch()
+        self.state_bytes: dict[str, int] = {}
+        self.updates = self.accepted = 0
+
+    def tokens(self, steps: int) -> int:
+        """Training tokens of so many steps."""
+        return steps * self.tokens_per_step
+
+    def step(self, teacher_nnz: int | None) -> None:
+        """One optimizer step, whose teacher has so many weights; None: it was not asked."""
+        self.costs.count_step(self.flops, self.tokens_per_step, teacher_nnz)
+
+    def update(self, update: Update, nnz: int) -> None:
+        """One topology update, which left `nnz` active weights."""
+        self.updates += 1
+        self.accepted += update.accepted
+        self.costs.count_update(self.flops, update.cost)
+        self.costs.count_study(self.flops, update.cost, self._study_tokens)
+        self.costs.nnz = nnz
+
+    def measure_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None) -> None:
+        """While gradients are alive; the largest that was seen counts, since a union teacher grows."""
+        now = state_bytes(sparse_layers(model), optimizer, teacher.layers if teacher else None)
+        if sum(now.values()) >= sum(self.state_bytes.values()):
+            self.state_bytes = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values, for checkpoints."""
+        return {
+            "flops": self.flops.to_dict(),
+            "seconds": self.watch.state_dict(),
+            "state_bytes": dict(self.state_bytes),
+            "updates": self.updates,
+            "accepted": self.accepted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From `state_dict`."""
+        self.flops = FlopCounter.from_dict(state["flops"])
+        self.watch.load_state_dict(state["seconds"])
+        self.state_bytes = dict(state["state_bytes"])
+        self.updates, self.accepted = state["updates"], state["accepted"]

@@ -1,0 +1,121 @@
+"""A run and its checkpoints: which of its parts have a state, and how they get it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.errors import InputError
+from sparsae.train.checkpoint import (
+    keep_newest,
+    load_checkpoint,
+    load_model,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from sparsae.train.loop import Trainer
+from sparsae.train.manifest import Manifest
+from sparsae.train.rundir import MetricsWriter, RunDirectory
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """A checkpoint that was read."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps that were done."""
+        return int(self.state["trainer"]["step"])
+
+    def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """InputError where the tensors do not fit."""
+        load_model(model, self._group("model"), self._file("model"))
+        load_optimizer(model, optimizer, self._group("optimizer"), self._file("optimizer"))
+
+    def restore(self, trainer: Trainer) -> None:
+        """What is beside model and optimizer. InputError where it does not fit."""
+        tensors, state = self.tensors, self.state
+        for name, part in {"teacher": trainer.teacher, "search": trainer.sparsifier}.items():
+            if (part is not None) != (name in tensors):
+                raise InputError(f"checkpoint {self.path} and the settings of the run disagree about {name}")
+        try:
+            if trainer.teacher:
+                load_model(trainer.teacher.model, tensors["teacher"], self._file("teacher"))
+                trainer.teacher.reconnect(trainer.model)
+            if trainer.sparsifier:
+                try:
+                    trainer.sparsifier.restore(state["search"], tensors["search"])
+                except InputError as error:  # which knows of no file
+                    raise InputError(f"checkpoint {self.path} does not fit this run: {error}") from None
+            trainer.load_state_dict(state["trainer"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"checkpoint {self.path}: state.json or search.safetensors does not fit this run: {error!r}"
+            ) from None
+
+    def _file(self, group: str) -> str:
+        """The file of a group of tensors, for messages."""
+        return str(self.path / f"{group}.safetensors")
+
+    def _group(self, name: str) -> dict[str, Tensor]:
+        if name not in self.tensors:
+            raise InputError(f"checkpoint {self.path} has no {name}.safetensors")
+        return self.tensors[name]
+
+
+def read_saved(run: RunDirectory, manifest: Manifest, extending: bool) -> SavedRun:
+    """The checkpoint from which a run goes on. InputError where it is damaged, or older than what the run became."""
+    # Going on from an earlier one ends the same; where more steps begin is part of what the run is.
+    checkpoint = run.latest_checkpoint(or_earlier=not extending)
+    run.check_tokenizer()
+    saved = SavedRun(checkpoint, *load_checkpoint(checkpoint))
+    extended = manifest.extensions[-1].step if manifest.extensions else 0
+    if saved.step < extended:
+        raise InputError(f"checkpoint {checkpoint} is older than step {extended}, where this run got more steps")
+    return saved
+
+
+def save_run(
+    trainer: Trainer, run: RunDirectory, name: str, corpus: str, metrics: MetricsWriter, elapsed: float
+) -> None:
+    """Write a checkpoint of the run `name` on the corpus of this digest, and forget those that are too many.
+
+    Raises DivergedError where a tensor is not finite: it must not take the place of a good one.
+    """
+    tensors = {
+        "model": model_tensors(trainer.model),
+        "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
+    }
+    state: dict[str, Any] = {
+        "run": name,
+        "trainer": trainer.state_dict(),
+        "metrics": metrics.position(),
+        "corpus": corpus,
+        "threads": torch.get_num_threads(),
+        "elapsed": elapsed,
+    }
+    if trainer.sparsifier:
+        state["search"], tensors["search"] = trainer.sparsifier.state()
+    if trainer.teacher:
+        tensors["teacher"] = model_tensors(trainer.teacher.model)
+    _require_finite(trainer, tensors)
+    save_checkpoint(run.checkpoint(trainer.step), tensors, state)
+    keep_newest(run.checkpoints, trainer.settings.keep_checkpoints, name)
+
+
+def _require_finite(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for group, named in tensors.items():
+        for name, tensor in named.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise trainer.diverged(f"{name} of the {group} is not finite")

@@ -1,0 +1,40 @@
+"""The text of a run as the loop reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsae.config.schema import Config
+from sparsae.data.batches import Batches
+from sparsae.data.shards import TokenSequence
+from sparsae.rules import build_rule
+from sparsae.train.micro_batch import MicroBatches
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Batches to train on, rows (N, context + 1) to validate on, and what scores candidates, if anything does."""
+
+    batches: Batches
+    validation: Tensor
+    micro_batches: MicroBatches | None = None
+
+    @classmethod
+    def of(
+        cls, config: Config, train: TokenSequence, validation: Tensor, held_out: TokenSequence, device: torch.device
+    ) -> Text:
+        """held_out: the tokens that micro-batches come from, which lie on `device`."""
+        context, micro = config.model.context, build_rule(config.topology, config.rules).micro_batch
+        return cls(
+            Batches(train, context, config.training.batch_size, config.seed),
+            validation,
+            MicroBatches(held_out, context, micro, config.seed, device) if micro else None,
+        )
+
+    def prefetch(self, step: int) -> None:
+        """An update follows `step`: start the copy of its micro-batch to the device."""
+        if self.micro_batches:
+            self.micro_batches.prefetch(step)

@@ -1,0 +1,57 @@
+"""Held-out losses of a run: when they are measured, and what they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sparsae.config.schema import TrainingConfig
+from sparsae.train.account import Account
+from sparsae.train.objective import Objective
+from sparsae.train.rows import ValidationRow
+
+
+class Validation:
+    """The latest losses of model and teacher, and that of the untrained model; NaN before there are any."""
+
+    def __init__(self, objective: Objective, rows: Tensor, settings: TrainingConfig) -> None:
+        self._objective, self._rows, self._steps = objective, rows, settings.steps
+        self._every = settings.validate_every or max(10, settings.steps // 10)
+        self.loss = self.untrained = math.nan
+        self.teacher_loss: float | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether it follows this step, counted from 1."""
+        return step % self._every == 0 or step == self._steps
+
+    def measure(self, step: int, account: Account) -> ValidationRow:
+        """With the parameters as they are after so many steps; an improvement may end the teacher's warm-up."""
+        with account.watch.of("validation"):
+            self.loss, self.teacher_loss = self._objective.validate(self._rows)
+        if step == 0:
+            self.untrained = self.loss
+        return ValidationRow(
+            step=step,
+            tokens=account.tokens(step),
+            loss=self.loss,
+            perplexity=perplexity(self.loss),
+            teacher_loss=self.teacher_loss,
+            train_flops=account.flops.total,
+            seconds=account.watch.total,
+        )
+
+    def state_dict(self) -> dict[str, float | None]:
+        """For checkpoints."""
+        return {"loss": self.loss, "untrained": self.untrained, "teacher_loss": self.teacher_loss}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """From `state_dict`, in whose JSON what is not finite is null."""
+        self.loss, self.untrained = (math.nan if (x := state[k]) is None else x for k in ("loss", "untrained"))
+        self.teacher_loss = state["teacher_loss"]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
