@@ -137,7 +137,7 @@ def test_warm_up_by_fraction_and_by_validation() -> None:
         validation.observe(loss)
         assert validation.alpha(50) == alpha
     again = WarmUp(config, steps=100)
-    again.restore(validation.state())
+    again.load_state_dict(validation.state_dict())
     assert again.alpha(0) == 0.5
 
 

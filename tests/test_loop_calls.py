@@ -133,8 +133,7 @@ def test_pruning_ends_where_it_shall_though_its_last_update_was_skipped(section:
         sparsifier.after_step()
         optimizer.zero_grad()
         if step == last + 1:
-            waiting = sparsifier.state()[0]["waiting"]
-            assert waiting
+            assert sparsifier.state_dict()["search"]["waiting"]
             assert sparsifier.nnz > round(0.1 * units)
     assert sparsifier.nnz == round(0.1 * units)
 
@@ -148,7 +147,7 @@ def test_a_waiting_update_survives_a_checkpoint() -> None:
         optimizer.zero_grad()
     again_model, again_optimizer, again = made("rigl")
     again_model.load_state_dict(model.state_dict())
-    again.restore(*sparsifier.state())
+    again.load_state_dict(sparsifier.state_dict())
     for m, o, s in ((model, optimizer, sparsifier), (again_model, again_optimizer, again)):
         assert s.update_due
         backward(m, 3)

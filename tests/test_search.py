@@ -204,7 +204,7 @@ def test_a_layer_that_starts_outside_its_bounds_keeps_them_over_a_stop() -> None
 
     one, two = make(), make()
     one.search.bounds = dict.fromkeys(one.search.bounds, (1, 7))
-    two.restore(*one.state())
+    two.load_state_dict(one.state_dict())
     assert two.search.bounds == one.search.bounds
 
 

@@ -168,47 +168,6 @@ def test_a_dense_weight_would_be_found() -> None:
         model(torch.ones(4, 64)).square().mean().backward()
 
 
-def test_an_interrupted_sparsifier_goes_on_as_if_it_had_not_been() -> None:
-    topology = EvolutionConfig.model_validate(
-        {"every": 4, "burn_in": {"steps": 3}, "reset": {"probability": 0.3}, "adaptation": {"enabled": True}}
-    )
-    config = SparsifierConfig(steps=40, topology=topology, teacher=TeacherConfig(storage="union"))
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
-        model = mlp()
-        optimizer = OPTIMIZERS["ours"](model)
-        return model, optimizer, Sparsifier(model, optimizer, config, score=score_of(model))  # type: ignore[arg-type]
-
-    model, optimizer, sparsifier = make()
-    run_steps(model, optimizer, sparsifier, 17)
-    from sparsae.train.checkpoint import load_model, load_optimizer, model_tensors, optimizer_tensors
-
-    assert sparsifier.teacher is not None
-    saved = [
-        {name: t.detach().clone() for name, t in tensors.items()}
-        for tensors in (
-            model_tensors(model),
-            optimizer_tensors(model, optimizer),
-            model_tensors(sparsifier.teacher.model),
-            sparsifier.state()[1],
-        )
-    ]
-    plain = sparsifier.state()[0]
-    expected = run_steps(model, optimizer, sparsifier, 23)
-    again, optimizer_again, sparsifier_again = make()
-    assert sparsifier_again.teacher is not None
-    load_model(again, saved[0])
-    load_optimizer(again, optimizer_again, saved[1])
-    load_model(sparsifier_again.teacher.model, saved[2])
-    sparsifier_again.teacher.reconnect(again)
-    sparsifier_again.restore(plain, saved[3])
-    assert run_steps(again, optimizer_again, sparsifier_again, 23) == expected
-    for name, tensor in model_tensors(model).items():
-        assert torch.equal(tensor, model_tensors(again)[name])
-    for name, tensor in model_tensors(sparsifier.teacher.model).items():
-        assert torch.equal(tensor, model_tensors(sparsifier_again.teacher.model)[name])
-
-
 def test_a_teacher_without_dense_parameters() -> None:
     model = sparsify(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)), 0.5)
     optimizer = OPTIMIZERS["sgd"](model)
@@ -237,12 +196,3 @@ def test_misuse_is_named() -> None:
 def test_the_name_of_a_rule_is_no_rule() -> None:
     with pytest.raises(InputError, match=r"topology: must be the settings of a rule, such as GmpConfig\(\), not 'gmp'"):
         SparsifierConfig(steps=3, topology="gmp")
-
-
-def test_what_is_no_state_is_refused() -> None:
-    model = sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)
-    sparsifier = Sparsifier(model, torch.optim.AdamW(model.parameters()), SparsifierConfig(steps=30))
-    with pytest.raises(InputError, match=r"no 'step': .*Sparsifier.state\(\)"):
-        sparsifier.restore({}, {})
-    with pytest.raises(InputError, match=r"no 'telemetry.*Sparsifier.state\(\)"):
-        sparsifier.restore(sparsifier.state()[0], {})

@@ -16,7 +16,7 @@ from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
-from sparsae.train.checkpoint import load_model, model_tensors
+from sparsae.nn.tensors import load_model, model_tensors
 
 
 def gpt2() -> GPT2LMHeadModel:

@@ -10,16 +10,19 @@ what the student drops; "dense" keeps every position.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsae.config.schema import TeacherConfig
-from sparsae.errors import InputError
+from sparsae.errors import InputError, require_state
 from sparsae.kernels.structures import same_indices
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import modules_by_name
 from sparsae.nn.sparsify import densify
+from sparsae.nn.tensors import load_model, model_tensors
 from sparsae.surgery import TeacherLayer
 
 _OTHER_TOPOLOGY = "the teacher's layer {} does not have the student's topology"
@@ -39,7 +42,8 @@ class Teacher:
             self.model.requires_grad_(False)
         modules = modules_by_name(self.model)
         self.layers = {
-            name: TeacherLayer(modules[name], config.storage, config.tolerance) for name in sparse_layers(student)
+            name: TeacherLayer(modules[name], config.storage, config.tolerance, student=layer.topology)
+            for name, layer in sparse_layers(student).items()
         }
 
     def decay(self, step: int) -> float:
@@ -61,10 +65,13 @@ class Teacher:
     def update(self, student: nn.Module, step: int) -> None:
         """One step of the average, after the optimizer's.
 
-        Raises InputError where a layer of the student got another topology and the teacher was not told.
+        Raises InputError where a layer of the student was made sparse or dense, or got another topology, and the
+        teacher was not told.
         """
         beta, student = self.decay(step), _unsynchronized(student)
         sparse = sparse_layers(student)
+        if other := sorted(sparse.keys() ^ self.layers.keys()):
+            raise InputError(f"layer {other[0]} was made sparse or dense since the teacher was made: make a new one")
         owned = {id(layer.values) for layer in sparse.values()}
         shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
         teacher_parameters = dict(self.model.named_parameters())
@@ -85,16 +92,21 @@ class Teacher:
         Raises InputError where a layer of the student has connections that the teacher's has not.
         """
         for name, layer in sparse_layers(student).items():
-            kept = self.layers[name]
-            if isinstance(kept.module, SparseLinear):
-                mine, theirs = kept.module.topology, layer.topology
-                active = theirs.contains(mine.indices)
-                if int(active.sum()) != theirs.count or (kept.storage == "masked" and mine.count != theirs.count):
-                    raise InputError(f"{_OTHER_TOPOLOGY.format(name)}: load the states of both, of the same step")
-                if mine.count == theirs.count:
-                    kept.module.set_topology(theirs, kept.module.values.data)
-                kept.active = None if mine.count == theirs.count else active
-                kept.student = theirs
+            _connect(name, self.layers[name], layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain names of `model`'s tensors, which are those of the average, with the topologies that it has."""
+        return {"model": {name: tensor.detach() for name, tensor in model_tensors(self.model).items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From `state_dict`. The student that is given next, to `update` or `reconnect`, is looked at anew.
+
+        Raises InputError where the tensors are not of such a model.
+        """
+        require_state("Teacher", state, ["model"])
+        load_model(self.model, state["model"], "the teacher's state")
+        for kept in self.layers.values():
+            kept.active = kept.student = None
 
     @staticmethod
     def _update_layer(name: str, kept: TeacherLayer, layer: SparseLinear, beta: float) -> None:
@@ -105,6 +117,8 @@ class Teacher:
             weight.mul_(beta)
             layer.add_to_dense(weight.T if layer.conv1d else weight, 1.0 - beta)
             return
+        if kept.student is None:
+            _connect(name, kept, layer)
         # Only surgery tells the teacher: a state that was loaded into the student does not.
         if layer.topology is not kept.student:
             mine = module.topology.indices
@@ -142,15 +156,30 @@ class WarmUp:
         if validation_loss <= self._first_loss - self._config.warmup_improvement:
             self.over_by_validation = True
 
-    def state(self) -> dict[str, float | bool | None]:
-        """For checkpoints."""
+    def state_dict(self) -> dict[str, float | bool | None]:
+        """Plain values."""
         return {"first_loss": self._first_loss, "over_by_validation": self.over_by_validation}
 
-    def restore(self, state: dict[str, float | bool | None]) -> None:
-        """From a checkpoint."""
+    def load_state_dict(self, state: Mapping[str, float | bool | None]) -> None:
+        """From `state_dict`. Raises InputError for anything else."""
+        require_state("WarmUp", state, self.state_dict())
         first = state["first_loss"]
         self._first_loss = None if first is None else float(first)
         self.over_by_validation = bool(state["over_by_validation"])
+
+
+def _connect(name: str, kept: TeacherLayer, layer: SparseLinear) -> None:
+    """Find the student's connections among the teacher's. InputError where it has one that the teacher has not."""
+    if not isinstance(kept.module, SparseLinear):
+        return
+    mine, theirs = kept.module.topology, layer.topology
+    active = theirs.contains(mine.indices)
+    if int(active.sum()) != theirs.count or (kept.storage == "masked" and mine.count != theirs.count):
+        raise InputError(f"{_OTHER_TOPOLOGY.format(name)}: load the states of both, of the same step")
+    if mine.count == theirs.count:
+        kept.module.set_topology(theirs, kept.module.values.data)
+    kept.active = None if mine.count == theirs.count else active
+    kept.student = theirs
 
 
 def _unsynchronized(student: nn.Module) -> nn.Module:

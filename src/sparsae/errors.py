@@ -1,5 +1,7 @@
 """The exceptions for what a person can mend."""
 
+from collections.abc import Iterable, Mapping
+
 
 class InputError(Exception):
     """Something that the user gave is wrong: what, where, and what would be right, in one line.
@@ -16,6 +18,13 @@ class DivergedError(InputError):
         """reason: what is not finite."""
         super().__init__(message)
         self.step, self.train_flops, self.reason = step, train_flops, reason
+
+
+def require_state(owner: str, state: object, keys: Iterable[str]) -> None:
+    """InputError for a state that lacks one of the keys that `owner.state_dict()` gives."""
+    given = state if isinstance(state, Mapping) else {}
+    if lacking := [key for key in keys if key not in given]:
+        raise InputError(f"the state has no '{lacking[0]}': give what {owner}.state_dict() returned")
 
 
 def require_utf8(where: str, text: str) -> None:

@@ -13,8 +13,9 @@ from sparsae.config.schema import Config
 from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
 from sparsae.nn.sparsify import densify
+from sparsae.nn.tensors import load_model
 from sparsae.train.build import build, choose_device
-from sparsae.train.checkpoint import load_checkpoint, load_model
+from sparsae.train.checkpoint import load_checkpoint
 from sparsae.train.rundir import RunDirectory
 
 

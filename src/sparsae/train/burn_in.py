@@ -7,11 +7,13 @@ before)` puts it, with m the multiplier on new connections and, elsewhere, 1 (sc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsae.config.rules import BurnInConfig
+from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 
 
@@ -34,6 +36,21 @@ class BurnIn:
         """After a change: `new` marks the grown units of the changed layers; an earlier burn-in ends."""
         self.new = {name: grown for name, grown in new.items() if bool(grown.any())} if self._config.steps else {}
         self.steps_left = self._config.steps if self.new else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and bool tensors by layer."""
+        return {"steps_left": self.steps_left, "new": dict(self.new)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From `state_dict`, of the layers as they are. Raises InputError for anything else."""
+        require_state("BurnIn", state, ("steps_left", "new"))
+        for name, new in state["new"].items():
+            layer = self._layers.get(name)
+            if layer is None or new.shape != (layer.topology.count,):
+                raise InputError(f"the burn-in's new connections of {name} are not this model's: load its state first")
+        self.steps_left = int(state["steps_left"])
+        self.new = {name: new.to(self._layers[name].values.device) for name, new in state["new"].items()}
+        self._before = {}
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's step."""

@@ -7,6 +7,7 @@ match is named, and so is a tensor that does not fit although its file does.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
@@ -22,8 +23,6 @@ from torch import Tensor, nn
 
 from sparsae.errors import InputError
 from sparsae.files import named, open_as_directory, read_sealed, sealed, sha256_of, sync, temporary_name
-from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.names import full_names
 from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
 
 
@@ -138,50 +137,32 @@ def _is_of(directory: Path, run: str) -> bool:
         return False
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, each once however it is tied, and the buffers that belong to the state."""
-    persistent = model.state_dict(keep_vars=True)
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
-    return tensors
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A state of nested mappings as JSON values and, by JSON pointer without its first "/" (RFC 6901), tensors."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        place = key.replace("~", "~0").replace("/", "~1")
+        if isinstance(value, Tensor):
+            tensors[place] = value
+        elif isinstance(value, Mapping):
+            plain[key], inner = split(value)
+            tensors |= {f"{place}/{path}": tensor for path, tensor in inner.items()}
+        else:
+            plain[key] = value
+    return plain, tensors
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor], origin: str = "the checkpoint") -> None:
-    """Into a model of the same architecture, any topologies.
-
-    Raises InputError, which names `origin` and a tensor, where names, shapes or dtypes do not fit, or indices are none.
-    """
-    wanted, given = set(model_tensors(model)), set(tensors)
-    if wanted != given:
-        name = sorted(wanted ^ given)[0]
-        raise InputError(f"{origin} does not fit the model: {name} is in only one of them")
-    full = full_names(model)
-    layers = {full[name]: layer for name, layer in sparse_layers(model).items()}
-    sparse = tuple(f"{name}." for name in layers)
-    for name, own in model_tensors(model).items():
-        if not name.endswith(".indices"):
-            if tensors[name].dtype != own.dtype:
-                raise InputError(f"{origin} does not fit the model: {name} is {tensors[name].dtype}, not {own.dtype}")
-            if not (name.startswith(sparse) and name.endswith(".values")) and tensors[name].shape != own.shape:
-                raise InputError(
-                    f"{origin} does not fit the model: {name} is {tuple(tensors[name].shape)}, not {tuple(own.shape)}"
-                )
-    for name, layer in layers.items():
-        _check_sparse(name, layer, tensors, origin)
-    model.load_state_dict(dict(tensors), strict=False)
-
-
-def _check_sparse(name: str, layer: SparseLinear, tensors: Mapping[str, Tensor], origin: str) -> None:
-    indices, values = tensors[f"{name}.indices"], tensors[f"{name}.values"]
-    units = layer.topology.units
-    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        raise InputError(f"{origin}: {name}.indices is {indices.dtype} {tuple(indices.shape)}, no list of units")
-    inside = not indices.numel() or bool(indices[0] >= 0 and indices[-1] < units)
-    if not inside or not bool((indices[1:] > indices[:-1]).all()):
-        raise InputError(f"{origin}: {name}.indices are not numbers of {units:,} units in ascending order")
-    block = () if layer.unit == (1, 1) else layer.unit
-    if tuple(values.shape) != (indices.numel(), *block):
-        raise InputError(f"{origin}: {name}.values is {tuple(values.shape)}, not {(indices.numel(), *block)}")
+def joined(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `split`. Raises KeyError or TypeError where the two do not belong together."""
+    state = copy.deepcopy(dict(plain))
+    for path, tensor in tensors.items():
+        *above, last = (place.replace("~1", "/").replace("~0", "~") for place in path.split("/"))
+        inner = state
+        for key in above:
+            inner = inner[key]
+        inner[last] = tensor
+    return state
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -123,12 +123,12 @@ class Objective:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside model and teacher: how far the warm-up is."""
-        return {"warmup": self._warmup.state()} if self._warmup else {}
+        return {"warmup": self._warmup.state_dict()} if self._warmup else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From `state_dict`."""
         if self._warmup:
-            self._warmup.restore(state["warmup"])
+            self._warmup.load_state_dict(state["warmup"])
 
 
 @dataclass(frozen=True, eq=False)

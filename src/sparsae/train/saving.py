@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.errors import InputError
+from sparsae.nn.tensors import load_model, model_tensors
 from sparsae.train.checkpoint import (
+    joined,
     keep_newest,
     load_checkpoint,
-    load_model,
     load_optimizer,
-    model_tensors,
     optimizer_tensors,
     save_checkpoint,
+    split,
 )
 from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Manifest
@@ -50,14 +51,15 @@ class SavedRun:
             if (part is not None) != (name in tensors):
                 raise InputError(f"checkpoint {self.path} and the settings of the run disagree about {name}")
         try:
-            if trainer.teacher:
-                load_model(trainer.teacher.model, tensors["teacher"], self._file("teacher"))
-                trainer.teacher.reconnect(trainer.model)
-            if trainer.sparsifier:
-                try:
-                    trainer.sparsifier.restore(state["search"], tensors["search"])
-                except InputError as error:  # which knows of no file
-                    raise InputError(f"checkpoint {self.path} does not fit this run: {error}") from None
+            teacher = {"model": tensors["teacher"]} if trainer.teacher else None
+            try:
+                if trainer.sparsifier:
+                    search = joined(state["search"], tensors["search"])
+                    trainer.sparsifier.load_state_dict(search | {"teacher": teacher})
+                elif trainer.teacher and teacher:
+                    trainer.teacher.load_state_dict(teacher)
+            except InputError as error:  # which knows of no file
+                raise InputError(f"checkpoint {self.path} does not fit this run: {error}") from None
             trainer.load_state_dict(state["trainer"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(
@@ -106,9 +108,10 @@ def save_run(
         "elapsed": elapsed,
     }
     if trainer.sparsifier:
-        state["search"], tensors["search"] = trainer.sparsifier.state()
+        # The teacher has a file of its own, from which it can be evaluated.
+        state["search"], tensors["search"] = split(trainer.sparsifier.state_dict() | {"teacher": None})
     if trainer.teacher:
-        tensors["teacher"] = model_tensors(trainer.teacher.model)
+        tensors["teacher"] = trainer.teacher.state_dict()["model"]
     _require_finite(trainer, tensors)
     save_checkpoint(run.checkpoint(trainer.step), tensors, state)
     keep_newest(run.checkpoints, trainer.settings.keep_checkpoints, name)

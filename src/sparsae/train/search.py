@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
-from sparsae.errors import InputError
+from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
 from sparsae.rules.parts.proxy import activity, diversity, known_gradient_norm
@@ -178,6 +179,25 @@ class TopologySearch:
         """The topology before any update, as a row of the metrics."""
         return self._unchanged(0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and tensors by layer."""
+        return {
+            "rule": _plain(dataclasses.asdict(self.state)),
+            "waiting": self.waiting,
+            "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
+            "ends": {name: list(ends) for name, ends in self.ends.items()},
+            "telemetry": self.telemetry.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From `state_dict`, of the same rule and the layers as they are. Raises InputError for anything else."""
+        require_state("TopologySearch", state, ("rule", "waiting", "bounds", "ends", "telemetry"))
+        self.telemetry.load_state_dict(state["telemetry"])
+        self.state = self.rule.state_from_dict(state["rule"])
+        self.waiting = bool(state["waiting"])
+        self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}
+        self.ends = {name: (first, last) for name, (first, last) in state["ends"].items()}
+
     def _unchanged(self, step: int) -> dict[str, Any]:
         return {
             "kind": "topology",
@@ -263,6 +283,13 @@ class TopologySearch:
         forwards = sum(score is not None for score in [current, *scores])
         backwards = forwards if "candidate_gradient" in self.rule.needs else 0
         return SearchCost(forwards, backwards, self.gradients.probed(), studied)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that they are after JSON."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from sparsae.config.schema import Config
 from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
-from sparsae.train.checkpoint import load_checkpoint, load_model
+from sparsae.nn.tensors import load_model
+from sparsae.train.checkpoint import load_checkpoint
 from sparsae.train.rundir import RunDirectory
 
 _SAME = ("model", "parameterization", "sparsity")

@@ -13,13 +13,13 @@ The project's own loop trains through the same object.
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schema import TeacherConfig
@@ -29,7 +29,7 @@ from sparsae.core.budgets import density_bounds
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
-from sparsae.errors import InputError
+from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import check_heads, head_floor, layer_counts
 from sparsae.optim import follow_density
@@ -41,8 +41,6 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_lost_or_tied, refuse_ranks, tell_if_still, trained_layers
 from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
-
-_NEWER = ("waiting", "initial_densities")  # a state of an earlier version lacks them
 
 
 class SparsifierConfig(Section):
@@ -196,45 +194,49 @@ class Sparsifier:
         self.search.arm(self.step + 1)
         return update
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that a checkpoint needs beside model, optimizer and teacher: JSON values, and tensors."""
-        plain = {
-            "step": self.step,
-            "rule": dataclasses.asdict(self.search.state),
-            "waiting": self.search.waiting,
-            "burn_in_steps_left": self._burn_in.steps_left,
-            "bounds": {name: list(bounds) for name, bounds in self.search.bounds.items()},
-            "ends": {name: list(ends) for name, ends in self.search.ends.items()},
-            "initial_densities": self._initial_densities,
-        }
-        tensors = {f"telemetry.{name}": tensor for name, tensor in self.search.telemetry.state().items()}
-        tensors |= {f"burn_in.{name}": new for name, new in self._burn_in.new.items()}
-        return plain, tensors
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs beside model and optimizer: one nested mapping of plain values and tensors.
 
-    def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """From `state`, after model, optimizer and teacher were restored.
-
-        Raises InputError for what `state` did not return, or returned of a model with other sparse layers.
+        The teacher's model is in it. As in torch, tensors are not copies.
         """
-        if lacking := [key for key in self.state()[0] if key not in plain and key not in _NEWER]:
-            raise InputError(f"the state has no '{lacking[0]}': give both values that Sparsifier.state() returned")
-        if other := sorted(set(plain["bounds"]) ^ set(self._layers)):
-            raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
-        telemetry = _below(tensors, "telemetry.")
-        if lacking := [key for key in self.search.telemetry.state() if key not in telemetry]:
+        return {
+            "step": self.step,
+            "rule": self.config.topology.rule,
+            "search": self.search.state_dict(),
+            "burn_in": self._burn_in.state_dict(),
+            "initial_densities": dict(self._initial_densities),
+            "topologies": {name: _digest(layer.topology) for name, layer in self._layers.items()},
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From `state_dict`, after the states of model and optimizer were loaded.
+
+        Raises InputError for anything else: of other sparse layers or connections, another rule, or with a teacher
+        where this Sparsifier has none.
+        """
+        require_state("Sparsifier", state, self.state_dict())
+        if state["rule"] != self.config.topology.rule:
             raise InputError(
-                f"the tensors have no 'telemetry.{lacking[0]}': give both values that Sparsifier.state() returned"
+                f"the state is of rule '{state['rule']}', not of '{self.config.topology.rule}': make the Sparsifier "
+                "with the rule that it had when it was saved"
             )
-        self.step = int(plain["step"])
-        self.search.state = self.search.rule.state_from_dict(plain["rule"])
-        self.search.waiting = bool(plain.get("waiting", False))
-        self._burn_in.steps_left = int(plain["burn_in_steps_left"])
-        device = next(iter(self._layers.values())).values.device
-        self._burn_in.new = {name: t.to(device) for name, t in _below(tensors, "burn_in.").items()}
-        self.search.bounds = {name: (low, high) for name, (low, high) in plain["bounds"].items()}
-        self.search.ends = {name: (first, last) for name, (first, last) in plain["ends"].items()}
-        self.search.telemetry.restore(telemetry)
-        self._initial_densities = dict(plain.get("initial_densities", self._initial_densities))
+        if other := sorted(set(state["topologies"]) ^ set(self._layers)):
+            raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
+        for name, layer in self._layers.items():
+            if state["topologies"][name] != _digest(layer.topology):
+                raise InputError(
+                    f"the state is of other connections of {name}: load the model's state of the same step first"
+                )
+        if (state["teacher"] is None) != (self.teacher is None):
+            raise InputError("only one of the state and this Sparsifier has a teacher: make it with the same `teacher`")
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+            self.teacher.reconnect(self._model)
+        self.search.load_state_dict(state["search"])
+        self._burn_in.load_state_dict(state["burn_in"])
+        self.step = int(state["step"])
+        self._initial_densities = dict(state["initial_densities"])
         self._follow_density()
         self.search.arm(self.step + 1)
 
@@ -302,5 +304,6 @@ class Sparsifier:
         return floors
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _digest(topology: Topology) -> str:
+    """What no other topology of a layer has."""
+    return hashlib.blake2b(topology.indices.cpu().numpy().tobytes(), digest_size=8).hexdigest()

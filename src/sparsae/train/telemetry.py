@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import head_densities
 from sparsae.core.topology import Topology, remap
+from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.surgery import Change
 
@@ -82,23 +83,33 @@ class TopologyTelemetry:
 
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state().values())
+        held = self.state_dict().values()
+        return sum(tensor.numel() * tensor.element_size() for part in held for tensor in part.values())
 
-    def state(self) -> dict[str, Tensor]:
-        """For checkpoints."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by layer."""
         return {
-            **{f"start.{name}": topology.indices for name, topology in self._start.items()},
-            **{f"ever.{name}": topology.indices for name, topology in self._ever.items()},
-            **{f"birth.{name}": birth for name, birth in self._birth.items()},
+            "start": {name: topology.indices for name, topology in self._start.items()},
+            "ever": {name: topology.indices for name, topology in self._ever.items()},
+            "birth": dict(self._birth),
         }
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """From a checkpoint."""
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """From `state_dict`, of the layers as they are. Raises InputError for anything else."""
+        require_state("TopologyTelemetry", state, ("start", "ever", "birth"))
+        for name, layer in self._layers.items():
+            if lacking := [part for part in ("start", "ever", "birth") if name not in state[part]]:
+                raise InputError(f"the telemetry has no '{lacking[0]}' of {name}: give what state_dict() returned")
+            if state["birth"][name].numel() != layer.topology.count:
+                raise InputError(
+                    f"the telemetry is of {state['birth'][name].numel()} connections of {name}, which has "
+                    f"{layer.topology.count}: load the model's state of the same step first"
+                )
         for name, layer in self._layers.items():
             shape, unit = layer.topology.shape, layer.unit
-            self._start[name] = Topology(shape, state[f"start.{name}"], unit)
-            self._ever[name] = Topology(shape, state[f"ever.{name}"], unit)
-            self._birth[name] = state[f"birth.{name}"]
+            self._start[name] = Topology(shape, state["start"][name].cpu(), unit)
+            self._ever[name] = Topology(shape, state["ever"][name].cpu(), unit)
+            self._birth[name] = state["birth"][name].cpu()
 
 
 def _cpu(topology: Topology) -> Topology:
