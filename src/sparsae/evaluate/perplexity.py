@@ -90,6 +90,6 @@ def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterato
     for first in range(0, whole, batch):
         last = min(first + batch, whole)
         span = torch.from_numpy(tokens[first * context : last * context + 1].astype(np.int64))
-        yield span.unfold(0, context + 1, context)
+        yield span.unfold(0, context + 1, context).contiguous()
     if whole * context < len(tokens) - 1:
         yield torch.from_numpy(tokens[whole * context :].astype(np.int64))[None]
