@@ -13,7 +13,7 @@ from torch import Tensor
 
 # The group of each score, of [0, G), and then limits are (G,) tensors; or the sizes of groups that lie one after
 # another, and then limits are as many ints.
-Groups = Tensor | Sequence[int]
+Labels = Tensor | Sequence[int]
 Limits = Tensor | Sequence[int]
 
 
@@ -24,56 +24,24 @@ def largest(scores: Tensor, n: int) -> Tensor:
 
 def smallest(scores: Tensor, n: int) -> Tensor:
     """Positions of the n smallest of (m,) scores, ascending. Raises ValueError for n > m."""
-    return _positions(_first(scores, n), n)
+    return positions(first(scores, n), n)
 
 
-def select(scores: Tensor, n: int, groups: Groups, least: Limits, most: Limits) -> Tensor:
+def select(scores: Tensor, n: int, groups: Labels, least: Limits, most: Limits) -> Tensor:
     """Positions of the n smallest of (m,) scores with at least `least` and at most `most` of each group, ascending.
 
     No other choice within these limits has a smaller sum. The sum of `least` is at most n, and that of `most` (of the
     group's size, where that is less) at least; no `least` is more than its group's size or `most`. Nothing checks this,
     because that would wait for the device: n positions come in any case.
     """
-    keys = _keys(scores)
+    keys = order_keys(scores)
     must, may = best_of_each(keys, groups, least), best_of_each(keys, groups, most)
     # What must be taken comes before every score, what may not be after every one, NaN included.
-    limits = torch.iinfo(keys.dtype)
-    return smallest(keys.masked_fill(must, limits.min).masked_fill_(~may, limits.max), n)
+    return smallest(without(keys.masked_fill(must, torch.iinfo(keys.dtype).min), ~may), n)
 
 
-def best_of_each(scores: Tensor, groups: Groups, limits: Limits) -> Tensor:
-    """(m,) bool: whether a score is among the `limits` smallest of its group, all of them where these are more."""
-    if isinstance(groups, Tensor):
-        assert isinstance(limits, Tensor)
-        return places(scores, groups, limits.numel()) < limits[groups]
-    parts = zip(scores.split(list(groups)), limits, strict=True)
-    return torch.cat([_first(part, min(int(limit), part.numel())) for part, limit in parts])
-
-
-def places(scores: Tensor, groups: Tensor, count: int) -> Tensor:
-    """(m,) int64: the place of each score among those of its group, of `count` groups, from 0 for the smallest."""
-    order = _keys(scores).sort(stable=True).indices
-    order = order[groups[order].sort(stable=True).indices]
-    sizes = torch.zeros(count, dtype=torch.int64, device=groups.device).index_add_(0, groups, torch.ones_like(groups))
-    starts = sizes.cumsum(0) - sizes
-    at = torch.arange(groups.numel(), device=groups.device) - starts[groups[order]]
-    return torch.empty_like(groups).scatter_(0, order, at)
-
-
-def _keys(scores: Tensor) -> Tensor:
-    """Whole numbers in the order of the scores, equal where these are; NaN above all, with a number to spare beyond."""
-    if not scores.is_floating_point():
-        return scores
-    # The bits of a float, read as a whole number, order as floats do; among negative ones the other way round.
-    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-    keys = (wide + 0.0).view(torch.int64 if wide.dtype == torch.float64 else torch.int32)  # -0.0 + 0.0 is 0.0
-    limits = torch.iinfo(keys.dtype)
-    keys ^= (keys >> (limits.bits - 1)).bitwise_and_(limits.max)
-    return keys.masked_fill_(scores.isnan(), limits.max - 1)
-
-
-def _first(scores: Tensor, n: int) -> Tensor:
-    """(m,) bool: the n smallest scores, of equal ones the first, NaN last."""
+def first(scores: Tensor, n: int) -> Tensor:
+    """(m,) bool: whether a score is among the n smallest. Raises ValueError for n > m."""
     if not 0 <= n <= scores.numel():
         raise ValueError(f"cannot take {n} of {scores.numel()} scores")
     if n in (0, scores.numel()):
@@ -89,7 +57,47 @@ def _first(scores: Tensor, n: int) -> Tensor:
     return below.logical_or_(equal)
 
 
-def _positions(chosen: Tensor, n: int) -> Tensor:
+def best_of_each(scores: Tensor, groups: Labels, limits: Limits) -> Tensor:
+    """(m,) bool: whether a score is among the `limits` smallest of its group, all of them where these are more."""
+    if isinstance(groups, Tensor):
+        assert isinstance(limits, Tensor)
+        return places(scores, groups, limits.numel()) < limits[groups]
+    parts = zip(scores.split(list(groups)), limits, strict=True)
+    return torch.cat([first(part, min(int(limit), part.numel())) for part, limit in parts])
+
+
+def places(scores: Tensor, groups: Tensor, count: int) -> Tensor:
+    """(m,) int64: the place of each score among those of its group, of `count` groups, from 0 for the smallest."""
+    order = order_keys(scores).sort(stable=True).indices
+    order = order[groups[order].sort(stable=True).indices]
+    sizes = torch.zeros(count, dtype=torch.int64, device=groups.device).index_add_(0, groups, torch.ones_like(groups))
+    starts = sizes.cumsum(0) - sizes
+    at = torch.arange(groups.numel(), device=groups.device) - starts[groups[order]]
+    return torch.empty_like(groups).scatter_(0, order, at)
+
+
+def without(scores: Tensor, excluded: Tensor) -> Tensor:
+    """Scores in whose order those of the (m,) bool mask `excluded` come after all others, NaN included."""
+    keys = order_keys(scores)
+    return keys.masked_fill(excluded, torch.iinfo(keys.dtype).max)
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """Whole numbers in the order of the scores, equal where these are; NaN above all, with one to spare at either end.
+
+    Whole numbers stay what they are.
+    """
+    if not scores.is_floating_point():
+        return scores
+    # The bits of a float, read as a whole number, order as floats do; among negative ones the other way round.
+    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    keys = (wide + 0.0).view(torch.int64 if wide.dtype == torch.float64 else torch.int32)  # -0.0 + 0.0 is 0.0
+    limits = torch.iinfo(keys.dtype)
+    keys ^= (keys >> (limits.bits - 1)).bitwise_and_(limits.max)
+    return keys.masked_fill_(scores.isnan(), limits.max - 1)
+
+
+def positions(chosen: Tensor, n: int) -> Tensor:
     """Where (m,) `chosen` is true, which is n times."""
     # Twice as fast on the CPU, where there is no device to wait for.
     at = chosen.nonzero() if chosen.device.type == "cpu" else torch.nonzero_static(chosen, size=n)
