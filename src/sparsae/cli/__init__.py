@@ -360,11 +360,13 @@ def _free_directory(name: str) -> Path:
 
 def _show_plan(plan: Mapping[str, Any]) -> None:
     """Layers, then what the run costs beside the dense model (by part where the plan has parts), then the rest."""
-    layers = [
-        (layer["name"], layer["out"], layer["in"], readable(layer["nnz"]), f"{layer['density']:.4f}")
-        for layer in plan["layers"]
-    ]
-    show_table("Sparsified layers", ("layer", "out", "in", "nnz", "density"), layers)
+    layers, columns = [], ["layer", "out", "in", "nnz", "density"]
+    has_factors = any(layer["density_factor"] != 1.0 for layer in plan["layers"])
+    for layer in plan["layers"]:
+        row = [layer["name"], layer["out"], layer["in"], readable(layer["nnz"]), f"{layer['density']:.4f}"]
+        at_bound = " (at a bound)" if layer["density_cut"] else ""
+        layers.append([*row, f"{layer['density_factor']:g}{at_bound}"] if has_factors else row)
+    show_table("Sparsified layers", [*columns, "factor"] if has_factors else columns, layers)
     costs = []
     for name, here, dense in (
         ("parameters", "parameters", "parameters_dense"),

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparsae.config.density import Density, by_pattern
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, Text
@@ -97,6 +98,11 @@ class SparsityConfig(Section):
     )
     head_min_density: Share = Field(
         default=0.0, description="no attention head's slice below this density; 0: no floor"
+    )
+    density: Density = Field(
+        default={},
+        description="factors on the budget's densities, at the same total, by name (glob), role (attention, mlp, head, "
+        "query, key, value, output, up, gate, down) or depth: {mlp: 0.8, depth: [1.5, 1.0, 0.5]}",
     )
     include: list[Text] = Field(
         default=[], description="names (globs) of layers to sparsify; empty: every linear layer"
@@ -236,6 +242,14 @@ class Config(Section):
             raise ValueError(f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}")
         if self.sparsity.head_min_density:
             raise ValueError(f"topology.rule {rule} prunes without regard to heads: set sparsity.head_min_density to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _density_has_roles(self) -> Self:
+        try:
+            by_pattern(self.sparsity.density, self.model.family)
+        except ValueError as error:
+            raise ValueError(f"sparsity.density: {error}") from None
         return self
 
     @model_validator(mode="after")

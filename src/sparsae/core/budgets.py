@@ -3,14 +3,17 @@
 A budget gives each layer a relative density: 1 (`uniform`), (n_out + n_in) / (n_out n_in) (`er`, Erdos-Renyi: Mocanu et
 al., 2018, SET), or the same with every dimension of the kernel in numerator and denominator (`erk`: Evci et al., 2020,
 RigL; for linear layers it equals `er`). Layer l gets clip(epsilon * relative_l * units_l, low_l, high_l), with the one
-epsilon for which these sum to k: a layer that saturates leaves its surplus to the others.
+epsilon for which these sum to k: a layer that saturates leaves its surplus to the others. Relative densities may be
+multiplied by factors, by the layer's name or depth; the sum stays k.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 
+from sparsae.config.density import DEPTH, DensityFactors, check_factors
 from sparsae.errors import InputError
 
 BUDGETS = ("uniform", "er", "erk")
@@ -26,6 +29,43 @@ def relative_density(budget: str, shape: Sequence[int]) -> float:
         case "erk":
             return sum(shape) / math.prod(shape)
     raise InputError(f"unknown budget '{budget}': use one of {', '.join(BUDGETS)}")
+
+
+def density_factors(density: DensityFactors, layers: Sequence[str]) -> dict[str, float]:
+    """The factor of each layer: the product of all that concern it.
+
+    A block is what has the first number in a layer's name; between the given ones, factors by depth are interpolated. A
+    layer in no block has none. Raises InputError for what is no factor, or concerns no layer.
+    """
+    try:
+        check_factors(density)
+    except ValueError as error:
+        raise InputError(f"density: {error}") from None
+    factors = dict.fromkeys(layers, 1.0)
+    blocks = {name: block for name in layers if (block := _block(name)) is not None}
+    for key, value in density.items():
+        if isinstance(value, Sequence):
+            concerned = {name: _at_depth(value, block, blocks.values()) for name, block in blocks.items()}
+        else:
+            concerned = {name: float(value) for name in layers if fnmatchcase(name, key)}
+        if not concerned:
+            what = "no layer has a number in its name" if key == DEPTH else f"no sparse layer matches '{key}'"
+            some = ", ".join([*layers[:3], *(["..."] if len(layers) > 3 else [])])
+            raise InputError(f"density: {what}; their names are {some}")
+        for name, factor in concerned.items():
+            factors[name] *= factor
+    return factors
+
+
+def _block(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _at_depth(factors: Sequence[float], block: int, blocks: Collection[int]) -> float:
+    first, last = min(blocks), max(blocks)
+    at = (block - first) / max(1, last - first) * (len(factors) - 1)
+    below = min(math.floor(at), max(0, len(factors) - 2))
+    return factors[below] + (at - below) * (factors[min(below + 1, len(factors) - 1)] - factors[below])
 
 
 def allocate(relative: Sequence[float], bounds: Sequence[tuple[int, int]], units: Sequence[int], k: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -27,12 +27,13 @@ EXCLUDED = "left out by the patterns"
 
 @dataclass(frozen=True)
 class Choice:
-    """What `sparsify` was asked to replace: its arguments of the same names."""
+    """What `sparsify` was asked to replace: its arguments of the same names, and the factor of each layer's density."""
 
     sparsity: float = 0.0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sparsify_head: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers to replace, by name in the model's order.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from reprlib import repr
 
 import torch
 from torch import Tensor, nn
 
-from sparsae.core.budgets import allocate, density_bounds, relative_density
+from sparsae.config.density import DensityFactors
+from sparsae.core.budgets import (
+    allocate,
+    density_bounds,
+    density_factors,
+    relative_density,
+)
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
@@ -21,6 +29,8 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.saving import save_as_before, tell_when_saving
 from sparsae.nn.summary import forget, note
+
+log = logging.getLogger(__name__)
 
 # Values for a new layer: (name, topology, generator) -> tensor of topology.values_shape.
 Initializer = Callable[[str, Topology, torch.Generator], Tensor]
@@ -34,6 +44,7 @@ def sparsify(
     unit: tuple[int, int] = (1, 1),
     min_density: float = 0.0,
     max_density: float = 1.0,
+    density: DensityFactors | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     sparsify_head: bool = False,
@@ -50,13 +61,15 @@ def sparsify(
     `exclude` are globs over module names. Exactly round((1 - sparsity) * units) units of `unit` = (b_out, b_in)
     weights are active over the whole model, shared out by `budget` ("uniform", "er", "erk") with every layer's density
     inside [min_density, max_density], and every head of a layer that `heads` describes at least at head_min_density.
+    `density` multiplies what the budget gives: by globs over layer names {"*.mlp.*": 0.8}, and from the first block to
+    the last {"depth": [1.5, 1.0, 0.5]}; the total stays, and a layer that stands at a bound is told of in the log.
     Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be given for a
     layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and attributes, and what
     was frozen is.
 
     Raises InputError for arguments of other types, a sparsity outside [0, 1), a unit that does not divide a layer,
-    patterns and heads that match nothing, bounds that cannot hold the budget, and hooks on the gradient of a weight;
-    then nothing has changed.
+    patterns, factors and heads that match nothing, bounds that cannot hold the budget, and hooks on the gradient of a
+    weight; then nothing has changed.
     """
     _check_types(model, sparsity, unit)
     if not 0.0 <= sparsity < 1.0:
@@ -66,7 +79,9 @@ def sparsify(
     targets = choice.layers(model)
     check_heads(heads, head_min_density, targets)
     shapes = {name: weight_shape(module) for name, module in targets.items()}
-    counts = layer_counts(shapes, sparsity, budget, unit, (min_density, max_density))
+    densities = (min_density, max_density)
+    factors = density_factors(density or {}, list(shapes))
+    counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
     if "" in targets:
         raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
@@ -92,7 +107,15 @@ def sparsify(
         if recognized(module) and not is_patched(module) and not name.endswith("_orig_mod")
     ]
     _replace(model, [(module, _fused(module)) for module in mlps])
-    note(model, choice)
+    note(model, replace(choice, factors=factors))
+    if cut := cut_short(shapes, sparsity, budget, unit, densities, factors):
+        name = cut[0]
+        log.warning(
+            "density: min_density and max_density cut factors short in %d layers, such as %s, which has density %.4g",
+            len(cut),
+            name,
+            topologies[name].density,
+        )
     tell_when_saving(model)
     return model
 
@@ -142,11 +165,13 @@ def layer_counts(
     budget: str,
     unit: tuple[int, int],
     densities: tuple[float, float],
+    factors: Mapping[str, float],
     at_most: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Active units of each layer, exactly round((1 - sparsity) * units) in all.
 
-    No layer gets more than `at_most`; where that and the upper bounds leave no room together, these give way.
+    densities: bounds of every layer's; factors: of what the budget gives each. No layer gets more than `at_most`; where
+    that and the upper bounds leave no room together, these give way.
 
     Raises InputError where the unit does not divide a layer or the bounds cannot hold the budget.
     """
@@ -169,8 +194,25 @@ def layer_counts(
         if sum(limits) < k:
             limits = [at_most[name] for name in shapes]
         bounds = [(min(low, limit), limit) for (low, _), limit in zip(bounds, limits, strict=True)]
-    relative = [relative_density(budget, shape) for shape in shapes.values()]
+    relative = [relative_density(budget, shape) * factors[name] for name, shape in shapes.items()]
     return dict(zip(shapes, allocate(relative, bounds, units, k), strict=True))
+
+
+def cut_short(
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: float,
+    budget: str,
+    unit: tuple[int, int],
+    densities: tuple[float, float],
+    factors: Mapping[str, float],
+) -> list[str]:
+    """The layers that stand at a bound of their density (or at 1) only because of the factors."""
+    if all(factor == 1.0 for factor in factors.values()):
+        return []
+    bounds = {name: density_bounds(grid_size(shape, unit), *densities) for name, shape in shapes.items()}
+    counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
+    plain = layer_counts(shapes, sparsity, budget, unit, densities, dict.fromkeys(shapes, 1.0))
+    return [name for name in shapes if counts[name] in bounds[name] and plain[name] not in bounds[name]]
 
 
 def initial_topology(

@@ -30,7 +30,7 @@ class SparseRow:
     """A sparse layer: (out, in) and unit in weights.
 
     frozen: its values do not train, so its connections stay. last: it is the last linear layer, which for many models
-    is an output head that nothing tells apart.
+    is an output head that nothing tells apart. factor: that of its density which `sparsify` was asked for.
     """
 
     name: str
@@ -39,6 +39,7 @@ class SparseRow:
     nnz: int
     frozen: bool
     last: bool
+    factor: float = 1.0
 
     @property
     def density(self) -> float:
@@ -105,10 +106,10 @@ class Summary:
         return sum(math.prod(row.shape) for row in self.sparse)
 
     def __str__(self) -> str:
-        lines = [["sparse layer", "count", "shape", "unit", "density", "nnz", ""]]
+        has_factors = any(row.factor != 1.0 for row in self.sparse)
+        columns = ["sparse layer", "count", "shape", "unit", "density", *(["factor"] if has_factors else []), "nnz", ""]
+        lines = [columns]
         for rows in _alike(self.sparse, lambda row: (_pattern(row.name), row.shape, row.unit, row.remark)):
-            densities = sorted(row.density for row in rows)
-            low, high = f"{densities[0]:.4g}", f"{densities[-1]:.4g}"
             first, nnz = rows[0], sum(row.nnz for row in rows)
             lines.append(
                 [
@@ -116,7 +117,8 @@ class Summary:
                     str(len(rows)),
                     "{}x{}".format(*first.shape),
                     "{}x{}".format(*first.unit),
-                    low if low == high else f"{low} to {high}",
+                    _span([row.density for row in rows]),
+                    *([_span([row.factor for row in rows])] if has_factors else []),
                     f"{nnz:,}",
                     first.remark,
                 ]
@@ -138,11 +140,12 @@ def summary(model: nn.Module) -> Summary:
     """What of a model is sparse now, and why the rest is not; print it, or read its rows."""
     modules = modules_by_name(model)
     reasons = Choice().reasons(model)
+    factors: dict[str, float] = {}
     for root, module in modules.items():
         choice = vars(module).get(_NOTE)
         if choice is not None:
-            inner = choice.reasons(module)
-            reasons |= {f"{root}.{name}" if root and name else root or name: why for name, why in inner.items()}
+            reasons |= {_below(root, name): why for name, why in choice.reasons(module).items()}
+            factors |= {_below(root, name): factor for name, factor in choice.factors.items()}
     last = next((module for module in reversed(modules.values()) if is_linear_like(module)), None)
     sparse, dense, seen = [], [], set()
     for name, module in modules.items():
@@ -155,7 +158,9 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(module, SparseLinear):
             topology, shape = module.topology, (module.out_features, module.in_features)
             frozen = not module.values.requires_grad
-            sparse.append(SparseRow(name, shape, topology.unit, topology.nnz, frozen, module is last))
+            sparse.append(
+                SparseRow(name, shape, topology.unit, topology.nnz, frozen, module is last, factors.get(name, 1.0))
+            )
             if numbers:
                 dense.append(DenseRow(name, "bias", numbers, "norms and other vectors"))
         elif name in reasons:
@@ -164,6 +169,10 @@ def summary(model: nn.Module) -> Summary:
             )
     choice = vars(innermost(model)).get(_NOTE)
     return Summary(tuple(sparse), tuple(dense), None if choice is None else choice.sparsity)
+
+
+def _below(root: str, name: str) -> str:
+    return f"{root}.{name}" if root and name else root or name
 
 
 def note(model: nn.Module, choice: Choice) -> None:
@@ -195,6 +204,13 @@ def _alike(rows: Iterable[Row], key: Callable[[Row], object]) -> list[list[Row]]
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())
+
+
+def _span(numbers: Iterable[float]) -> str:
+    """The smallest and the largest, or what they both are."""
+    ordered = sorted(numbers)
+    low, high = f"{ordered[0]:.4g}", f"{ordered[-1]:.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _pattern(name: str) -> str:

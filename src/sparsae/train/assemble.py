@@ -15,7 +15,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
 from sparsae.train.account import Account
-from sparsae.train.build import head_layouts
+from sparsae.train.build import density_of, head_layouts
 from sparsae.train.costs import RunCosts
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
@@ -98,6 +98,7 @@ def sparsifier_of(config: Config, objective: Objective, optimizer: AdamW, text: 
             head_min_density=sparsity.head_min_density,
             sparsity=sparsity.sparsity if rule.prunes else None,
             budget=sparsity.budget,
+            density=density_of(config) if rule.prunes else {},
         ),
         score=HeldOutScore(objective, text.micro_batches) if text.micro_batches else None,
         study=HeldOutStudy(objective, text.validation, account.watch) if studies else None,

@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.density import by_pattern
 from sparsae.config.schema import Config
+from sparsae.core.budgets import density_factors
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
@@ -37,7 +39,8 @@ def check(config: Config) -> None:
         return
     layers = choice_of(config).layers(model)
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds)
+    factors = density_factors(density_of(config), list(shapes))
+    counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
     heads = head_layouts(layers, config)
     check_heads(heads, sparsity.head_min_density, layers)
     for name, layout in heads.items():
@@ -51,9 +54,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
     if parameterization.config.name != "sp":
         scale_attention(model, parameterization)
     if config.sparsity.sparsity > 0:
-        low, high = config.sparsity.density_bounds
-        if config.initial_sparsity != config.sparsity.sparsity:
-            high = 1.0  # the bound is on the model that is left after pruning
+        low, high = initial_bounds(config)
         sparsify(
             model,
             config.initial_sparsity,
@@ -61,6 +62,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             unit=config.sparsity.unit,
             min_density=low,
             max_density=high,
+            density=density_of(config),
             include=config.sparsity.include,
             exclude=config.sparsity.exclude,
             sparsify_head=config.sparsity.sparsify_head,
@@ -80,10 +82,22 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
     return model
 
 
+def initial_bounds(config: Config) -> tuple[float, float]:
+    """(k_min, k_max) of the untrained model's layers, as densities."""
+    low, high = config.sparsity.density_bounds
+    # Where a rule prunes, the upper bound is on the model that is left.
+    return low, high if config.initial_sparsity == config.sparsity.sparsity else 1.0
+
+
 def choice_of(config: Config) -> Choice:
     """Which layers the settings make sparse."""
     sparsity = config.sparsity
     return Choice(sparsity.sparsity, tuple(sparsity.include), tuple(sparsity.exclude), sparsity.sparsify_head)
+
+
+def density_of(config: Config) -> dict[str, float | list[float]]:
+    """The factors of the layers' densities, by patterns and depth."""
+    return by_pattern(config.sparsity.density, config.model.family)
 
 
 def head_layouts(layers: Iterable[str], config: Config) -> dict[str, HeadLayout]:

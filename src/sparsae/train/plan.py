@@ -12,14 +12,16 @@ from torch import nn
 from sparsae.config.schema import Config
 from sparsae.config.span import Horizon
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
+from sparsae.core.budgets import density_factors
 from sparsae.data import load_tokenizer
 from sparsae.distill import WarmUp
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.sparsify import cut_short
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
-from sparsae.train.build import build, check, choose_device
+from sparsae.train.build import build, check, choose_device, density_of, initial_bounds
 from sparsae.train.costs import RunCosts
 from sparsae.train.search import SearchCost
 
@@ -33,6 +35,7 @@ def plan(config: Config) -> dict[str, Any]:
     check(config)
     model = untrained(config)
     layers = sparse_layers(model)
+    factors, cut = _factors(config, layers)
     rule = build_rule(config.topology, config.rules)
     costs = RunCosts(model, config, rule.micro_batch)
     training = config.training
@@ -53,6 +56,8 @@ def plan(config: Config) -> dict[str, Any]:
                 "in": layer.in_features,
                 "nnz": layer.topology.nnz,
                 "density": layer.topology.density,
+                "density_factor": factors[name],
+                "density_cut": name in cut,
             }
             for name, layer in layers.items()
         ],
@@ -67,6 +72,14 @@ def plan(config: Config) -> dict[str, Any]:
         "steps": training.steps,
         "tokens": training.steps * tokens,
     }
+
+
+def _factors(config: Config, layers: Mapping[str, SparseLinear]) -> tuple[dict[str, float], list[str]]:
+    """The factor of each layer's density, and the layers in which bounds cut it short."""
+    factors = density_factors(density_of(config), list(layers)) if layers else {}
+    shapes, sparsity = {name: layer.topology.shape for name, layer in layers.items()}, config.sparsity
+    bounds = initial_bounds(config)
+    return factors, cut_short(shapes, config.initial_sparsity, sparsity.budget, sparsity.unit, bounds, factors)
 
 
 def untrained(config: Config, vocab_size: int | None = None) -> nn.Module:

@@ -21,11 +21,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
+from sparsae.config.density import Density
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schema import TeacherConfig
 from sparsae.config.section import Count, Section, Share
 from sparsae.config.span import Horizon
-from sparsae.core.budgets import density_bounds
+from sparsae.core.budgets import density_bounds, density_factors
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
@@ -59,6 +60,7 @@ class SparsifierConfig(Section):
     budget: Literal["uniform", "er", "erk"] = Field(
         "erk", description="how density spreads over layers at the end of a rule that prunes layer by layer"
     )
+    density: Density = Field({}, description="factors on what that budget gives, by name (glob) or depth")
     accumulation: Count = Field(1, description="backward passes an optimizer step")
     steps_per_epoch: Count | None = Field(
         None, description="optimizer steps of a pass over the data, for rules that count in epochs"
@@ -282,6 +284,8 @@ class Sparsifier:
                 else f"rule '{rule_name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}"
             )
         if config.sparsity is None:
+            if config.density:
+                raise InputError(f"rule '{rule_name}' keeps the layers' densities: give density to sparsify() alone")
             return {}
         if config.head_min_density:
             raise InputError(f"rule '{rule_name}' prunes without regard to heads: set head_min_density to 0")
@@ -291,7 +295,8 @@ class Sparsifier:
         if sum(now.values()) < round((1.0 - config.sparsity) * sum(layer.topology.units for layer in layers.values())):
             raise InputError(f"rule '{rule_name}' prunes to sparsity {config.sparsity:g}: the model is sparser already")
         densities = self._densities(1.0 - config.sparsity)
-        last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, now)
+        factors = density_factors(config.density, list(self._layers))
+        last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, factors, now)
         return {name: (now[name], last[name]) for name in layers}
 
     def _head_floors(self, heads: Mapping[str, HeadLayout]) -> dict[str, int]:

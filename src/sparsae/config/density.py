@@ -1,0 +1,71 @@
+"""`density`: factors on what a budget gives each layer, by name pattern, role or depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+DEPTH = "depth"
+# By a glob over layer names (in settings also a role) a factor; by `DEPTH` factors from the first block to the last.
+DensityFactors = Mapping[str, float | Sequence[float]]
+
+# Where the layers of each role are, by family. GPT-2's queries, keys and values are one layer, and its MLP has no gate.
+ROLES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "attention": "*.attn.*",
+        "output": "*.attn.c_proj",
+        "mlp": "*.mlp.*",
+        "up": "*.mlp.c_fc",
+        "down": "*.mlp.c_proj",
+        "head": "lm_head",
+    },
+    "llama": {
+        "attention": "*.self_attn.*",
+        **{role: f"*.self_attn.{role[0]}_proj" for role in ("query", "key", "value", "output")},
+        "mlp": "*.mlp.*",
+        **{role: f"*.mlp.{role}_proj" for role in ("gate", "up", "down")},
+        "head": "lm_head",
+    },
+}
+_LOWEST, _HIGHEST = 1e-6, 1e6
+
+
+def check_factors(density: object) -> None:
+    """Raises ValueError for what cannot be factors of densities."""
+    if not isinstance(density, Mapping):
+        raise ValueError(f"must map patterns to factors, such as {{'*.mlp.*': 0.8}}, not {density!r}")
+    for key, value in density.items():
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        if several != (key == DEPTH) or (several and not value):
+            what = "a list of factors, from the first block to the last" if key == DEPTH else "one factor"
+            raise ValueError(f"{key} must be {what}, not {value!r}")
+        for factor in value if several else [value]:
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or not _LOWEST <= factor <= _HIGHEST:
+                raise ValueError(f"{key}: a factor must be a number from {_LOWEST:g} to {_HIGHEST:g}, not {factor!r}")
+
+
+def by_pattern(density: Mapping[str, float | list[float]], family: str) -> dict[str, float | list[float]]:
+    """The same factors with patterns in the place of roles.
+
+    Raises ValueError for what is neither a pattern (which has a `*`, `?`, `[` or dot) nor a role of the family.
+    """
+    found: dict[str, float | list[float]] = {}
+    for key, value in density.items():
+        pattern = ROLES[family].get(key, key)
+        if key != DEPTH and pattern == key and not any(sign in key for sign in "*?[."):
+            raise ValueError(
+                f"{key} is no role of {family} ({', '.join(ROLES[family])}), nor {DEPTH}, nor a pattern such as *.mlp.*"
+            )
+        before = found.get(pattern, 1.0)
+        found[pattern] = value * before if isinstance(value, int | float) and isinstance(before, float) else value
+    return found
+
+
+def _checked(density: Any) -> Any:
+    check_factors(density)
+    return density
+
+
+Density = Annotated[dict[str, float | list[float]], BeforeValidator(_checked)]
