@@ -13,9 +13,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sparsae.rules.parts.rule import Need
+
 
 class Drop(ABC):
     """Which active units of a layer matter least."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What has to be captured."""
+        return frozenset()
 
     @abstractmethod
     def scores(self, view: LayerView, rng: torch.Generator) -> Tensor:

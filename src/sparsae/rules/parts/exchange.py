@@ -52,7 +52,7 @@ class Exchange(Rule[NoState]):
     ) -> None:
         self._name, self.when, self._fraction, self._drop, self._grow = name, when, fraction, drop, grow
         self._scope = scope
-        self.needs, self.accumulate = grow.needs, grow.accumulate
+        self.needs, self.accumulate = drop.needs | grow.needs, grow.accumulate
 
     @property
     def name(self) -> str:

@@ -42,8 +42,9 @@ class Pruning(Rule[NoState]):
     ) -> None:
         self._name, self.when, self._drop, self._scope = name, when, drop, scope
         self._fraction, self._grow = fraction, grow
+        self.needs = drop.needs
         if grow is not None:
-            self.needs, self.accumulate = grow.needs, grow.accumulate
+            self.needs, self.accumulate = drop.needs | grow.needs, grow.accumulate
 
     @property
     def name(self) -> str:
