@@ -40,6 +40,7 @@ def observe(seed: int = 0, unit: tuple[int, int] = (1, 1), bounds: tuple[int, in
             topology,
             torch.randn(topology.values_shape, generator=rng),
             bounds or (1, units),
+            gradient=torch.randn(topology.values_shape, generator=rng),
             sample=sample,
             sample_gradient=torch.randn(sample.numel(), *topology.values_shape[1:], generator=rng),
             active_gradient=torch.rand(topology.count, generator=rng),
