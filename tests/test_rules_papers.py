@@ -17,6 +17,7 @@ from sparsae.kernels.probe import SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules import GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, RiglConfig, SetConfig
 from sparsae.rules.gse import build_gse
+from sparsae.rules.mest import MestConfig
 from sparsae.rules.parts.rule import NoState
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 
@@ -249,3 +250,10 @@ def test_erk_leaves_dense_what_would_be_more_than_dense() -> None:
     assert counts[0] == 64
     expected = [epsilon * (rows + columns) for rows, columns in GPT2]
     assert all(math.isclose(count, e, abs_tol=1) for count, e in zip(counts[1:], expected, strict=True))
+
+
+def test_mest_keeps_a_small_weight_with_a_large_gradient() -> None:
+    # |w| + lambda |dW1| of units 0, 3 and 4 is 0.5 + 0.8 lambda, 2 + 6 lambda and 0.1 + 2.4 lambda.
+    for weight, dropped in ((0.0, 4), (0.2, 4), (0.5, 0), (10.0, 0)):
+        first, _ = after_update(0, MestConfig(every=1, drop_fraction=0.4, gradient_weight=weight))
+        assert set(W1) - first.keys() == {dropped}, weight
