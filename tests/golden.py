@@ -176,32 +176,39 @@ def weights_of(run: Path) -> dict[str, bytes]:
 
 
 # An editable installation puts its own tree before any path; with its finder away, the first path counts.
-_WITH_TREE = """
-import runpy, sys
+_COMMANDS = """
+import json, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable")]
 tree = sys.argv.pop(1)
 sys.path.insert(0, tree)
 import sparsae
+from sparsae.cli import main
 assert sparsae.__file__.startswith(tree), sparsae.__file__
-runpy.run_module("sparsae", run_name="__main__", alter_sys=True)
+for arguments in json.load(sys.stdin):
+    sys.argv[1:] = arguments
+    if main():
+        raise SystemExit(f"failed: {arguments}")
 """
 
 
-def train(case: str, source: Path, text: Path, out: Path) -> None:
-    """Train a case by the command line of the package below `source`. Raises SystemExit where that fails."""
-    method, overrides = settings_of(case, text, out / "cache")
-    command = ["train", "--preset", "demo", "--method", method, "--out", str(out / case)]
-    for override in overrides:
-        command += ["--set", override]
+def train(cases: Sequence[str], source: Path, text: Path, out: Path) -> None:
+    """Train cases by the command line of the package below `source`, in one process. SystemExit where one fails."""
+    out.mkdir()
+    commands = []
+    for case in cases:
+        method, overrides = settings_of(case, text, out / "cache")
+        commands.append(["train", "--preset", "demo", "--method", method, "--out", str(out / case)])
+        commands[-1] += [argument for override in overrides for argument in ("--set", override)]
     done = subprocess.run(
-        [sys.executable, "-c", _WITH_TREE, str(source), *command],
+        [sys.executable, "-c", _COMMANDS, str(source)],
+        input=json.dumps(commands),
         capture_output=True,
         text=True,
         cwd=out,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
-        raise SystemExit(f"{case} with {source}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"with {source}:\n{done.stdout}{done.stderr}")
 
 
 @contextmanager
@@ -235,24 +242,21 @@ def compare(commit: str, cases: Sequence[str]) -> bool:
         folder = Path(name)
         text = write_text(folder / "text")
         with checked_out(commit, folder) as old:
-            print(f"{'case':22} {'last loss':>19} {'validation':>19} {'nnz':>15} updates accepted  against {commit}")
-            for case in cases:
-                sides = {"old": old, "new": ROOT / "src"}
-                for side, source in sides.items():
-                    (folder / side).mkdir(exist_ok=True)
-                    train(case, source, text, folder / side)
-                columns = {side: columns_of(folder / side / case) for side in sides}
-                difference = first_difference(columns["old"], columns["new"])
-                if difference is None and weights_of(folder / "old" / case) != weights_of(folder / "new" / case):
-                    difference = "the last weights differ"
-                equal = equal and difference is None
-                new = columns["new"]
-                nnz = f"{new['train.nnz'][0]:,}-{new['train.nnz'][-1]:,}"
-                updates = f"{max(0, len(new['topology.step']) - 1):7} {sum(new['topology.accepted']):8}"
-                row = (
-                    f"{case:22} {new['train.loss'][-1]:19.16f} {new['validation.loss'][-1]:19.16f} {nnz:>15} {updates}"
-                )
-                print(f"{row}  {'equal' if difference is None else difference}", flush=True)
+            for side, source in {"old": old, "new": ROOT / "src"}.items():
+                print(f"training {len(cases)} cases with the {side} code", flush=True)
+                train(cases, source, text, folder / side)
+        print(f"{'case':22} {'last loss':>19} {'validation':>19} {'nnz':>15} updates accepted  against {commit}")
+        for case in cases:
+            before, after = folder / "old" / case, folder / "new" / case
+            new = columns_of(after)
+            difference = first_difference(columns_of(before), new)
+            if difference is None and weights_of(before) != weights_of(after):
+                difference = "the last weights differ"
+            equal = equal and difference is None
+            nnz = f"{new['train.nnz'][0]:,}-{new['train.nnz'][-1]:,}"
+            updates = f"{max(0, len(new['topology.step']) - 1):7} {sum(new['topology.accepted']):8}"
+            row = f"{case:22} {new['train.loss'][-1]:19.16f} {new['validation.loss'][-1]:19.16f} {nnz:>15} {updates}"
+            print(f"{row}  {'equal' if difference is None else difference}")
     return equal
 
 

@@ -13,6 +13,7 @@ from sparsae.core.randomness import generator
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, parameter_groups
+from sparsae.registry import RULES
 from sparsae.train.build import build
 from sparsae.train.sparsifier import Sparsifier
 
@@ -36,6 +37,11 @@ def run_steps(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sp
         sparsifier.after_step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def frequent(rule: str, every: int) -> dict[str, Any]:
+    """Settings under which a registered rule has updates in a short training."""
+    return {"every": every} if "every" in RULES[rule].settings.model_fields else {}
 
 
 def score_of(model: nn.Module) -> object:
