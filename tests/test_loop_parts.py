@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparsae.config import Config
 from sparsae.core.randomness import generator
 from sparsae.errors import DivergedError
-from sparsae.train import loop
+from sparsae.train import assemble, loop
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.averages import Averages
 from sparsae.train.checkpoint import Cadence
@@ -173,6 +173,11 @@ def test_a_second_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
         now = 10.0
     assert watch.seconds == {"study": 4.0, "topology": 2.0, "train": 4.0}
     assert watch.total == now
+
+
+def test_the_objects_of_a_run_are_given_what_exists_already() -> None:
+    """A lambda in the place of an object would wait for one that is made later."""
+    assert not [node for node in ast.walk(ast.parse(inspect.getsource(assemble))) if isinstance(node, ast.Lambda)]
 
 
 def test_the_loop_knows_no_observer() -> None:
