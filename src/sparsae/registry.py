@@ -57,6 +57,8 @@ class Registry:
 
         def registered(build: Built) -> Built:
             known = self._entries.get(name)
+            if known is None and name in self.own_names() and not build.__module__.startswith(f"{self._package}."):
+                raise InputError(f"{self.kind} '{name}' is registered already: it is one of this package")
             if known is not None and known.settings.__qualname__ != settings.__qualname__:
                 raise InputError(f"{self.kind} '{name}' is registered already, with {known.settings.__qualname__}")
             owner = vars(settings).get("registered_name", name)

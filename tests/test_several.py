@@ -1,0 +1,132 @@
+"""Several rules in one model, each for layers by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsae.config.load import dump, resolve
+from sparsae.errors import InputError
+from sparsae.nn.linear import sparse_layers
+from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+from sparsae.rules.parts.several import Several
+from sparsae.train.loop import Trainer
+from sparsae.train.run import resume, start
+from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from tests.loops import mlp, run_steps, score_of
+from tests.runs import config_of, rows, weights, write_text
+
+FIRST, SECOND = "0", "2"
+
+
+def trained(steps: int = 12, **settings: object) -> dict[str, torch.Tensor]:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=steps, **settings))  # type: ignore[arg-type]
+    run_steps(model, optimizer, sparsifier, steps)
+    return {name: layer.topology.indices for name, layer in sparse_layers(model).items()}
+
+
+def test_each_layer_moves_by_its_own_rule_and_the_others_rest() -> None:
+    start = {name: layer.topology.indices for name, layer in sparse_layers(mlp()).items()}
+    both = trained(topology=StaticConfig(), rules={SECOND: RiglConfig(every=3)})
+    assert torch.equal(both[FIRST], start[FIRST])
+    assert not torch.equal(both[SECOND], start[SECOND])
+    assert both[SECOND].numel() == start[SECOND].numel()
+
+
+def test_rules_with_other_cadences_move_at_their_own_steps() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rule = Several({FIRST: build_rule(RiglConfig(every=4)), "*": build_rule(SetConfig(every=6))})
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20), rule=rule)
+    layers, moved = sparse_layers(model), {}
+    for step in range(1, 15):
+        before = {name: layer.topology for name, layer in layers.items()}
+        run_steps(model, optimizer, sparsifier, 1)
+        moved[step] = {name for name, layer in layers.items() if layer.topology is not before[name]}
+    assert {step: names for step, names in moved.items() if names} == {
+        4: {FIRST}, 6: {SECOND}, 8: {FIRST}, 12: {FIRST, SECOND},
+    }  # fmt: skip
+
+
+def test_one_of_them_may_compare_candidates() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    compared = EvolutionConfig(every=3, stop=0.75, candidates=3, proposer="layerwise")
+    config = SparsifierConfig(steps=20, topology=SetConfig(every=3), rules={FIRST: compared})
+    with pytest.raises(InputError, match="at other steps"):
+        Sparsifier(model, optimizer, config, score=score_of(model))  # type: ignore[arg-type]
+    same = Several({FIRST: build_rule(compared), SECOND: build_rule(StaticConfig())})
+    sparsifier = Sparsifier(model, optimizer, config, rule=same, score=score_of(model))  # type: ignore[arg-type]
+    updates = []
+    for _ in range(9):
+        run_steps(model, optimizer, sparsifier, 1)
+        updates.append(sparsifier.search.state)
+    assert updates[-1].states[0].running.count > 0
+    restored = same.state_from_dict(json.loads(json.dumps(dataclasses.asdict(updates[-1]))))
+    assert restored == updates[-1]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({FIRST: GmpConfig()}, "prunes"),
+        ({"nowhere*": RiglConfig()}, "no sparse layer"),
+        ({FIRST: RiglConfig(accumulate="sum"), SECOND: RiglConfig()}, "differ in accumulate"),
+        ({FIRST: EvolutionConfig(candidates=2), SECOND: EvolutionConfig(candidates=3)}, "both compare"),
+    ],
+)
+def test_what_cannot_be_together_is_refused(rules: dict[str, object], message: str) -> None:
+    model = mlp()
+    with pytest.raises(InputError, match=message):
+        Sparsifier(
+            model,
+            torch.optim.AdamW(model.parameters()),
+            SparsifierConfig(steps=9, topology=StaticConfig(), rules=rules),  # type: ignore[arg-type]
+            score=score_of(model),  # type: ignore[arg-type]
+        )
+
+
+def test_a_run_with_several_rules_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_text(tmp_path / "text")
+    settings = ['rules={"*.attn.*": {rule: rigl, every: 3}, "*c_fc": {rule: static}}', "training.log_every=1"]
+    config = config_of(text, tmp_path / "cache", *settings, method="set")
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert config == resolve(tmp_path / "again.yaml")
+    start(config, tmp_path / "whole", quiet=True)
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> None:
+        step(self)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", interrupted)
+        assert not start(config, tmp_path / "stopped", quiet=True)["finished"]
+    assert resume(tmp_path / "stopped", quiet=True)["finished"]
+    assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
+    assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
+    updates = [row["layers"] for row in rows(tmp_path / "whole") if row["kind"] == "topology"]
+    moved = {name for layers in updates for name, layer in layers.items() if layer["swaps"]}
+    assert any(".attn." in name for name in moved)
+    assert any(name.endswith("mlp.c_proj") for name in moved)
+    assert not any(name.endswith("c_fc") for name in moved)
+
+
+def test_a_wrong_setting_of_one_of_them_is_one_line(tmp_path: Path) -> None:
+    for rules, message in {
+        '{"*": {rule: rigl, evry: 3}}': "rules.*.*evry: no such setting",
+        '{"*": {rule: rigll}}': "rules.*rigll",
+        '{"*": 3}': "rules",
+    }.items():
+        with pytest.raises(InputError, match=message.replace(".*.*", ".*")) as caught:
+            resolve(overrides=[f"rules={rules}"])
+        assert "\n" not in str(caught.value)
