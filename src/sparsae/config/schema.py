@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from sparsae.config.density import Density, by_pattern
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
-from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, Text
+from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, ShareOfMean, Text
 
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
@@ -98,6 +98,14 @@ class SparsityConfig(Section):
     )
     head_min_density: Share = Field(
         default=0.0, description="no attention head's slice below this density; 0: no floor"
+    )
+    fan_in: ShareOfMean | None = Field(
+        default=None,
+        description="least and most connections into a neuron, in terms of its layer's mean: [0.25, 4], or [1, 1]: all "
+        "have as many; null: no bounds",
+    )
+    fan_out: ShareOfMean | None = Field(
+        default=None, description="least and most connections out of an input, in terms of its layer's mean; null: none"
     )
     density: Density = Field(
         default={},

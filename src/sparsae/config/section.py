@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -15,6 +16,23 @@ Text = Annotated[str, Field(min_length=1)]
 # YAML has lists where these want tuples; their entries stay as strict as everything else.
 Shares = Annotated[tuple[Share, Share], Field(strict=False)]
 Counts = Annotated[tuple[Count, Count], Field(strict=False)]
+
+
+def check_share_of_mean(value: object) -> None:
+    """Raises ValueError for what is no (least, most) in terms of a mean, which has to be inside."""
+    ends = value if isinstance(value, tuple | list) else ()
+    numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+    if len(ends) != 2 or len(numbers) != 2 or not 0.0 <= numbers[0] <= 1.0 <= numbers[1] < math.inf:
+        raise ValueError(f"must be the least and the most in terms of the mean, such as [0.25, 4], not {value!r}")
+
+
+def _checked_share_of_mean(value: Any) -> Any:
+    check_share_of_mean(value)
+    return value
+
+
+# The least and the most of a quantity in terms of its mean.
+ShareOfMean = Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_checked_share_of_mean)]
 
 
 class Section(BaseModel):

@@ -87,17 +87,33 @@ class Groups:
         row, column = units % self.grid[0] // self.tile[0], units // self.grid[0] // self.tile[1]
         return column * (self.grid[0] // self.tile[0]) + row
 
+    def place(self, units: Tensor) -> Tensor:
+        """(n,) int64: the numbers of the units where those of one group are numbered one after another."""
+        units = units.long()
+        row, column = units % self.grid[0] % self.tile[0], units // self.grid[0] % self.tile[1]
+        return self.of(units) * self.size + column * self.tile[0] + row
+
+    def units(self, places: Tensor) -> Tensor:
+        """(n,) int64: the units that have these numbers by `place`."""
+        group, inside = places // self.size, places % self.size
+        bands = self.grid[0] // self.tile[0]
+        row = group % bands * self.tile[0] + inside % self.tile[0]
+        return (group // bands * self.tile[1] + inside // self.tile[0]) * self.grid[0] + row
+
     def counts(self, units: Tensor) -> Tensor:
         """(count,) int64: how many of the units are in each group."""
         of_each = self.of(units)
         return of_each.new_zeros(self.count).index_add_(0, of_each, of_each.new_ones(()).expand_as(of_each))
 
+    def consists_of(self, other: Groups) -> bool:
+        """Whether every group here is some whole groups of the other partition."""
+        return not any(mine % theirs for mine, theirs in zip(self.tile, other.tile, strict=True))
+
     def follows_from(self, other: Groups) -> bool:
-        """Whether every group here consists of whole groups of the other partition, and these limits of theirs."""
-        if any(mine % theirs for mine, theirs in zip(self.tile, other.tile, strict=True)):
-            return False
+        """Whether the limits here hold wherever those of the other partition do."""
         times = self.size // other.size
-        return self.least <= times * other.least and times * other.most <= self.most
+        within = self.least <= times * other.least and times * other.most <= self.most
+        return self.consists_of(other) and within
 
 
 def binding(partitions: Iterable[Groups]) -> list[Groups]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -21,10 +20,11 @@ from sparsae.core.budgets import (
 )
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
-from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
+from sparsae.core.topology import Topology, grid_size
 from sparsae.errors import InputError
 from sparsae.nn.carry import carry_module, carry_parameter, hand_over_hooks, own_names, without_hooks
 from sparsae.nn.choice import Choice, is_conv1d, is_patched, weight_shape
+from sparsae.nn.initial import Limits
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.saving import save_as_before, tell_when_saving
@@ -45,6 +45,8 @@ def sparsify(
     min_density: float = 0.0,
     max_density: float = 1.0,
     density: DensityFactors | None = None,
+    fan_in: tuple[float, float] | None = None,
+    fan_out: tuple[float, float] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     sparsify_head: bool = False,
@@ -63,6 +65,8 @@ def sparsify(
     inside [min_density, max_density], and every head of a layer that `heads` describes at least at head_min_density.
     `density` multiplies what the budget gives: by globs over layer names {"*.mlp.*": 0.8}, and from the first block to
     the last {"depth": [1.5, 1.0, 0.5]}; the total stays, and a layer that stands at a bound is told of in the log.
+    `fan_in` and `fan_out` are the least and the most active units of a row and of a column of a layer's grid, in terms
+    of their mean there, rounded outward: with (1, 1) all neurons of a layer have as many inputs, to within one.
     Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be given for a
     layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and attributes, and what
     was frozen is.
@@ -78,6 +82,7 @@ def sparsify(
     choice = Choice(sparsity, tuple(include), tuple(exclude), sparsify_head)
     targets = choice.layers(model)
     check_heads(heads, head_min_density, targets)
+    limits = Limits(head_min_density, fan_in, fan_out)
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     densities = (min_density, max_density)
     factors = density_factors(density or {}, list(shapes))
@@ -86,13 +91,8 @@ def sparsify(
         raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
     topologies = {
-        name: initial_topology(
-            shapes[name],
-            counts[name],
-            unit,
-            generator(seed, "topology", name),
-            (heads or {}).get(name),
-            head_min_density,
+        name: limits.first_topology(
+            shapes[name], unit, counts[name], (heads or {}).get(name), generator(seed, "topology", name)
         )
         for name in targets
     }
@@ -213,55 +213,6 @@ def cut_short(
     counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
     plain = layer_counts(shapes, sparsity, budget, unit, densities, dict.fromkeys(shapes, 1.0))
     return [name for name in shapes if counts[name] in bounds[name] and plain[name] not in bounds[name]]
-
-
-def initial_topology(
-    shape: tuple[int, int],
-    count: int,
-    unit: tuple[int, int],
-    rng: torch.Generator,
-    heads: HeadLayout | None,
-    head_min_density: float,
-) -> Topology:
-    """`count` random units; where heads have a floor, each gets its floor first and the rest falls anywhere."""
-    if heads is None or head_min_density == 0.0:
-        return Topology.random(shape, count, rng, unit)
-    floor = head_floor(shape, count, unit, heads, head_min_density)
-    rows, columns = shape[0] // unit[0], shape[1] // unit[1]
-    width = heads.size // (unit[0] if heads.axis == "out" else unit[1])
-    grid = (width, columns) if heads.axis == "out" else (rows, width)
-    chosen = []
-    for group in range(heads.groups(*shape)):
-        local = sample_distinct(grid[0] * grid[1], floor, rng)
-        row, column = local % grid[0], local // grid[0]
-        if heads.axis == "out":
-            row = row + group * width
-        else:
-            column = column + group * width
-        chosen.append(column * rows + row)
-    floors = Topology(shape, torch.cat(chosen).sort().values.to(index_dtype(rows * columns)), unit)
-    grown = floors.sample_inactive(count - floors.count, rng)
-    return floors.replace(floors.indices[:0], grown)[0]
-
-
-def head_floor(
-    shape: tuple[int, int], count: int, unit: tuple[int, int], heads: HeadLayout, head_min_density: float
-) -> int:
-    """Least active units of a head. Raises InputError where blocks cross heads or `count` cannot hold all floors."""
-    if head_min_density == 0.0:
-        return 0
-    block = unit[0] if heads.axis == "out" else unit[1]
-    if heads.size % block:
-        raise InputError(
-            f"a block of {block} features crosses attention heads of {heads.size}: sparsity.unit must divide them"
-        )
-    groups = heads.groups(*shape)
-    floor = math.ceil(head_min_density * grid_size(shape, unit) / groups)
-    if floor * groups > count:
-        raise InputError(
-            f"head_min_density {head_min_density:g} needs {floor * groups} units where the layer has {count}: lower it"
-        )
-    return floor
 
 
 def _sparse_twin(

@@ -16,8 +16,9 @@ from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
 from sparsae.nn.choice import Choice, weight_shape
+from sparsae.nn.initial import Limits
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import Initializer, check_heads, head_floor, layer_counts, sparsify
+from sparsae.nn.sparsify import Initializer, check_heads, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 
@@ -43,8 +44,9 @@ def check(config: Config) -> None:
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
     heads = head_layouts(layers, config)
     check_heads(heads, sparsity.head_min_density, layers)
-    for name, layout in heads.items():
-        head_floor(shapes[name], counts[name], sparsity.unit, layout, sparsity.head_min_density)
+    limits = Limits(sparsity.head_min_density, sparsity.fan_in, sparsity.fan_out)
+    for name, shape in shapes.items():
+        limits.neurons(shape, sparsity.unit, counts[name], heads.get(name))
 
 
 def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
@@ -63,6 +65,8 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             min_density=low,
             max_density=high,
             density=density_of(config),
+            fan_in=config.sparsity.fan_in,
+            fan_out=config.sparsity.fan_out,
             include=config.sparsity.include,
             exclude=config.sparsity.exclude,
             sparsify_head=config.sparsity.sparsify_head,

@@ -31,8 +31,9 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
 from sparsae.errors import InputError, require_state
+from sparsae.nn.initial import Limits
 from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.sparsify import check_heads, head_floor, layer_counts
+from sparsae.nn.sparsify import check_heads, layer_counts
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import refuse_unsupported
 from sparsae.parameterization import Parameterization
@@ -303,9 +304,8 @@ class Sparsifier:
         floors = {}
         for name, layout in heads.items():
             topology = self._layers[name].topology
-            floors[name] = head_floor(
-                topology.shape, topology.count, topology.unit, layout, self.config.head_min_density
-            )
+            groups = Limits(self.config.head_min_density).heads(topology.shape, topology.unit, topology.count, layout)
+            floors[name] = groups.least if groups else 0
         return floors
 
 

@@ -1,0 +1,133 @@
+"""Random units within groups, in O(n log n) time and O(n) memory for n active or wanted units."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsae.core.groups import Groups
+from sparsae.core.ranking import best_of_each
+from sparsae.core.topology import Topology, index_dtype
+
+
+def sample_in_groups(groups: Groups, taken: Tensor, counts: Tensor, rng: torch.Generator) -> Tensor:
+    """counts[g] units of each group g, none of the distinct units `taken`, uniformly: sorted, (n,) int64 on the CPU.
+
+    Of a group that has fewer left, all come.
+    """
+    taken = groups.place(taken.cpu()).sort().values
+    free = groups.size - _count_of_each(taken // groups.size, groups.count)
+    ranks = sample_from_each(free, torch.minimum(counts.cpu(), free), rng)
+    # As `Topology.inactive_at`: the r-th free place is r plus the taken ones before it.
+    gaps = taken - torch.arange(taken.numel(), device="cpu")
+    return groups.units(ranks + torch.searchsorted(gaps, ranks, right=True)).sort().values
+
+
+def sample_from_each(sizes: Tensor, counts: Tensor, rng: torch.Generator) -> Tensor:
+    """counts[g] distinct numbers from each of G ranges of sizes[g] numbers that follow one another from 0: sorted.
+
+    Draws are repeated until each range has enough; of a range of which more than half is wanted, what stays out is
+    drawn. So at least every other draw is new.
+    """
+    ends = sizes.cumsum(0)
+    starts = ends - sizes
+    inverted = 2 * counts > sizes
+    wanted = torch.where(inverted, sizes - counts, counts)
+    drawn, missing = torch.empty(0, dtype=torch.int64, device="cpu"), wanted
+    while bool(missing.any()):
+        group = torch.arange(sizes.numel(), device="cpu").repeat_interleave(missing)
+        share = torch.rand(group.numel(), generator=rng, dtype=torch.float64, device="cpu")
+        number = torch.minimum((share * sizes[group]).long(), sizes[group] - 1)  # the product may be rounded up
+        drawn = torch.cat([drawn, starts[group] + number]).unique()
+        of_each = torch.searchsorted(ends, drawn, right=True)
+        missing = wanted - _count_of_each(of_each, sizes.numel())
+    if not bool(inverted.any()):
+        return drawn
+    all_of = torch.arange(sizes.numel(), device="cpu").repeat_interleave(torch.where(inverted, sizes, 0))
+    first = torch.where(inverted, sizes, 0).cumsum(0) - torch.where(inverted, sizes, 0)
+    numbers = starts[all_of] + torch.arange(all_of.numel(), device="cpu") - first[all_of]
+    rest = drawn[~inverted[torch.searchsorted(ends, drawn, right=True)]]
+    return torch.cat([rest, numbers[~_among(drawn, numbers)]]).sort().values
+
+
+def evened(topology: Topology, fan: Literal["in", "out"], least: int, most: int, rng: torch.Generator) -> Topology:
+    """With at least `least` and at most `most` active units in each row (fan "in") or column (fan "out") of the grid.
+
+    Random units of rows that have too many move to random rows that have too few, inside their columns, so that no
+    column's count changes; and likewise for columns. As few move as can. The mean must be inside the limits.
+    """
+    across, along = topology.grid if fan == "in" else topology.grid[::-1]
+    if 2 * topology.count > topology.units:
+        rest = topology.inactive_at(torch.arange(topology.units - topology.count, device="cpu"))
+        inverse = Topology(topology.shape, rest, topology.unit)
+        inverse = evened(inverse, fan, along - most, along - least, rng)
+        units = inverse.inactive_at(torch.arange(topology.count, device="cpu"))
+        return Topology(topology.shape, units.to(topology.indices.dtype), topology.unit)
+    row, column = topology.rows.long(), topology.columns.long()
+    line, place = (row, column) if fan == "in" else (column, row)
+    line = line.clone()
+    counts = _count_of_each(line, across)
+    target = _levelled(counts, least, most, rng)
+    while bool((counts != target).any()):
+        order = torch.rand(line.numel(), generator=rng, dtype=torch.float64, device="cpu")
+        leaving = best_of_each(order, line, (counts - target).clamp_(min=0)).nonzero().squeeze(1)
+        into = torch.arange(across, device="cpu").repeat_interleave((target - counts).clamp_(min=0))
+        into = into[torch.randperm(into.numel(), generator=rng, device="cpu")]
+        codes = (line * along + place).sort().values
+        moved = into * along + place[leaving]
+        free = ~_among(codes, moved) & _first_of_equals(moved)
+        if not bool(free.any()):
+            # All took places that are taken. A line that has too many has a place that one with too few has not.
+            a, b = line[leaving[0]], into[0]
+            leaving = ((line == a) & ~_among(codes, b * along + place)).nonzero().squeeze(1)
+            leaving = leaving[torch.randint(leaving.numel(), (1,), generator=rng, device="cpu")]
+            into, free = b.view(1), torch.ones(1, dtype=torch.bool, device="cpu")
+        line[leaving[free]] = into[free]
+        counts = _count_of_each(line, across)
+    row, column = (line, place) if fan == "in" else (place, line)
+    units = (column * topology.grid[0] + row).sort().values
+    return Topology(topology.shape, units.to(index_dtype(topology.units)), topology.unit)
+
+
+def _levelled(counts: Tensor, least: int, most: int, rng: torch.Generator) -> Tensor:
+    """The counts inside [least, most] with the same sum that differ least: cut off above a level, or filled to one."""
+    total, inside = int(counts.sum()), counts.clamp(least, most)
+    if not least * counts.numel() <= total <= most * counts.numel():
+        raise ValueError(f"{total} units are not between {least} and {most} for each of {counts.numel()}")
+    low, high = least, most
+    if int(inside.sum()) > total:
+        while high - low > 1:
+            level = (low + high) // 2
+            low, high = (level, high) if int(inside.clamp(max=level).sum()) <= total else (low, level)
+        target, movable, step = inside.clamp(max=low), inside > low, 1
+    else:
+        while high - low > 1:
+            level = (low + high) // 2
+            low, high = (low, level) if int(inside.clamp(min=level).sum()) >= total else (level, high)
+        target, movable, step = inside.clamp(min=high), inside < high, -1
+    open_ = movable.nonzero().squeeze(1)
+    open_ = open_[torch.randperm(open_.numel(), generator=rng, device="cpu")]
+    target[open_[: abs(total - int(target.sum()))]] += step
+    return target
+
+
+def _count_of_each(groups: Tensor, count: int) -> Tensor:
+    return torch.bincount(groups, minlength=count)
+
+
+def _among(sorted_numbers: Tensor, numbers: Tensor) -> Tensor:
+    """(n,) bool: which of the numbers are among the sorted ones."""
+    if not sorted_numbers.numel():
+        return torch.zeros_like(numbers, dtype=torch.bool)
+    at = torch.searchsorted(sorted_numbers, numbers).clamp_(max=sorted_numbers.numel() - 1)
+    return sorted_numbers[at] == numbers
+
+
+def _first_of_equals(numbers: Tensor) -> Tensor:
+    """(n,) bool: the first of each of the numbers."""
+    ordered, order = numbers.sort(stable=True)
+    first = torch.ones_like(numbers, dtype=torch.bool)
+    first[order[1:]] = ordered[1:] != ordered[:-1]
+    return first
