@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.kernels import native, registry
+from sparsae.kernels import library, native, registry
 from sparsae.kernels.backend import Gradients, Layout, Needs
 from sparsae.kernels.reference import Reference
 from sparsae.nn.linear import SparseLinear
@@ -97,8 +97,8 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa: str) -> None:
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "INTERFACE", 0)
-    assert "install sparsae again" in native._load.__wrapped__()
+    monkeypatch.setattr(library, "INTERFACE", 0)
+    assert "install sparsae again" in library._load.__wrapped__()
 
 
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1), (3, 66_000), (1, 1), (17, 1), (1, 17)])
@@ -255,9 +255,9 @@ def test_auto_prefers_native_kernels_where_they_pay() -> None:
 def test_without_the_library_auto_says_so_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "LIBRARY", Path("/nowhere/_native.so"))
+    monkeypatch.setattr(library, "LIBRARY", Path("/nowhere/_native.so"))
     monkeypatch.setattr(registry, "_logged", set())
-    native._load.cache_clear()
+    library._load.cache_clear()
     try:
         topology = Topology.random((8, 8), 9, generator(0, "absent"))
         for _ in range(2):
@@ -268,7 +268,7 @@ def test_without_the_library_auto_says_so_once(
         with pytest.raises(InputError, match="not compiled"):
             SparseLinear(topology, torch.ones(9), backend="cpu")
     finally:
-        native._load.cache_clear()
+        library._load.cache_clear()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")

@@ -13,13 +13,10 @@ first one's result. An entry whose files do not match their digests is made anew
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -32,6 +29,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from sparsae.config.schema import DataConfig
+from sparsae.data.entry import hold, publish, remove_abandoned
 from sparsae.data.shards import ShardedTokens, ShardWriter, digest, map_shards, token_dtype
 from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.splits import Part, split_documents
@@ -46,7 +44,6 @@ It is called about once a second while anything goes on, so that a display can s
 
 FORMAT = 2
 _GROUP = 1_000_000  # characters that are encoded at a time
-_YOUNG, _ABANDONED = 60.0, 24 * 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -192,13 +189,13 @@ def _make(
     directory: Path, config: DataConfig, given: Tokenizer | None, made_from: dict[str, Any], report: Progress
 ) -> Corpus:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory.parent)
+    remove_abandoned(directory.parent)
     unfinished = directory.with_name(f"unfinished-{directory.name}-{os.getpid()}-{token_hex(4)}")
     unfinished.mkdir()
-    held = _hold(unfinished)
+    held = hold(unfinished)
     try:
         _write_entry(unfinished, config, given, made_from, report)
-        _publish(unfinished, directory)
+        publish(unfinished, directory, lambda path: open_corpus(path) is not None)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.close(held)
@@ -341,54 +338,6 @@ def _check_counts(config: DataConfig, writers: dict[str, ShardWriter]) -> None:
         source = config.validation_source
         reason = "too little text to hold any of it out" if source is None else "no text in it"
         raise InputError(f"{source or config.source}: {reason}; give more text, or data.validation_source")
-
-
-def _publish(unfinished: Path, directory: Path) -> None:
-    """Give a complete entry its name; what another process has put there in the meantime stays if it is sound."""
-    try:
-        unfinished.rename(directory)
-    except OSError:
-        if not directory.exists():
-            raise
-        if open_corpus(directory) is None:
-            # Renamed away first, so that no reader ever sees an entry half removed.
-            damaged = unfinished.with_name(f"{unfinished.name}-damaged")
-            directory.rename(damaged)
-            unfinished.rename(directory)
-            shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove what preparations that were killed have left behind."""
-    for path in root.glob("unfinished-*"):
-        if _is_abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _hold(directory: Path) -> int:
-    """Lock a directory for as long as the descriptor is open, or this process lives."""
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    with suppress(OSError):  # file systems without locks: age decides there
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    return handle
-
-
-def _is_abandoned(unfinished: Path) -> bool:
-    """Whether nobody works in an entry any more. A young one may be about to be locked."""
-    try:
-        age = time.time() - unfinished.stat().st_mtime
-        handle = os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # published or removed in the meantime
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return age > _YOUNG
-    except BlockingIOError:
-        return False
-    except OSError:
-        return age > _ABANDONED
-    finally:
-        os.close(handle)
 
 
 def _save_counts(counts: npt.NDArray[np.int64], path: Path) -> None:

@@ -1,16 +1,13 @@
 """The compiled kernels, as Python sees them.
 
-A torch-free shared library beside this file, called through ctypes. Everything that it is given is checked here, at
-the boundary: devices, dtypes, shapes, contiguity, and every index when the index structures are made. It is loaded
-after torch, so that both share one OpenMP runtime.
+Everything that the library (`library.py`) is given is checked here, at the boundary: devices, dtypes, shapes,
+contiguity, and every index when the index structures are made.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsae.kernels.backend import Gradients, Layout
+from sparsae.kernels.library import Mlp, Problem, absence, isa, library, select_isa
 
-# What the library must answer: see sparsae_interface in csrc/api.cpp.
-INTERFACE = 1
-LIBRARY = Path(__file__).parent / "_native.so"
+__all__ = ["absence", "isa", "select_isa"]
+
 DTYPES = (torch.float32, torch.bfloat16)
 # Of the fused MLP, by their number in csrc/problem.hpp.
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
@@ -30,27 +27,6 @@ _ERRORS = {
     1: "unit indices must lie inside the grid of the weight",
     2: "unit indices must be unique and in ascending order",
 }
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of csrc/problem.hpp, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "out", "in_", "unit_out", "unit_in", "count")),
-        *((name, ctypes.c_void_p) for name in ("indices", "col_ptr", "row_ptr", "columns", "source")),
-        *((name, ctypes.c_void_p) for name in ("values", "row_values", "bias")),
-        *((name, ctypes.c_void_p) for name in ("x", "dy", "y", "dx", "dvalues", "dbias")),
-        *((name, ctypes.c_int32) for name in ("indices_wide", "columns_narrow", "bfloat16", "threads")),
-    )
-
-
-class _Mlp(ctypes.Structure):
-    """`Mlp` of csrc/problem.hpp."""
-
-    _fields_ = (
-        *((name, _Problem) for name in ("up", "gate", "down")),
-        *((name, ctypes.c_int32) for name in ("activation", "gated")),
-    )
 
 
 class Index(NamedTuple):
@@ -84,51 +60,6 @@ class MlpGradients(NamedTuple):
     x: Tensor
     values: list[Tensor]
     biases: list[Tensor | None]
-
-
-@cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    if not LIBRARY.exists():
-        return "the native kernels were not compiled (install sparsae where a C++ compiler is found)"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"the native kernels do not load: {error}"
-    library.sparsae_isa.restype = ctypes.c_char_p
-    library.sparsae_problem_size.restype = ctypes.c_int64
-    library.sparsae_index.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
-    ]
-    stale = "the native kernels were compiled from other sources than this Python code (install sparsae again)"
-    if not hasattr(library, "sparsae_interface") or library.sparsae_interface() != INTERFACE:
-        return stale
-    library.sparsae_mlp_size.restype = ctypes.c_int64
-    sizes = library.sparsae_problem_size(), library.sparsae_mlp_size()
-    if sizes != (ctypes.sizeof(_Problem), ctypes.sizeof(_Mlp)):
-        return stale
-    library.sparsae_multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int]
-    library.sparsae_multiply_add.restype = ctypes.c_double
-    library.sparsae_triad.argtypes = [*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int]
-    library.sparsae_triad.restype = None
-    return library
-
-
-def absence() -> str | None:
-    """Why there are no native kernels; None where there are."""
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-def isa() -> str:
-    """The instruction set that runs: avx512, avx2, neon or portable. `SPARSAE_ISA` forces one before the first call."""
-    return str(_library().sparsae_isa().decode())
-
-
-def select_isa(name: str) -> bool:
-    """Run another instruction set from now on; False where this machine lacks it, and nothing changes."""
-    return bool(_library().sparsae_select_isa(name.encode()) == 0)
 
 
 def make_index(layout: Layout) -> Index:
@@ -181,7 +112,7 @@ class Product:
             self._problem.row_ptr, self._problem.columns, self._problem.row_values = map(_pointer, rows)
             self._keeps.append(rows)
         # One token takes microseconds: what is the same for all is looked up once.
-        self._forward, self._argument = _library().sparsae_forward, ctypes.byref(self._problem)
+        self._forward, self._argument = library().sparsae_forward, ctypes.byref(self._problem)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self._shape or x.dtype is not torch.float32 or not x.is_cpu:
@@ -269,7 +200,7 @@ def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activat
     return gradients
 
 
-def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> _Mlp:
+def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Mlp:
     (hidden, in_features), down = weights[0].layout.shape, weights[1].layout
     _check("x", x_TI, (x_TI.shape[0], in_features))
     if down.shape[1] != hidden or any(w.layout.shape != weights[0].layout.shape for w in weights[2:]):
@@ -278,12 +209,12 @@ def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> _Mlp:
         raise ValueError(f"the fused MLP cannot be used: {reason}")
     up, down_, *gate = [_whole_problem(w.values, w.layout, Index(*w.layout.derived), w.bias, x_TI) for w in weights]
     up.x = _pointer(x_TI)
-    return _Mlp(up, gate[0] if gate else _Problem(), down_, ACTIVATIONS.index(activation), bool(gate))
+    return Mlp(up, gate[0] if gate else Problem(), down_, ACTIVATIONS.index(activation), bool(gate))
 
 
 def multiply_add(rounds: int, threads: int) -> float:
     """`rounds` of multiply-adds in registers on each of `threads` threads; the floating point operations done."""
-    return float(_library().sparsae_multiply_add(rounds, threads))
+    return float(library().sparsae_multiply_add(rounds, threads))
 
 
 def triad(a_N: Tensor, b_N: Tensor, c_N: Tensor, threads: int) -> None:
@@ -292,19 +223,12 @@ def triad(a_N: Tensor, b_N: Tensor, c_N: Tensor, threads: int) -> None:
         _check(name, tensor, tuple(a_N.shape), torch.float32)
     if a_N.data_ptr() % 64:
         raise ValueError("a must begin at a cache line")
-    _library().sparsae_triad(_pointer(a_N), _pointer(b_N), _pointer(c_N), a_N.numel(), threads)
+    library().sparsae_triad(_pointer(a_N), _pointer(b_N), _pointer(c_N), a_N.numel(), threads)
 
 
 def _in_row_order(layout: Layout) -> int:
     """Units whose row order is kept."""
     return 0 if layout.unit == (1, 1) else layout.indices.numel()
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    return library
 
 
 def _index(layout: Layout, index: Index) -> None:
@@ -313,7 +237,7 @@ def _index(layout: Layout, index: Index) -> None:
         raise ValueError(f"the native kernels take up to {2**31 - 1} active units a layer, not {count}")
     indices = _checked_indices(layout)
     whole = index.row_ptr.numel() > 0
-    status = _library().sparsae_index(
+    status = library().sparsae_index(
         _pointer(indices),
         indices.dtype == torch.int64,
         count,
@@ -329,11 +253,11 @@ def _index(layout: Layout, index: Index) -> None:
         raise ValueError(_ERRORS[status])
 
 
-def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> _Problem:
+def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> Problem:
     if activations.dtype not in DTYPES:
         raise ValueError(f"the native kernels take float32 or bfloat16 activations, not {activations.dtype}")
     indices = _checked_indices(layout)
-    return _Problem(
+    return Problem(
         tokens=activations.shape[0],
         out=layout.shape[0],
         in_=layout.shape[1],
@@ -348,7 +272,7 @@ def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> _Problem:
     )
 
 
-def _whole_problem(values: Tensor, layout: Layout, index: Index, bias: Tensor | None, activations: Tensor) -> _Problem:
+def _whole_problem(values: Tensor, layout: Layout, index: Index, bias: Tensor | None, activations: Tensor) -> Problem:
     _check("values", values, layout.values_shape, torch.float32)
     if bias is not None:
         _check("bias", bias, layout.shape[:1], torch.float32)
@@ -391,8 +315,8 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     raise ValueError(f"{name} must be contiguous on the CPU")
 
 
-def _call(function: str, problem: _Problem | _Mlp) -> None:
-    if getattr(_library(), function)(ctypes.byref(problem)):
+def _call(function: str, problem: Problem | Mlp) -> None:
+    if getattr(library(), function)(ctypes.byref(problem)):
         raise _no_memory()
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing
 from torch.nn import functional
 
@@ -21,6 +20,7 @@ from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import CHANGED, key_and_layout, poisoned, same_indices, seen_with
 from sparsae.nn.names import modules_by_name
+from sparsae.nn.tracing import by_operators, in_autocast, is_traced, transformed, unwrapped, watched
 from sparsae.nn.weight import DenseView
 
 
@@ -112,7 +112,7 @@ class SparseLinear(nn.Module):
             weight_OI = self._dense_weight()
             return (weight_OI.T if self.conv1d else weight_OI).contiguous()
 
-        if _is_traced() or transformed():
+        if is_traced() or transformed():
             return build()
         shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
         return DenseView(build, shape, self.values, requires_grad=self.values.requires_grad)
@@ -173,7 +173,7 @@ class SparseLinear(nn.Module):
         if prepared is None or not (torch.compiler.is_compiling() or prepared.source is self.indices):
             if prepared is not None and transformed():
                 # Tensors that are made inside of a transform are of no use afterwards.
-                if not same_indices(_unwrapped(self.indices), prepared.topology.indices):
+                if not same_indices(unwrapped(self.indices), prepared.topology.indices):
                     raise InputError("inside a function transform (torch.func) a sparse layer keeps its topology")
                 return prepared
             with self.lock:
@@ -192,7 +192,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {self.in_features}")
         if torch.compiler.is_compiling():
             return self._multiply(x)
-        if torch.is_grad_enabled() or _watched(x):
+        if torch.is_grad_enabled() or watched(x):
             with self.lock:
                 return self._multiply(x)
         # What nobody differentiates or watches needs no operator, which would cost a third of decoding a token.
@@ -245,7 +245,7 @@ class SparseLinear(nn.Module):
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             # Compared when the graph runs.
             values = poisoned(values, self.indices, own)
-        elif not _is_traced() and not same_indices(prepared.source, own):
+        elif not is_traced() and not same_indices(prepared.source, own):
             raise InputError(CHANGED)
         if not is_tracing():  # which warns of every look at a shape
             key_and_layout(values, prepared.structures, self.out_features, self.in_features)
@@ -254,7 +254,7 @@ class SparseLinear(nn.Module):
         units = units.index_put((own.long(),), values)
         blocks = units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3)
         weight_OI = blocks.reshape(self.out_features, self.in_features)
-        if weight_OI.requires_grad and not _is_traced() and not transformed():
+        if weight_OI.requires_grad and not is_traced() and not transformed():
             weight_OI.register_hook(lambda gradient_OI: _answer(prepared, gradient_OI))
         return weight_OI
 
@@ -329,56 +329,11 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in modules_by_name(model).items() if isinstance(module, SparseLinear)}
 
 
-def by_operators() -> bool:
-    """Whether torch's own operators on a dense weight have to compute.
-
-    So it is where a graph is made that shall do without this package, and under what can look into them only.
-    """
-    return is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()) or transformed()
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap) or forward-mode differentiation sees what is computed."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-# As torch.compiler.assume_constant_result does, which would import the compiler: asked while a graph is made, whose
-# guards know of transforms.
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or is_tracing()
-
-
-def _unwrapped(indices: Tensor) -> Tensor:
-    """Indices as they were before transforms wrapped them. Raises InputError for those of several models at once."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(indices):
-        if functorch.is_batchedtensor(indices):
-            raise InputError("the indices of a sparse layer cannot be mapped over (torch.func.vmap): give in_dims None")
-        indices = functorch.get_unwrapped(indices)
-    return indices
-
-
 def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
     """Give an open probe the gradient of a dense weight that somebody computed with, as dY^T X with X = 1."""
     if (probe := open_probe(prepared.structures[0])) is not None:
         identity_II = torch.eye(gradient_OI.shape[1], dtype=gradient_OI.dtype, device=gradient_OI.device)
         probe.add(BACKENDS["reference"], prepared.layout, gradient_OI.T.contiguous(), identity_II)
-
-
-def _watched(x: Tensor) -> bool:
-    """Whether operators on x are more than arithmetic: seen by a mode, or on another kind of tensor."""
-    return type(x) is not Tensor or x.is_neg() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def in_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the autocast dtype, where autocast is on; float64 stays, as in torch."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _checked(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], what: str) -> Topology:

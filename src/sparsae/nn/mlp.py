@@ -12,7 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from sparsae.kernels import breakeven, native
 from sparsae.kernels.cpu import is_native
 from sparsae.kernels.mlp import sparse_mlp
-from sparsae.nn.linear import SparseLinear, by_operators, in_autocast
+from sparsae.nn.linear import SparseLinear
+from sparsae.nn.tracing import by_operators, in_autocast
 
 # Of transformers' MLP classes: the names of the layers up, down and gate, and of the activation.
 _LAYERS = {

@@ -1,0 +1,88 @@
+"""The shared library of compiled kernels: found, loaded and asked whether it belongs to this Python code.
+
+It is free of torch and called through ctypes, and is loaded after torch, so that both share one OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+# What the library must answer: see sparsae_interface in csrc/api.cpp.
+INTERFACE = 1
+LIBRARY = Path(__file__).parent / "_native.so"
+
+
+class Problem(ctypes.Structure):
+    """`Problem` of csrc/problem.hpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "out", "in_", "unit_out", "unit_in", "count")),
+        *((name, ctypes.c_void_p) for name in ("indices", "col_ptr", "row_ptr", "columns", "source")),
+        *((name, ctypes.c_void_p) for name in ("values", "row_values", "bias")),
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "y", "dx", "dvalues", "dbias")),
+        *((name, ctypes.c_int32) for name in ("indices_wide", "columns_narrow", "bfloat16", "threads")),
+    )
+
+
+class Mlp(ctypes.Structure):
+    """`Mlp` of csrc/problem.hpp."""
+
+    _fields_ = (
+        *((name, Problem) for name in ("up", "gate", "down")),
+        *((name, ctypes.c_int32) for name in ("activation", "gated")),
+    )
+
+
+def library() -> ctypes.CDLL:
+    """The library. Raises RuntimeError where there is none."""
+    found = _load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return "the native kernels were not compiled (install sparsae where a C++ compiler is found)"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"the native kernels do not load: {error}"
+    library.sparsae_isa.restype = ctypes.c_char_p
+    library.sparsae_problem_size.restype = ctypes.c_int64
+    library.sparsae_index.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
+    ]
+    stale = "the native kernels were compiled from other sources than this Python code (install sparsae again)"
+    if not hasattr(library, "sparsae_interface") or library.sparsae_interface() != INTERFACE:
+        return stale
+    library.sparsae_mlp_size.restype = ctypes.c_int64
+    sizes = library.sparsae_problem_size(), library.sparsae_mlp_size()
+    if sizes != (ctypes.sizeof(Problem), ctypes.sizeof(Mlp)):
+        return stale
+    library.sparsae_multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.sparsae_multiply_add.restype = ctypes.c_double
+    library.sparsae_triad.argtypes = [*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int]
+    library.sparsae_triad.restype = None
+    return library
+
+
+def absence() -> str | None:
+    """Why there are no native kernels; None where there are."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def isa() -> str:
+    """The instruction set that runs: avx512, avx2, neon or portable. `SPARSAE_ISA` forces one before the first call."""
+    return str(library().sparsae_isa().decode())
+
+
+def select_isa(name: str) -> bool:
+    """Run another instruction set from now on; False where this machine lacks it, and nothing changes."""
+    return bool(library().sparsae_select_isa(name.encode()) == 0)
