@@ -204,7 +204,7 @@ class Sparsifier:
         """
         return {
             "step": self.step,
-            "rule": self.config.topology.rule,
+            "rule": self.search.rule.name,
             "search": self.search.state_dict(),
             "burn_in": self._burn_in.state_dict(),
             "initial_densities": dict(self._initial_densities),
@@ -219,10 +219,10 @@ class Sparsifier:
         where this Sparsifier has none.
         """
         require_state("Sparsifier", state, self.state_dict())
-        if state["rule"] != self.config.topology.rule:
+        if state["rule"] != self.search.rule.name:
             raise InputError(
-                f"the state is of rule '{state['rule']}', not of '{self.config.topology.rule}': make the Sparsifier "
-                "with the rule that it had when it was saved"
+                f"the state is of rule '{state['rule']}', not of '{self.search.rule.name}': make the Sparsifier with "
+                "the rule that it had when it was saved"
             )
         if other := sorted(set(state["topologies"]) ^ set(self._layers)):
             raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
