@@ -64,7 +64,7 @@ class _Entry:
 
 def refuse_unsupported(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
     """Raise InputError for an optimizer that is known, before its first step, not to follow connections that move."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for kind in type(part).__mro__:
             if kind.__name__ in _REFUSED:
                 raise _refusal(kind.__name__, f"{_REFUSED[kind.__name__]}; {_INSTEAD}")
@@ -112,7 +112,7 @@ def follow(
 
 def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """The average gradient that an optimizer keeps of a parameter; None if it keeps none."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         state = part.state.get(parameter, {})
         for key in ("exp_avg", "momentum_buffer"):
             if isinstance(state.get(key), Tensor):
@@ -122,7 +122,7 @@ def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
 
 def _refuse_own_tensors(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
     """Raise InputError where a tensor that could hold a layer's state lies where nothing says whose it is."""
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     known = {id(p) for part in parts for group in part.param_groups for p in group["params"]}
     least = min((layer.topology.count for layer in layers.values() if layer.topology.count), default=math.inf)
     for part in parts:
@@ -139,7 +139,7 @@ def _refusal(owner: str, why: str) -> InputError:
     return InputError(f"{owner} cannot follow connections that move: {why}")
 
 
-def _parts(optimizer: Optimizer) -> list[Optimizer]:
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it wraps, at any depth."""
     found = [optimizer]
     for part in found:
@@ -189,7 +189,7 @@ def _moving(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> list[_E
 def _entries(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> Iterator[_Entry]:
     """Every tensor, numbers left out, of the state of sparse values; InputError for what is no tensor or number."""
     seen: set[int] = set()
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for name, layer in layers.items():
             state = part.state.get(layer.values)
             if state is None or id(state) in seen:

@@ -46,9 +46,14 @@ class Probe(ABC):
     positions = 0
     tokens = 0
 
-    def __init__(self, key: Tensor) -> None:
-        """key: that of the layer with the topology that it has now."""
-        self._number = int(key)
+    def __init__(self, key: Tensor, values: Tensor | None = None) -> None:
+        """key: that of the layer with the topology that it has now.
+
+        values: the layer's. Where their own gradient starts anew, since a step was skipped, what is gathered does too.
+        """
+        self._number, self._values = int(key), values
+        # The backward pass that is under way.
+        self._task: int | None = None
         # Forward passes that no backward pass has answered yet, and whether one has answered since the last.
         self._calls, self._answered = 0, False
         # The backward pass in which the last forward pass was computed again, -1 for none.
@@ -69,6 +74,13 @@ class Probe(ABC):
         if task < 0 and trains:
             self._calls, self._answered = 1 if self._answered else self._calls + 1, False
 
+    def _enter(self) -> tuple[bool, bool]:
+        """In `add`: whether this is another backward pass than the last, and whether the first of a step."""
+        # Reentrant checkpointing makes the backward pass of what it computes again one of its own, inside the other.
+        task = torch._C._current_graph_task_id() if self._again_in < 0 else self._again_in
+        is_other, self._task = task != self._task, task
+        return is_other, is_other and self._values is not None and self._values.grad is None
+
     @abstractmethod
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
         """Take in one backward pass of the layer that `layout` describes."""
@@ -80,12 +92,15 @@ class SampledGradients(Probe):
     gradient: (n,) or (n, b_out, b_in) in the dtype of the products.
     """
 
-    def __init__(self, key: Tensor, units: Tensor | Draw) -> None:
-        super().__init__(key)
+    def __init__(self, key: Tensor, units: Tensor | Draw, values: Tensor | None = None) -> None:
+        super().__init__(key, values)
         self._draw = None if isinstance(units, Tensor) else units
         self.units = units if isinstance(units, Tensor) else None
 
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
+        if self._enter()[1]:
+            self.gradient, self.tokens = None, 0
+            self.units = None if self._draw else self.units
         if self.units is None:
             assert self._draw is not None
             self.units = self._draw(dy_TO, x_TI)
@@ -106,22 +121,29 @@ class LargestGradients(Probe):
     calls as the forward pass made, or under "sum", and where that is not known, at `close`.
     """
 
-    def __init__(self, key: Tensor, count: int, accumulate: Literal["last", "sum"], passes: int = 1) -> None:
-        super().__init__(key)
+    def __init__(
+        self,
+        key: Tensor,
+        count: int,
+        accumulate: Literal["last", "sum"],
+        passes: int = 1,
+        values: Tensor | None = None,
+    ) -> None:
+        super().__init__(key, values)
         self.active: Tensor | None = None
         self._count, self._accumulate, self._passes = count, accumulate, passes
         self._sum: Tensor | None = None
         self._layout: Layout | None = None
-        # Backward passes so far, and the one that is under way.
+        # Backward passes so far.
         self._pass = 0
-        self._task: int | None = None
 
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
-        # Reentrant checkpointing makes the backward pass of what it computes again one of its own, inside the other.
-        task = torch._C._current_graph_task_id() if self._again_in < 0 else self._again_in
-        if task != self._task:
-            self._task, self._pass = task, self._pass + 1
-            if self._accumulate == "last":
+        is_other, is_first = self._enter()
+        if is_first:
+            self._pass, self.tokens = 0, 0
+        if is_other:
+            self._pass += 1
+            if is_first or self._accumulate == "last":
                 self._sum = None
         self._calls, self._answered = self._calls - 1, True
         if self._accumulate == "last" and self._pass < self._passes:

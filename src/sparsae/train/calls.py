@@ -33,12 +33,12 @@ class LoopCalls:
         # State exists after the first step; but a first step may have been skipped, and state may be made later.
         self._checks_state = True
 
-    def before_step(self, due: bool) -> None:
-        """`due`: whether an update follows the coming optimizer step."""
+    def before_step(self, due: bool, is_hooked: bool = False) -> None:
+        """due: whether an update follows the coming optimizer step. is_hooked: whether its hooks make the calls."""
         if not self._rule.moves:
             return
         refuse_ranks(self._rule)
-        if self._between:
+        if self._between and not is_hooked:
             self._tell(
                 "twice",
                 "before_step() was called twice without after_step() between them: connections move in after_step(), "

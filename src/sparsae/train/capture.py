@@ -73,18 +73,30 @@ class GradientCapture:
         topologies = {name: layer.topology for name, layer in self.trained.items() if name in moved}
         if "gradient_at" in rule.needs:
             samples = rule.sample(topologies, state, generator(self._seed, "sample", step))
-            self.probes |= {name: SampledGradients(self._layers[name].key, u) for name, u in samples.items()}
+            self.probes |= {
+                name: SampledGradients(self._layers[name].key, units, self._layers[name].values)
+                for name, units in samples.items()
+            }
         if "dense_gradient" in rule.needs:
             growth = rule.growth(topologies, state, step / self._horizon.steps)
             self.probes |= {
-                name: LargestGradients(self._layers[name].key, n, rule.accumulate, self._passes)
+                name: LargestGradients(
+                    self._layers[name].key, n, rule.accumulate, self._passes, self._layers[name].values
+                )
                 for name, n in growth.items()
                 if n
             }
 
-    def take(self, rule: Rule[Any], bounds: Mapping[str, tuple[int, int]], ends: Mapping[str, tuple[int, int]]) -> None:
+    def take(
+        self,
+        rule: Rule[Any],
+        bounds: Mapping[str, tuple[int, int]],
+        ends: Mapping[str, tuple[int, int]],
+        scale: Tensor | None = None,
+    ) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients.
 
+        scale: what a gradient scaler multiplied those of the values with, which it leaves to the optimizer to undo.
         Raises InputError where a probe that the rule needs was not answered.
         """
         self.close()
@@ -95,6 +107,8 @@ class GradientCapture:
             gradient = layer.values.grad
             if gradient is None:
                 gradient = torch.zeros_like(layer.values)
+            elif scale is not None:
+                gradient = gradient / scale
             probe = self.probes.get(name)
             if probe is not None and probe.gradient is None and bool(gradient.any()):
                 raise InputError(_unanswered(name, self._passes))

@@ -117,10 +117,13 @@ class TopologySearch:
         if self.due(step):
             self.gradients.arm(self.rule, self.state, step, self.ends)
 
-    def capture(self, step: int) -> None:
-        """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients."""
+    def capture(self, step: int, scale: Tensor | None = None) -> None:
+        """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients.
+
+        scale: as `GradientCapture.take` has it.
+        """
         if self.due(step):
-            self.gradients.take(self.rule, self.bounds, self.ends)
+            self.gradients.take(self.rule, self.bounds, self.ends, scale)
 
     def update(self, step: int) -> Update | None:
         """After the optimizer's step: one update of the topology, if it is due."""

@@ -14,12 +14,13 @@ The project's own loop trains through the same object.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
+from weakref import WeakSet
 
 import torch
 from pydantic import Field, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from sparsae.config.density import Density
 from sparsae.config.rules import AnyRule, default_rule
@@ -40,6 +41,7 @@ from sparsae.parameterization import Parameterization
 from sparsae.registry import RULES
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
+from sparsae.train.attach import StepHooks
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_lost_or_tied, refuse_ranks, tell_if_still, trained_layers
 from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
@@ -113,6 +115,7 @@ class Sparsifier:
     ) -> None:
         self.config = config
         self.step = 0
+        self._hooks: StepHooks | None = None
         self._model, self._optimizer = model, optimizer
         self._layers = sparse_layers(model)
         if not self._layers:
@@ -179,12 +182,55 @@ class Sparsifier:
 
     def before_step(self) -> None:
         """After `loss.backward()`, before gradients are clipped and `optimizer.step()`."""
-        self._calls.before_step(self.update_due)
-        self.search.capture(self.step + 1)
-        self._burn_in.before_step(self._optimizer)
+        self._refuse_attached("before_step")
+        self._before_step(None)
 
     def after_step(self) -> Update | None:
         """After `optimizer.step()`: the average, then the topology update if one is due."""
+        self._refuse_attached("after_step")
+        return self._after_step()
+
+    def attach(self, on_update: Callable[[Update], object] | None = None) -> Self:
+        """Let the optimizer's step call `before_step` and `after_step` from now on; returns the Sparsifier.
+
+        on_update: called with every update. `before_step` then comes after clipping, and a step that a gradient scaler
+        skips does not count. Raises InputError where this Sparsifier, or another over the same layers, is attached
+        already, and for an optimizer without step hooks.
+        """
+        if self._hooks is not None:
+            raise InputError("this Sparsifier is attached already")
+        mine = {id(layer) for layer in self._layers.values()}
+        if any(mine & {id(layer) for layer in other._layers.values()} for other in _ATTACHED):
+            raise InputError("another Sparsifier is attached over the same layers: end it with its detach()")
+
+        def after_step() -> None:
+            update = self._after_step()
+            if update is not None and on_update is not None:
+                on_update(update)
+
+        self._hooks = StepHooks(self._optimizer, self._before_step, after_step)
+        _ATTACHED.add(self)
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+            _ATTACHED.discard(self)
+
+    def _refuse_attached(self, call: str) -> None:
+        if self._hooks is not None:
+            raise InputError(
+                f"{call}() of a Sparsifier that is attached: optimizer.step() makes its calls, so leave yours out"
+            )
+
+    def _before_step(self, scale: Tensor | None) -> None:
+        self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
+        self.search.capture(self.step + 1, scale)
+        self._burn_in.before_step(self._optimizer)
+
+    def _after_step(self) -> Update | None:
         self._calls.after_step()
         self._burn_in.after_step()
         self.step += 1
@@ -238,6 +284,8 @@ class Sparsifier:
             self.teacher.reconnect(self._model)
         self.search.load_state_dict(state["search"])
         self._burn_in.load_state_dict(state["burn_in"])
+        if self._hooks is not None:
+            self._hooks.forget()
         self.step = int(state["step"])
         self._initial_densities = dict(state["initial_densities"])
         self._follow_density()
@@ -307,6 +355,9 @@ class Sparsifier:
             groups = Limits(self.config.head_min_density).heads(topology.shape, topology.unit, topology.count, layout)
             floors[name] = groups.least if groups else 0
         return floors
+
+
+_ATTACHED: WeakSet[Sparsifier] = WeakSet()
 
 
 def _digest(topology: Topology) -> str:
