@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsae.core.groups import Groups
-from sparsae.core.ranking import best_of_each
-from sparsae.core.topology import Topology, index_dtype
+from sparsae.core.topology import Topology
 
 
 def sample_in_groups(groups: Groups, taken: Tensor, counts: Tensor, rng: torch.Generator) -> Tensor:
@@ -66,29 +65,40 @@ def evened(topology: Topology, fan: Literal["in", "out"], least: int, most: int,
         units = inverse.inactive_at(torch.arange(topology.count, device="cpu"))
         return Topology(topology.shape, units.to(topology.indices.dtype), topology.unit)
     row, column = topology.rows.long(), topology.columns.long()
-    line, place = (row, column) if fan == "in" else (column, row)
-    line = line.clone()
-    counts = _count_of_each(line, across)
-    target = _levelled(counts, least, most, rng)
-    while bool((counts != target).any()):
-        order = torch.rand(line.numel(), generator=rng, dtype=torch.float64, device="cpu")
-        leaving = best_of_each(order, line, (counts - target).clamp_(min=0)).nonzero().squeeze(1)
-        into = torch.arange(across, device="cpu").repeat_interleave((target - counts).clamp_(min=0))
+    codes = (row * along + column if fan == "in" else column * along + row).sort().values
+    codes = _moved_between_lines(codes, across, along, (least, most), rng)
+    line, place = codes // along, codes % along
+    units = place * topology.grid[0] + line if fan == "in" else codes
+    return Topology(topology.shape, units.sort().values.to(topology.indices.dtype), topology.unit)
+
+
+def _moved_between_lines(
+    codes: Tensor, lines: int, along: int, limits: tuple[int, int], rng: torch.Generator
+) -> Tensor:
+    """Sorted codes, line * along + place, with units moved to other lines at the same place, as `evened` says."""
+    counts = _count_of_each(codes // along, lines)
+    target = _levelled(counts, *limits, rng)
+    pending = sample_from_each(counts, (counts - target).clamp_(min=0), rng)  # ranks among the codes
+    into = torch.arange(lines, device="cpu").repeat_interleave((target - counts).clamp_(min=0))
+    gone, added = torch.zeros_like(codes, dtype=torch.bool), codes[:0]
+    while pending.numel():
         into = into[torch.randperm(into.numel(), generator=rng, device="cpu")]
-        codes = (line * along + place).sort().values
-        moved = into * along + place[leaving]
-        free = ~_among(codes, moved) & _first_of_equals(moved)
+        moved = into * along + codes[pending] % along
+        free = ~_among(codes, moved) & ~_among(added, moved) & _first_of_equals(moved)
         if not bool(free.any()):
-            # All took places that are taken. A line that has too many has a place that one with too few has not.
-            a, b = line[leaving[0]], into[0]
-            leaving = ((line == a) & ~_among(codes, b * along + place)).nonzero().squeeze(1)
-            leaving = leaving[torch.randint(leaving.numel(), (1,), generator=rng, device="cpu")]
-            into, free = b.view(1), torch.ones(1, dtype=torch.bool, device="cpu")
-        line[leaving[free]] = into[free]
-        counts = _count_of_each(line, across)
-    row, column = (line, place) if fan == "in" else (place, line)
-    units = (column * topology.grid[0] + row).sort().values
-    return Topology(topology.shape, units.to(index_dtype(topology.units)), topology.unit)
+            # A line that has too many units has one whose place is free in a line that has too few: it goes instead.
+            first = codes[pending[0]] // along
+            able = ((codes >= first * along) & (codes < (first + 1) * along) & ~gone).nonzero().squeeze(1)
+            there = into[0] * along + codes[able] % along
+            able = able[~_among(codes, there) & ~_among(added, there)]
+            other = able[torch.randint(able.numel(), (1,), generator=rng, device="cpu")]
+            pending[pending == other] = pending[0]
+            pending[0] = other
+            moved[0], free[0] = into[0] * along + codes[other] % along, True
+        gone[pending[free]] = True
+        added = torch.cat([added, moved[free]]).sort().values
+        pending, into = pending[~free], into[~free]
+    return torch.cat([codes[~gone], added])
 
 
 def _levelled(counts: Tensor, least: int, most: int, rng: torch.Generator) -> Tensor:
