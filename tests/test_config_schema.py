@@ -128,8 +128,12 @@ def test_the_written_method_has_its_written_defaults() -> None:
     assert (search.every, search.start, search.stop, search.candidates) == (500, 0.0, 1.0, 4)
     assert (search.selection, search.proposer, search.initialization) == ("elitist", "uniform", "kaiming_uniform")
     assert (search.mutation_rate, search.mutation_schedule) == (0.005, "constant")
-    assert (search.proxy.loss_weight, search.proxy.diversity_weight, search.proxy.activity_weight) == (1.0, 0.01, 0.005)
-    assert (search.proxy.standardize, search.proxy.anneal, search.proxy.activity) == (False, "none", "candidate")
+    assert search.proxy.model_dump(exclude={"standardize", "anneal"})["terms"] == {
+        "cross_entropy": {"weight": 1.0},
+        "diversity": {"weight": 0.01},
+        "activity": {"weight": 0.005, "source": "candidate"},
+    }
+    assert (search.proxy.standardize, search.proxy.anneal) == (False, "none")
     assert (search.reset.probability, search.reset.reshuffle, search.reset.patience) == (0.02, (0.05, 0.1), 5)
     assert (search.reset.boosted_probability, search.reset.boosted_updates) == (0.1, 2)
     assert search.adaptation.enabled

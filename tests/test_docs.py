@@ -178,7 +178,7 @@ def test_the_method_page_names_every_setting_of_the_method() -> None:
 def value_of(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
     return value
 
 

@@ -27,7 +27,7 @@ from sparsae.nn.sparsify import sparsify
 from sparsae.registry import RULES
 from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
 from sparsae.rules.evolution import Evolution
-from sparsae.rules.parts.rule import Candidate, Score
+from sparsae.rules.parts.rule import Candidate
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import frequent, mlp, score_of
 
@@ -46,7 +46,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "every": 2,
         "selection": "elitist",
         "candidates": 2,
-        "proxy": {"activity": "candidate"},
+        "proxy": {"terms": {"activity": {"source": "candidate"}}},
     },
 }
 # Any rule that is not here yet, with the settings that make it move in a few steps where it has them.
@@ -191,26 +191,26 @@ def test_the_largest_gradients_are_never_at_active_units(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("component", [0, 1, 2])
+@pytest.mark.parametrize("term", ["cross_entropy", "diversity", "activity"])
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("selection", ["comma", "elitist"])
 def test_a_candidate_whose_score_is_no_number_is_never_chosen(
-    bad: float, component: int, standardize: bool, selection: str
+    bad: float, term: str, standardize: bool, selection: str
 ) -> None:
     config = EvolutionConfig.model_validate(
         {"selection": selection, "candidates": 2, "proxy": {"standardize": standardize}}
     )
     rule = Evolution(config)
-    parts = [1.0, 0.1, 0.2]
-    parts[component] = bad
+    current = {"cross_entropy": 1.0, "diversity": 0.1, "activity": 0.2}
+    parts = current | {term: bad}
     candidates = [Candidate(Swap({}, {}), "uniform") for _ in range(2)]
-    better = Score(0.5, 0.1, 0.2)
+    better = current | {"cross_entropy": 0.5}
     state = rule.initial_state()
-    decision, after = rule.tell(candidates, [Score(*parts), better], Score(1.0, 0.1, 0.2), state, 0.1)
+    decision, after = rule.tell(candidates, [parts, better], current, state, 0.1)
     assert decision.chosen == 1
-    decision, _ = rule.tell(candidates, [Score(*parts), None], Score(1.0, 0.1, 0.2), state, 0.1)
+    decision, _ = rule.tell(candidates, [parts, None], current, state, 0.1)
     assert decision.chosen is None
-    assert all(math.isfinite(mean) for mean in after.running.mean)
+    assert all(math.isfinite(moments.mean) for moments in after.running.terms.values())
 
 
 class Order:
@@ -340,7 +340,7 @@ def test_moments_of_an_optimizer_without_any_are_refused() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     topology = EvolutionConfig.model_validate(
-        {"every": 2, "selection": "elitist", "proxy": {"activity": "moments"}, "candidates": 2}
+        {"every": 2, "selection": "elitist", "proxy": {"terms": {"activity": {"source": "moments"}}}, "candidates": 2}
     )
     score: Any = score_of(model)
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=9, topology=topology), score=score)

@@ -58,7 +58,9 @@ def test_burn_in_moves_what_it_says(scope: str) -> None:
 def test_every_activity_source_scores(activity: str) -> None:
     model = mlp()
     optimizer = OPTIMIZERS["ours"](model)
-    topology = EvolutionConfig.model_validate({"every": 1, "candidates": 2, "proxy": {"activity": activity}})
+    topology = EvolutionConfig.model_validate(
+        {"every": 1, "candidates": 2, "proxy": {"terms": {"activity": {"source": activity}}}}
+    )
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10, topology=topology), score=score_of(model))  # type: ignore[arg-type]
     x = torch.randn(8, 24, generator=generator(5, "x", 0))
     (model(x) - x).square().mean().backward()
@@ -128,7 +130,9 @@ def test_a_probe_dies_with_whoever_asked_and_belongs_to_one_layer_with_one_topol
 def test_scoring_is_not_watched() -> None:
     model = mlp()
     optimizer = OPTIMIZERS["sgd"](model)
-    topology = EvolutionConfig(every=1, candidates=3, proxy=ProxyConfig(activity="candidate"))
+    topology = EvolutionConfig(
+        every=1, candidates=3, proxy=ProxyConfig.model_validate({"terms": {"activity": {"source": "candidate"}}})
+    )
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=20, topology=topology), score=score_of(model))  # type: ignore[arg-type]
     x = torch.randn(8, 24, generator=generator(1, "x"))
     (model(x) - x).square().mean().backward()

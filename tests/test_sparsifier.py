@@ -65,7 +65,7 @@ def test_thousands_of_updates_keep_every_invariant(proposer: str, unit: tuple[in
         config,
         score=lambda step: torch.zeros(()),
     )
-    sparsifier.search._measure = lambda plan, views, step: _constant_score()  # type: ignore[method-assign]
+    sparsifier.search._scoring.score = lambda *_: _constant_score()  # type: ignore[method-assign]
     nnz = sparsifier.nnz
     accepted = 0
     for step in range(updates):
@@ -100,9 +100,7 @@ def test_thousands_of_updates_keep_every_invariant(proposer: str, unit: tuple[in
 
 
 def _constant_score():  # type: ignore[no-untyped-def]
-    from sparsae.rules.parts.rule import Score
-
-    return Score(1.0, 0.0, 0.0)
+    return {"cross_entropy": 1.0, "diversity": 0.0, "activity": 0.0}
 
 
 def test_nothing_of_a_dense_layers_size_survives_a_step() -> None:

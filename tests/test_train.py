@@ -164,8 +164,16 @@ def test_another_seed_is_another_run(small: Callable[..., Config], tmp_path: Pat
         ["sparsity.unit=[16,16]", "sparsity.sparsity=0.5", "training.accumulation=2"],
         ["teacher.storage=dense", "sparsity.head_min_density=0.05", "topology.proposer=uniform"],
         ["teacher.warmup=validation", "teacher.warmup_improvement=0.1", "model.dropout=0.1"],
-        ["topology.micro_batch.mode=static", "topology.proxy.activity=moments", "topology.proxy.standardize=true"],
-        ["topology.micro_batch.mode=pooled", "topology.proxy.activity=training", "topology.proxy.anneal=cosine"],
+        [
+            "topology.micro_batch.mode=static",
+            "topology.proxy.terms.activity.source=moments",
+            "topology.proxy.standardize=true",
+        ],
+        [
+            "topology.micro_batch.mode=pooled",
+            "topology.proxy.terms.activity.source=training",
+            "topology.proxy.anneal=cosine",
+        ],
         ["topology.selection=elitist", "topology.adaptation.enabled=true", "topology.proposer=shift"],
         ["sparsity.budget=er", "sparsity.exclude=['*.mlp.*']", "training.clip=null", "sparsity.backend=reference"],
     ],

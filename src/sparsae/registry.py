@@ -35,8 +35,9 @@ class Entry:
 class Registry:
     """Entries of one kind ("rule"): the modules of `package`, entry points of the group `package`, and `register`."""
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind, self._package = kind, package
+    def __init__(self, kind: str, package: str, reserved: frozenset[str] = frozenset()) -> None:
+        """reserved: names that none may have."""
+        self.kind, self._package, self.reserved = kind, package, reserved
         self._entries: dict[str, Entry] = {}
         self._known_points: dict[str, metadata.EntryPoint] | None = None
 
@@ -52,8 +53,11 @@ class Registry:
     def register(self, name: str, settings: type[Any]) -> Callable[[Built], Built]:
         """A decorator for a class or function that makes the thing from its settings.
 
-        settings: a class that `name` shall belong to alone. Raises InputError for a name or settings already taken.
+        settings: a class that `name` shall belong to alone. Raises InputError for a name or settings already taken, and
+        for a reserved name.
         """
+        if name in self.reserved:
+            raise InputError(f"no {self.kind} can be called '{name}', which the metrics call something else")
 
         def registered(build: Built) -> Built:
             known = self._entries.get(name)
@@ -110,4 +114,7 @@ class Registry:
 
 
 RULES = Registry("rule", "sparsae.rules")
-TERMS = Registry("term", "sparsae.terms")
+# A candidate's row in the metrics has its terms beside these.
+TERMS = Registry(
+    "term", "sparsae.terms", frozenset({"proposer", "swaps", "score", "rejected", "validation_cross_entropy"})
+)

@@ -1,8 +1,8 @@
 """How the settings of a run are put together: defaults < preset < method < file < command line.
 
 Every layer is a tree of given keys. They are merged key by key, and where each key came from is remembered, so that a
-refusal can name the file or the option to mend. The `topology` section belongs to one rule: naming another rule starts
-it anew.
+refusal can name the file or the option to mend. Sections of a rule or a term have the keys that it registered: a rule's
+section names it, and starts anew where another is named; a term's is found under its name.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
 from sparsae.config.narrow import narrowed, refuse_huge
-from sparsae.config.rules import RuleConfig
+from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.schema import Config
 from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError, require_utf8
-from sparsae.registry import RULES
+from sparsae.registry import RULES, TERMS
 
 __all__ = [
     "about",
@@ -40,6 +39,7 @@ __all__ = [
 ]
 
 Tree = dict[str, Any]
+AnySection = TypeVar("AnySection", bound=Section)
 
 _LARGEST_FILE = 1_000_000  # bytes; a longer one is somebody's corpus
 _DEFAULT = Config()
@@ -71,18 +71,30 @@ def has_sparsity(method: str) -> bool:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a settings file, for editors: with the settings of every rule that is known here."""
+    """JSON schema of a settings file, for editors: with the settings of every rule and term that is known here."""
     schema = Config.model_json_schema()
-    rules = []
+    rules, terms = [], {}
     for name in RULES.names():
-        rule = RULES[name].settings.model_json_schema(ref_template="#/$defs/{model}")
-        schema["$defs"] |= rule.pop("$defs", {})
-        rule["properties"]["rule"] |= {"const": name, "default": name}
-        rules.append(rule)
-    schema["$defs"].pop(RuleConfig.__name__, None)
+        rules.append(_schema_of(RULES[name].settings, schema["$defs"]))
+        rules[-1]["properties"]["rule"] |= {"const": name, "default": name}
+    for name in TERMS.names():
+        terms[name] = {"anyOf": [_schema_of(TERMS[name].settings, schema["$defs"]), {"type": "null"}]}
     schema["properties"]["topology"] = {"oneOf": rules, "title": "Topology"}
     schema["properties"]["rules"] |= {"additionalProperties": {"oneOf": rules}}
+    for definition in schema["$defs"].values():
+        for field in definition.get("properties", {}).values():
+            if f"/{TermConfig.__name__}" in str(field.get("additionalProperties")):
+                field |= {"properties": terms, "additionalProperties": False}
+    for base in (RuleConfig, TermConfig):
+        schema["$defs"].pop(base.__name__, None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _schema_of(section: type[Section], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a registered section; those that it refers to are put beside the others."""
+    schema = section.model_json_schema(ref_template="#/$defs/{model}")
+    definitions |= schema.pop("$defs", {})
+    return schema
 
 
 def resolve(
@@ -169,23 +181,36 @@ class _Layers:
 
     def _merge(self, tree: Tree, given: Tree, section: type[Section], path: Keys, origin: str) -> None:
         for name, value in given.items():
-            keys = (*path, name)
             field = section.model_fields.get(name)
             if field is None:
+                keys = (*path, name)
                 raise InputError(f"{origin}: {unknown_key(keys, section.model_fields, _all_keys(Config, ()))}")
-            inner_section = _section(field)
-            if inner_section is None:
-                tree[name] = value
-                self.origins.pop(keys, None)  # so that the origins stay in the order of the layers
-                self.origins[keys] = origin
-                continue
-            if not isinstance(value, dict):
-                raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
-            inner = tree.setdefault(name, {})
-            if inner_section is RuleConfig:
-                inner = tree[name] = self._of_one_rule(inner, value, keys, origin)
-                inner_section = RULES[inner["rule"]].settings
-            self._merge(inner, value, inner_section, keys, origin)
+            self._put(tree, value, field.annotation, (*path, name), origin)
+
+    def _put(self, tree: Tree, value: Any, annotation: Any, keys: Keys, origin: str) -> None:
+        """Merge one value, a section or a mapping of sections by its keys, into the tree of the section around it."""
+        name, entries, section = keys[-1], _entries(annotation), _section(annotation)
+        if (entries is None and section is None) or (value is None and type(None) in get_args(annotation)):
+            tree[name] = value
+            # Keys below it are gone; its own moves to the end, so that the origins stay in the order of the layers.
+            self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
+            self.origins[keys] = origin
+            return
+        if not isinstance(value, dict):
+            raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
+        inner = tree[name] = tree.get(name) or {}
+        if entries is not None:
+            for key, entry in value.items():
+                self._put(inner, entry, entries, (*keys, key), origin)
+        elif section is RuleConfig:
+            inner = tree[name] = self._of_one_rule(inner, value, keys, origin)
+            self._merge(inner, value, RULES[inner["rule"]].settings, keys, origin)
+        elif section is TermConfig:
+            if name not in TERMS:
+                raise InputError(f"{origin}: {dotted(keys)}: no term {shown(name)}; {nearest(name, TERMS.names())}")
+            self._merge(inner, value, TERMS[name].settings, keys, origin)
+        elif section is not None:
+            self._merge(inner, value, section, keys, origin)
 
     def _of_one_rule(self, tree: Tree, given: Tree, keys: Keys, origin: str) -> Tree:
         current = tree.get("rule", _DEFAULT.topology.rule)
@@ -199,44 +224,66 @@ class _Layers:
         return {"rule": rule}
 
     def config(self) -> Config:
-        try:
-            config = Config.model_validate({**self.tree, **self._rules()})
-        except ValidationError as errors:
-            error = errors.errors(include_url=False)[0]
-            raise InputError(explain(error, error["loc"], self.origins)) from None
+        config = self._validated(self.tree, Config, ())
         refuse_huge(config)
         return narrowed(config) if config.method == "dense_small" else config
 
-    def _rules(self) -> Tree:
-        """The sections that belong to a rule, validated by its own class."""
-        found: Tree = {}
-        for name, field in Config.model_fields.items():
-            if _section(field) is RuleConfig and name in self.tree:
-                tree = self.tree[name]
-                try:
-                    found[name] = RULES[tree.get("rule", _DEFAULT.topology.rule)].settings.model_validate(tree)
-                except ValidationError as errors:
-                    error = errors.errors(include_url=False)[0]
-                    raise InputError(explain(error, (name, *error["loc"]), self.origins)) from None
-        return found
+    def _validated(self, tree: Tree, section: type[AnySection], keys: Keys) -> AnySection:
+        try:
+            return section.model_validate(self._own_sections(tree, section, keys))
+        except ValidationError as errors:
+            error = errors.errors(include_url=False)[0]
+            raise InputError(explain(error, (*keys, *error["loc"]), self.origins)) from None
+
+    def _own_sections(self, tree: Tree, section: type[Section], path: Keys) -> Tree:
+        """A section's tree in which what belongs to a rule or a term is validated by its own class."""
+        return {
+            name: self._own(value, section.model_fields[name].annotation, (*path, name)) for name, value in tree.items()
+        }
+
+    def _own(self, value: Any, annotation: Any, keys: Keys) -> Any:
+        entries, section = _entries(annotation), _section(annotation)
+        if not isinstance(value, dict):
+            return value
+        if entries is not None:
+            return {key: self._own(entry, entries, (*keys, key)) for key, entry in value.items()}
+        if section is RuleConfig:
+            return self._validated(value, RULES[value["rule"]].settings, keys)
+        if section is TermConfig:
+            return self._validated(value, TERMS[keys[-1]].settings, keys)
+        return value if section is None else self._own_sections(value, section, keys)
 
 
-def _section(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, `RuleConfig` for one that belongs to a rule; None for a plain value."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field or an entry holds, or might hold null in place of; None for anything else."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, Section) else None
+    if get_origin(annotation) in (dict, list, tuple):
+        return None
+    return next((found for inner in get_args(annotation) if (found := _section(inner)) is not None), None)
+
+
+def _entries(annotation: Any) -> Any:
+    """What the entries of a mapping of sections are; None for anything else."""
+    if get_origin(annotation) is not dict:
+        return None
+    entry = get_args(annotation)[1]
+    return None if _section(entry) is None else entry
 
 
 def _all_keys(section: type[Section], path: Keys) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        inner = _section(field)
-        if inner is None:
-            yield dotted((*path, name))
+        keys, entries, inner = (*path, name), _entries(field.annotation), _section(field.annotation)
+        if entries is not None and _section(entries) is TermConfig:
+            for term in TERMS.own_names():
+                yield from _all_keys(TERMS[term].settings, (*keys, term))
+        elif inner is None:
+            yield dotted(keys)
         elif inner is RuleConfig:
             for rule in RULES.own_names():
-                yield from _all_keys(RULES[rule].settings, (*path, name))
+                yield from _all_keys(RULES[rule].settings, keys)
         else:
-            yield from _all_keys(inner, (*path, name))
+            yield from _all_keys(inner, keys)
 
 
 def _shipped(folder: str) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""What the settings of every topology rule have in common; a rule's own are in its own file (`sparsae.rules`)."""
+"""What the settings of every topology rule, and of every term of a score, have in common.
+
+Their own are in their own files (`sparsae.rules`, `sparsae.terms`).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from sparsae.config.section import LARGEST, Positive, Section
+from sparsae.config.section import LARGEST, NonNegative, Positive, Section
 from sparsae.errors import InputError
-from sparsae.registry import RULES
+from sparsae.registry import RULES, Registry
 
 StartSparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -38,6 +41,14 @@ class RuleConfig(Section):
         """Sparsity of the untrained model, of a rule that prunes; None: that of the whole run."""
         start = getattr(self, "start_sparsity", None)
         return None if start is None else float(start)
+
+
+class TermConfig(Section):
+    """The settings of a term of a score: a class of its own for each, which registering it gives the term's name."""
+
+    registered_name: ClassVar[str] = ""
+
+    weight: NonNegative = Field(default=1.0, description="weight of the term; 0: it is only recorded")
 
 
 class BurnInConfig(Section):
@@ -81,10 +92,19 @@ def default_rule() -> RuleConfig:
 
 def _of_its_rule(data: Any) -> Any:
     """Settings as a mapping, validated by the class that their rule registered."""
-    if not isinstance(data, dict):
-        return data
+    return settings_of(RULES, data.get("rule", "evolution"), data) if isinstance(data, dict) else data
+
+
+def settings_of(registry: Registry, name: Any, data: Any) -> Any:
+    """For validators: a mapping as the settings that were registered under a name; anything else as it is.
+
+    Raises ValueError where it cannot be that.
+    """
     try:
-        return RULES[data.get("rule", "evolution")].settings.model_validate(data)
+        settings = registry[str(name)].settings
+        if isinstance(data, Section) and not isinstance(data, settings):
+            raise InputError(f"{name}: {type(data).__name__} is no settings of {registry.kind} '{name}'")
+        return settings.model_validate(data) if isinstance(data, dict) else data
     except InputError as error:
         raise ValueError(str(error)) from None
     except ValidationError as errors:
@@ -95,3 +115,4 @@ def _of_its_rule(data: Any) -> Any:
 
 
 AnyRule = Annotated[SerializeAsAny[RuleConfig], BeforeValidator(_of_its_rule)]
+AnyTerm = SerializeAsAny[TermConfig]

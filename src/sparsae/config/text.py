@@ -131,17 +131,26 @@ def annotated(config: Config) -> str:
 def _annotated_lines(section: Section, indent: str) -> list[str]:
     lines = []
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, Section):
-            lines.append(f"{indent}{name}:  # {(value.__doc__ or '').splitlines()[0]}")
-            lines.extend(_annotated_lines(value, indent + "  "))
-        else:
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            if isinstance(value, dict):
-                value = section.model_dump(mode="json")[name]
-            explained = f"{field.description}; one of {', '.join(choices)}" if len(choices) > 1 else field.description
-            lines.append(f"{indent}{name}: {inline(value)}  # {explained}")
+        value, choices = getattr(section, name), _choices(field.annotation)
+        explained = f"{field.description}; one of {', '.join(choices)}" if len(choices) > 1 else field.description
+        lines.extend(_entry_lines(name, value, explained, indent))
     return lines
+
+
+def _entry_lines(key: str, value: Any, explained: str | None, indent: str) -> list[str]:
+    if isinstance(value, Section):
+        first = f"{indent}{key}:  # {(value.__doc__ or '').splitlines()[0]}"
+        return [first, *_annotated_lines(value, indent + "  ")]
+    if isinstance(value, dict) and value:
+        inner = [
+            line for name, entry in value.items() for line in _entry_lines(inline(name), entry, None, indent + "  ")
+        ]
+        return [f"{indent}{key}:  # {explained}", *inner]
+    return [f"{indent}{key}: {inline(value)}" + (f"  # {explained}" if explained else "")]
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def inline(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sparsae.config.span import Horizon
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
     from sparsae.core.heads import HeadLayout
     from sparsae.core.topology import Topology
+
+# What has to be captured for an update, of the training step before it: gradients at active units ("gradient"), at
+# sampled inactive ones ("gradient_at"), the largest of all ("dense_gradient"), the optimizer's averages ("moments"). Of
+# each topology that is scored: its loss on held-out text ("loss"), and the gradient of that ("candidate_gradient").
+Need = Literal["gradient", "gradient_at", "dense_gradient", "moments", "loss", "candidate_gradient"]
 
 
 @dataclass(frozen=True, eq=False)

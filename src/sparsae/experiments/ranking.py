@@ -19,7 +19,7 @@ def rank_agreement(rows: Sequence[Row]) -> dict[str, Any]:
 
     tau is between the candidates' scores (the current topology's among them) and their losses on the whole validation
     set, within each update; the correlation is Pearson's between the cross entropies on micro-batch and whole set, both
-    less their means in the update, over all updates. None where nothing varies.
+    less their means in the update, over all updates that have both. None where nothing varies.
     """
     taus, micro, whole, updates = [], [], [], 0
     for row in rows:
@@ -28,12 +28,13 @@ def rank_agreement(rows: Sequence[Row]) -> dict[str, Any]:
             continue
         updates += 1
         losses = np.array([c["validation_cross_entropy"] for c in studied])
-        entropies = np.array([c["cross_entropy"] for c in studied])
         scores = np.array([c["score"] for c in studied])
         if np.ptp(losses) > 0 and np.ptp(scores) > 0:
             taus.append(float(stats.kendalltau(scores, losses).statistic))
-        micro += list(entropies - entropies.mean())
-        whole += list(losses - losses.mean())
+        if all(c.get("cross_entropy") is not None for c in studied):
+            entropies = np.array([c["cross_entropy"] for c in studied])
+            micro += list(entropies - entropies.mean())
+            whole += list(losses - losses.mean())
     varies = len(micro) > 2 and np.ptp(micro) > 0 and np.ptp(whole) > 0
     return {
         "updates": updates,
@@ -64,4 +65,4 @@ def summarize_rankings(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _studied(candidate: Row) -> bool:
-    return all(candidate.get(key) is not None for key in ("score", "cross_entropy", "validation_cross_entropy"))
+    return all(candidate.get(key) is not None for key in ("score", "validation_cross_entropy"))

@@ -21,8 +21,8 @@ ABLATIONS: Mapping[str, dict[str, Any]] = {
     "standardized": {"topology": {"proxy": {"standardize": True}}},
     "annealed": {"topology": {"proxy": {"anneal": "cosine"}}},
     "standardized-annealed": {"topology": {"proxy": {"standardize": True, "anneal": "cosine"}}},
-    "activity-training": {"topology": {"proxy": {"activity": "training"}}},
-    "activity-moments": {"topology": {"proxy": {"activity": "moments"}}},
+    "activity-training": {"topology": {"proxy": {"terms": {"activity": {"source": "training"}}}}},
+    "activity-moments": {"topology": {"proxy": {"terms": {"activity": {"source": "moments"}}}}},
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from sparsae.config import Config
 from sparsae.errors import InputError
+from sparsae.registry import TERMS
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.rundir import RunDirectory
@@ -71,12 +72,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A proposed topology with the components of its proxy; NaN where it was not scored."""
+    """A proposed topology with the terms of its score by name; NaN where it was not scored."""
 
     proposer: str
-    cross_entropy: float
-    diversity: float
-    activity: float
+    terms: Mapping[str, float]
     score: float
     rejected: str | None
 
@@ -85,9 +84,7 @@ class Candidate:
         """From an entry of a topology row."""
         return cls(
             proposer=str(row.get("proposer", "unnamed")),
-            cross_entropy=number(row, "cross_entropy"),
-            diversity=number(row, "diversity"),
-            activity=number(row, "activity"),
+            terms={name: number(row, name) for name in row if name not in TERMS.reserved},
             score=number(row, "score"),
             rejected=row.get("rejected"),
         )
@@ -218,6 +215,12 @@ class RunData:
         """Validation loss of a unigram model, in nats; NaN without a summary."""
         perplexity = number(self.summary or {}, "unigram_perplexity")
         return math.log(perplexity) if perplexity > 0 else math.nan
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that candidates were scored by."""
+        scored = [candidate for update in self.updates for candidate in (update.current, *update.candidates)]
+        return tuple(dict.fromkeys(name for candidate in scored if candidate for name in candidate.terms))
 
     def burn_in_spans(self) -> list[tuple[float, float]]:
         """(first, last) steps of the burn-in periods: after each accepted update, and wherever a row says so."""

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sparsae.registry import TERMS
 from sparsae.report.data import Candidate, RunData, Topology, Train, number
 from sparsae.report.readable import compact, decimal, percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, panel
@@ -174,8 +175,13 @@ def scores(run: RunData) -> Panel | None:
     )
 
 
-def component(run: RunData, name: str, title: str, unit: str, value: Callable[[Candidate], float]) -> Panel | None:
-    """One component of the proxy: the current topology, the best candidate and the range of all candidates."""
+def term(run: RunData, name: str) -> Panel | None:
+    """One term of the score: the current topology, the best candidate and the range of all candidates."""
+
+    def value(candidate: Candidate) -> float:
+        return candidate.terms.get(name, math.nan)
+
+    title, unit = _label(name)
     rows = [u for u in run.updates if u.current is not None and u.best is not None]
     steps = [u.step for u in rows]
     current = [value(u.current) for u in rows if u.current]
@@ -195,7 +201,15 @@ def component(run: RunData, name: str, title: str, unit: str, value: Callable[[C
 
     keys = [Key("best candidate", "accent"), Key("all candidates", "accent", "band"), Key("current", "muted", "dash")]
     text = f"{title} of the best candidate from {_ends(best)}; of the current topology from {_ends(current)}."
-    return panel(name, title, text, draw, keys)
+    return panel(f"term-{name.replace('_', '-')}", title, text, draw, keys)
+
+
+def _label(term: str) -> tuple[str, str]:
+    """What people call a term, and its unit; its bare name where it is not known here."""
+    if term not in TERMS:
+        return term, ""
+    known = TERMS[term].build(TERMS[term].settings())
+    return known.label, known.unit
 
 
 def by_update(

@@ -200,16 +200,7 @@ def _search(run: RunData) -> str:
         "Search by the evolution strategy",
         lead,
         "" if scores else markup.paragraph("No candidate was scored: this strategy takes what it proposes."),
-        markup.figures(
-            [
-                scores,
-                draw.component(
-                    run, "cross-entropy", "Cross entropy of the micro-batch", "nats", lambda c: c.cross_entropy
-                ),
-                draw.component(run, "diversity", "Mask diversity", "deviation of densities", lambda c: c.diversity),
-                draw.component(run, "activity", "Mean gradient activity", "L2 norm", lambda c: c.activity),
-            ]
-        ),
+        markup.figures([scores, *(draw.term(run, name) for name in run.terms)]),
         markup.table(
             "Candidates by proposer",
             ["proposer", "proposed", "outside its bounds", "scored", "accepted", "median difference in score"],

@@ -1,6 +1,6 @@
 """Topology search by a (1+lambda) or (1,lambda) evolution strategy.
 
-Every K steps lambda candidates are proposed, scored on one micro-batch by the composite proxy (`proxy.py`) and
+Every K steps lambda candidates are proposed, scored on one micro-batch by the terms of the proxy (`parts/proxy.py`) and
 compared, with the current topology (elitist) or among themselves (comma). A candidate is now and then a global reset,
 more often after a plateau; lambda and p_mutate follow recent success.
 """
@@ -19,12 +19,13 @@ from sparsae.config.rules import BurnInConfig, MicroBatchConfig, RuleConfig, req
 from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Shares
 from sparsae.config.span import Span
 from sparsae.core.cadence import Periodic, decayed
-from sparsae.core.observation import Observation
+from sparsae.core.observation import Need, Observation
 from sparsae.errors import InputError
 from sparsae.registry import RULES
 from sparsae.rules.parts.exchange import keeps_bounds
-from sparsae.rules.parts.proxy import ProxyConfig, Running, combine
-from sparsae.rules.parts.rule import Candidate, Decision, Need, Rule, Score
+from sparsae.rules.parts.proxy import ProxyConfig
+from sparsae.rules.parts.rule import Candidate, Decision, Rule
+from sparsae.score import Moments, Running, Score, is_finite
 
 if TYPE_CHECKING:
     import torch
@@ -117,10 +118,18 @@ class EvolutionConfig(RuleConfig):
                 raise ValueError(f"{name} [{low:g}, {high:g}] must be given lowest first")
         return self
 
+    @model_validator(mode="after")
+    def _plateaus_are_of_the_cross_entropy(self) -> Self:
+        if self.reset.boosted_probability and self.proxy.terms["cross_entropy"] is None:
+            raise ValueError(
+                "reset.boosted_probability follows the cross entropy: keep proxy.terms.cross_entropy, or set it to 0"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class EvolutionState:
-    """The strategy's own parameters, outcomes in a row, the plateau, and the components' statistics."""
+    """The strategy's own parameters, outcomes in a row, the plateau, and the terms' statistics."""
 
     candidates: int
     mutation_rate: float
@@ -149,15 +158,11 @@ class Evolution(Rule[EvolutionState]):
         if config.proposer in wanted:
             needs.add(wanted[config.proposer])
         if self._compares():
-            needs.add("micro_batch_score")
-            self.micro_batch = config.micro_batch
-            activity: dict[str, Need] = {
-                "candidate": "candidate_gradient",
-                "training": "gradient",
-                "moments": "moments",
-            }
-            if config.proxy.activity_weight > 0:
-                needs.add(activity[config.proxy.activity])
+            self.terms = config.proxy.built()
+            needs = needs.union(*(term.needs for term in self.terms))
+            if needs & {"loss", "candidate_gradient"}:
+                needs.add("loss")
+                self.micro_batch = config.micro_batch
         self.needs = frozenset(needs)
 
     def initial_state(self) -> EvolutionState:
@@ -170,9 +175,8 @@ class Evolution(Rule[EvolutionState]):
         )
 
     def state_from_dict(self, data: Mapping[str, Any]) -> EvolutionState:
-        running = data["running"]
-        running = Running(running["count"], tuple(running["mean"]), tuple(running["square"]))
-        return EvolutionState(**{**data, "running": running})
+        moments = {name: Moments(**of_term) for name, of_term in data["running"]["terms"].items()}
+        return EvolutionState(**{**data, "running": Running(moments)})
 
     def sample(
         self, topologies: Mapping[str, Topology], state: EvolutionState, rng: torch.Generator
@@ -206,25 +210,25 @@ class Evolution(Rule[EvolutionState]):
         if current is None:
             chosen = next((i for i, candidate in enumerate(candidates) if candidate.rejected is None), None)
             return Decision(chosen), state
-        measured = [score for score in (current, *scores) if score is not None and score.is_finite]
+        measured = [score for score in (current, *scores) if score is not None and is_finite(score)]
         running = state.running.including(measured)
-        now = combine(current, self.config.proxy, running, progress)
-        values = tuple(
-            None
-            if score is None
-            # A component that never varied counts as 0 below, and so would one that is no number.
-            else combine(score, self.config.proxy, running, progress)
-            if score.is_finite
-            else math.nan
-            for score in scores
-        )
+
+        def rated(score: Score) -> float:
+            # A term that never varied counts as 0 below, and so would one that is no number.
+            if not is_finite(score):
+                return math.nan
+            return self.config.proxy.combined(score, self.terms, running, progress)
+
+        now = self.config.proxy.combined(current, self.terms, running, progress)
+        values = tuple(None if score is None else rated(score) for score in scores)
         # min() takes the first of equals, so ties go to the lowest index on every rank.
         ranked = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
         best = min(ranked, default=None)
         improved = best is not None and best[0] < now
         chosen = best[1] if best is not None and (improved or self.config.selection == "comma") else None
         state = dataclasses.replace(state, running=running)
-        state = self._after_plateau(state, current.cross_entropy)
+        if (cross_entropy := current.get("cross_entropy")) is not None:
+            state = self._after_plateau(state, cross_entropy)
         if best is not None:
             state = self._adapted(state, improved)
         return Decision(chosen, values, now), state
@@ -237,7 +241,7 @@ class Evolution(Rule[EvolutionState]):
         }
 
     def without_scores(self) -> Rule[EvolutionState]:
-        if "micro_batch_score" not in self.needs:
+        if "loss" not in self.needs:
             return self
         if self.config.selection != "comma":
             raise InputError(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sparsae.rules.parts.rule import Need
+    from sparsae.core.observation import Need
 
 
 class MestConfig(RuleConfig):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +20,14 @@ from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
-from sparsae.rules.parts.proxy import activity, diversity, known_gradient_norm
-from sparsae.rules.parts.rule import Candidate, Decision, Rule, Score
+from sparsae.rules.parts.rule import Candidate, Rule
+from sparsae.score import Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
 from sparsae.train.capture import GradientCapture
+from sparsae.train.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.train.telemetry import TopologyTelemetry
 
 log = logging.getLogger(__name__)
-
-# The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
-ScoreFunction = Callable[[int], Tensor]
-# The mean cross entropy of the model as it is on all validation text, to compare scores with.
-StudyFunction = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -93,10 +88,9 @@ class TopologySearch:
         self.rule = rule
         self.state = rule.initial_state()
         self.telemetry = TopologyTelemetry(layers, heads)
-        self._model, self._layers, self._optimizer, self._teacher = model, layers, optimizer, teacher
+        self._layers, self._optimizer, self._teacher = layers, optimizer, teacher
         self.bounds, self.ends = dict(bounds), dict(ends)
-        self._heads = heads
-        self._score, self._study, self._initial_std = score, study, initial_std
+        self._scoring, self._initial_std = Scoring(model, score, study), initial_std
         self._horizon, self._seed = horizon, seed
         self.gradients = GradientCapture(
             model, layers, optimizer, heads, head_floors, horizon=horizon, passes=passes, seed=seed
@@ -131,6 +125,7 @@ class TopologySearch:
         if seen is None:
             return None
         started = time.perf_counter()
+        self._scoring.forget()
         self.waiting = self.gradients.not_finite is not None
         if self.waiting:
             return self._postponed(step, started)
@@ -141,33 +136,25 @@ class TopologySearch:
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
         candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-        current: Score | None = None
-        scores: list[Score | None] = [None] * len(candidates)
         in_force = self.rule.telemetry(self.state, observation.progress)
-        if "micro_batch_score" in self.rule.needs:
-            current = self._measure(None, views, step)
-            # One plan at a time: the chosen one is made again, from the same generator.
-            scores = [
-                None if c.rejected is not None else self._measure(self._plan(c.swap, step, i), views, step)
-                for i, c in enumerate(candidates)
-            ]
-        study = self._studied(candidates, current, step)
+        current, scores = self._scored(candidates, views, step)
+        study = {} if current is None else self._scoring.study(self._plans(candidates, step))
         decision, self.state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
         changes: Mapping[str, Change] = {}
         if decision.chosen is not None:
             chosen = self._plan(candidates[decision.chosen].swap, step, decision.chosen)
             chosen.commit(self._optimizer, self._teacher)
             changes = chosen.changes
-        cost = self._cost(scores, current, len(study))
+        cost = self._cost()
         row = {
             "kind": "topology",
             "step": step,
             "accepted": decision.chosen is not None,
             "chosen": decision.chosen,
             "candidates": [
-                row | study.get(i, {}) for i, row in enumerate(_candidate_rows(candidates, scores, decision))
+                row | study.get(i, {}) for i, row in enumerate(candidate_rows(self.rule, candidates, scores, decision))
             ],
-            "current": _row("current", 0, current, decision.current, None) | study.get(None, {})
+            "current": candidate_row(self.rule, "current", 0, current, decision.current, None) | study.get(None, {})
             if current is not None
             else None,
             **in_force,
@@ -224,7 +211,7 @@ class TopologySearch:
                 self.gradients.not_finite,
             )
             self._told = True
-        cost = self._cost([], None, 0)
+        cost = self._cost()
         row = self._unchanged(step) | {"skipped": "gradient", "seconds": time.perf_counter() - started}
         self.gradients.clear()
         return Update(row, {}, cost)
@@ -233,38 +220,23 @@ class TopologySearch:
         rng = generator(self._seed, "grown values", step, index)
         return plan(self._layers, swap, self.rule.initialization, rng, self._initial_std)
 
-    def _measure(self, candidate: Plan | None, views: Mapping[str, LayerView], step: int) -> Score:
-        assert self._score is not None
-        wants_gradient = "candidate_gradient" in self.rule.needs
-        with candidate.preview() if candidate else nullcontext(), _evaluating(self._model):
-            with torch.set_grad_enabled(wants_gradient):
-                loss = self._score(step)
-            norms = [0.0]
-            if wants_gradient:
-                values = [layer.values for layer in self.gradients.trained.values()]
-                gradients = torch.autograd.grad(loss, values, allow_unused=True)
-                norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-            topologies = {name: layer.topology for name, layer in self.gradients.trained.items()}
-        known = self.rule.needs & {"gradient", "moments"}
-        if known:
-            source = "training" if "gradient" in known else "moments"
-            changes = candidate.changes if candidate else {}
-            norms = [known_gradient_norm(view, changes.get(name), source) for name, view in views.items()]
-        return Score(float(loss.detach()), diversity(topologies, self._heads), activity(norms))
+    def _plans(self, candidates: Sequence[Candidate], step: int) -> Iterator[tuple[int | None, Plan | None]]:
+        """The current topology, by the index None, and the candidates in the race, one at a time."""
+        yield None, None
+        for i, candidate in enumerate(candidates):
+            if candidate.rejected is None:
+                yield i, self._plan(candidate.swap, step, i)
 
-    def _studied(
-        self, candidates: list[Candidate], current: Score | None, step: int
-    ) -> dict[int | None, dict[str, float]]:
-        """Losses on all validation text, of the current topology under None, where that is asked."""
-        if self._study is None or current is None:
-            return {}
-        plans: dict[int | None, Plan | None] = {None: None}
-        plans |= {i: self._plan(c.swap, step, i) for i, c in enumerate(candidates) if c.rejected is None}
-        found = {}
-        for index, candidate in plans.items():
-            with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
-                found[index] = {"validation_cross_entropy": self._study()}
-        return found
+    def _scored(
+        self, candidates: Sequence[Candidate], views: Mapping[str, LayerView], step: int
+    ) -> tuple[Score | None, list[Score | None]]:
+        """Scores of the current topology and of the candidates; None where there is none."""
+        found: dict[int | None, Score] = {}
+        if self.rule.terms:
+            # The chosen plan is made again, from the same generator.
+            for index, candidate in self._plans(candidates, step):
+                found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)
+        return found.get(None), [found.get(i) for i in range(len(candidates))]
 
     def _moments(self) -> dict[str, Tensor]:
         """The optimizer's average gradient of each layer, where the rule needs it: zeros where a layer has none yet.
@@ -275,17 +247,18 @@ class TopologySearch:
             return {}
         found = {name: average_gradient(self._optimizer, layer.values) for name, layer in self._layers.items()}
         if all(moment is None for moment in found.values()):
+            terms = " and ".join(term.name for term in self.rule.terms if "moments" in term.needs)
+            wanted = f"{terms} (topology.proxy.terms)" if terms else f"rule '{self.rule.name}'"
             raise InputError(
-                f"{type(self._optimizer).__name__} has no average gradient, which activity 'moments' "
-                "(topology.proxy.activity) is taken from: use an optimizer with momentum, 'training' or 'candidate'"
+                f"{type(self._optimizer).__name__} has no average gradient, which {wanted} is taken from: use an "
+                "optimizer with momentum, or another source of the term"
             )
         zeros = {name: torch.zeros_like(self._layers[name].values) for name, moment in found.items() if moment is None}
         return zeros | {name: moment for name, moment in found.items() if moment is not None}
 
-    def _cost(self, scores: list[Score | None], current: Score | None, studied: int) -> SearchCost:
-        forwards = sum(score is not None for score in [current, *scores])
-        backwards = forwards if "candidate_gradient" in self.rule.needs else 0
-        return SearchCost(forwards, backwards, self.gradients.probed(), studied)
+    def _cost(self) -> SearchCost:
+        done = self._scoring
+        return SearchCost(done.forwards, done.backwards, self.gradients.probed(), done.studied)
 
 
 def _plain(value: Any) -> Any:
@@ -293,37 +266,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with every module's own mode given back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _candidate_rows(
-    candidates: list[Candidate], scores: list[Score | None], decision: Decision
-) -> list[dict[str, Any]]:
-    values = decision.scores or (None,) * len(candidates)
-    return [
-        _row(candidate.proposer, candidate.swap.size, score, value, candidate.rejected)
-        for candidate, score, value in zip(candidates, scores, values, strict=True)
-    ]
-
-
-def _row(proposer: str, swaps: int, score: Score | None, value: float | None, rejected: str | None) -> dict[str, Any]:
-    return {
-        "proposer": proposer,
-        "swaps": swaps,
-        "cross_entropy": score.cross_entropy if score else None,
-        "diversity": score.diversity if score else None,
-        "activity": score.activity if score else None,
-        "score": value,
-        "rejected": rejected,
-    }

@@ -44,7 +44,8 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.train.attach import StepHooks
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_lost_or_tied, refuse_ranks, tell_if_still, trained_layers
-from sparsae.train.search import ScoreFunction, StudyFunction, TopologySearch, Update
+from sparsae.train.scoring import ScoreFunction, StudyFunction
+from sparsae.train.search import TopologySearch, Update
 
 
 class SparsifierConfig(Section):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sparsae.core.observation import LayerView, unit_magnitude
+from sparsae.core.observation import LayerView, Need, unit_magnitude
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from sparsae.core.topology import Topology
     from sparsae.kernels.probe import Draw
-    from sparsae.rules.parts.rule import Need
 
 Sampling = Literal["uniform", "grabo", "graest"]
 

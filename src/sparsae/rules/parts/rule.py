@@ -8,7 +8,6 @@ candidate.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from sparsae.config.rules import BurnInConfig, MicroBatchConfig
 from sparsae.config.span import Horizon
 from sparsae.core.cadence import Cadence, Never
-from sparsae.core.observation import Observation
+from sparsae.core.observation import Need, Observation
 from sparsae.core.swap import Swap
+from sparsae.score import Score, Term
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sparsae.core.topology import Topology
     from sparsae.kernels.probe import Draw
 
-Need = Literal["gradient", "gradient_at", "dense_gradient", "moments", "micro_batch_score", "candidate_gradient"]
 State = TypeVar("State")
 
 
@@ -46,22 +45,8 @@ class NoState:
 
 
 @dataclass(frozen=True)
-class Score:
-    """The raw components of the proxy, for one topology: nats, a density, and a gradient norm."""
-
-    cross_entropy: float
-    diversity: float
-    activity: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every component is a number."""
-        return math.isfinite(self.cross_entropy) and math.isfinite(self.diversity) and math.isfinite(self.activity)
-
-
-@dataclass(frozen=True)
 class Decision:
-    """The rule's choice (an index, None: stay), and the proxy's value of each candidate and of the current topology."""
+    """The rule's choice (an index, None: stay), and the combined score of each candidate and of the current one."""
 
     chosen: int | None
     scores: tuple[float | None, ...] = ()
@@ -72,9 +57,10 @@ class Rule(ABC, Generic[State]):
     """A topology rule: `when` its updates come, and what `ask` proposes.
 
     `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON. moves: whether it ever changes the
-    topology. needs: what has to be captured for it. accumulate: over which backward passes of a step a "dense_gradient"
-    is taken. prunes: whether the model shrinks, as fast as `when` says. micro_batch: the held-out sequences that score
-    its candidates, where it needs scores. initialization: values of grown units (see `surgery.plan`). burn_in: the
+    topology. needs: what has to be captured for it, and for its terms. terms: what its candidates and the current
+    topology are scored by; none: they are not. accumulate: over which backward passes of a step a "dense_gradient" is
+    taken. prunes: whether the model shrinks, as fast as `when` says. micro_batch: the held-out sequences that score its
+    candidates, where it needs their loss. initialization: values of grown units (see `surgery.plan`). burn_in: the
     gradient steps after a change. declines: whether an update may leave the topology as it is since no candidate is
     better.
     """
@@ -82,6 +68,7 @@ class Rule(ABC, Generic[State]):
     when: Cadence = Never()
     moves: bool = True
     needs: frozenset[Need] = frozenset()
+    terms: Sequence[Term[Any]] = ()
     accumulate: Literal["last", "sum"] = "last"
     prunes: bool = False
     initialization: str = "zero"

@@ -12,7 +12,8 @@ from sparsae.core.cadence import Cadence
 from sparsae.core.observation import Observation
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
-from sparsae.rules.parts.rule import Candidate, Decision, Rule, Score
+from sparsae.rules.parts.rule import Candidate, Decision, Rule
+from sparsae.score import Score
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class Several(Rule[SeveralState]):
         moving = [rule for rule in rules_ if rule.moves]
         if pruning := next((rule.name for rule in rules_ if rule.prunes), None):
             raise InputError(f"rule '{pruning}' prunes, which it can do only over the whole model: leave `rules` out")
-        if len(scored := [rule for rule in moving if rule.micro_batch]) > 1:
+        if len(scored := [rule for rule in moving if rule.terms]) > 1:
             raise InputError(
                 f"rules '{scored[0].name}' and '{scored[1].name}' both compare candidates by scores: let one of them do"
             )
@@ -72,6 +73,7 @@ class Several(Rule[SeveralState]):
                 "steps: give both the same"
             )
         self.micro_batch = scored[0].micro_batch if scored else None
+        self.terms = scored[0].terms if scored else ()
         dense = [rule for rule in moving if "dense_gradient" in rule.needs]
         self.accumulate = _common("accumulate", dense, lambda rule: rule.accumulate, "last")
         self.initialization = _common("initialization", moving, lambda rule: rule.initialization, "zero")
@@ -135,8 +137,8 @@ class Several(Rule[SeveralState]):
         progress: float,
     ) -> tuple[Decision, SeveralState]:
         rules = list(self.rules.values())
-        judge = next((i for i, rule in enumerate(rules) if rule.micro_batch), 0)
-        if current is None or not rules[judge].micro_batch:
+        judge = next((i for i, rule in enumerate(rules) if rule.terms), 0)
+        if current is None or not rules[judge].terms:
             return Rule.tell(self, candidates, scores, current, state, progress)
         decision, own = rules[judge].tell(candidates, scores, current, state.states[judge], progress)
         states = (*state.states[:judge], own, *state.states[judge + 1 :])

@@ -1,0 +1,135 @@
+"""The score of a topology: the values of a rule's terms, with the model as it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsae.core.observation import LayerView
+from sparsae.nn.linear import SparseLinear
+from sparsae.rules.parts.rule import Candidate, Decision, Rule
+from sparsae.score import Score, Trial
+from sparsae.surgery import Plan
+
+# The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
+ScoreFunction = Callable[[int], Tensor]
+# The mean cross entropy of the model as it is on all validation text, to compare scores with.
+StudyFunction = Callable[[], float]
+
+
+class Passes:
+    """The forward and the backward pass of one topology on the micro-batch, made when a term first asks for them.
+
+    values: the parameters whose gradients are wanted, by layer; None: there will be no backward pass.
+    """
+
+    def __init__(self, loss: Callable[[], Tensor], values: Mapping[str, Tensor] | None) -> None:
+        self._loss, self._values = loss, values
+        self.forwards, self.backwards = 0, 0
+
+    def loss(self) -> float:
+        """In nats."""
+        return float(self._forward.detach())
+
+    def gradient_norms(self) -> dict[str, float]:
+        """By layer; 0 where the loss does not depend on it."""
+        assert self._values is not None
+        gradients = torch.autograd.grad(self._forward, list(self._values.values()), allow_unused=True)
+        self.backwards += 1
+        norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
+        return dict(zip(self._values, norms, strict=True))
+
+    @cached_property
+    def _forward(self) -> Tensor:
+        self.forwards += 1
+        with torch.set_grad_enabled(self._values is not None):
+            return self._loss()
+
+
+class Scoring:
+    """Scores topologies of a model.
+
+    forwards, backwards, studied: passes on the micro-batch, and topologies on all validation text, since `forget`.
+    """
+
+    def __init__(self, model: nn.Module, score: ScoreFunction | None, study: StudyFunction | None) -> None:
+        self._model, self._score, self._study = model, score, study
+        self.forwards, self.backwards, self.studied = 0, 0, 0
+
+    def forget(self) -> None:
+        """Count from 0."""
+        self.forwards, self.backwards, self.studied = 0, 0, 0
+
+    def score(
+        self,
+        rule: Rule[Any],
+        candidate: Plan | None,
+        views: Mapping[str, LayerView],
+        layers: Mapping[str, SparseLinear],
+        step: int,
+    ) -> Score:
+        """The rule's terms of a candidate, or of the current topology (None)."""
+        passes, with_gradient = None, "candidate_gradient" in rule.needs
+        if with_gradient or "loss" in rule.needs:
+            assert self._score is not None
+            values = {name: layer.values for name, layer in layers.items()} if with_gradient else None
+            passes = Passes(partial(self._score, step), values)
+        trial = Trial(
+            views,
+            candidate.changes if candidate else {},
+            forward=passes.loss if passes else None,
+            backward=passes.gradient_norms if passes and with_gradient else None,
+        )
+        with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
+            score = {term.name: term.value(trial) for term in rule.terms}
+        if passes:
+            self.forwards += passes.forwards
+            self.backwards += passes.backwards
+        return score
+
+    def study(self, plans: Iterable[tuple[int | None, Plan | None]]) -> dict[int | None, dict[str, float]]:
+        """Losses of topologies on all validation text, by index, where that is asked; None is the current topology."""
+        found: dict[int | None, dict[str, float]] = {}
+        if self._study is None:
+            return found
+        for index, candidate in plans:
+            with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
+                found[index] = {"validation_cross_entropy": self._study()}
+        self.studied += len(found)
+        return found
+
+
+def candidate_rows(
+    rule: Rule[Any], candidates: Sequence[Candidate], scores: Sequence[Score | None], decision: Decision
+) -> list[dict[str, Any]]:
+    """Each candidate for the metrics."""
+    values = decision.scores or (None,) * len(candidates)
+    return [
+        candidate_row(rule, candidate.proposer, candidate.swap.size, score, value, candidate.rejected)
+        for candidate, score, value in zip(candidates, scores, values, strict=True)
+    ]
+
+
+def candidate_row(
+    rule: Rule[Any], proposer: str, swaps: int, score: Score | None, value: float | None, rejected: str | None
+) -> dict[str, Any]:
+    """One topology that was or might have been scored, for the metrics: its terms by name, null where they are not."""
+    terms = dict.fromkeys(term.name for term in rule.terms) if score is None else dict(score)
+    return {"proposer": proposer, "swaps": swaps, **terms, "score": value, "rejected": rejected}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own mode given back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
