@@ -69,7 +69,7 @@ def test_one_of_them_may_compare_candidates() -> None:
     for _ in range(9):
         run_steps(model, optimizer, sparsifier, 1)
         updates.append(sparsifier.search.state)
-    assert updates[-1].states[0].running.count > 0
+    assert updates[-1].states[0].running.terms["cross_entropy"].count > 0
     restored = same.state_from_dict(json.loads(json.dumps(dataclasses.asdict(updates[-1]))))
     assert restored == updates[-1]
 
