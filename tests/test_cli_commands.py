@@ -30,7 +30,17 @@ SUMMARY = {
 PLAN = {
     "parameters_dense": 1000,
     "parameters": 190,
-    "layers": [{"name": "h.0.attn", "out": 30, "in": 10, "nnz": 30, "density": 0.1}],
+    "layers": [
+        {
+            "name": "h.0.attn",
+            "out": 30,
+            "in": 10,
+            "nnz": 30,
+            "density": 0.1,
+            "density_factor": 1.0,
+            "density_cut": False,
+        }
+    ],
     "train_flops_per_step": 10,
     "train_flops": 2_000_000_000_000_000,
     "train_flops_dense_equivalent": 20_000_000_000_000_000,

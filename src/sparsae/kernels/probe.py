@@ -21,7 +21,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from sparsae.core.ranking import largest
+from sparsae.core.ranking import smallest
 from sparsae.kernels.backend import Backend, Layout
 
 _numbers = itertools.count()
@@ -179,8 +179,9 @@ class LargestGradients(Probe):
         # What is no number counts as infinite, so that whoever asked sees it, and nothing is less than the active ones.
         magnitude.nan_to_num_(nan=math.inf, posinf=math.inf)
         magnitude.index_fill_(0, layout.indices.long(), -1.0)
-        units = largest(magnitude, min(self._count, self.positions))
-        self.units, self.gradient = units.to(layout.indices.dtype), magnitude[units]
+        # In place, so that no second tensor of the dense weight's size exists.
+        units = smallest(magnitude.neg_(), min(self._count, self.positions))
+        self.units, self.gradient = units.to(layout.indices.dtype), magnitude[units].neg_()
 
 
 def new_key() -> Tensor:
