@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsae.config.rules import RuleConfig as RuleConfig
+    from sparsae.config.rules import TermConfig as TermConfig
     from sparsae.config.span import Span as Span
     from sparsae.core.cadence import Cadence as Cadence
     from sparsae.core.cadence import Cubic as Cubic
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sparsae.optim import parameter_groups as parameter_groups
     from sparsae.parameterization import Parameterization as Parameterization
     from sparsae.registry import RULES as RULES
+    from sparsae.registry import TERMS as TERMS
     from sparsae.rules.parts.drop import Drop as Drop
     from sparsae.rules.parts.drop import RandomDrop as RandomDrop
     from sparsae.rules.parts.drop import SmallestMagnitude as SmallestMagnitude
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from sparsae.rules.parts.rule import Candidate as Candidate
     from sparsae.rules.parts.rule import Decision as Decision
     from sparsae.rules.parts.rule import Rule as Rule
+    from sparsae.score import Term as Term
+    from sparsae.score import Trial as Trial
     from sparsae.train.sparsifier import Sparsifier as Sparsifier
     from sparsae.train.sparsifier import SparsifierConfig as SparsifierConfig
 
@@ -86,7 +90,11 @@ _HOMES = {
     "Sparsifier": "sparsae.train.sparsifier",
     "SparsifierConfig": "sparsae.train.sparsifier",
     "Swap": "sparsae.core.swap",
+    "TERMS": "sparsae.registry",
+    "Term": "sparsae.score",
+    "TermConfig": "sparsae.config.rules",
     "Topology": "sparsae.core.topology",
+    "Trial": "sparsae.score",
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
     "parameter_groups": "sparsae.optim",
