@@ -232,7 +232,7 @@ def test_what_it_declares_fits_together(case: str) -> None:
     settings = settings_of(case)
     rule = build_rule(settings)
     assert rule.needs <= set(get_args(Need))
-    assert ("micro_batch_score" in rule.needs) == (rule.micro_batch is not None)
+    assert ("loss" in rule.needs) == (rule.micro_batch is not None)
     assert rule.prunes == (settings.first_sparsity is not None)
     for horizon in HORIZONS:
         units = [rule.active_units(1000, 200, step, horizon) for step in range(1, horizon.steps + 1)]
