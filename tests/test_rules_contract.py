@@ -24,7 +24,7 @@ from sparsae.config import BurnInConfig, MicroBatchConfig, ParameterizationConfi
 from sparsae.config.load import about, methods, resolve
 from sparsae.config.span import Horizon
 from sparsae.core.heads import HeadLayout
-from sparsae.core.observation import Observation, head_counts
+from sparsae.core.observation import Captured, Observation, PastValues, head_counts
 from sparsae.core.randomness import generator
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
@@ -32,7 +32,8 @@ from sparsae.nn.tensors import model_tensors
 from sparsae.parameterization import Parameterization
 from sparsae.registry import RULES
 from sparsae.rules import build_rule
-from sparsae.rules.parts.rule import Candidate, Decision, Need, Rule, Score
+from sparsae.rules.parts.rule import Candidate, Decision, Rule
+from sparsae.score import Score
 from sparsae.train.plan import count_flops, untrained
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import OPTIMIZERS, config_of, frequent, run_steps, score_of
@@ -231,7 +232,7 @@ def test_updates_come_when_its_cadence_says_so(case: str) -> None:
 def test_what_it_declares_fits_together(case: str) -> None:
     settings = settings_of(case)
     rule = build_rule(settings)
-    assert rule.needs <= set(get_args(Need))
+    assert {need for need in rule.needs if not isinstance(need, PastValues)} <= set(get_args(Captured))
     assert ("loss" in rule.needs) == (rule.micro_batch is not None)
     assert rule.prunes == (settings.first_sparsity is not None)
     for horizon in HORIZONS:
@@ -364,15 +365,16 @@ def test_it_never_chooses_what_is_rejected_or_scored_with_no_number(case: str) -
     run = watched(case, (1, 1))
     asked = run.asked[0]
     proposed = [*asked.first, *asked.first]
-    nan = Score(math.nan, 0.0, 0.0)
+    names = [term.name for term in run.rule.terms]
+    nan = dict.fromkeys(names, math.nan)
 
     def told(candidates: list[Candidate], scores: list[Score | None]) -> Decision:
-        current = Score(1.0, 0.0, 0.0) if run.rule.micro_batch else None
+        current = dict.fromkeys(names, 1.0) if names else None
         return run.rule.tell(candidates, scores, current, asked.state, asked.observation.progress)[0]
 
     rejected = [dataclasses.replace(candidate, rejected="bounds") for candidate in proposed]
     assert told(rejected, [None] * len(proposed)).chosen is None
     if run.rule.micro_batch:
         assert told(proposed, [nan] * len(proposed)).chosen is None
-        best = [*([nan] * (len(proposed) - 1)), Score(0.5, 0.0, 0.0)]
+        best = [*([nan] * (len(proposed) - 1)), dict.fromkeys(names, 0.5)]
         assert told(proposed, [*best]).chosen == len(proposed) - 1

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsae.config.load import json_schema, resolve
+from sparsae.config.load import dump, json_schema, resolve
 from sparsae.config.rules import TermConfig
 from sparsae.core.heads import HeadLayout
-from sparsae.core.observation import LayerView
+from sparsae.core.observation import LayerView, PastValues
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
@@ -31,6 +35,7 @@ from sparsae.score import Running, Score, Term, Trial, combine
 from sparsae.surgery import Change, plan
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import mlp, score_of
+from tests.runs import config_of, rows, write_text
 
 NAMES = TERMS.names()
 
@@ -76,6 +81,7 @@ def view_of(layer: SparseLinear, needs: frozenset[Any], seed: int) -> LayerView:
         sample=sample if needs & {"gradient_at", "dense_gradient"} else None,
         sample_gradient=drawn(sample.numel()) if needs & {"gradient_at", "dense_gradient"} else None,
         active_gradient=drawn(topology.count).abs() if "dense_gradient" in needs else None,
+        past={need.steps: drawn(topology.count) for need in needs if isinstance(need, PastValues)},
     )
 
 
@@ -98,6 +104,7 @@ def trial_of(needs: frozenset[Any], unit: tuple[int, int] = (1, 1), *, changed: 
 def tensors_of(trial: Trial) -> list[Tensor]:
     parts: list[LayerView | Change] = [*trial.views.values(), *trial.changes.values()]
     found = [value for part in parts for value in vars(part).values()]
+    found += [values for view in trial.views.values() for values in view.past.values()]
     found += [value.indices for value in found if isinstance(value, Topology)]
     return [value.clone() for value in found if isinstance(value, Tensor)]
 
@@ -309,3 +316,46 @@ def test_known_gradients_count_kept_and_sampled_units() -> None:
     # Unit 4 stays (3), unit 5 was sampled (20), unit 3 was not.
     assert by_source["training"].value(candidate) == pytest.approx(math.sqrt(9 + 400))
     assert by_source["moments"].value(candidate) == pytest.approx(0.3)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "own-term.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_the_term_of_the_page_is_trained_with_and_reported_once_it_is_installed(tmp_path: Path) -> None:
+    """The page's first block in a package with the page's entry point; nothing else names the term."""
+    (file, *_) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(file.splitlines()) <= 30
+    site = tmp_path / "site"
+    (site / "somebodys-1.0.dist-info").mkdir(parents=True)
+    (site / "dead_outputs.py").write_text(file, "utf-8")
+    (site / "somebodys-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\n")
+    entry = "[sparsae.terms]\ndead_outputs = dead_outputs\n"
+    (site / "somebodys-1.0.dist-info" / "entry_points.txt").write_text(entry)
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, "-m", "sparsae", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    added = "topology.proxy.terms.dead_outputs.weight=0.1"
+    assert "weight of the share of dead outputs" in run("train", "--print-config", "--set", added)
+    config = config_of(write_text(tmp_path / "text"), tmp_path / "cache")
+    (tmp_path / "settings.yaml").write_text(dump(config), "utf-8")
+    out = tmp_path / "run"
+    run("train", str(tmp_path / "settings.yaml"), "--set", added, "--out", str(out))
+    updates = [row for row in rows(out) if row["kind"] == "topology" and row["candidates"]]
+    assert updates
+    assert all(0 <= candidate["dead_outputs"] <= 1 for update in updates for candidate in update["candidates"])
+    assert "Dead outputs" in (out / "report.html").read_text("utf-8")
+
+
+def test_no_registered_file_imports_torch() -> None:
+    code = (
+        "import sys; from sparsae.registry import RULES, TERMS; "
+        "[r[name].build(r[name].settings()) for r in (RULES, TERMS) for name in r.own_names()]; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sparsae.config.span import Horizon
@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from sparsae.core.heads import HeadLayout
     from sparsae.core.topology import Topology
 
+
+@dataclass(frozen=True)
+class PastValues:
+    """A need: values of `steps` optimizer steps before an update, or of right after the last one if that is later."""
+
+    steps: int
+
+
 # What has to be captured for an update, of the training step before it: gradients at active units ("gradient"), at
 # sampled inactive ones ("gradient_at"), the largest of all ("dense_gradient"), the optimizer's averages ("moments"). Of
 # each topology that is scored: its loss on held-out text ("loss"), and the gradient of that ("candidate_gradient").
-Need = Literal["gradient", "gradient_at", "dense_gradient", "moments", "loss", "candidate_gradient"]
+Captured = Literal["gradient", "gradient_at", "dense_gradient", "moments", "loss", "candidate_gradient"]
+Need = Captured | PastValues
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +36,9 @@ class LayerView:
     values, gradient (of the last backward pass) and moment (the optimizer's average gradient) have the topology's
     values_shape; sample holds inactive units and sample_gradient the gradients there. Under "dense_gradient" these are
     the units with the largest gradients, and sample_gradient (n,) and active_gradient (count,) are magnitudes, of the
-    same backward passes. bounds are (k_min, k_max) in units, head_floor the least active units of a head, ends the
-    layer's units at the start and by its budget at the end of a run that prunes. What the rule did not declare is None.
+    same backward passes. past: values from before, by the steps of each `PastValues`. bounds are (k_min, k_max) in
+    units, head_floor the least active units of a head, ends the layer's units at the start and by its budget at the end
+    of a run that prunes. What the rule did not declare is None.
     """
 
     topology: Topology
@@ -42,6 +52,7 @@ class LayerView:
     sample_gradient: Tensor | None = None
     active_gradient: Tensor | None = None
     ends: tuple[int, int] | None = None
+    past: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def magnitude(self) -> Tensor:

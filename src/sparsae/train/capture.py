@@ -147,7 +147,7 @@ class GradientCapture:
         self.close()
         self.views, self.norms, self.probes = None, {}, {}
 
-    def _probed(self, name: str) -> dict[str, Tensor]:
+    def _probed(self, name: str) -> dict[str, Any]:
         """What a layer's probe saw, as fields of its view: nothing of one that took no part in the backward pass."""
         probe, layer = self.probes.get(name), self._layers[name]
         if probe is None:

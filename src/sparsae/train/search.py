@@ -24,6 +24,7 @@ from sparsae.rules.parts.rule import Candidate, Rule
 from sparsae.score import Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
 from sparsae.train.capture import GradientCapture
+from sparsae.train.past import PastCapture
 from sparsae.train.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.train.telemetry import TopologyTelemetry
 
@@ -95,6 +96,7 @@ class TopologySearch:
         self.gradients = GradientCapture(
             model, layers, optimizer, heads, head_floors, horizon=horizon, passes=passes, seed=seed
         )
+        self._past = PastCapture(layers, horizon)
         self.waiting = False
         self._told = False
 
@@ -108,6 +110,7 @@ class TopologySearch:
         Raises InputError as `GradientCapture.arm` does.
         """
         self.gradients.clear()
+        self._past.follow(self.rule, step - 1, waiting=self.waiting)
         if self.due(step):
             self.gradients.arm(self.rule, self.state, step, self.ends)
 
@@ -131,7 +134,9 @@ class TopologySearch:
             return self._postponed(step, started)
         moments = self._moments()
         views = {
-            name: LayerView(**{**vars(view), "values": self._layers[name].values.data, "moment": moments.get(name)})
+            name: dataclasses.replace(
+                view, values=self._layers[name].values.data, moment=moments.get(name), past=self._past.of(name)
+            )
             for name, view in seen.items()
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
@@ -177,12 +182,14 @@ class TopologySearch:
             "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
             "ends": {name: list(ends) for name, ends in self.ends.items()},
             "telemetry": self.telemetry.state_dict(),
+            "past": self._past.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From `state_dict`, of the same rule and the layers as they are. Raises InputError for anything else."""
-        require_state("TopologySearch", state, ("rule", "waiting", "bounds", "ends", "telemetry"))
+        require_state("TopologySearch", state, ("rule", "waiting", "bounds", "ends", "telemetry", "past"))
         self.telemetry.load_state_dict(state["telemetry"])
+        self._past.load_state_dict(state["past"])
         self.state = self.rule.state_from_dict(state["rule"])
         self.waiting = bool(state["waiting"])
         self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}
