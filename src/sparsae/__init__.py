@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparsae.core.heads import HeadLayout as HeadLayout
     from sparsae.core.observation import LayerView as LayerView
     from sparsae.core.observation import Observation as Observation
+    from sparsae.core.observation import PastValues as PastValues
     from sparsae.core.swap import Swap as Swap
     from sparsae.core.topology import Topology as Topology
     from sparsae.errors import InputError as InputError
@@ -77,6 +78,7 @@ _HOMES = {
     "Observation": "sparsae.core.observation",
     "Once": "sparsae.core.cadence",
     "Parameterization": "sparsae.parameterization",
+    "PastValues": "sparsae.core.observation",
     "Periodic": "sparsae.core.cadence",
     "Pruning": "sparsae.rules.parts.pruning",
     "RULES": "sparsae.registry",
