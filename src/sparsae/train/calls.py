@@ -122,18 +122,20 @@ def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Op
     return trained
 
 
-def refuse_lost_or_tied(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
-    """Raise InputError for a layer whose connections cannot move alone: not in the model now, or with another's values.
-
-    What moved would be no weight of the model, or would move the other layer's values to other places.
-    """
+def refuse_lost(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError for a layer that is not in the model now: whatever was done to it would be lost."""
     present = {id(module) for module in model.modules()}
+    if lost := [name for name, layer in layers.items() if id(layer) not in present]:
+        raise InputError(
+            f"layer {lost[0]} was replaced in the model since Sparsifier was made (densify, sparsify): make another "
+            "Sparsifier, and close() this one"
+        )
+
+
+def refuse_tied(layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError for a layer with another's values, which would move with its own to other places."""
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        if id(layer) not in present:
-            raise InputError(
-                f"layer {name} was replaced in the model since Sparsifier was made: make the Sparsifier afterwards"
-            )
         other = owners.setdefault(id(layer.values), name)
         if other != name:
             raise InputError(

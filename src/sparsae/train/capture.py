@@ -18,7 +18,7 @@ from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Rule
-from sparsae.train.calls import refuse_lost_or_tied, trained_layers
+from sparsae.train.calls import refuse_lost, refuse_tied, trained_layers
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class GradientCapture:
         layers were frozen or not while a rule prunes that counted otherwise.
         """
         self.trained = trained_layers(self._layers, self._optimizer)
-        refuse_lost_or_tied(self._model, self._layers)
+        refuse_lost(self._model, self._layers)
+        refuse_tied(self._layers)
         if ends and (other := sorted(set(self.trained) ^ set(ends))):
             raise InputError(
                 f"layer {other[0]} was frozen or unfrozen since pruning began, which counts on the layers that trained "

@@ -86,19 +86,23 @@ class TopologySearch:
 
         passes: backward passes an optimizer step. initial_std: as `surgery.plan` has it.
         """
-        self.rule = rule
-        self.state = rule.initial_state()
         self.telemetry = TopologyTelemetry(layers, heads)
         self._layers, self._optimizer, self._teacher = layers, optimizer, teacher
-        self.bounds, self.ends = dict(bounds), dict(ends)
         self._scoring, self._initial_std = Scoring(model, score, study), initial_std
         self._horizon, self._seed = horizon, seed
         self.gradients = GradientCapture(
             model, layers, optimizer, heads, head_floors, horizon=horizon, passes=passes, seed=seed
         )
         self._past = PastCapture(layers, horizon)
-        self.waiting = False
         self._told = False
+        self.use(rule, bounds, ends)
+
+    def use(self, rule: Rule[Any], bounds: Mapping[str, tuple[int, int]], ends: Mapping[str, tuple[int, int]]) -> None:
+        """Begin with a rule: an update that another one waited for is given up."""
+        self.rule, self.state = rule, rule.initial_state()
+        self.bounds, self.ends = dict(bounds), dict(ends)
+        self.waiting = False
+        self.gradients.clear()
 
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1."""

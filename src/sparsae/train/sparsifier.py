@@ -23,18 +23,16 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from sparsae.config.density import Density
-from sparsae.config.rules import AnyRule, default_rule
+from sparsae.config.rules import AnyRule, RuleConfig, default_rule
 from sparsae.config.schema import TeacherConfig
 from sparsae.config.section import Count, Section, Share
 from sparsae.config.span import Horizon
-from sparsae.core.budgets import density_bounds, density_factors
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
 from sparsae.errors import InputError, require_state
-from sparsae.nn.initial import Limits
-from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.sparsify import check_heads, layer_counts
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import check_heads
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import refuse_unsupported
 from sparsae.parameterization import Parameterization
@@ -42,8 +40,9 @@ from sparsae.registry import RULES
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.attach import StepHooks
+from sparsae.train.bounds import head_floors, layer_bounds, layer_ends, whole_heads
 from sparsae.train.burn_in import BurnIn
-from sparsae.train.calls import LoopCalls, refuse_lost_or_tied, refuse_ranks, tell_if_still, trained_layers
+from sparsae.train.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
 from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
 
@@ -71,6 +70,11 @@ class SparsifierConfig(Section):
     )
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @property
+    def horizon(self) -> Horizon:
+        """How long the training is."""
+        return Horizon(self.steps, self.steps_per_epoch)
+
     @field_validator("topology", mode="before")
     @classmethod
     def _a_name_is_no_rule(cls, topology: object) -> object:
@@ -86,9 +90,9 @@ class Sparsifier:
     """Searches the topology of a sparsified model while somebody trains it, and keeps its teacher.
 
     model: a model with `SparseLinear` layers. optimizer: any torch optimizer over its parameters. rule: anybody's rule,
-    in the place of that which `config.topology` names. score: the mean cross
-    entropy (a scalar that autograd can differentiate) of the model on held-out data, given the step; the same data for
-    equal steps. Without it an update proposes one candidate and takes it. heads: attention head layouts by layer name.
+    in the place of that which `config.topology` names. score: the mean cross entropy (a scalar that autograd can
+    differentiate) of the model on held-out data, given the step; the same data for equal steps. Without it an update
+    proposes one candidate and takes it. heads: attention head layouts by layer name.
     parameterization: what the optimizer's groups were made for, if anything; grown weights that start "normal" need it.
     teacher: one of this model that exists already, in the place of one by `config.teacher`.
 
@@ -114,57 +118,38 @@ class Sparsifier:
         parameterization: Parameterization | None = None,
         teacher: Teacher | None = None,
     ) -> None:
-        self.config = config
-        self.step = 0
+        self.config, self.step = config, 0
         self._hooks: StepHooks | None = None
+        self._is_closed = False
         self._model, self._optimizer = model, optimizer
+        self._has_score, self._parameterization = score is not None, parameterization
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
-        trained = trained_layers(self._layers, optimizer)
-        rule = build_rule(config.topology, config.rules) if rule is None else rule
-        rule.refuse_layers(self._layers)
-        if not trained and rule.moves:
-            raise InputError(
-                "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
-                "unfreeze one, or take StaticConfig() as topology"
-            )
+        rule, ends = self._admitted(build_rule(config.topology, config.rules) if rule is None else rule, config)
+        heads = check_heads(heads, config.head_min_density, self._layers)
+        floors = head_floors(self._layers, heads, config)
         self.teacher = Teacher(model, config.teacher) if teacher is None and config.teacher.enabled else teacher
-        rule = rule if score is not None else rule.without_scores()
-        refuse_ranks(rule)
-        if rule.moves:
-            refuse_lost_or_tied(model, self._layers)
-            refuse_unsupported(optimizer, trained)
-        self._calls = LoopCalls(rule, self._layers, optimizer)
-        ends = self._ends(rule, trained)
-        if rule.initialization == "normal" and parameterization is None:
-            raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
-        self._parameterization = parameterization
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
         self._follow_density()
-        self._burn_in = BurnIn(rule.burn_in, self._layers)
-        heads = check_heads(heads, config.head_min_density, self._layers)
-        head_floors = self._head_floors(heads)
-        heads = {name: layout for name, layout in heads.items() if not self._crosses(name, layout)}
         self.search = TopologySearch(
             model,
             self._layers,
             rule,
             optimizer=optimizer,
             teacher=self.teacher.layers if self.teacher else None,
-            bounds=self._bounds(),
+            bounds=layer_bounds(self._layers, config),
             ends=ends,
-            heads=heads,
-            head_floors=head_floors,
+            heads=whole_heads(self._layers, heads),
+            head_floors=floors,
             score=score,
             study=study,
             initial_std=self._initial_std if parameterization else None,
-            horizon=Horizon(config.steps, config.steps_per_epoch),
+            horizon=config.horizon,
             passes=config.accumulation,
             seed=config.seed,
         )
-        tell_if_still(rule, Horizon(config.steps, config.steps_per_epoch))
-        self.search.arm(1)
+        self._begin(rule)
 
     @property
     def burning_in(self) -> bool:
@@ -191,6 +176,29 @@ class Sparsifier:
         self._refuse_attached("after_step")
         return self._after_step()
 
+    def set_rule(self, rule: Rule[Any] | RuleConfig, *, sparsity: float | None = None) -> None:
+        """Search by another rule from the next step on; call it between two steps, before the backward pass.
+
+        The rule begins with its first state, and with bounds around the densities that layers have now. Steps,
+        telemetry and teacher go on; a burn-in, and an update that waits for finite gradients, are given up. sparsity:
+        where a rule that prunes ends; None: the rule keeps the model's.
+
+        Raises InputError as the constructor does; then nothing has changed.
+        """
+        self._refuse_closed("set_rule")
+        density = {} if sparsity is None else self.config.density
+        changes: dict[str, Any] = {"rules": {}, "sparsity": sparsity, "density": density}
+        if isinstance(rule, RuleConfig):
+            changes["topology"] = rule
+        elif not isinstance(rule, Rule):
+            raise InputError(f"rule: must be a Rule or the settings of one, such as SetConfig(), not {rule!r}")
+        config = SparsifierConfig(**{**dict(self.config), **changes})
+        made = build_rule(rule) if isinstance(rule, RuleConfig) else rule
+        admitted, ends = self._admitted(made, config)
+        self.config = config
+        self.search.use(admitted, layer_bounds(self._layers, config), ends)
+        self._begin(admitted)
+
     def attach(self, on_update: Callable[[Update], object] | None = None) -> Self:
         """Let the optimizer's step call `before_step` and `after_step` from now on; returns the Sparsifier.
 
@@ -198,6 +206,7 @@ class Sparsifier:
         skips does not count. Raises InputError where this Sparsifier, or another over the same layers, is attached
         already, and for an optimizer without step hooks.
         """
+        self._refuse_closed("attach")
         if self._hooks is not None:
             raise InputError("this Sparsifier is attached already")
         mine = {id(layer) for layer in self._layers.values()}
@@ -220,13 +229,52 @@ class Sparsifier:
             self._hooks = None
             _ATTACHED.discard(self)
 
+    def close(self) -> None:
+        """End the search: hooks and probes are gone, and the topology stays as it is. The teacher may still be used."""
+        self.detach()
+        self.search.gradients.clear()
+        self._is_closed = True
+
+    def _refuse_closed(self, call: str) -> None:
+        if self._is_closed:
+            raise InputError(f"{call}() of a Sparsifier that was closed: make another one")
+
     def _refuse_attached(self, call: str) -> None:
+        self._refuse_closed(call)
         if self._hooks is not None:
             raise InputError(
                 f"{call}() of a Sparsifier that is attached: optimizer.step() makes its calls, so leave yours out"
             )
 
+    def _admitted(self, rule: Rule[Any], config: SparsifierConfig) -> tuple[Rule[Any], dict[str, tuple[int, int]]]:
+        """The rule as it can serve here, and where its layers end. Raises InputError for one that cannot."""
+        trained = trained_layers(self._layers, self._optimizer)
+        rule.refuse_layers(self._layers)
+        if not trained and rule.moves:
+            raise InputError(
+                "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
+                "unfreeze one, or take StaticConfig() as topology"
+            )
+        rule = rule if self._has_score else rule.without_scores()
+        refuse_ranks(rule)
+        refuse_lost(self._model, self._layers)
+        if rule.moves:
+            refuse_tied(self._layers)
+            refuse_unsupported(self._optimizer, trained)
+        ends = layer_ends(rule, self._layers, trained, config)
+        if rule.initialization == "normal" and self._parameterization is None:
+            raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
+        return rule, ends
+
+    def _begin(self, rule: Rule[Any]) -> None:
+        """With a rule that was admitted, before the backward pass of the next step."""
+        self._calls = LoopCalls(rule, self._layers, self._optimizer)
+        self._burn_in = BurnIn(rule.burn_in, self._layers)
+        tell_if_still(rule, self.config.horizon)
+        self.search.arm(self.step + 1)
+
     def _before_step(self, scale: Tensor | None) -> None:
+        refuse_lost(self._model, self._layers)
         self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
         self.search.capture(self.step + 1, scale)
         self._burn_in.before_step(self._optimizer)
@@ -301,61 +349,6 @@ class Sparsifier:
         assert self._parameterization is not None
         density = topology.density if self._parameterization.dynamic else self._initial_densities[name]
         return self._parameterization.initial_std(self._parameterization.role(name), density)
-
-    def _crosses(self, name: str, heads: HeadLayout) -> bool:
-        """Whether blocks of a layer cross two heads, which then cannot be told apart."""
-        b_out, b_in = self._layers[name].unit
-        return heads.size % (b_out if heads.axis == "out" else b_in) != 0
-
-    def _bounds(self) -> dict[str, tuple[int, int]]:
-        topologies = {name: layer.topology for name, layer in self._layers.items()}
-        density = sum(t.count for t in topologies.values()) / sum(t.units for t in topologies.values())
-        low, high = self._densities(density if self.config.sparsity is None else 1.0 - self.config.sparsity)
-        bounds = {}
-        for name, topology in topologies.items():
-            k_min, k_max = density_bounds(topology.units, low, high)
-            # A layer that starts outside its bounds widens them to where it is.
-            bounds[name] = (min(k_min, topology.count), max(k_max, topology.count))
-        return bounds
-
-    def _densities(self, density: float) -> tuple[float, float]:
-        """(k_min, k_max) as densities, for a model of that density."""
-        low = density / 4 if self.config.min_density is None else self.config.min_density
-        high = min(1.0, 4 * density) if self.config.max_density is None else self.config.max_density
-        return low, high
-
-    def _ends(self, rule: Rule[Any], layers: Mapping[str, SparseLinear]) -> dict[str, tuple[int, int]]:
-        """Each trained layer's units now and at the end, of a rule that prunes."""
-        config, rule_name = self.config, rule.name
-        if rule.prunes == (config.sparsity is None):
-            raise InputError(
-                f"rule '{rule_name}' prunes: set the sparsity where it ends"
-                if rule.prunes
-                else f"rule '{rule_name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}"
-            )
-        if config.sparsity is None:
-            if config.density:
-                raise InputError(f"rule '{rule_name}' keeps the layers' densities: give density to sparsify() alone")
-            return {}
-        if config.head_min_density:
-            raise InputError(f"rule '{rule_name}' prunes without regard to heads: set head_min_density to 0")
-        shapes, unit = {name: layer.topology.shape for name, layer in layers.items()}, next(iter(layers.values())).unit
-        now = {name: layer.topology.count for name, layer in layers.items()}
-        # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.
-        if sum(now.values()) < round((1.0 - config.sparsity) * sum(layer.topology.units for layer in layers.values())):
-            raise InputError(f"rule '{rule_name}' prunes to sparsity {config.sparsity:g}: the model is sparser already")
-        densities = self._densities(1.0 - config.sparsity)
-        factors = density_factors(config.density, list(self._layers))
-        last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, factors, now)
-        return {name: (now[name], last[name]) for name in layers}
-
-    def _head_floors(self, heads: Mapping[str, HeadLayout]) -> dict[str, int]:
-        floors = {}
-        for name, layout in heads.items():
-            topology = self._layers[name].topology
-            groups = Limits(self.config.head_min_density).heads(topology.shape, topology.unit, topology.count, layout)
-            floors[name] = groups.least if groups else 0
-        return floors
 
 
 _ATTACHED: WeakSet[Sparsifier] = WeakSet()

@@ -1,0 +1,88 @@
+"""How many active units the layers of a Sparsifier may have, and with how many they end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sparsae.core.budgets import density_bounds, density_factors
+from sparsae.core.heads import HeadLayout
+from sparsae.errors import InputError
+from sparsae.nn.initial import Limits
+from sparsae.nn.linear import SparseLinear
+from sparsae.nn.sparsify import layer_counts
+from sparsae.rules.parts.rule import Rule
+
+if TYPE_CHECKING:
+    from sparsae.train.sparsifier import SparsifierConfig
+
+Layers = Mapping[str, SparseLinear]
+
+
+def layer_bounds(layers: Layers, config: SparsifierConfig) -> dict[str, tuple[int, int]]:
+    """(k_min, k_max) of each layer in units; one that starts outside its bounds widens them to where it is."""
+    topologies = {name: layer.topology for name, layer in layers.items()}
+    density = sum(t.count for t in topologies.values()) / sum(t.units for t in topologies.values())
+    low, high = _densities(config, density if config.sparsity is None else 1.0 - config.sparsity)
+    bounds = {}
+    for name, topology in topologies.items():
+        k_min, k_max = density_bounds(topology.units, low, high)
+        bounds[name] = (min(k_min, topology.count), max(k_max, topology.count))
+    return bounds
+
+
+def layer_ends(
+    rule: Rule[Any], layers: Layers, trained: Layers, config: SparsifierConfig
+) -> dict[str, tuple[int, int]]:
+    """Each trained layer's units now and at the end, of a rule that prunes; else nothing.
+
+    Raises InputError where rule and `config.sparsity` do not fit, and where the model is sparser already.
+    """
+    if rule.prunes == (config.sparsity is None):
+        raise InputError(
+            f"rule '{rule.name}' prunes: set the sparsity where it ends"
+            if rule.prunes
+            else f"rule '{rule.name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}"
+        )
+    if config.sparsity is None:
+        if config.density:
+            raise InputError(f"rule '{rule.name}' keeps the layers' densities: give density to sparsify() alone")
+        return {}
+    if config.head_min_density:
+        raise InputError(f"rule '{rule.name}' prunes without regard to heads: set head_min_density to 0")
+    shapes, unit = {name: layer.topology.shape for name, layer in trained.items()}, next(iter(trained.values())).unit
+    now = {name: layer.topology.count for name, layer in trained.items()}
+    # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.
+    if sum(now.values()) < round((1.0 - config.sparsity) * sum(layer.topology.units for layer in trained.values())):
+        raise InputError(f"rule '{rule.name}' prunes to sparsity {config.sparsity:g}: the model is sparser already")
+    densities = _densities(config, 1.0 - config.sparsity)
+    factors = density_factors(config.density, list(layers))
+    last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, factors, now)
+    return {name: (now[name], last[name]) for name in trained}
+
+
+def head_floors(layers: Layers, heads: Mapping[str, HeadLayout], config: SparsifierConfig) -> dict[str, int]:
+    """Least active units of a head, by layer. Raises InputError as `Limits.heads` does."""
+    limits, floors = Limits(config.head_min_density), {}
+    for name, layout in heads.items():
+        topology = layers[name].topology
+        groups = limits.heads(topology.shape, topology.unit, topology.count, layout)
+        floors[name] = groups.least if groups else 0
+    return floors
+
+
+def whole_heads(layers: Layers, heads: Mapping[str, HeadLayout]) -> dict[str, HeadLayout]:
+    """The layouts of those layers whose blocks do not cross two heads, which then could not be told apart."""
+    whole = {}
+    for name, layout in heads.items():
+        b_out, b_in = layers[name].unit
+        if layout.size % (b_out if layout.axis == "out" else b_in) == 0:
+            whole[name] = layout
+    return whole
+
+
+def _densities(config: SparsifierConfig, density: float) -> tuple[float, float]:
+    """(k_min, k_max) as densities, for a model of that density."""
+    low = density / 4 if config.min_density is None else config.min_density
+    high = min(1.0, 4 * density) if config.max_density is None else config.max_density
+    return low, high
