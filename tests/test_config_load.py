@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsae.config import Config
 from sparsae.config.load import annotated, dump, methods, presets, resolve
 from sparsae.errors import InputError
-from sparsae.rules import EvolutionConfig, StaticConfig
+from sparsae.rules import EvolutionConfig, RiglConfig, StaticConfig
 
 
 def write(directory: Path, text: str | bytes) -> Path:
@@ -74,6 +74,23 @@ class TestLayers:
         again = resolve(None, None, "sparsae-written", ["topology.rule=static", "topology.rule=evolution"])
         assert again.topology == EvolutionConfig()
 
+    def test_terms_merge_by_name_key_by_key_and_null_leaves_one_out(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "topology: {proxy: {terms: {activity: {weight: 0.25}, diversity: null}}}")
+        overrides = ["topology.proxy.terms.activity.source=training", "topology.proxy.terms.cross_entropy.weight=2"]
+        config = resolve(file, None, "sparsae-written", overrides)
+        assert config.topology.model_dump()["proxy"]["terms"] == {
+            "cross_entropy": {"weight": 2.0},
+            "diversity": None,
+            "activity": {"weight": 0.25, "source": "training"},
+        }
+        again = resolve(file, None, "sparsae-written", ["topology.proxy.terms.diversity.weight=1"])
+        assert again.topology.model_dump()["proxy"]["terms"]["diversity"] == {"weight": 1.0}
+
+    def test_rules_merge_by_pattern_key_by_key(self, tmp_path: Path) -> None:
+        file = write(tmp_path, 'rules: {"*.mlp.*": {rule: rigl, every: 7}, "*.c_attn": {rule: set}}')
+        rules = resolve(file, None, None, ['rules={"*.mlp.*": {drop_fraction: 0.1}, "*.c_attn": {rule: static}}']).rules
+        assert rules == {"*.mlp.*": RiglConfig(every=7, drop_fraction=0.1), "*.c_attn": StaticConfig()}
+
     @pytest.mark.parametrize(
         ("override", "value"),
         [
@@ -106,6 +123,13 @@ class TestText:
     @pytest.mark.parametrize("write_text", [annotated, dump], ids=["annotated", "dump"])
     def test_reads_back_equal(self, preset: str, method: str, write_text: object, tmp_path: Path) -> None:
         config = resolve(None, preset, method)
+        assert callable(write_text)
+        assert resolve(write(tmp_path, write_text(config))) == config
+
+    @pytest.mark.parametrize("write_text", [annotated, dump], ids=["annotated", "dump"])
+    def test_sections_by_name_read_back_equal(self, write_text: object, tmp_path: Path) -> None:
+        rules = 'rules={"*.mlp.*": {rule: rigl, every: 5%}, "yes": {rule: evolution, proxy: {terms: {activity: null}}}}'
+        config = resolve(None, None, None, [rules, "topology.proxy.terms.diversity=null"])
         assert callable(write_text)
         assert resolve(write(tmp_path, write_text(config))) == config
 
@@ -163,6 +187,24 @@ BAD_FILES = {
     "key of another rule": ("topology: {rule: static, every: 3}", ["topology.every", "topology.rule"]),
     "unknown rule": ("topology: {rule: evolutoin}", ["topology.rule", "evolution"]),
     "rule of another type": ("topology: {rule: [static]}", ["topology.rule", "static"]),
+    "unknown term": ("topology: {proxy: {terms: {activty: {}}}}", ["topology.proxy.terms.activty", "mean activity?"]),
+    "unknown key of a term": (
+        "topology: {proxy: {terms: {activity: {sauce: x}}}}",
+        ["topology.proxy.terms.activity.sauce", "topology.proxy.terms.activity.source"],
+    ),
+    "wrong value of a term": (
+        "topology: {proxy: {terms: {activity: {weight: -1}}}}",
+        ["topology.proxy.terms.activity.weight", "at least 0"],
+    ),
+    "term is a number": ("topology: {proxy: {terms: {activity: 3}}}", ["topology.proxy.terms.activity", "section"]),
+    "no term left": (
+        "topology: {proxy: {terms: {cross_entropy: null, diversity: null, activity: null}}}",
+        ["topology.proxy", "at least one"],
+    ),
+    "unknown rule of a pattern": ("rules: {'*.mlp': {rule: rigll}}", ["rules.*.mlp.rule", "mean rigl?"]),
+    "unknown key of a pattern": ("rules: {'*.mlp': {rule: rigl, evry: 1}}", ["rules.*.mlp.evry", "rules.*.mlp.every"]),
+    "wrong value of a pattern": ("rules: {'*.mlp': {rule: rigl, stop: 2}}", ["rules.*.mlp.stop", "at most 1"]),
+    "pattern without a section": ("rules: {'*.mlp': null}", ["rules.*.mlp", "section"]),
     "wrong type": ("training: {steps: many}", ["training.steps", "whole number", "'many'"]),
     "bool for int": ("training: {steps: true}", ["training.steps", "whole number", "true"]),
     "float for int": ("training: {steps: 1e3}", ["training.steps", "whole number", "1000.0"]),
