@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.config.span import Horizon
+from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Observation, head_counts, head_densities
 from sparsae.core.randomness import generator
@@ -19,7 +20,7 @@ from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, ResetConfig, StaticConfig, build_rule
 from sparsae.rules.evolution import Evolution
-from sparsae.rules.parts.exchange import keeps_bounds
+from sparsae.rules.parts.choose import keeps_limits
 from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
 from sparsae.rules.parts.rule import Candidate
 from sparsae.score import Score
@@ -140,7 +141,7 @@ def test_a_candidate_outside_the_bounds_is_redrawn_and_given_up() -> None:
         name: dataclasses.replace(view, bounds=(view.topology.count, view.topology.count))
         for name, view in observation.layers.items()
     }
-    rule = Evolution(EvolutionConfig(proposer="uniform", mutation_rate=0.5, candidates=3))
+    rule = Evolution(EvolutionConfig(proposer="uniform", mutation_rate=0.5, candidates=3, bounds="redraw"))
     candidates = rule.ask(Observation(tight, 20, 100), rule.initial_state(), generator(0))
     assert [candidate.rejected for candidate in candidates] == ["bounds"] * 3
     decision, _ = rule.tell(candidates, [None] * 3, score(1.0), rule.initial_state(), 0.2)
@@ -154,14 +155,13 @@ def test_head_floors_reject() -> None:
     heads = HeadLayout("out", 2)
     assert head_counts(topology, heads).tolist() == [4, 4, 4, 4]
     assert head_densities(topology, heads).tolist() == [0.5] * 4
-    view = LayerView(topology, torch.ones(16), (1, 32), heads=heads, head_floor=4)
-    assert view.keeps_floor(topology)
+    view = LayerView(topology, torch.ones(16), (1, 32), (Groups.of_heads((8, 4), (1, 1), heads, 4),))
+    nothing = topology.indices[:0]
+    assert view.keeps_groups(nothing, nothing)
     moved, _ = topology.replace(topology.indices[:1], torch.tensor([17]))
     assert head_counts(moved, heads).tolist() == [4 - 1 + 1, 4, 4, 4]
-    moved, _ = topology.replace(topology.indices[:1], torch.tensor([18]))
-    assert not view.keeps_floor(moved)
-    assert not keeps_bounds({"layer": view}, Swap({"layer": topology.indices[:1]}, {"layer": torch.tensor([18])}))
-    assert keeps_bounds({"layer": view}, Swap({"layer": topology.indices[:1]}, {"layer": torch.tensor([17])}))
+    assert not keeps_limits({"layer": view}, Swap({"layer": topology.indices[:1]}, {"layer": torch.tensor([18])}))
+    assert keeps_limits({"layer": view}, Swap({"layer": topology.indices[:1]}, {"layer": torch.tensor([17])}))
 
 
 def score(cross_entropy: float, spread: float = 0.0, active: float = 0.0) -> Score:

@@ -243,13 +243,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pruning_prunes(self) -> Self:
-        start, end, rule = self.topology.first_sparsity, self.sparsity.sparsity, self.topology.rule
+        start, end = self.topology.first_sparsity, self.sparsity.sparsity
         if start is None:
             return self
         if start >= end:
             raise ValueError(f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}")
-        if self.sparsity.head_min_density:
-            raise ValueError(f"topology.rule {rule} prunes without regard to heads: set sparsity.head_min_density to 0")
         return self
 
     @model_validator(mode="after")

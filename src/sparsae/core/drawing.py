@@ -1,14 +1,53 @@
-"""Random units within groups, in O(n log n) time and O(n) memory for n active or wanted units."""
+"""Random topologies and units within groups, in O(n log n) time and O(n) memory for n active or wanted units."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsae.core.groups import Groups
-from sparsae.core.topology import Topology
+from sparsae.core.topology import Topology, index_dtype, sample_distinct
+
+
+def random_topology(
+    shape: tuple[int, int], unit: tuple[int, int], count: int, groups: Sequence[Groups], rng: torch.Generator
+) -> Topology:
+    """`count` random units within groups, which have to be able to hold so many.
+
+    Heads with a floor get it first, and the rest falls anywhere. Of neurons that got too many or too few units, random
+    ones move then (see `evened`). Without groups the draw is uniform.
+    """
+    heads = [part for part in groups if part.fan is None and part.least]
+    topology = _above_floors(shape, unit, count, heads[0], rng) if heads else Topology.random(shape, count, rng, unit)
+    for neurons in with_heads_floors(groups):
+        assert neurons.fan is not None
+        topology = evened(topology, neurons.fan, neurons.least, neurons.most, rng)
+    return topology
+
+
+def with_heads_floors(groups: Sequence[Groups]) -> list[Groups]:
+    """The groups of neurons, each with its share of the floor of a head that consists of them."""
+    heads = [part for part in groups if part.fan is None]
+    found = []
+    for neurons in groups:
+        if neurons.fan is not None:
+            floors = [math.ceil(part.least * neurons.size / part.size) for part in heads if part.consists_of(neurons)]
+            found.append(replace(neurons, least=max([neurons.least, *floors])))
+    return found
+
+
+def _above_floors(
+    shape: tuple[int, int], unit: tuple[int, int], count: int, heads: Groups, rng: torch.Generator
+) -> Topology:
+    places = [sample_distinct(heads.size, heads.least, rng) + head * heads.size for head in range(heads.count)]
+    units = heads.units(torch.cat(places)).sort().values
+    floors = Topology(shape, units.to(index_dtype(heads.grid[0] * heads.grid[1])), unit)
+    return floors.replace(floors.indices[:0], floors.sample_inactive(count - floors.count, rng))[0]
 
 
 def sample_in_groups(groups: Groups, taken: Tensor, counts: Tensor, rng: torch.Generator) -> Tensor:

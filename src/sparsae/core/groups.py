@@ -26,14 +26,15 @@ TOLERANCE = 1e-9  # 0.1 * 30 is not 3 in floating point
 class Groups:
     """One partition of the units of a (rows, columns) grid into tiles, with the same limits for every tile.
 
-    share: least and most in terms of the tiles' mean, where that is what they were made of.
+    fan: "in" for rows and "out" for columns, whose limits are `share` of their mean; None for others.
     """
 
     grid: tuple[int, int]
     tile: tuple[int, int]
     least: int
     most: int
-    share: tuple[float, float] | None = None
+    fan: Literal["in", "out"] | None = None
+    share: tuple[float, float] = (0.0, math.inf)
 
     @classmethod
     def of_layer(cls, grid: tuple[int, int], least: int, most: int) -> Groups:
@@ -56,11 +57,11 @@ class Groups:
     ) -> Groups:
         """Rows (fan-in) or columns (fan-out): `share` of their mean with `count` active units, rounded outward."""
         tile = (1, grid[1]) if fan == "in" else (grid[0], 1)
-        return cls(grid, tile, 0, tile[0] * tile[1], share).at(count)
+        return cls(grid, tile, 0, tile[0] * tile[1], fan, share).at(count)
 
     def at(self, count: int) -> Groups:
         """The same groups where the layer has so many active units."""
-        if self.share is None:
+        if self.fan is None:
             return self
         mean = count / self.count
         least = math.floor(self.share[0] * mean + TOLERANCE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sparsae.config.span import Horizon
+from sparsae.core.groups import Groups, binding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,15 +38,16 @@ class LayerView:
     values_shape; sample holds inactive units and sample_gradient the gradients there. Under "dense_gradient" these are
     the units with the largest gradients, and sample_gradient (n,) and active_gradient (count,) are magnitudes, of the
     same backward passes. past: values from before, by the steps of each `PastValues`. bounds are (k_min, k_max) in
-    units, head_floor the least active units of a head, ends the layer's units at the start and by its budget at the end
-    of a run that prunes. What the rule did not declare is None.
+    units, groups those of attention heads and neurons that have limits, heads how the layer's features belong to
+    attention heads, ends its units at the start and by its budget at the end of a run that prunes. What the rule did
+    not declare is None.
     """
 
     topology: Topology
     values: Tensor
     bounds: tuple[int, int]
+    groups: tuple[Groups, ...] = ()
     heads: HeadLayout | None = None
-    head_floor: int = 0
     gradient: Tensor | None = None
     moment: Tensor | None = None
     sample: Tensor | None = None
@@ -63,11 +65,15 @@ class LayerView:
         """Whether so many active units are inside this layer's bounds."""
         return self.bounds[0] <= count <= self.bounds[1]
 
-    def keeps_floor(self, topology: Topology) -> bool:
-        """Whether a new topology of this layer leaves every attention head its floor."""
-        if self.heads is None or not self.head_floor:
-            return True
-        return int(head_counts(topology, self.heads).min()) >= self.head_floor
+    def keeps_groups(self, drop: Tensor, grow: Tensor) -> bool:
+        """Whether every group is inside its limits, or no farther outside, without and with these units."""
+        for groups in binding(self.groups):
+            before = groups.counts(self.topology.indices)
+            after = before - groups.counts(drop) + groups.counts(grow)
+            low, high = before.clamp(max=groups.least), before.clamp(min=groups.most)
+            if not bool(((low <= after) & (after <= high)).all()):
+                return False
+        return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,18 @@ class Partition:
         return Partition(self.comes, self.goes, self.room, self.slack)
 
 
+def joined(parts: Sequence[Partition]) -> Partition:
+    """One partition of the lists of several layers, one after another; each with groups as tensors."""
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + part.slack.numel())
+    goes, comes = (
+        torch.cat([labels + start for labels, start in zip(side, starts, strict=False) if isinstance(labels, Tensor)])
+        for side in ([part.goes for part in parts], [part.comes for part in parts])
+    )
+    return Partition(goes, comes, torch.cat([part.slack for part in parts]), torch.cat([part.room for part in parts]))
+
+
 def exchange(
     goes: Tensor, comes: Tensor, n: int, partitions: Sequence[Partition], needs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,14 @@ from sparsae.core.budgets import (
     density_factors,
     relative_density,
 )
+from sparsae.core.drawing import random_topology
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size
 from sparsae.errors import InputError
 from sparsae.nn.carry import carry_module, carry_parameter, hand_over_hooks, own_names, without_hooks
 from sparsae.nn.choice import Choice, is_conv1d, is_patched, weight_shape
-from sparsae.nn.initial import Limits
+from sparsae.nn.limits import Limits
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.saving import save_as_before, tell_when_saving
@@ -91,10 +92,14 @@ def sparsify(
         raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
     topologies = {
-        name: limits.first_topology(
-            shapes[name], unit, counts[name], (heads or {}).get(name), generator(seed, "topology", name)
+        name: random_topology(
+            shape,
+            unit,
+            counts[name],
+            limits.require_room(shape, unit, counts[name], (heads or {}).get(name)),
+            generator(seed, "topology", name),
         )
-        for name in targets
+        for name, shape in shapes.items()
     }
     twins = {
         name: _sparse_twin(name, module, topologies[name], initializer, backend, seed)

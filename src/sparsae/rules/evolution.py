@@ -20,9 +20,9 @@ from sparsae.config.section import Count, Counts, NonNegative, Positive, Section
 from sparsae.config.span import Span
 from sparsae.core.cadence import Periodic, decayed
 from sparsae.core.observation import Need, Observation
+from sparsae.core.swap import Swap
 from sparsae.errors import InputError
 from sparsae.registry import RULES
-from sparsae.rules.parts.exchange import keeps_bounds
 from sparsae.rules.parts.proxy import ProxyConfig
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Moments, Running, Score, is_finite
@@ -99,7 +99,13 @@ class EvolutionConfig(RuleConfig):
     initialization: Literal["zero", "kaiming_uniform", "normal"] = Field(
         default="zero", description="values of new connections; normal: as the layer's first ones were drawn"
     )
-    redraws: Count = Field(default=20, description="draws before a candidate that keeps leaving the bounds is given up")
+    bounds: Literal["obey", "redraw"] = Field(
+        default="obey",
+        description="a candidate is made inside the limits of layers, heads and neurons, or drawn again until it is",
+    )
+    redraws: Count = Field(
+        default=20, description="draws before a candidate that keeps leaving the limits is given up (redraw)"
+    )
     proxy: ProxyConfig = ProxyConfig()
     micro_batch: MicroBatchConfig = MicroBatchConfig()
     reset: ResetConfig = ResetConfig()
@@ -280,6 +286,7 @@ class Evolution(Rule[EvolutionState]):
     def _draw(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> Candidate:
         import torch
 
+        from sparsae.rules.parts.choose import keeps_limits, within_limits
         from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
 
         temperatures = Temperatures(self.config.drop_temperature, self.config.grow_temperature)
@@ -287,18 +294,21 @@ class Evolution(Rule[EvolutionState]):
         is_reset = float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu")) < self.reset_probability(
             state
         )
-        candidate = None
-        for _ in range(self.config.redraws):
+
+        def proposed(seen: Observation) -> tuple[str, Swap]:
             if is_reset:
-                name, swap = reset(observation, self.config.reset, rng)
-            else:
-                name = self.config.proposer
-                swap = PROPOSERS[name](observation, count, temperatures, rng)
-            if keeps_bounds(observation.layers, swap):
+                return reset(seen, self.config.reset, rng)
+            return self.config.proposer, PROPOSERS[self.config.proposer](seen, count, temperatures, rng)
+
+        if self.config.bounds == "obey":
+            name, swap = proposed(observation)
+            return Candidate(within_limits(observation, swap, rng), name)
+        blind = {name: dataclasses.replace(view, groups=()) for name, view in observation.layers.items()}
+        for _ in range(self.config.redraws):
+            name, swap = proposed(dataclasses.replace(observation, layers=blind))
+            if keeps_limits(observation.layers, swap):
                 return Candidate(swap, name)
-            candidate = Candidate(swap, name, rejected="bounds")
-        assert candidate is not None
-        return candidate
+        return Candidate(swap, name, rejected="bounds")
 
     def _after_plateau(self, state: EvolutionState, cross_entropy: float) -> EvolutionState:
         """The micro-batch perplexity of the current topology decides; perplexity is monotone in the cross entropy."""

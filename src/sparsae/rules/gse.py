@@ -18,8 +18,8 @@ repeated and active ones are discarded. "uniform" draws min(gamma nnz_l, inactiv
 Time and memory of a layer are O(tokens (in + out + nnz)), up to logarithms; nothing has its dense weight's size.
 
 The reference code simulates with masks: it computes dense gradients, on batches of their own, and looks at every
-position of a layer that is at least half dense. It knows no bounds on layers; here layers keep theirs, and where the
-global ranking would break them, the next smallest weights of other layers go.
+position of a layer that is at least half dense. It knows no bounds on layers; here layers, heads and neurons keep
+theirs, and where the global ranking would break them, the next smallest weights of others go.
 """
 
 from __future__ import annotations

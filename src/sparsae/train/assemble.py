@@ -96,6 +96,8 @@ def sparsifier_of(config: Config, objective: Objective, optimizer: AdamW, text: 
             min_density=sparsity.density_bounds[0],
             max_density=sparsity.density_bounds[1],
             head_min_density=sparsity.head_min_density,
+            fan_in=sparsity.fan_in,
+            fan_out=sparsity.fan_out,
             sparsity=sparsity.sparsity if rule.prunes else None,
             budget=sparsity.budget,
             density=density_of(config) if rule.prunes else {},

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsae.core.budgets import density_bounds, density_factors
+from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
-from sparsae.nn.initial import Limits
+from sparsae.nn.limits import Limits, is_rigid
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.sparsify import layer_counts
 from sparsae.rules.parts.rule import Rule
 
 if TYPE_CHECKING:
     from sparsae.train.sparsifier import SparsifierConfig
+
+log = logging.getLogger(__name__)
 
 Layers = Mapping[str, SparseLinear]
 
@@ -48,8 +52,6 @@ def layer_ends(
         if config.density:
             raise InputError(f"rule '{rule.name}' keeps the layers' densities: give density to sparsify() alone")
         return {}
-    if config.head_min_density:
-        raise InputError(f"rule '{rule.name}' prunes without regard to heads: set head_min_density to 0")
     shapes, unit = {name: layer.topology.shape for name, layer in trained.items()}, next(iter(trained.values())).unit
     now = {name: layer.topology.count for name, layer in trained.items()}
     # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.
@@ -61,14 +63,36 @@ def layer_ends(
     return {name: (now[name], last[name]) for name in trained}
 
 
-def head_floors(layers: Layers, heads: Mapping[str, HeadLayout], config: SparsifierConfig) -> dict[str, int]:
-    """Least active units of a head, by layer. Raises InputError as `Limits.heads` does."""
-    limits, floors = Limits(config.head_min_density), {}
-    for name, layout in heads.items():
-        topology = layers[name].topology
-        groups = limits.heads(topology.shape, topology.unit, topology.count, layout)
-        floors[name] = groups.least if groups else 0
-    return floors
+def layer_groups(
+    layers: Layers,
+    config: SparsifierConfig,
+    heads: Mapping[str, HeadLayout],
+    densities: Mapping[str, float],
+    ends: Mapping[str, tuple[int, int]],
+) -> dict[str, tuple[Groups, ...]]:
+    """Heads and neurons that have limits, of each layer: by its first density, and so that they hold to its last.
+
+    Raises InputError as `Limits.groups` does.
+    """
+    limits = Limits(config.head_min_density, config.fan_in, config.fan_out)
+    found = {}
+    for name, layer in layers.items():
+        shape, unit = layer.topology.shape, layer.topology.unit
+        first = round(densities[name] * layer.topology.units)
+        limits.groups(shape, unit, min([first, *ends.get(name, ())]), heads.get(name))
+        found[name] = limits.groups(shape, unit, first, heads.get(name))
+    return found
+
+
+def tell_if_rigid(rule: Rule[Any], groups: Mapping[str, tuple[Groups, ...]]) -> None:
+    """Log that limits on neurons leave connections no way to move, under a rule that moves them."""
+    if rule.moves and not rule.prunes and (rigid := [name for name, mine in groups.items() if is_rigid(mine)]):
+        log.warning(
+            "fan_in and fan_out fix the connections of every neuron and of every input in %d layers, such as %s, "
+            "where none can move then: widen one of them",
+            len(rigid),
+            rigid[0],
+        )
 
 
 def whole_heads(layers: Layers, heads: Mapping[str, HeadLayout]) -> dict[str, HeadLayout]:

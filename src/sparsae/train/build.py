@@ -16,7 +16,7 @@ from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
 from sparsae.nn.choice import Choice, weight_shape
-from sparsae.nn.initial import Limits
+from sparsae.nn.limits import Limits
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import Initializer, check_heads, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
@@ -46,7 +46,7 @@ def check(config: Config) -> None:
     check_heads(heads, sparsity.head_min_density, layers)
     limits = Limits(sparsity.head_min_density, sparsity.fan_in, sparsity.fan_out)
     for name, shape in shapes.items():
-        limits.neurons(shape, sparsity.unit, counts[name], heads.get(name))
+        limits.require_room(shape, sparsity.unit, counts[name], heads.get(name))
 
 
 def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
+from sparsae.core.groups import Groups, binding
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView
 from sparsae.core.randomness import generator
@@ -36,15 +37,15 @@ class GradientCapture:
         layers: Mapping[str, SparseLinear],
         optimizer: torch.optim.Optimizer,
         heads: Mapping[str, HeadLayout],
-        head_floors: Mapping[str, int],
+        groups: Mapping[str, tuple[Groups, ...]],
         *,
         horizon: Horizon,
         passes: int,
         seed: int,
     ) -> None:
-        """passes: backward passes an optimizer step."""
+        """groups: of each layer, those that have limits. passes: backward passes an optimizer step."""
         self._model, self._layers, self._optimizer = model, layers, optimizer
-        self._heads, self._head_floors = heads, head_floors
+        self._heads, self.groups = heads, groups
         self._horizon, self._passes, self._seed = horizon, passes, seed
         self.trained: Mapping[str, SparseLinear] = {}
         self.probes: dict[str, Probe] = {}
@@ -79,14 +80,12 @@ class GradientCapture:
                 for name, units in samples.items()
             }
         if "dense_gradient" in rule.needs:
-            growth = rule.growth(topologies, state, step / self._horizon.steps)
-            self.probes |= {
-                name: LargestGradients(
-                    self._layers[name].key, n, rule.accumulate, self._passes, self._layers[name].values
-                )
-                for name, n in growth.items()
-                if n
-            }
+            for name, n in rule.growth(topologies, state, step / self._horizon.steps).items():
+                if n:
+                    # Where groups have limits, not all of the largest may be grown: others have to be there.
+                    kept = max(n, topologies[name].count) if binding(self.groups.get(name, ())) else n
+                    layer = self._layers[name]
+                    self.probes[name] = LargestGradients(layer.key, kept, rule.accumulate, self._passes, layer.values)
 
     def take(
         self,
@@ -121,8 +120,8 @@ class GradientCapture:
                 layer.topology,
                 layer.values.data,
                 bounds[name],
+                self.groups.get(name, ()),
                 self._heads.get(name),
-                self._head_floors.get(name, 0),
                 gradient=gradient.detach().clone() if "gradient" in needs else None,
                 ends=ends.get(name),
                 **probed,

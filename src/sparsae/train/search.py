@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
+from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
@@ -74,7 +75,7 @@ class TopologySearch:
         bounds: Mapping[str, tuple[int, int]],
         ends: Mapping[str, tuple[int, int]],
         heads: Mapping[str, HeadLayout],
-        head_floors: Mapping[str, int],
+        groups: Mapping[str, tuple[Groups, ...]],
         score: ScoreFunction | None,
         study: StudyFunction | None = None,
         initial_std: InitialStd | None = None,
@@ -84,14 +85,15 @@ class TopologySearch:
     ) -> None:
         """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes (else empty).
 
-        passes: backward passes an optimizer step. initial_std: as `surgery.plan` has it.
+        groups: of its heads and neurons that have limits. passes: backward passes an optimizer step. initial_std: as
+        `surgery.plan` has it.
         """
         self.telemetry = TopologyTelemetry(layers, heads)
         self._layers, self._optimizer, self._teacher = layers, optimizer, teacher
         self._scoring, self._initial_std = Scoring(model, score, study), initial_std
         self._horizon, self._seed = horizon, seed
         self.gradients = GradientCapture(
-            model, layers, optimizer, heads, head_floors, horizon=horizon, passes=passes, seed=seed
+            model, layers, optimizer, heads, groups, horizon=horizon, passes=passes, seed=seed
         )
         self._past = PastCapture(layers, horizon)
         self._told = False

@@ -18,7 +18,17 @@ from sparsae.train.checkpoint import load_checkpoint
 from sparsae.train.rundir import RunDirectory
 
 _SAME = ("model", "parameterization", "sparsity")
-_FREE = {"dropout", "backend", "min_density", "max_density", "head_min_density", "budget"}
+_FREE = {
+    "dropout",
+    "backend",
+    "min_density",
+    "max_density",
+    "head_min_density",
+    "fan_in",
+    "fan_out",
+    "budget",
+    "density",
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ The project's own loop trains through the same object.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 from weakref import WeakSet
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from sparsae.config.density import Density
 from sparsae.config.rules import AnyRule, RuleConfig, default_rule
 from sparsae.config.schema import TeacherConfig
-from sparsae.config.section import Count, Section, Share
+from sparsae.config.section import Count, Section, Share, ShareOfMean
 from sparsae.config.span import Horizon
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import Topology
@@ -40,11 +41,13 @@ from sparsae.registry import RULES
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.attach import StepHooks
-from sparsae.train.bounds import head_floors, layer_bounds, layer_ends, whole_heads
+from sparsae.train.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
 from sparsae.train.burn_in import BurnIn
 from sparsae.train.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
 from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
+
+log = logging.getLogger(__name__)
 
 
 class SparsifierConfig(Section):
@@ -57,6 +60,10 @@ class SparsifierConfig(Section):
     min_density: Share | None = Field(None, description="k_min of every layer; null: a quarter of the model's density")
     max_density: Share | None = Field(None, description="k_max of every layer; null: 4 times the model's density")
     head_min_density: Share = Field(0.0, description="floor of every attention head's density")
+    fan_in: ShareOfMean | None = Field(
+        None, description="least and most of a neuron's inputs by its layer's first mean"
+    )
+    fan_out: ShareOfMean | None = Field(None, description="least and most of an input's outputs, likewise")
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None, description="where a rule that prunes ends; null: the rule keeps the model's sparsity"
     )
@@ -128,10 +135,12 @@ class Sparsifier:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
         rule, ends = self._admitted(build_rule(config.topology, config.rules) if rule is None else rule, config)
         heads = check_heads(heads, config.head_min_density, self._layers)
-        floors = head_floors(self._layers, heads, config)
         self.teacher = Teacher(model, config.teacher) if teacher is None and config.teacher.enabled else teacher
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
         self._follow_density()
+        self._layouts = heads
+        groups = layer_groups(self._layers, config, heads, self._initial_densities, ends)
+        tell_if_rigid(rule, {name: groups[name] for name in trained_layers(self._layers, optimizer)})
         self.search = TopologySearch(
             model,
             self._layers,
@@ -141,7 +150,7 @@ class Sparsifier:
             bounds=layer_bounds(self._layers, config),
             ends=ends,
             heads=whole_heads(self._layers, heads),
-            head_floors=floors,
+            groups=groups,
             score=score,
             study=study,
             initial_std=self._initial_std if parameterization else None,
@@ -337,6 +346,9 @@ class Sparsifier:
             self._hooks.forget()
         self.step = int(state["step"])
         self._initial_densities = dict(state["initial_densities"])
+        self.search.gradients.groups = layer_groups(
+            self._layers, self.config, self._layouts, self._initial_densities, self.search.ends
+        )
         self._follow_density()
         self.search.arm(self.step + 1)
 

@@ -49,27 +49,20 @@ class RandomDrop(Drop):
 
 def smallest_overall(
     scores: Mapping[str, Tensor], n: int, least: Mapping[str, int], most: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Positions of the n smallest scores of all layers together, at least `least` and at most `most` in each layer.
+) -> dict[str, int]:
+    """How many of the n smallest scores of all layers together, at least `least` and at most `most` in each, are whose.
 
     Raises ValueError where that does not leave n.
     """
     import torch
 
-    from sparsae.core.ranking import smallest
+    from sparsae.core.ranking import select
 
     if not sum(least.values()) <= n <= sum(most.values()):
         raise ValueError(f"{n} scores are not between {sum(least.values())} and {sum(most.values())}")
-    chosen, between = {}, {}
-    for name, layer in scores.items():
-        chosen[name] = torch.zeros(layer.numel(), dtype=torch.bool, device=layer.device)
-        chosen[name][smallest(layer, least[name])] = True
-        allowed = smallest(layer, most[name])
-        between[name] = allowed[~chosen[name][allowed]]
-    # Those that must go and those that may not take no part, so no score can be taken for theirs.
-    open_scores = torch.cat([layer[between[name]] for name, layer in scores.items()])
-    goes = torch.zeros(open_scores.numel(), dtype=torch.bool, device=open_scores.device)
-    goes[smallest(open_scores, n - sum(least.values()))] = True
-    for part, (name, positions) in zip(goes.split([p.numel() for p in between.values()]), between.items(), strict=True):
-        chosen[name][positions[part]] = True
-    return {name: layer.nonzero().squeeze(1) for name, layer in chosen.items()}
+    sizes = [layer.numel() for layer in scores.values()]
+    limits = [[each[name] for name in scores] for each in (least, most)]
+    chosen = select(torch.cat(list(scores.values())), n, sizes, *limits)
+    borders = torch.tensor(sizes, dtype=torch.int64, device=chosen.device).cumsum(0)
+    ends = torch.searchsorted(chosen, borders).tolist()
+    return {name: end - start for name, start, end in zip(scores, [0, *ends], ends, strict=False)}

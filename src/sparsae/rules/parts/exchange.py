@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from sparsae.core.cadence import Cadence, decayed
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.swap import Swap
-from sparsae.rules.parts.drop import Drop, smallest_overall
-from sparsae.rules.parts.grow import Grow, largest_sampled
+from sparsae.errors import InputError
+from sparsae.rules.parts.drop import Drop
+from sparsae.rules.parts.grow import Grow
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Exchange(Rule[NoState]):
     """At each update a fraction of the connections is dropped and as many are grown.
 
     scope "local": floor(f_t nnz_l) in each layer l, whose number of connections stays. "global": floor(f_t nnz) over
-    the model, by scores of all layers together, each layer inside its bounds; `grow` then must be of a sample.
+    the model, by scores of all layers together, each layer inside its bounds; `grow` then looks at gradients. Heads and
+    neurons stay inside their limits; less moves where these leave no room (choose.py).
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Exchange(Rule[NoState]):
         grow: Grow,
         scope: Literal["local", "global"] = "local",
     ) -> None:
+        if scope == "global" and not grow.needs:
+            raise InputError("scope 'global' ranks what all layers could grow by gradients: `grow` looks at none")
         self._name, self.when, self._fraction, self._drop, self._grow = name, when, fraction, drop, grow
         self._scope = scope
         self.needs, self.accumulate = drop.needs | grow.needs, grow.accumulate
@@ -81,48 +85,35 @@ class Exchange(Rule[NoState]):
         self, views: Mapping[str, LayerView], fraction: float, rng: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         from sparsae.core.ranking import smallest
+        from sparsae.rules.parts.choose import in_layer
 
         drop, grow = {}, {}
         for name, view in views.items():
-            n = min(int(fraction * view.topology.count), self._grow.room(view))
-            drop[name], grow[name] = self._grow.exchange(view, smallest(self._drop.scores(view, rng), n), n, rng)
+            if n := min(int(fraction * view.topology.count), self._grow.room(view)):
+                scores = self._drop.scores(view, rng)
+                growth = self._grow.candidates(view, smallest(scores, n), n, rng)
+                drop[name], grow[name] = in_layer(view, scores, n, growth)
         return drop, grow
 
     def _over_the_model(
         self, views: Mapping[str, LayerView], fraction: float, rng: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        counts = {name: view.topology.count for name, view in views.items()}
-        # No more grows in a layer than it has, so that the layers together can always lose as much within their bounds.
-        room = {name: min(self._grow.room(view), counts[name]) for name, view in views.items()}
-        n = min(int(fraction * sum(counts.values())), sum(room.values()))
-        grow = largest_sampled(views, n, room)
-        least, most = {}, {}
+        from sparsae.rules.parts.choose import over_layers
+
+        growths = {}
         for name, view in views.items():
-            k_min, k_max = view.bounds
-            least[name] = max(0, counts[name] + grow[name].numel() - k_max)
-            most[name] = min(counts[name], counts[name] + grow[name].numel() - k_min)
+            growths[name] = self._grow.candidates(view, view.topology.indices[:0].long(), self._grow.room(view), rng)
         scores = {name: self._drop.scores(view, rng) for name, view in views.items()}
-        positions = smallest_overall(scores, n, least, most)
-        return {name: view.topology.indices[positions[name]] for name, view in views.items()}, grow
+        n = int(fraction * sum(view.topology.count for view in views.values()))
+        units = over_layers(views, scores, growths, n)
+        return {name: drop for name, (drop, _) in units.items()}, {name: grow for name, (_, grow) in units.items()}
 
 
 def candidate(observation: Observation, name: str, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> Candidate:
-    """A rule's one candidate, out of the race where it leaves a layer's bounds or a head's floor."""
+    """A rule's one candidate, out of the race where it leaves a layer's bounds or the limits of its groups."""
+    from sparsae.rules.parts.choose import keeps_limits
+
     drop, grow = ({layer: u for layer, u in units.items() if u.numel()} for units in (drop, grow))
     shrinks = sum(u.numel() for u in drop.values()) - sum(u.numel() for u in grow.values())
     swap = Swap(drop, grow, shrinks)
-    return Candidate(swap, name, None if keeps_bounds(observation.layers, swap) else "bounds")
-
-
-def keeps_bounds(views: Mapping[str, LayerView], swap: Swap) -> bool:
-    """Whether every touched layer stays inside its bounds and above its heads' floors after a swap."""
-    for name, change in swap.count_changes().items():
-        view, empty = views[name], views[name].topology.indices[:0]
-        if not view.holds(view.topology.count + change):
-            return False
-        # Counts are known without the new topology, which takes as long as a candidate's layer to make.
-        if view.head_floor and not view.keeps_floor(
-            view.topology.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))[0]
-        ):
-            return False
-    return True
+    return Candidate(swap, name, None if keeps_limits(observation.layers, swap) else "bounds")

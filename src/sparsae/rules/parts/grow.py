@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 Sampling = Literal["uniform", "grabo", "graest"]
 
 
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """Inactive units of a layer with (k,) scores; those with the highest scores are grown first.
+
+    returning: (count,) scores of the active units, where those that are dropped are candidates too. A unit that is
+    dropped and grown at once never left: it keeps its value and its moments.
+    """
+
+    units: Tensor
+    scores: Tensor
+    returning: Tensor | None = None
+
+
 class Grow(ABC):
     """Which inactive units of a layer become active.
 
@@ -48,10 +61,10 @@ class Grow(ABC):
         return view.topology.units - view.topology.count
 
     @abstractmethod
-    def exchange(self, view: LayerView, positions: Tensor, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(units to drop, units to grow) where the active units at `positions` are to be dropped and n are to be grown.
+    def candidates(self, view: LayerView, leaving: Tensor, n: int, rng: torch.Generator) -> Growth:
+        """What may be grown where n units shall be, at least so many.
 
-        The two have no unit in common: a unit that is dropped and grown at once is in neither, and keeps what it has.
+        leaving: positions of the active units that are dropped, unless limits of groups make it others.
         """
 
 
@@ -59,8 +72,10 @@ class Grow(ABC):
 class RandomGrowth(Grow):
     """Inactive units, uniformly."""
 
-    def exchange(self, view: LayerView, positions: Tensor, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        return view.topology.indices[positions], view.topology.sample_inactive(n, rng)
+    def candidates(self, view: LayerView, leaving: Tensor, n: int, rng: torch.Generator) -> Growth:
+        from sparsae.rules.parts.sampling import with_replacements
+
+        return with_replacements(view, view.topology.indices[leaving], view.topology.sample_inactive(n, rng), rng)
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,8 @@ class LargestGradient(Grow):
     def room(self, view: LayerView) -> int:
         return view.topology.count
 
-    def exchange(self, view: LayerView, positions: Tensor, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        return exchange(view, positions, n)
+    def candidates(self, view: LayerView, leaving: Tensor, n: int, rng: torch.Generator) -> Growth:
+        return largest_gradients(view)
 
 
 @dataclass(frozen=True)
@@ -117,50 +132,16 @@ class LargestSampledGradient(Grow):
     def room(self, view: LayerView) -> int:
         return sample_of(view).numel()
 
-    def exchange(self, view: LayerView, positions: Tensor, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        from sparsae.core.ranking import largest
-
-        assert view.sample_gradient is not None
-        sample = sample_of(view)
-        grown = sample[largest(unit_magnitude(view.sample_gradient), n).to(sample.device)]
-        return view.topology.indices[positions], grown
+    def candidates(self, view: LayerView, leaving: Tensor, n: int, rng: torch.Generator) -> Growth:
+        return largest_gradients(view)
 
 
-def exchange(view: LayerView, positions: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest gradients are grown, of units that are inactive once the active ones at `positions` were dropped.
-
-    A unit that is both never left: it keeps its value and its moments. So (units to drop, units to grow) have none in
-    common. Needs a dense gradient with at least n inactive units, or all that there are.
-    """
-    import torch
-
-    from sparsae.core.ranking import largest
-
-    if not positions.numel():
-        return view.topology.indices[:0], view.topology.indices[:0]
-    assert view.sample is not None
+def largest_gradients(view: LayerView) -> Growth:
+    """The units whose gradients were looked at; of a dense gradient, those that are dropped as well."""
     assert view.sample_gradient is not None
-    assert view.active_gradient is not None
-    leaving = view.topology.indices[positions]
-    units = torch.cat([leaving, view.sample.to(leaving)])
-    gradients = torch.cat([unit_magnitude(view.active_gradient)[positions], unit_magnitude(view.sample_gradient)])
-    units, order = units.sort()
-    chosen = order[largest(gradients[order], n)]
-    returned = torch.zeros(leaving.numel(), dtype=torch.bool, device=leaving.device)
-    returned[chosen[chosen < leaving.numel()]] = True
-    return leaving[~returned], view.sample[chosen[chosen >= leaving.numel()] - leaving.numel()]
-
-
-def largest_sampled(views: Mapping[str, LayerView], n: int, most: Mapping[str, int]) -> dict[str, Tensor]:
-    """The n sampled units with the largest gradients of all layers together, at most `most` in each layer."""
-    from sparsae.rules.parts.drop import smallest_overall
-
-    scores = {}
-    for name, view in views.items():
-        assert view.sample_gradient is not None
-        scores[name] = -unit_magnitude(view.sample_gradient)
-    chosen = smallest_overall(scores, n, dict.fromkeys(views, 0), most)
-    return {name: sample_of(view)[chosen[name].to(sample_of(view).device)] for name, view in views.items()}
+    returning = None if view.active_gradient is None else unit_magnitude(view.active_gradient)
+    units = sample_of(view).to(view.topology.indices.device)
+    return Growth(units, unit_magnitude(view.sample_gradient), returning)
 
 
 def sample_of(view: LayerView) -> Tensor:

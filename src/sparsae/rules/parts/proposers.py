@@ -1,7 +1,7 @@
 """Mutation operators: each makes one swap from an observation.
 
-`count` is the number of units to move over the whole model, k * p_mutate. A proposer does not look at the bounds: a
-candidate that leaves them is redrawn by the strategy.
+`count` is the number of units to move over the whole model, k * p_mutate. Guided ones choose inside the limits of
+groups; what a random one proposes may leave them, and the bounds of layers: the strategy sees to it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsae.core.drawing import random_topology
 from sparsae.core.observation import Observation, unit_magnitude
-from sparsae.core.ranking import smallest
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, sample_distinct
-from sparsae.rules.parts.grow import exchange
+from sparsae.rules.parts.choose import in_layer
+from sparsae.rules.parts.grow import Growth, largest_gradients
 
 if TYPE_CHECKING:
     from sparsae.rules.evolution import ResetConfig
@@ -73,8 +74,7 @@ def guided(observation: Observation, count: int, temperatures: Temperatures, rng
         n = min(n, view.sample.numel())
         weakest = _keys(unit_magnitude(view.values), temperatures.drop, rng)
         strongest = _keys(unit_magnitude(view.sample_gradient), temperatures.grow, rng)
-        drop[name] = _at(view.topology, weakest.topk(n, largest=False, sorted=False).indices)
-        grow[name] = view.sample.to(strongest.device)[strongest.topk(n, sorted=False).indices]
+        drop[name], grow[name] = in_layer(view, weakest, n, Growth(view.sample.to(strongest.device), strongest))
     return Swap(drop, grow)
 
 
@@ -106,7 +106,7 @@ def reset(observation: Observation, config: ResetConfig, rng: torch.Generator) -
     drop, grow = {}, {}
     for name, view in observation.layers.items():
         now = view.topology
-        new = Topology.random(now.shape, now.count, rng, now.unit).to(now.indices.device)
+        new = random_topology(now.shape, now.unit, now.count, view.groups, rng).to(now.indices.device)
         drop[name] = now.indices[~new.contains(now.indices)]
         grow[name] = new.indices[~now.contains(new.indices)]
     return "redraw", Swap(drop, grow)
@@ -121,7 +121,7 @@ def rigl(observation: Observation, count: int, temperatures: Temperatures, rng: 
     for name, n in shares(observation.topologies, count).items():
         view = observation.layers[name]
         weakest = _keys(unit_magnitude(view.values), temperatures.drop, rng)
-        drop[name], grow[name] = exchange(view, smallest(weakest, n), n)
+        drop[name], grow[name] = in_layer(view, weakest, n, largest_gradients(view))
     return Swap(drop, grow)
 
 

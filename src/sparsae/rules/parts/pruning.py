@@ -63,19 +63,20 @@ class Pruning(Rule[NoState]):
         return 0 if self._grow is None else self._grow.probed_units(active, inactive)
 
     def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
-        from sparsae.core.ranking import smallest
+        from sparsae.rules.parts.choose import pruned, regenerated
 
         left = self.when.left(observation.step, observation.horizon)
         scores = {name: self._drop.scores(view, rng) for name, view in observation.layers.items()}
-        pruned = pruned_counts(observation, scores, left, self._scope)
+        losses = pruned_counts(observation, scores, left, self._scope)
         drop, grow = {}, {}
         for name, view in observation.layers.items():
-            n = int(self._regeneration(observation.progress) * (view.topology.count - pruned[name]))
-            positions = smallest(scores[name], pruned[name] + n)
+            gone = pruned(view, scores[name], losses[name])
+            n = int(self._regeneration(observation.progress) * (view.topology.count - losses[name]))
             if n and self._grow is not None:
-                drop[name], grow[name] = self._grow.exchange(view, positions, n, rng)
+                growth = self._grow.candidates(view, gone, n, rng)
+                drop[name], grow[name] = regenerated(view, scores[name], gone, n, growth)
             else:
-                drop[name] = view.topology.indices[positions]
+                drop[name] = view.topology.indices[gone]
         return [candidate(observation, self.name, drop, grow)]
 
     def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
@@ -89,7 +90,7 @@ def pruned_counts(observation: Observation, scores: Mapping[str, Tensor], left: 
     """How many units with its smallest scores each layer loses, on the way from its first to its last number of units.
 
     left: share of that way that remains. "local": each layer has k_end + left (k_start - k_end) units afterwards.
-    "global": the model has, whichever its smallest scores are, and every layer keeps its k_min.
+    "global": the model has, whichever its smallest scores are, and every layer keeps its k_min and its heads' floors.
     """
     views = observation.layers
     goals = {name: shrunk(*_ends(view), left) for name, view in views.items()}
@@ -97,9 +98,12 @@ def pruned_counts(observation: Observation, scores: Mapping[str, Tensor], left: 
         return {name: max(0, view.topology.count - goals[name]) for name, view in views.items()}
     starts, ends = (sum(_ends(view)[i] for view in views.values()) for i in (0, 1))
     surplus = max(0, observation.count - shrunk(starts, ends, left))
-    room = {name: max(0, view.topology.count - view.bounds[0]) for name, view in views.items()}
-    positions = smallest_overall(scores, surplus, dict.fromkeys(views, 0), room)
-    return {name: at.numel() for name, at in positions.items()}
+    floors = {
+        name: max([view.bounds[0], *(part.least * part.count for part in view.groups if part.fan is None)])
+        for name, view in views.items()
+    }
+    room = {name: max(0, view.topology.count - floors[name]) for name, view in views.items()}
+    return smallest_overall(scores, surplus, dict.fromkeys(views, 0), room)
 
 
 def shrunk(start: int, end: int, left: float) -> int:

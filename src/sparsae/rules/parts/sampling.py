@@ -1,4 +1,4 @@
-"""How positions are sampled whose gradients are looked at. `gse.py` has the formulas."""
+"""How inactive units are sampled: to be grown, or for a look at their gradients (`gse.py` has the formulas)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from sparsae.core.drawing import sample_in_groups
+from sparsae.core.groups import binding
+from sparsae.core.observation import LayerView
 from sparsae.core.topology import Topology
 from sparsae.kernels.probe import Draw
+from sparsae.rules.parts.grow import Growth
 
 
 def sample_inactive(topologies: Mapping[str, Topology], ratio: float, rng: torch.Generator) -> dict[str, Tensor]:
@@ -17,6 +21,24 @@ def sample_inactive(topologies: Mapping[str, Topology], ratio: float, rng: torch
         name: topology.sample_inactive(min(round(ratio * topology.count), topology.units - topology.count), rng)
         for name, topology in topologies.items()
     }
+
+
+def with_replacements(view: LayerView, dropped: Tensor, grown: Tensor, rng: torch.Generator) -> Growth:
+    """The random units `grown` as candidates, and where groups have limits, others that could come in their place.
+
+    For each of the units `dropped` there is one in the same group, unless it is full: no group has to lose anything.
+    """
+    units, first = [grown], grown.numel()
+    for groups in binding(view.groups):
+        taken = torch.cat([view.topology.indices, *units])
+        units.append(sample_in_groups(groups, taken, groups.counts(dropped), rng).to(grown))
+    candidates = torch.cat(units)
+    if candidates.numel() == first:
+        return Growth(grown, torch.ones(first, dtype=torch.float32, device=grown.device))
+    # In random order, so that what has no room is random; those drawn without regard to groups before the others.
+    scores = torch.rand(candidates.numel(), generator=rng, dtype=torch.float64, device="cpu")
+    scores[:first] += 1
+    return Growth(candidates, scores.to(grown.device))
 
 
 def drawn(topologies: Mapping[str, Topology], ratio: float, sampling: str, rng: torch.Generator) -> dict[str, Draw]:

@@ -1,18 +1,17 @@
-"""The first topology of a layer: random, within what is asked of its attention heads and neurons."""
+"""What is asked of the parts of a layer: of its attention heads and its neurons."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from sparsae.config.section import check_share_of_mean
-from sparsae.core.drawing import evened
+from sparsae.core.drawing import with_heads_floors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
-from sparsae.core.topology import Topology, grid_size, index_dtype, sample_distinct
+from sparsae.core.topology import grid_size
 from sparsae.errors import InputError
 
 
@@ -63,46 +62,18 @@ class Limits:
         found += [Groups.of_neurons(grid, fan, share, count) for fan, share in self._fans()]
         return tuple(groups for groups in found if groups is not None)
 
-    def neurons(
+    def require_room(
         self, shape: tuple[int, int], unit: tuple[int, int], count: int, layout: HeadLayout | None
-    ) -> dict[Literal["in", "out"], Groups]:
-        """Rows ("in") and columns ("out") of a new layer, which see to the floors of heads that consist of them.
-
-        Raises InputError as `heads` does, and where a head's floor asks more of its neurons than the mean of all.
-        """
-        heads, found = self.heads(shape, unit, count, layout), {}
-        for fan, share in self._fans():
-            groups = Groups.of_neurons((shape[0] // unit[0], shape[1] // unit[1]), fan, share, count)
-            least = groups.least
-            if heads is not None and heads.consists_of(groups):
-                least = max(least, math.ceil(heads.least * groups.size / heads.size))
-            if least * groups.count > count:
+    ) -> tuple[Groups, ...]:
+        """The groups of a new layer. Raises InputError where not all of them can have what is asked."""
+        groups = self.groups(shape, unit, count, layout)
+        for neurons in with_heads_floors(groups):
+            if neurons.least * neurons.count > count:
                 raise InputError(
-                    f"head_min_density {self.head_min_density:g} needs {least} units of every neuron, more than the "
-                    f"mean of fan_{fan}, which is {count / groups.count:.4g}: lower it"
+                    f"head_min_density {self.head_min_density:g} needs {neurons.least} units of every neuron, more "
+                    f"than the mean of fan_{neurons.fan}, which is {count / neurons.count:.4g}: lower it"
                 )
-            found[fan] = replace(groups, least=least)
-        return found
-
-    def first_topology(
-        self,
-        shape: tuple[int, int],
-        unit: tuple[int, int],
-        count: int,
-        layout: HeadLayout | None,
-        rng: torch.Generator,
-    ) -> Topology:
-        """`count` random units; where heads have a floor, each gets its floor first and the rest falls anywhere.
-
-        Of neurons that got too many or too few, random units move (see `evened`). Raises InputError as `neurons` does.
-        """
-        heads = self.heads(shape, unit, count, layout)
-        topology = (
-            Topology.random(shape, count, rng, unit) if heads is None else _above_floors(shape, unit, count, heads, rng)
-        )
-        for fan, groups in self.neurons(shape, unit, count, layout).items():
-            topology = evened(topology, fan, groups.least, groups.most, rng)
-        return topology
+        return groups
 
     def _fans(self) -> list[tuple[Literal["in", "out"], tuple[float, float]]]:
         fans: list[tuple[Literal["in", "out"], tuple[float, float] | None]] = [
@@ -112,10 +83,6 @@ class Limits:
         return [(fan, share) for fan, share in fans if share is not None]
 
 
-def _above_floors(
-    shape: tuple[int, int], unit: tuple[int, int], count: int, heads: Groups, rng: torch.Generator
-) -> Topology:
-    places = [sample_distinct(heads.size, heads.least, rng) + head * heads.size for head in range(heads.count)]
-    units = heads.units(torch.cat(places)).sort().values
-    floors = Topology(shape, units.to(index_dtype(heads.grid[0] * heads.grid[1])), unit)
-    return floors.replace(floors.indices[:0], floors.sample_inactive(count - floors.count, rng))[0]
+def is_rigid(groups: Sequence[Groups]) -> bool:
+    """Whether no connection of a layer can move by itself: every row and every column has to keep its number."""
+    return {part.fan for part in groups if part.least == part.most} >= {"in", "out"}

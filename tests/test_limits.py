@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from sparsae import HeadLayout, sparse_layers, sparsify
 from sparsae.config.load import resolve
+from sparsae.core.drawing import random_topology
 from sparsae.core.observation import head_counts
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, sample_distinct
 from sparsae.errors import InputError
-from sparsae.nn.initial import Limits
+from sparsae.nn.limits import Limits
 
 FANS = st.none() | st.tuples(st.floats(0, 1), st.floats(1, 4)) | st.just((1.0, 1.0))
 UNITS = st.sampled_from([(1, 1), (2, 2)])
@@ -43,15 +44,16 @@ def test_a_first_topology_keeps_everything_at_once(
     count = round(density * units)
     limits = Limits(0.7 * floor * density, fan_in, fan_out)
     try:
-        topology = limits.first_topology(shape, unit, count, heads, generator(seed, "test"))
+        groups = limits.require_room(shape, unit, count, heads)
     except InputError:
         if not floor:
             raise
         assume(False)  # rounded up, the floors of heads ask more than there is
+    topology = random_topology(shape, unit, count, groups, generator(seed, "test"))
     Topology.from_indices(shape, topology.indices, unit)
     assert topology.count == count
-    groups = limits.heads(shape, unit, count, heads)
-    assert groups is None or int(head_counts(topology, heads).min()) >= groups.least
+    floors = limits.heads(shape, unit, count, heads)
+    assert floors is None or int(head_counts(topology, heads).min()) >= floors.least
     for share, counts in zip((fan_in, fan_out), degrees(topology), strict=True):
         if share is not None:
             mean = count / counts.numel()
@@ -65,7 +67,8 @@ def test_a_first_topology_keeps_everything_at_once(
 def test_floors_of_heads_alone_are_drawn_head_by_head(axis: str) -> None:
     # As it has always been, draw by draw: runs with such floors start from the topologies that they had.
     heads, rng = HeadLayout(axis, 4), generator(0, "test")  # type: ignore[arg-type]
-    topology = Limits(0.1).first_topology((8, 12), (1, 1), 30, heads, generator(0, "test"))
+    groups = Limits(0.1).groups((8, 12), (1, 1), 30, heads)
+    topology = random_topology((8, 12), (1, 1), 30, groups, generator(0, "test"))
     chosen = []
     for head in range(heads.groups(8, 12)):
         local = sample_distinct(48 if axis == "out" else 32, 5 if axis == "out" else 4, rng)
@@ -103,4 +106,4 @@ def test_limits_that_exclude_the_mean_are_refused(value: object) -> None:
 
 def test_heads_that_ask_more_of_neurons_than_their_mean_are_refused() -> None:
     with pytest.raises(InputError, match=r"needs 5 units of every neuron, more than the mean of fan_in, .* 4\.5"):
-        Limits(4.2 / 12, (1.0, 1.0)).first_topology((8, 12), (1, 1), 36, HeadLayout("out", 4), generator(0))
+        Limits(4.2 / 12, (1.0, 1.0)).require_room((8, 12), (1, 1), 36, HeadLayout("out", 4))
