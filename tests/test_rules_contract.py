@@ -44,23 +44,24 @@ HEADS = {"0": HeadLayout("out", 12)}
 HORIZONS = [Horizon(STEPS), Horizon(1000, epoch=70)]
 
 
-def choices(section: type[Section]) -> Iterator[tuple[str, dict[str, Any]]]:
+def choices(section: Section) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of each value, but for the default, of every setting of the rule's own that is a choice."""
-    for name, setting in section.model_fields.items():
-        kind = setting.annotation
-        if kind in (BurnInConfig, MicroBatchConfig):
-            continue
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from ((f"{name}.{inner}", {name: given}) for inner, given in choices(kind))
+    for name, setting in type(section).model_fields.items():
+        kind, value = setting.annotation, getattr(section, name)
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from ((f"{name}.{key}.{choice}", {name: {key: given}}) for choice, given in choices(inner))
+        elif isinstance(value, Section) and not isinstance(value, BurnInConfig | MicroBatchConfig):
+            yield from ((f"{name}.{choice}", {name: given}) for choice, given in choices(value))
         elif kind is bool or get_origin(kind) is Literal:
             values = (True, False) if kind is bool else get_args(kind)
-            yield from ((f"{name}={value}", {name: value}) for value in values if value != setting.default)
+            yield from ((f"{name}={other}", {name: other}) for other in values if other != value)
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{name} {choice}".strip(): (name, given)
     for name in RULES.names()
-    for choice, given in [("", {}), *choices(RULES[name].settings)]
+    for choice, given in [("", {}), *choices(RULES[name].settings())]
 }
 MOVING = [case for case, (name, _) in CASES.items() if build_rule(RULES[name].settings()).moves]
 every_rule = pytest.mark.parametrize("name", RULES.names())
