@@ -86,7 +86,7 @@ class Scoring:
             backward=passes.gradient_norms if passes and with_gradient else None,
         )
         with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
-            score = {term.name: term.value(trial) for term in rule.terms}
+            score = {term.name: float(term.value(trial)) for term in rule.terms}
         if passes:
             self.forwards += passes.forwards
             self.backwards += passes.backwards
