@@ -57,6 +57,12 @@ class LoopCalls:
             self._tell("gradient", advice)
         self._before = None
         self._checks_state = self._checks_state or due
+
+    def watch(self, due: bool) -> None:
+        """Once nobody else takes a gradient away before the step: remember values that it has to change."""
+        if not self._rule.moves:
+            return
+        learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
         moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
         if moved:
             name = min(moved, key=lambda n: moved[n].numel())

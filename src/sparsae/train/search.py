@@ -21,6 +21,7 @@ from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
+from sparsae.rules.parts.choose import keeps_limits
 from sparsae.rules.parts.rule import Candidate, Rule
 from sparsae.score import Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
@@ -146,7 +147,12 @@ class TopologySearch:
             for name, view in seen.items()
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
-        candidates = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
+        candidates = [
+            candidate
+            if candidate.rejected or keeps_limits(views, candidate.swap)
+            else dataclasses.replace(candidate, rejected="bounds")
+            for candidate in self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
+        ]
         in_force = self.rule.telemetry(self.state, observation.progress)
         current, scores = self._scored(candidates, views, step)
         study = {} if current is None else self._scoring.study(self._plans(candidates, step))

@@ -287,6 +287,7 @@ class Sparsifier:
         self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
         self.search.capture(self.step + 1, scale)
         self._burn_in.before_step(self._optimizer)
+        self._calls.watch(self.update_due)
 
     def _after_step(self) -> Update | None:
         self._calls.after_step()
