@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsae.core.cadence import Never as Never
     from sparsae.core.cadence import Once as Once
     from sparsae.core.cadence import Periodic as Periodic
+    from sparsae.core.groups import Groups as Groups
     from sparsae.core.heads import HeadLayout as HeadLayout
     from sparsae.core.observation import LayerView as LayerView
     from sparsae.core.observation import Observation as Observation
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from sparsae.rules.parts.exchange import CosineFraction as CosineFraction
     from sparsae.rules.parts.exchange import Exchange as Exchange
     from sparsae.rules.parts.grow import Grow as Grow
+    from sparsae.rules.parts.grow import Growth as Growth
     from sparsae.rules.parts.grow import LargestGradient as LargestGradient
     from sparsae.rules.parts.grow import LargestSampledGradient as LargestSampledGradient
     from sparsae.rules.parts.grow import RandomGrowth as RandomGrowth
@@ -68,7 +70,9 @@ _HOMES = {
     "Decision": "sparsae.rules.parts.rule",
     "Drop": "sparsae.rules.parts.drop",
     "Exchange": "sparsae.rules.parts.exchange",
+    "Groups": "sparsae.core.groups",
     "Grow": "sparsae.rules.parts.grow",
+    "Growth": "sparsae.rules.parts.grow",
     "HeadLayout": "sparsae.core.heads",
     "InputError": "sparsae.errors",
     "LargestGradient": "sparsae.rules.parts.grow",

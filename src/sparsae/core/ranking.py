@@ -35,7 +35,11 @@ def select(scores: Tensor, n: int, groups: Labels, least: Limits, most: Limits) 
     because that would wait for the device: n positions come in any case.
     """
     keys = order_keys(scores)
-    must, may = best_of_each(keys, groups, least), best_of_each(keys, groups, most)
+    if isinstance(groups, Tensor) and isinstance(least, Tensor) and isinstance(most, Tensor):
+        place = places(keys, groups, least.numel())
+        must, may = place < least[groups], place < most[groups]
+    else:
+        must, may = best_of_each(keys, groups, least), best_of_each(keys, groups, most)
     # What must be taken comes before every score, what may not be after every one, NaN included.
     return smallest(without(keys.masked_fill(must, torch.iinfo(keys.dtype).min), ~may), n)
 
@@ -68,8 +72,12 @@ def best_of_each(scores: Tensor, groups: Labels, limits: Limits) -> Tensor:
 
 def places(scores: Tensor, groups: Tensor, count: int) -> Tensor:
     """(m,) int64: the place of each score among those of its group, of `count` groups, from 0 for the smallest."""
-    order = order_keys(scores).sort(stable=True).indices
-    order = order[groups[order].sort(stable=True).indices]
+    keys = order_keys(scores)
+    if keys.dtype == torch.int32:
+        order = ((groups << 32) + keys).sort(stable=True).indices
+    else:
+        order = keys.sort(stable=True).indices
+        order = order[groups[order].sort(stable=True).indices]
     sizes = torch.zeros(count, dtype=torch.int64, device=groups.device).index_add_(0, groups, torch.ones_like(groups))
     starts = sizes.cumsum(0) - sizes
     at = torch.arange(groups.numel(), device=groups.device) - starts[groups[order]]
