@@ -7,6 +7,10 @@ its own) is refused, before anything has changed.
 
 What is new starts from zeros, as a new parameter's moments do; but a copy of the weights (slow, averaged or first ones)
 starts from the new weight.
+
+A parameter can also be succeeded by another: by the values of a layer that becomes sparse, or by the weight of one that
+becomes dense. The successor stands in the old one's place in the groups, and of the state goes over what has a number
+for each weight.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from torch.optim import Optimizer
 
 from sparsae.core.topology import remap
 from sparsae.errors import InputError
-from sparsae.nn.linear import SparseLinear
+
+# The parameters of layers by name: (nnz,) or (blocks, b_out, b_in).
+Values = Mapping[str, Tensor]
 
 # Refused before they have made a state: some of them could not even hold it.
 _REFUSED = {
@@ -45,69 +51,134 @@ _WEIGHT_COPIES = {
     *("z", "ax", "p0", "x0", "x_k", "old_p", "prev_param", "param_buffer", "shadow", "ema", "backup_params"),
     *("slow_params", "slow_param", "slow_buffer", "lookahead_params", "lookahead_slow_buff"),
 }
+_MOVED, _CONVERTED = "connections that move", "layers that become sparse or dense"
+_ANEW = "leave out `optimizer`, and make a new one afterwards"
 _INSTEAD = "use one with a number or a row of a block for each weight (AdamW, SGD, Adafactor), or rule 'static'"
+_INSTEADS = {_MOVED: _INSTEAD, _CONVERTED: _ANEW}
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """One tensor of an optimizer's state of one layer."""
+    """One tensor, or what should be one, of an optimizer's state of one layer."""
 
     owner: str
     layer: str
     state: MutableMapping[str, Any]
     key: str
-    tensor: Tensor
+    tensor: Any
 
     def refusal(self, why: str) -> InputError:
         return _refusal(self.owner, f"its '{self.key}' of {self.layer} {why}")
 
 
-def refuse_unsupported(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
+def refuse_unsupported(optimizer: Optimizer, values: Values) -> None:
     """Raise InputError for an optimizer that is known, before its first step, not to follow connections that move."""
-    for part in parts_of(optimizer):
-        for kind in type(part).__mro__:
-            if kind.__name__ in _REFUSED:
-                raise _refusal(kind.__name__, f"{_REFUSED[kind.__name__]}; {_INSTEAD}")
-    _refuse_own_tensors(optimizer, layers)
+    _refuse_by_name(optimizer, _MOVED)
+    _refuse_own_tensors(optimizer, values)
 
 
-def refuse_unmovable(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
+def refuse_unmovable(optimizer: Optimizer, values: Values) -> None:
     """Raise InputError where anything in the optimizer's state could not follow a change of connections."""
-    _refuse_own_tensors(optimizer, layers)
-    for entry in _moving(optimizer, layers):
+    _refuse_own_tensors(optimizer, values)
+    for entry in _moving(optimizer, values):
         if entry.key in _MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
             continue
-        values = layers[entry.layer].values.detach()
-        if entry.tensor.shape == values.shape and _resembles(_floats(entry.tensor), values):
+        own = values[entry.layer].detach()
+        if entry.tensor.shape == own.shape and _resembles(_floats(entry.tensor), own):
             raise entry.refusal(
                 "looks like a copy of the weights under a name that is not known for one: "
                 "whether it starts a new connection from zero or from its weight cannot be told"
             )
 
 
-def follow(
-    optimizer: Optimizer, layers: Mapping[str, SparseLinear], changes: Mapping[str, tuple[Tensor, Tensor]]
-) -> Callable[[str], None]:
+def follow(optimizer: Optimizer, values: Values, changes: Mapping[str, tuple[Tensor, Tensor]]) -> Callable[[str], None]:
     """Get the state ready for a change; the function that is returned moves that of one layer.
 
     changes: by layer, each new unit's old position (-1: it is new) and the new values. Raises InputError where
     something in the state of any layer cannot follow; nothing has changed then, and nothing fails afterwards.
     """
     entries: dict[str, list[_Entry]] = {}
-    for entry in _moving(optimizer, layers):
+    for entry in _moving(optimizer, values):
         entries.setdefault(entry.layer, []).append(entry)
 
     def move(layer: str) -> None:
-        source, values = changes[layer]
+        source, new_values = changes[layer]
         for entry in entries.get(layer, ()):
             before = _floats(entry.tensor)
             after = remap(before, source.to(before.device))
             if entry.key in _WEIGHT_COPIES:
                 new = (source < 0).to(after.device)
-                after[new] = values.to(after.device, after.dtype)[new]
+                after[new] = new_values.to(after.device, after.dtype)[new]
             entry.state[entry.key] = _like(entry.tensor, after)
 
     return move
+
+
+@dataclass(frozen=True, eq=False)
+class Successor:
+    """A parameter that takes another's place; `carry` makes of a tensor of the old one's shape one of the new one's.
+
+    names: what the two are called in their modules.
+    """
+
+    old: nn.Parameter
+    new: nn.Parameter
+    carry: Callable[[Tensor], Tensor]
+    names: tuple[str, str]
+
+
+def succession(optimizer: Optimizer, successors: Mapping[str, Successor]) -> Callable[[], None]:
+    """Get an optimizer ready for parameters to be succeeded, by layer; the function that is returned does it.
+
+    Gradients are carried over too. Raises InputError where the optimizer does not have a parameter that trains, and
+    where something that it keeps of one cannot be carried; nothing has changed then, and nothing fails afterwards.
+    """
+    _refuse_by_name(optimizer, _CONVERTED)
+    parts, olds = parts_of(optimizer), {name: successor.old for name, successor in successors.items()}
+    grouped = {id(p) for part in parts for group in part.param_groups for p in group["params"]}
+    owners: dict[int, str] = {}
+    for name, old in olds.items():
+        if old.requires_grad and id(old) not in grouped:
+            raise InputError(f"the optimizer does not have the parameter of {name}: give the one that trains the model")
+        if (other := owners.setdefault(id(old), name)) != name:
+            raise InputError(f"layers {other} and {name} share their parameter, which can have one successor only")
+    _refuse_own_tensors(optimizer, olds, _CONVERTED)
+    entries = list(_entries(optimizer, olds))
+    for entry in entries:
+        is_known = _is_ordinary(entry.tensor)
+        if not is_known or entry.tensor.shape not in (olds[entry.layer].shape, (1,)):
+            what = f"has shape {tuple(entry.tensor.shape)}" if is_known else f"is a {type(entry.tensor).__name__}"
+            why = f"its '{entry.key}' of {entry.layer} {what}, not a number for each weight; {_ANEW}"
+            raise _refusal(entry.owner, why, _CONVERTED)
+
+    def succeed() -> None:
+        for entry in entries:
+            successor = successors[entry.layer]
+            if entry.tensor.shape == successor.old.shape:
+                carried = successor.carry(_floats(entry.tensor))
+                entry.state[entry.key] = _like(entry.tensor, carried)
+        for part in parts:
+            for successor in successors.values():
+                _replace(part, successor)
+        for successor in successors.values():
+            if successor.old.grad is not None:
+                successor.new.grad = successor.carry(successor.old.grad)
+
+    return succeed
+
+
+def _replace(part: Optimizer, successor: Successor) -> None:
+    old, new = successor.old, successor.new
+    for group in part.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][i] = new
+                if "param_names" in group:
+                    group["param_names"][i] = group["param_names"][i].removesuffix(successor.names[0])
+                    group["param_names"][i] += successor.names[1]
+    # Membership first: a defaultdict would make an entry.
+    if old in part.state:
+        part.state[new] = part.state.pop(old)
 
 
 def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
@@ -120,11 +191,17 @@ def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     return None
 
 
-def _refuse_own_tensors(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> None:
-    """Raise InputError where a tensor that could hold a layer's state lies where nothing says whose it is."""
+def _refuse_own_tensors(optimizer: Optimizer, values: Values, what: str = _MOVED) -> None:
+    """Raise InputError where a tensor that could hold a layer's state lies where nothing says whose it is.
+
+    So does a parameter where it stays itself only: connections may move in it.
+    """
     parts = parts_of(optimizer)
     known = {id(p) for part in parts for group in part.param_groups for p in group["params"]}
-    least = min((layer.topology.count for layer in layers.values() if layer.topology.count), default=math.inf)
+    if what == _CONVERTED:
+        known -= {id(p) for p in values.values()}
+    sizes = [p.shape[0] if what == _MOVED else p.numel() for p in values.values() if p.shape[0]]
+    least = min(sizes, default=math.inf)
     for part in parts:
         places = {key: value for key, value in vars(part).items() if key not in ("param_groups", "state")}
         places |= {str(key): value for key, value in part.state.items() if not isinstance(key, Tensor)}
@@ -132,11 +209,20 @@ def _refuse_own_tensors(optimizer: Optimizer, layers: Mapping[str, SparseLinear]
             places |= {key: value for key, value in group.items() if key != "params"}
         for place, value in places.items():
             if any(id(tensor) not in known and tensor.numel() >= least for tensor in _within(value, Tensor)):
-                raise _refusal(type(part).__name__, f"it keeps tensors of its own in '{place}'; {_INSTEAD}")
+                raise _refusal(
+                    type(part).__name__, f"it keeps tensors of its own in '{place}'; {_INSTEADS[what]}", what
+                )
 
 
-def _refusal(owner: str, why: str) -> InputError:
-    return InputError(f"{owner} cannot follow connections that move: {why}")
+def _refuse_by_name(optimizer: Optimizer, what: str) -> None:
+    for part in parts_of(optimizer):
+        for kind in type(part).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise _refusal(kind.__name__, f"{_REFUSED[kind.__name__]}; {_INSTEADS[what]}", what)
+
+
+def _refusal(owner: str, why: str, what: str = _MOVED) -> InputError:
+    return InputError(f"{owner} cannot follow {what}: {why}")
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
@@ -159,14 +245,16 @@ def _within(thing: Any, kind: type[Any]) -> Iterator[Any]:
             yield from _within(item, kind)
 
 
-def _moving(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> list[_Entry]:
+def _moving(optimizer: Optimizer, values: Values) -> list[_Entry]:
     """The entries that go by unit. Raises InputError for one of which that cannot be told, or that is none."""
     by_key: dict[tuple[str, str], list[_Entry]] = {}
-    for entry in _entries(optimizer, layers):
+    for entry in _entries(optimizer, values):
+        if not isinstance(entry.tensor, Tensor):
+            raise entry.refusal(f"is more than a tensor ({type(entry.tensor).__name__}); {_INSTEAD}")
         by_key.setdefault((entry.owner, entry.key), []).append(entry)
     moving = []
     for entries in by_key.values():
-        readings = [_readings(entry.tensor.shape, layers[entry.layer].values.shape) for entry in entries]
+        readings = [_readings(entry.tensor.shape, values[entry.layer].shape) for entry in entries]
         for entry, reading in zip(entries, readings, strict=True):
             if not reading:
                 shape = tuple(entry.tensor.shape)
@@ -179,29 +267,25 @@ def _moving(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> list[_E
         if common == {"unit"}:
             moving += entries
     for entry in moving:
-        if type(entry.tensor) not in (Tensor, nn.Parameter) and not _is_quantized(entry.tensor):
+        if not _is_ordinary(entry.tensor):
             raise entry.refusal(f"is a {type(entry.tensor).__name__}; {_INSTEAD}")
-        if entry.key in _WEIGHT_COPIES and entry.tensor.shape != layers[entry.layer].values.shape:
+        if entry.key in _WEIGHT_COPIES and entry.tensor.shape != values[entry.layer].shape:
             raise entry.refusal("is a copy of some of the weights only")
     return moving
 
 
-def _entries(optimizer: Optimizer, layers: Mapping[str, SparseLinear]) -> Iterator[_Entry]:
-    """Every tensor, numbers left out, of the state of sparse values; InputError for what is no tensor or number."""
+def _entries(optimizer: Optimizer, values: Values) -> Iterator[_Entry]:
+    """All that is kept of parameters, but for what is the same however many weights there are."""
     seen: set[int] = set()
     for part in parts_of(optimizer):
-        for name, layer in layers.items():
-            state = part.state.get(layer.values)
+        for name, parameter in values.items():
+            state = part.state.get(parameter)
             if state is None or id(state) in seen:
                 continue
             seen.add(id(state))
             for key, value in state.items():
-                entry = _Entry(type(part).__name__, name, state, key, value)
-                if isinstance(value, Tensor):
-                    if value.dim():
-                        yield entry
-                elif not _is_plain(value):
-                    raise entry.refusal(f"is more than a tensor ({type(value).__name__}); {_INSTEAD}")
+                if not _is_plain(value):
+                    yield _Entry(type(part).__name__, name, state, key, value)
 
 
 def _is_plain(value: Any) -> bool:
@@ -239,6 +323,11 @@ def _reduces(shape: tuple[int, ...], block: tuple[int, ...]) -> bool:
 def _floats(tensor: Tensor) -> Tensor:
     """The tensor itself, or of a quantized one its float form."""
     return tensor.dequantize() if _is_quantized(tensor) else tensor.detach()
+
+
+def _is_ordinary(thing: Any) -> bool:
+    """Whether it is a tensor whose numbers can be moved."""
+    return type(thing) in (Tensor, nn.Parameter) or (isinstance(thing, Tensor) and _is_quantized(thing))
 
 
 def _is_quantized(tensor: Tensor) -> bool:

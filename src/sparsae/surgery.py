@@ -98,7 +98,8 @@ class Plan:
         Raises InputError, with nothing changed, where the optimizer's state cannot follow.
         """
         moves = {name: (change.source, change.values) for name, change in self.changes.items()}
-        move_state = follow(optimizer, self.layers, moves) if optimizer is not None else None
+        values = {name: layer.values for name, layer in self.layers.items()}
+        move_state = follow(optimizer, values, moves) if optimizer is not None else None
         for name, change in self.changes.items():
             self.layers[name].set_topology(change.after, change.values)
             if move_state is not None:

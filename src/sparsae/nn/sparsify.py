@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from reprlib import repr
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ from sparsae.core.topology import Topology, grid_size
 from sparsae.errors import InputError
 from sparsae.nn.carry import carry_module, carry_parameter, hand_over_hooks, own_names, without_hooks
 from sparsae.nn.choice import Choice, is_conv1d, is_patched, weight_shape
+from sparsae.nn.dense import gathered, scattered, strongest
 from sparsae.nn.limits import Limits
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.saving import save_as_before, tell_when_saving
 from sparsae.nn.summary import forget, note
+from sparsae.optimizer_state import Successor, succession
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +57,12 @@ def sparsify(
     heads: Mapping[str, HeadLayout] | None = None,
     head_min_density: float = 0.0,
     initializer: Initializer | None = None,
+    keep: Literal["random", "magnitude"] = "random",
+    optimizer: torch.optim.Optimizer | None = None,
     backend: str = "auto",
     seed: int = 0,
 ) -> nn.Module:
-    """Replace the linear layers of `model`, in place, by sparse ones with a random topology; returns the model.
+    """Replace the linear layers of `model`, in place, by sparse ones; returns the model.
 
     `nn.Linear` and transformers' `Conv1D` are replaced; what stays dense, `summary(model)` tells with the reasons:
     embeddings, norms, tied weights, routers and (unless `sparsify_head`) output heads among others. `include` /
@@ -68,15 +73,20 @@ def sparsify(
     the last {"depth": [1.5, 1.0, 0.5]}; the total stays, and a layer that stands at a bound is told of in the log.
     `fan_in` and `fan_out` are the least and the most active units of a row and of a column of a layer's grid, in terms
     of their mean there, rounded outward: with (1, 1) all neurons of a layer have as many inputs, to within one.
-    Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be given for a
-    layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and attributes, and what
-    was frozen is.
+    Which units they are is random, or with keep "magnitude" those with the largest weights of each layer (the first of
+    equal ones). Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be
+    given for a layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and
+    attributes, and what was frozen is.
+
+    optimizer: the one that trains the model already, between two of its steps. The new parameters get the places of the
+    old ones in its groups, and what it keeps for each weight is kept for those that stay.
 
     Raises InputError for arguments of other types, a sparsity outside [0, 1), a unit that does not divide a layer,
-    patterns, factors and heads that match nothing, bounds that cannot hold the budget, and hooks on the gradient of a
-    weight; then nothing has changed.
+    patterns, factors and heads that match nothing, bounds that cannot hold the budget, hooks on the gradient of a
+    weight, and an optimizer whose state cannot follow; then nothing has changed.
     """
     _check_types(model, sparsity, unit)
+    _check_choices(keep, optimizer, initializer)
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
     _refuse_synchronized(model)
@@ -99,13 +109,22 @@ def sparsify(
             limits.require_room(shape, unit, counts[name], (heads or {}).get(name)),
             generator(seed, "topology", name),
         )
-        for name, shape in shapes.items()
+        if keep == "random"
+        else strongest(
+            _dense_weight(name, module),
+            counts[name],
+            unit,
+            limits.require_room(shapes[name], unit, counts[name], (heads or {}).get(name)),
+        )
+        for (name, module), shape in zip(targets.items(), shapes.values(), strict=True)
     }
     twins = {
         name: _sparse_twin(name, module, topologies[name], initializer, backend, seed)
         for name, module in targets.items()
     }
+    succeed = _succession(optimizer, {name: _sparse_successor(module, twins[name]) for name, module in targets.items()})
     _replace(model, [(module, twins[name]) for name, module in targets.items()])
+    succeed()
     mlps = [
         module
         for name, module in model.named_modules()
@@ -125,6 +144,15 @@ def sparsify(
     return model
 
 
+def _check_choices(keep: object, optimizer: object, initializer: object) -> None:
+    if keep not in ("random", "magnitude"):
+        raise InputError(f"keep: must be 'random' or 'magnitude', not {repr(keep)}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer: must be a torch optimizer, not {repr(optimizer)}")
+    if optimizer is not None and initializer is not None:
+        raise InputError("an initializer draws new values, to which nothing of the optimizer's belongs: leave out one")
+
+
 def _check_types(model: object, sparsity: object, unit: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model: must be a torch.nn.Module, not {repr(model)}")
@@ -135,15 +163,21 @@ def _check_types(model: object, sparsity: object, unit: object) -> None:
         raise InputError(f"unit: must be two whole numbers, rows and columns such as (4, 4), not {repr(unit)}")
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Replace the sparse layers of `model`, in place, by dense ones with the same function; returns the model.
 
-    Raises InputError where a layer's values have a hook on their gradient; then nothing has changed.
+    optimizer: as `sparsify` has it; for inactive positions it begins with zeros.
+
+    Raises InputError where a layer's values have a hook on their gradient, and for an optimizer whose state cannot
+    follow; then nothing has changed.
     """
+    _check_choices("random", optimizer, None)
     _refuse_synchronized(model)
     layers = sparse_layers(model)
     twins = {name: _dense_twin(name, layer) for name, layer in layers.items()}
+    succeed = _succession(optimizer, {name: _dense_successor(layer, twins[name]) for name, layer in layers.items()})
     _replace(model, [(layer, twins[name]) for name, layer in layers.items()])
+    succeed()
     fused = [module for module in model.modules() if isinstance(module, FusedMLP)]
     _replace(model, [(module, _unfused(module)) for module in fused])
     forget(model)
@@ -232,11 +266,9 @@ def _sparse_twin(
         if not weight.is_meta:
             values = values.to(weight.device, weight.dtype)
             topology = topology.to(weight.device)
-    elif weight.is_meta:
-        raise ValueError(f"layer {name} is on the meta device: its values need an initializer")
     else:
         topology = topology.to(weight.device)
-        values = _active_values((weight.T if conv1d else weight).detach(), topology)
+        values = gathered(_dense_weight(name, module), topology)
     twin = SparseLinear(topology, values, None if bias is None else bias.data, backend=backend, conv1d=conv1d)
     carry_parameter(name, weight, twin.values)
     twin.bias = bias
@@ -244,11 +276,34 @@ def _sparse_twin(
     return twin
 
 
-def _active_values(weight: Tensor, topology: Topology) -> Tensor:
-    (b_out, b_in), (rows, columns) = topology.unit, topology.grid
-    blocks = weight.reshape(rows, b_out, columns, b_in)
-    row, column = topology.rows.long(), topology.columns.long()
-    return blocks[row, :, column, :].reshape(topology.values_shape).contiguous()
+def _dense_weight(name: str, module: nn.Module) -> Tensor:
+    """The (out, in) weight of a dense layer. Raises ValueError for one on the meta device."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    if weight.is_meta:
+        raise ValueError(f"layer {name} is on the meta device: its values need an initializer, and random positions")
+    return (weight.T if is_conv1d(module) else weight).detach()
+
+
+def _sparse_successor(dense: nn.Module, layer: SparseLinear) -> Successor:
+    def carry(tensor: Tensor) -> Tensor:
+        return gathered(tensor.T if layer.conv1d else tensor, layer.topology)
+
+    assert isinstance(dense.weight, nn.Parameter)
+    return Successor(dense.weight, layer.values, carry, ("weight", "values"))
+
+
+def _dense_successor(layer: SparseLinear, dense: nn.Module) -> Successor:
+    def carry(tensor: Tensor) -> Tensor:
+        weight_OI = scattered(tensor, layer.topology)
+        return (weight_OI.T if layer.conv1d else weight_OI).contiguous()
+
+    assert isinstance(dense.weight, nn.Parameter)
+    return Successor(layer.values, dense.weight, carry, ("values", "weight"))
+
+
+def _succession(optimizer: torch.optim.Optimizer | None, successors: Mapping[str, Successor]) -> Callable[[], None]:
+    return (lambda: None) if optimizer is None else succession(optimizer, successors)
 
 
 def _dense_twin(name: str, layer: SparseLinear) -> nn.Module:

@@ -79,7 +79,7 @@ class LoopCalls:
             )
         self._between = False
         if self._checks_state:
-            refuse_unmovable(self._optimizer, self._layers)
+            refuse_unmovable(self._optimizer, {name: layer.values for name, layer in self._layers.items()})
             self._checks_state = False
         if self._before is not None:
             name, before = self._before

@@ -269,7 +269,7 @@ class Sparsifier:
         refuse_lost(self._model, self._layers)
         if rule.moves:
             refuse_tied(self._layers)
-            refuse_unsupported(self._optimizer, trained)
+            refuse_unsupported(self._optimizer, {name: layer.values for name, layer in trained.items()})
         ends = layer_ends(rule, self._layers, trained, config)
         if rule.initialization == "normal" and self._parameterization is None:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
