@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +54,35 @@ def test_settings_have_the_name_of_their_rule_and_no_other() -> None:
     assert RULES["rigl"].settings().rule == "rigl"
     with pytest.raises(ValueError, match="rule must be rigl, not set"):
         RULES["rigl"].settings(rule="set")
+
+
+def test_a_file_that_no_package_has_is_named_by_a_variable(tmp_path: Path) -> None:
+    rule = tmp_path / "local_rule.py"
+    rule.write_text(LOCAL)
+    (tmp_path / "broken.py").write_text("1 / 0")
+
+    def methods(*files: Path) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "SPARSAE_IMPORT": os.pathsep.join(map(str, files))}
+        command = [sys.executable, "-m", "sparsae", "methods"]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+    assert "local            Local things move." in methods(rule).stdout
+    for file, message in {"broken.py": "ZeroDivisionError", "absent.py": "no Python file"}.items():
+        done = methods(tmp_path / file)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+LOCAL = """
+from sparsae import RULES, CosineFraction, Exchange, Periodic, RandomDrop, RandomGrowth, RuleConfig
+
+
+class LocalConfig(RuleConfig):
+    'Local things move.'
+
+
+@RULES.register("local", LocalConfig)
+def build(config):
+    return Exchange("local", when=Periodic("5%"), fraction=CosineFraction(0.1), drop=RandomDrop(), grow=RandomGrowth())
+"""

@@ -7,13 +7,18 @@ when what it holds is first wanted, so that a command which does not want it sta
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsae.errors import InputError
+
+IMPORT = "SPARSAE_IMPORT"  # names files, separated as in PATH
 
 Built = TypeVar("Built", bound=Callable[..., Any])
 
@@ -111,6 +116,25 @@ class Registry:
             points = metadata.entry_points(group=self._package)
             self._known_points = {point.name: point for point in points if point.name not in own}
         return self._known_points
+
+
+def import_files() -> None:
+    """Import the Python files that $SPARSAE_IMPORT names, for rules and terms that no package has yet.
+
+    Raises InputError for one that cannot be imported.
+    """
+    for name in filter(None, os.environ.get(IMPORT, "").split(os.pathsep)):
+        path = Path(name).expanduser().resolve()
+        if any(getattr(module, "__file__", None) == str(path) for module in list(sys.modules.values())):
+            continue
+        spec = spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise InputError(f"{IMPORT}: {name} is no Python file")
+        module = sys.modules[path.stem] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever somebody else's file does at its import
+            raise InputError(f"{IMPORT}: {name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 RULES = Registry("rule", "sparsae.rules")

@@ -132,7 +132,10 @@ def plan(
         layer = layers[name]
         before = layer.topology
         empty = before.indices[:0]
-        after, source = before.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
+        try:
+            after, source = before.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise ValueError(f"layer {name}: {error}") from error
         values = remap(layer.values.data, source)
         is_new = source < 0
         if initialization == "kaiming_uniform":

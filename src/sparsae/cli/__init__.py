@@ -41,6 +41,7 @@ from sparsae.config.schema import MOST_GENERATED
 from sparsae.errors import DivergedError, InputError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
+from sparsae.registry import import_files
 from sparsae.train.claim import refuse_occupied
 from sparsae.train.lock import refuse_ranks
 from sparsae.train.rundir import RunDirectory, describe
@@ -281,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for argument in given:
             require_utf8("the command line", argument)
+        import_files()
         code = app(args=given, prog_name="sparsae", standalone_mode=False)
     except InputError as error:
         message = str(error)

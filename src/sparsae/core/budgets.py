@@ -51,7 +51,8 @@ def density_factors(density: DensityFactors, layers: Sequence[str]) -> dict[str,
         if not concerned:
             what = "no layer has a number in its name" if key == DEPTH else f"no sparse layer matches '{key}'"
             some = ", ".join([*layers[:3], *(["..."] if len(layers) > 3 else [])])
-            raise InputError(f"density: {what}; their names are {some}")
+            roles = " (roles such as attention are known in the settings of a run only)" if key.isidentifier() else ""
+            raise InputError(f"density: {what}; their names are {some}{roles}")
         for name, factor in concerned.items():
             factors[name] *= factor
     return factors

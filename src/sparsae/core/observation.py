@@ -40,7 +40,7 @@ class LayerView:
     same backward passes. past: values from before, by the steps of each `PastValues`. bounds are (k_min, k_max) in
     units, groups those of attention heads and neurons that have limits, heads how the layer's features belong to
     attention heads, ends its units at the start and by its budget at the end of a run that prunes. What the rule did
-    not declare is None.
+    not declare is None, and so is active_gradient of a layer of which it wanted no unit.
     """
 
     topology: Topology

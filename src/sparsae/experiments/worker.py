@@ -17,12 +17,14 @@ from pathlib import Path
 from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.units import run_unit
+from sparsae.registry import import_files
 
 
 def main() -> None:
     """Serve until the input ends or a unit was stopped."""
     import torch
 
+    import_files()  # whoever started this process could
     torch.set_num_threads(int(sys.argv[1]))
     # Answers alone may go to the output that is read; whatever libraries print goes beside it.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

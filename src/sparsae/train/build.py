@@ -39,6 +39,7 @@ def check(config: Config) -> None:
     if sparsity.sparsity == 0:
         return
     layers = choice_of(config).layers(model)
+    build_rule(config.topology, config.rules).refuse_layers(layers)
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     factors = density_factors(density_of(config), list(shapes))
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups, binding
 from sparsae.core.heads import HeadLayout
-from sparsae.core.observation import LayerView
+from sparsae.core.observation import LayerView, Need
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
@@ -113,7 +113,7 @@ class GradientCapture:
             if probe is not None and probe.gradient is None and bool(gradient.any()):
                 raise InputError(_unanswered(name, self._passes))
             self.norms[name] = float(gradient.norm())
-            probed = self._probed(name)
+            probed = self._probed(name, needs)
             if not (_is_finite(gradient, self.norms[name]) and _is_finite(probed.get("sample_gradient"))):
                 self.not_finite = self.not_finite or name
             views[name] = LayerView(
@@ -147,12 +147,13 @@ class GradientCapture:
         self.close()
         self.views, self.norms, self.probes = None, {}, {}
 
-    def _probed(self, name: str) -> dict[str, Any]:
-        """What a layer's probe saw, as fields of its view: nothing of one that took no part in the backward pass."""
+    def _probed(self, name: str, needs: frozenset[Need]) -> dict[str, Any]:
+        """What a layer's probe saw, as fields of its view: no unit at all where the rule wanted none of the layer."""
         probe, layer = self.probes.get(name), self._layers[name]
-        if probe is None:
-            return {}
         values = layer.values.detach()
+        if probe is None:
+            wanted = needs & {"gradient_at", "dense_gradient"}
+            return {"sample": layer.indices[:0], "sample_gradient": values[:0]} if wanted else {}
         units = layer.indices[:0] if probe.units is None else probe.units
         dense = isinstance(probe, LargestGradients)
         if probe.gradient is None:

@@ -147,12 +147,8 @@ class TopologySearch:
             for name, view in seen.items()
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
-        candidates = [
-            candidate
-            if candidate.rejected or keeps_limits(views, candidate.swap)
-            else dataclasses.replace(candidate, rejected="bounds")
-            for candidate in self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-        ]
+        asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
+        candidates = [self._within_limits(candidate, views) for candidate in asked]
         in_force = self.rule.telemetry(self.state, observation.progress)
         current, scores = self._scored(candidates, views, step)
         study = {} if current is None else self._scoring.study(self._plans(candidates, step))
@@ -237,7 +233,21 @@ class TopologySearch:
 
     def _plan(self, swap: Swap, step: int, index: int) -> Plan:
         rng = generator(self._seed, "grown values", step, index)
-        return plan(self._layers, swap, self.rule.initialization, rng, self._initial_std)
+        try:
+            return plan(self._layers, swap, self.rule.initialization, rng, self._initial_std)
+        except ValueError as error:
+            raise InputError(f"rule '{self.rule.name}' proposed a swap that cannot be made: {error}") from error
+
+    def _within_limits(self, candidate: Candidate, views: Mapping[str, LayerView]) -> Candidate:
+        """The candidate, rejected where it leaves bounds or limits. InputError for layers that its rule did not see."""
+        swap = candidate.swap
+        if other := [name for name in (*swap.drop, *swap.grow) if name not in views]:
+            raise InputError(
+                f"rule '{self.rule.name}' moves connections of {other[0]!r}, which is no layer that it sees"
+            )
+        if candidate.rejected or keeps_limits(views, swap):
+            return candidate
+        return dataclasses.replace(candidate, rejected="bounds")
 
     def _plans(self, candidates: Sequence[Candidate], step: int) -> Iterator[tuple[int | None, Plan | None]]:
         """The current topology, by the index None, and the candidates in the race, one at a time."""

@@ -43,7 +43,15 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.train.attach import StepHooks
 from sparsae.train.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
 from sparsae.train.burn_in import BurnIn
-from sparsae.train.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
+from sparsae.train.calls import (
+    LoopCalls,
+    refuse_lost,
+    refuse_ranks,
+    refuse_tied,
+    refuse_unknown_needs,
+    tell_if_still,
+    trained_layers,
+)
 from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
 
@@ -259,6 +267,7 @@ class Sparsifier:
         """The rule as it can serve here, and where its layers end. Raises InputError for one that cannot."""
         trained = trained_layers(self._layers, self._optimizer)
         rule.refuse_layers(self._layers)
+        refuse_unknown_needs(rule)
         if not trained and rule.moves:
             raise InputError(
                 "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
