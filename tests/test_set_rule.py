@@ -13,6 +13,7 @@ from torch import nn
 from sparsae.config.rules import RuleConfig
 from sparsae.config.schema import TeacherConfig
 from sparsae.core.cadence import Periodic
+from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
 from sparsae.kernels import probe
 from sparsae.nn.linear import SparseLinear, sparse_layers
@@ -211,3 +212,33 @@ def test_a_model_that_was_made_dense_behind_its_back(rule: str, attached: bool, 
     assert sparsifier.teacher is not None
     with pytest.raises(InputError, match=r"layer 0 was made sparse or dense|does not have the student's topology"):
         sparsifier.teacher.update(model, 1)
+
+
+def test_limits_of_heads_and_neurons_hold_for_the_new_rule_too() -> None:
+    """A rule that prunes counts on fewer units than there were: where they could not be kept it is refused."""
+
+    def begun(**settings: Any) -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        sparsify(model, 0.75, budget="uniform", **settings)
+        optimizer = OPTIMIZERS["sgd"](model)
+        config = SparsifierConfig(steps=STEPS, topology=SetConfig(every=4), budget="uniform", **_limits(settings))
+        return model, optimizer, Sparsifier(model, optimizer, config, heads=settings.get("heads"))
+
+    def _limits(settings: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key != "heads"}
+
+    model, optimizer, sparsifier = begun(fan_in=(1.0, 1.0))
+    run_steps(model, optimizer, sparsifier, 10)
+    sparsifier.set_rule(GmpConfig(every=4, start=0.0, stop=0.9), sparsity=0.875)
+    run_steps(model, optimizer, sparsifier, 29)
+    assert sparsifier.nnz == round(0.125 * 2 * 24 * 48)
+    for layer, fan in zip(sparse_layers(model).values(), (3, 6), strict=True):
+        assert set(layer.topology.to_mask().sum(1).tolist()) == {fan}
+
+    _, _, sparsifier = begun(heads={"0": HeadLayout("out", 8)}, head_min_density=0.2)
+    before = copy.deepcopy(sparsifier.state_dict())
+    with pytest.raises(InputError, match=r"head_min_density 0\.2 needs"):
+        sparsifier.set_rule(GmpConfig(), sparsity=0.9)
+    assert_same(sparsifier.state_dict(), before)
+    sparsifier.set_rule(GmpConfig(), sparsity=0.78)

@@ -29,6 +29,7 @@ class GradientCapture:
 
     trained: the layers that take part in the coming update. views: what was seen of them, by layer, from `take` until
     `clear`; None else. norms: of their gradients. not_finite: the first layer with a gradient that is not finite.
+    groups: of each layer, those that have limits.
     """
 
     def __init__(
@@ -37,15 +38,15 @@ class GradientCapture:
         layers: Mapping[str, SparseLinear],
         optimizer: torch.optim.Optimizer,
         heads: Mapping[str, HeadLayout],
-        groups: Mapping[str, tuple[Groups, ...]],
         *,
         horizon: Horizon,
         passes: int,
         seed: int,
     ) -> None:
-        """groups: of each layer, those that have limits. passes: backward passes an optimizer step."""
+        """passes: backward passes an optimizer step."""
         self._model, self._layers, self._optimizer = model, layers, optimizer
-        self._heads, self.groups = heads, groups
+        self._heads = heads
+        self.groups: Mapping[str, tuple[Groups, ...]] = {}
         self._horizon, self._passes, self._seed = horizon, passes, seed
         self.trained: Mapping[str, SparseLinear] = {}
         self.probes: dict[str, Probe] = {}

@@ -93,19 +93,29 @@ class TopologySearch:
         self._layers, self._optimizer, self._teacher = layers, optimizer, teacher
         self._scoring, self._initial_std = Scoring(model, score, study), initial_std
         self._horizon, self._seed = horizon, seed
-        self.gradients = GradientCapture(
-            model, layers, optimizer, heads, groups, horizon=horizon, passes=passes, seed=seed
-        )
+        self.gradients = GradientCapture(model, layers, optimizer, heads, horizon=horizon, passes=passes, seed=seed)
         self._past = PastCapture(layers, horizon)
         self._told = False
-        self.use(rule, bounds, ends)
+        self.use(rule, bounds, ends, groups)
 
-    def use(self, rule: Rule[Any], bounds: Mapping[str, tuple[int, int]], ends: Mapping[str, tuple[int, int]]) -> None:
+    def use(
+        self,
+        rule: Rule[Any],
+        bounds: Mapping[str, tuple[int, int]],
+        ends: Mapping[str, tuple[int, int]],
+        groups: Mapping[str, tuple[Groups, ...]],
+    ) -> None:
         """Begin with a rule: an update that another one waited for is given up."""
         self.rule, self.state = rule, rule.initial_state()
-        self.bounds, self.ends = dict(bounds), dict(ends)
+        self.bounds, self.ends, self.gradients.groups = dict(bounds), dict(ends), groups
         self.waiting = False
         self.gradients.clear()
+
+    def close(self) -> None:
+        """Watch no backward pass any more, and keep nothing of what was seen."""
+        self.gradients.clear()
+        self._past.clear()
+        self._scoring.forget()
 
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1."""

@@ -148,7 +148,6 @@ class Sparsifier:
         self._follow_density()
         self._layouts = heads
         groups = layer_groups(self._layers, config, heads, self._initial_densities, ends)
-        tell_if_rigid(rule, {name: groups[name] for name in trained_layers(self._layers, optimizer)})
         self.search = TopologySearch(
             model,
             self._layers,
@@ -212,8 +211,9 @@ class Sparsifier:
         config = SparsifierConfig(**{**dict(self.config), **changes})
         made = build_rule(rule) if isinstance(rule, RuleConfig) else rule
         admitted, ends = self._admitted(made, config)
+        groups = layer_groups(self._layers, config, self._layouts, self._initial_densities, ends)
         self.config = config
-        self.search.use(admitted, layer_bounds(self._layers, config), ends)
+        self.search.use(admitted, layer_bounds(self._layers, config), ends, groups)
         self._begin(admitted)
 
     def attach(self, on_update: Callable[[Update], object] | None = None) -> Self:
@@ -249,7 +249,7 @@ class Sparsifier:
     def close(self) -> None:
         """End the search: hooks and probes are gone, and the topology stays as it is. The teacher may still be used."""
         self.detach()
-        self.search.gradients.clear()
+        self.search.close()
         self._is_closed = True
 
     def _refuse_closed(self, call: str) -> None:
@@ -289,6 +289,8 @@ class Sparsifier:
         self._calls = LoopCalls(rule, self._layers, self._optimizer)
         self._burn_in = BurnIn(rule.burn_in, self._layers)
         tell_if_still(rule, self.config.horizon)
+        trained = trained_layers(self._layers, self._optimizer)
+        tell_if_rigid(rule, {name: self.search.gradients.groups[name] for name in trained})
         self.search.arm(self.step + 1)
 
     def _before_step(self, scale: Tensor | None) -> None:
