@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups, binding
+from sparsae.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,10 @@ class PastValues:
     """A need: values of `steps` optimizer steps before an update, or of right after the last one if that is later."""
 
     steps: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"PastValues wants a number of steps of at least 1, not {self.steps!r}")
 
 
 # What has to be captured for an update, of the training step before it: gradients at active units ("gradient"), at

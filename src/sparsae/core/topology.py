@@ -140,10 +140,14 @@ class Topology:
 
         Returns the new topology and, for each of its units, the position of the same unit in this one, or -1 for a
         grown unit: (count,) int64. Raises ValueError where a dropped unit is not active, a grown one is, or one is
-        repeated.
+        repeated or outside the layer, or units are no whole numbers.
         """
+        if any(units.dtype not in (torch.int32, torch.int64) for units in (drop, grow)):
+            raise ValueError("unit numbers must be int32 or int64")
         # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
         grow = grow.to(self.indices.device, self.indices.dtype).sort().values
+        if grow.numel() and not (int(grow[0]) >= 0 and int(grow[-1]) < self.units):
+            raise ValueError(f"a grown unit is outside the layer, which has {self.units}")
         before = torch.searchsorted(self.indices, grow)  # active units below each grown one
         clash = bool((self.indices[before.clamp(max=self.count - 1)] == grow).any()) if self.count else False
         if clash or bool((grow[1:] == grow[:-1]).any()):

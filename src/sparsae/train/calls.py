@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
-from sparsae.core.observation import Captured, PastValues
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import refuse_unmovable
@@ -114,16 +113,6 @@ def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
             rule.name,
             steps,
         )
-
-
-def refuse_unknown_needs(rule: Rule[Any]) -> None:
-    """Raise InputError for a need of a rule that nothing can meet."""
-    known = get_args(Captured)
-    for need in rule.needs:
-        if not isinstance(need, PastValues) and need not in known:
-            raise InputError(
-                f"rule '{rule.name}' needs {need!r}, which is none of {', '.join(known)} and PastValues(n)"
-            )
 
 
 def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> dict[str, SparseLinear]:

@@ -34,8 +34,8 @@ class PastCapture:
             self.clear()
             self._rule = rule
         for window in sorted(need.steps for need in rule.needs if isinstance(need, PastValues)):
-            first = step + (window if window in self._watched else 1)
-            is_near = waiting or any(rule.due(later, self._horizon) for later in range(first, step + window + 1))
+            first, last = step + (window if window in self._watched else 1), min(step + window, self._horizon.steps)
+            is_near = waiting or any(rule.due(later, self._horizon) for later in range(first, last + 1))
             if is_near or (window in self._taken and window in self._watched):
                 self._renew(self._taken.setdefault(window, {}))
             else:
@@ -59,6 +59,9 @@ class PastCapture:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """From `state_dict`, of the layers as they are."""
+        for name, values in [pair for layers in state.values() for pair in layers.items()]:
+            if name not in self._layers or values.shape != self._layers[name].values.shape:
+                raise ValueError(f"past values of {name} are not of the layer's connections")
         self.clear()
         self._taken = {
             int(window): {

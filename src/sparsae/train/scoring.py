@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -15,6 +17,8 @@ from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score, Trial
 from sparsae.surgery import Plan
+
+log = logging.getLogger(__name__)
 
 # The mean cross entropy (a scalar with gradient) on the held-out micro-batch of an update; the argument is the step.
 ScoreFunction = Callable[[int], Tensor]
@@ -60,6 +64,7 @@ class Scoring:
     def __init__(self, model: nn.Module, score: ScoreFunction | None, study: StudyFunction | None) -> None:
         self._model, self._score, self._study = model, score, study
         self.forwards, self.backwards, self.studied = 0, 0, 0
+        self._told: set[str] = set()
 
     def forget(self) -> None:
         """Count from 0."""
@@ -87,6 +92,12 @@ class Scoring:
         )
         with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
             score = {term.name: float(term.value(trial)) for term in rule.terms}
+        for name, value in score.items():
+            if not math.isfinite(value) and name not in self._told:
+                self._told.add(name)
+                log.warning(
+                    "step %d: the term '%s' is %s, and no such topology is chosen (said once)", step, name, value
+                )
         if passes:
             self.forwards += passes.forwards
             self.backwards += passes.backwards

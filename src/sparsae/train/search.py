@@ -21,11 +21,11 @@ from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
-from sparsae.rules.parts.choose import keeps_limits
 from sparsae.rules.parts.rule import Candidate, Rule
 from sparsae.score import Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
 from sparsae.train.capture import GradientCapture
+from sparsae.train.guests import checked, chosen, in_force, named
 from sparsae.train.past import PastCapture
 from sparsae.train.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.train.telemetry import TopologyTelemetry
@@ -157,17 +157,20 @@ class TopologySearch:
             for name, view in seen.items()
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
-        asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-        candidates = [self._within_limits(candidate, views) for candidate in asked]
-        in_force = self.rule.telemetry(self.state, observation.progress)
+        with named(self.rule, step):
+            asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
+        candidates = checked(self.rule, asked, views)
+        strategy = in_force(self.rule, self.state, observation.progress)
         current, scores = self._scored(candidates, views, step)
         study = {} if current is None else self._scoring.study(self._plans(candidates, step))
-        decision, self.state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
+        with named(self.rule, step):
+            decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
+        decision, self.state = chosen(self.rule, decision, candidates), state
         changes: Mapping[str, Change] = {}
         if decision.chosen is not None:
-            chosen = self._plan(candidates[decision.chosen].swap, step, decision.chosen)
-            chosen.commit(self._optimizer, self._teacher)
-            changes = chosen.changes
+            plan_ = self._plan(candidates[decision.chosen].swap, step, decision.chosen)
+            plan_.commit(self._optimizer, self._teacher)
+            changes = plan_.changes
         cost = self._cost()
         row = {
             "kind": "topology",
@@ -180,7 +183,7 @@ class TopologySearch:
             "current": candidate_row(self.rule, "current", 0, current, decision.current, None) | study.get(None, {})
             if current is not None
             else None,
-            **in_force,
+            **strategy,
             **self.telemetry.row(step, changes, self.gradients.norms),
             "skipped": None,
             "seconds": time.perf_counter() - started,
@@ -206,12 +209,15 @@ class TopologySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From `state_dict`, of the same rule and the layers as they are. Raises InputError for anything else."""
         require_state("TopologySearch", state, ("rule", "waiting", "bounds", "ends", "telemetry", "past"))
-        self.telemetry.load_state_dict(state["telemetry"])
-        self._past.load_state_dict(state["past"])
-        self.state = self.rule.state_from_dict(state["rule"])
-        self.waiting = bool(state["waiting"])
-        self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}
-        self.ends = {name: (first, last) for name, (first, last) in state["ends"].items()}
+        try:
+            self.telemetry.load_state_dict(state["telemetry"])
+            self._past.load_state_dict(state["past"])
+            self.state = self.rule.state_from_dict(state["rule"])
+            self.waiting = bool(state["waiting"])
+            self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}
+            self.ends = {name: (first, last) for name, (first, last) in state["ends"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the state of a search does not fit rule '{self.rule.name}': {error!r}") from None
 
     def _unchanged(self, step: int) -> dict[str, Any]:
         return {
@@ -221,7 +227,7 @@ class TopologySearch:
             "chosen": None,
             "candidates": [],
             "current": None,
-            **self.rule.telemetry(self.state, step / self._horizon.steps),
+            **in_force(self.rule, self.state, step / self._horizon.steps),
             **self.telemetry.row(step, {}, {}),
             "skipped": None,
             "seconds": 0.0,
@@ -247,17 +253,6 @@ class TopologySearch:
             return plan(self._layers, swap, self.rule.initialization, rng, self._initial_std)
         except ValueError as error:
             raise InputError(f"rule '{self.rule.name}' proposed a swap that cannot be made: {error}") from error
-
-    def _within_limits(self, candidate: Candidate, views: Mapping[str, LayerView]) -> Candidate:
-        """The candidate, rejected where it leaves bounds or limits. InputError for layers that its rule did not see."""
-        swap = candidate.swap
-        if other := [name for name in (*swap.drop, *swap.grow) if name not in views]:
-            raise InputError(
-                f"rule '{self.rule.name}' moves connections of {other[0]!r}, which is no layer that it sees"
-            )
-        if candidate.rejected or keeps_limits(views, swap):
-            return candidate
-        return dataclasses.replace(candidate, rejected="bounds")
 
     def _plans(self, candidates: Sequence[Candidate], step: int) -> Iterator[tuple[int | None, Plan | None]]:
         """The current topology, by the index None, and the candidates in the race, one at a time."""

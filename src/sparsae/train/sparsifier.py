@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 from weakref import WeakSet
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 from sparsae.config.density import Density
@@ -48,10 +48,10 @@ from sparsae.train.calls import (
     refuse_lost,
     refuse_ranks,
     refuse_tied,
-    refuse_unknown_needs,
     tell_if_still,
     trained_layers,
 )
+from sparsae.train.guests import refuse_unfit
 from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
 
@@ -126,7 +126,7 @@ class Sparsifier:
         optimizer: torch.optim.Optimizer,
         config: SparsifierConfig,
         *,
-        rule: Rule[Any] | None = None,
+        rule: Rule[Any] | RuleConfig | None = None,
         score: ScoreFunction | None = None,
         study: StudyFunction | None = None,
         heads: Mapping[str, HeadLayout] | None = None,
@@ -141,7 +141,10 @@ class Sparsifier:
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
-        rule, ends = self._admitted(build_rule(config.topology, config.rules) if rule is None else rule, config)
+        if rule is not None and config.rules:
+            raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
+        made = build_rule(config.topology, config.rules) if rule is None else _as_rule(rule)
+        rule, ends = self._admitted(made, config)
         heads = check_heads(heads, config.head_min_density, self._layers)
         self.teacher = Teacher(model, config.teacher) if teacher is None and config.teacher.enabled else teacher
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
@@ -204,12 +207,14 @@ class Sparsifier:
         self._refuse_closed("set_rule")
         density = {} if sparsity is None else self.config.density
         changes: dict[str, Any] = {"rules": {}, "sparsity": sparsity, "density": density}
+        made = _as_rule(rule)
         if isinstance(rule, RuleConfig):
             changes["topology"] = rule
-        elif not isinstance(rule, Rule):
-            raise InputError(f"rule: must be a Rule or the settings of one, such as SetConfig(), not {rule!r}")
-        config = SparsifierConfig(**{**dict(self.config), **changes})
-        made = build_rule(rule) if isinstance(rule, RuleConfig) else rule
+        try:
+            config = SparsifierConfig(**{**dict(self.config), **changes})
+        except ValidationError as errors:
+            first = errors.errors(include_url=False)[0]
+            raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from None
         admitted, ends = self._admitted(made, config)
         groups = layer_groups(self._layers, config, self._layouts, self._initial_densities, ends)
         self.config = config
@@ -267,13 +272,13 @@ class Sparsifier:
         """The rule as it can serve here, and where its layers end. Raises InputError for one that cannot."""
         trained = trained_layers(self._layers, self._optimizer)
         rule.refuse_layers(self._layers)
-        refuse_unknown_needs(rule)
         if not trained and rule.moves:
             raise InputError(
                 "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
                 "unfreeze one, or take StaticConfig() as topology"
             )
         rule = rule if self._has_score else rule.without_scores()
+        refuse_unfit(rule, self._has_score)
         refuse_ranks(rule)
         refuse_lost(self._model, self._layers)
         if rule.moves:
@@ -373,6 +378,15 @@ class Sparsifier:
         assert self._parameterization is not None
         density = topology.density if self._parameterization.dynamic else self._initial_densities[name]
         return self._parameterization.initial_std(self._parameterization.role(name), density)
+
+
+def _as_rule(rule: object) -> Rule[Any]:
+    """A rule, or that of its settings. Raises InputError for anything else."""
+    if isinstance(rule, RuleConfig):
+        return build_rule(rule)
+    if not isinstance(rule, Rule):
+        raise InputError(f"rule: must be a Rule or the settings of one, such as SetConfig(), not {rule!r}")
+    return rule
 
 
 _ATTACHED: WeakSet[Sparsifier] = WeakSet()

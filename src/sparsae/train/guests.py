@@ -1,0 +1,100 @@
+"""What somebody's rule may not do, told in one line that names it, before or instead of doing harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from sparsae.core.observation import Captured, LayerView, PastValues
+from sparsae.errors import InputError
+from sparsae.rules.parts.choose import keeps_limits
+from sparsae.rules.parts.rule import Candidate, Decision, Rule
+
+log = logging.getLogger(__name__)
+
+# What a row of an update has under its own names.
+_RESERVED = {
+    "kind", "step", "accepted", "chosen", "candidates", "current", "nnz", "swaps", "hamming_start", "hamming_last",
+    "itop_rate", "age", "layers", "skipped", "seconds",
+}  # fmt: skip
+
+
+def refuse_unfit(rule: Rule[Any], has_score: bool) -> None:
+    """Raise InputError for a rule that could not be served, or whose state no checkpoint could hold."""
+    known = get_args(Captured)
+    for need in rule.needs:
+        if not isinstance(need, PastValues) and need not in known:
+            raise InputError(f"rule '{rule.name}' needs {need!r}: use {', '.join(known)} or PastValues(n)")
+    losses = rule.needs & {"loss", "candidate_gradient"}
+    if losses and not rule.terms:
+        raise InputError(f"rule '{rule.name}' needs '{min(map(str, losses))}', but has no terms that it is scored by")
+    for term in rule.terms:
+        if missing := term.needs - rule.needs:
+            raise InputError(f"rule '{rule.name}' has the term '{term.name}': add {set(missing)} to the rule's needs")
+        if not all(isinstance(getattr(term, name, None), str) for name in ("label", "unit")):
+            raise InputError(f"term '{term.name}' has no label or no unit, which reports show: give it both")
+    if losses and not has_score:
+        raise InputError(
+            f"rule '{rule.name}' compares candidates by their loss: give Sparsifier a score function (a run has one "
+            "where the rule has a micro_batch)"
+        )
+    try:
+        json.dumps(dataclasses.asdict(rule.initial_state()), default=dict)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"rule '{rule.name}': its state cannot be saved as JSON: {error}") from None
+
+
+@contextmanager
+def named(rule: Rule[Any], step: int) -> Iterator[None]:
+    """Whatever a rule raises says whose it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by rule '{rule.name}' at the update of step {step}")
+        raise
+
+
+def checked(rule: Rule[Any], candidates: Any, views: Mapping[str, LayerView]) -> list[Candidate]:
+    """A rule's candidates, those rejected that leave bounds or limits. Raises InputError for what is no proposal."""
+    if not isinstance(candidates, Sequence) or not all(isinstance(each, Candidate) for each in candidates):
+        raise InputError(f"rule '{rule.name}': ask() must return a list of Candidate, not {type(candidates).__name__}")
+    return [_checked(rule, candidate, views) for candidate in candidates]
+
+
+def chosen(rule: Rule[Any], decision: Any, candidates: Sequence[Candidate]) -> Decision:
+    """A rule's decision. Raises InputError for one that takes no candidate, or one that is out of the race."""
+    if not isinstance(decision, Decision):
+        raise InputError(f"rule '{rule.name}': tell() must return a Decision and a state, not {decision!r}")
+    index = decision.chosen
+    if index is not None and (index not in range(len(candidates)) or candidates[index].rejected):
+        raise InputError(f"rule '{rule.name}' chose candidate {index}, which is none or was rejected")
+    return decision
+
+
+def in_force(rule: Rule[Any], state: Any, progress: float) -> dict[str, float]:
+    """A rule's telemetry. Raises InputError for a name that rows have already."""
+    found = rule.telemetry(state, progress)
+    if taken := sorted(found.keys() & _RESERVED):
+        raise InputError(f"rule '{rule.name}': its telemetry cannot be called '{taken[0]}': rows have that already")
+    return found
+
+
+def _checked(rule: Rule[Any], candidate: Candidate, views: Mapping[str, LayerView]) -> Candidate:
+    swap = candidate.swap
+    for name, units in [*swap.drop.items(), *swap.grow.items()]:
+        if name not in views:
+            raise InputError(f"rule '{rule.name}' moves connections of {name!r}, which is no layer that it sees")
+        if not isinstance(units, Tensor) or units.dim() != 1 or units.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"rule '{rule.name}': units of {name} must be a vector of int32 or int64 unit numbers")
+    if swap.shrinks and not rule.prunes:
+        raise InputError(f"rule '{rule.name}' does not prune (prunes is False), but a swap of it shrinks the model")
+    if candidate.rejected or keeps_limits(views, swap):
+        return candidate
+    return dataclasses.replace(candidate, rejected="bounds")
