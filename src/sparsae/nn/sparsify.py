@@ -101,23 +101,17 @@ def sparsify(
     if "" in targets:
         raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
-    topologies = {
-        name: random_topology(
-            shape,
-            unit,
-            counts[name],
-            limits.require_room(shape, unit, counts[name], (heads or {}).get(name)),
-            generator(seed, "topology", name),
-        )
-        if keep == "random"
-        else strongest(
-            _dense_weight(name, module),
-            counts[name],
-            unit,
-            limits.require_room(shapes[name], unit, counts[name], (heads or {}).get(name)),
-        )
-        for (name, module), shape in zip(targets.items(), shapes.values(), strict=True)
-    }
+    groups = {name: limits.require_room(shapes[name], unit, counts[name], (heads or {}).get(name)) for name in targets}
+    if keep == "random":
+        topologies = {
+            name: random_topology(shape, unit, counts[name], groups[name], generator(seed, "topology", name))
+            for name, shape in shapes.items()
+        }
+    else:
+        topologies = {
+            name: strongest(_dense_weight(name, module), counts[name], unit, groups[name])
+            for name, module in targets.items()
+        }
     twins = {
         name: _sparse_twin(name, module, topologies[name], initializer, backend, seed)
         for name, module in targets.items()
