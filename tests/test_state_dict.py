@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,37 @@ def by_safetensors(parts: Parts, others: Parts, tmp_path: Path) -> None:
     others[2].load_state_dict(state)
 
 
-ROUTES = [by_copies, by_torch, by_accelerate, by_safetensors]
+def by_distributed_checkpoint(parts: Parts, others: Parts, tmp_path: Path) -> None:
+    """torch's own; it fills what it finds, of the same sizes, so that it is read as a whole."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.stateful import Stateful
+
+    assert isinstance(parts[2], Stateful)
+    model, optimizer = get_state_dict(*parts[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        saved = {"model": model, "optimizer": optimizer, "sparsifier": parts[2]}
+        checkpoint.save(saved, checkpoint_id=tmp_path / "step-17")
+        dcp_to_torch_save(tmp_path / "step-17", tmp_path / "step-17.pt")
+    state = torch.load(tmp_path / "step-17.pt", weights_only=True)
+    set_state_dict(*others[:2], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    others[2].load_state_dict(state["sparsifier"])
+
+
+ROUTES = [by_copies, by_torch, by_accelerate, by_safetensors, by_distributed_checkpoint]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("topology", [MOVING, SetConfig(every=4)], ids=["moving", "set"])
 def test_a_run_goes_on_as_if_it_had_not_stopped(
-    route: Callable[[Parts, Parts, Path], None], name: str, tmp_path: Path
+    topology: RuleConfig, route: Callable[[Parts, Parts, Path], None], name: str, tmp_path: Path
 ) -> None:
-    parts, others = made(name=name), made(name=name)
+    parts, others = made(topology, name=name), made(topology, name=name)
     run_steps(*parts, 17)
-    assert parts[2].burning_in
+    assert parts[2].burning_in == (topology is MOVING)
     route(parts, others, tmp_path)
     assert run_steps(*others, 23) == run_steps(*parts, 23)
     for name, tensor in model_tensors(parts[0]).items():

@@ -43,13 +43,14 @@ class BurnIn:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From `state_dict`, of the layers as they are. Raises InputError for anything else."""
-        require_state("BurnIn", state, ("steps_left", "new"))
-        for name, new in state["new"].items():
+        require_state("BurnIn", state, ["steps_left"])
+        all_new = state.get("new", {})
+        for name, new in all_new.items():
             layer = self._layers.get(name)
             if layer is None or new.shape != (layer.topology.count,):
                 raise InputError(f"the burn-in's new connections of {name} are not this model's: load its state first")
         self.steps_left = int(state["steps_left"])
-        self.new = {name: new.to(self._layers[name].values.device) for name, new in state["new"].items()}
+        self.new = {name: new.to(self._layers[name].values.device) for name, new in all_new.items()}
         self._before = {}
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
