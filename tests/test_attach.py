@@ -285,7 +285,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="attached already"):
         loop.sparsifier.attach()
     again = Sparsifier(loop.model, loop.optimizer, loop.sparsifier.config)
-    with pytest.raises(InputError, match="another Sparsifier is attached over the same layers: end it with its detach"):
+    with pytest.raises(InputError, match="another Sparsifier is attached to this optimizer, over the same layers"):
         again.attach()
     loop.sparsifier.detach()
     loop.sparsifier.detach()
@@ -310,6 +310,45 @@ def test_what_cannot_be_is_refused() -> None:
     foreign = Foreign(loop.optimizer)
     with pytest.raises(InputError, match="Foreign does not run the step hooks of torch"):
         Sparsifier(loop.model, foreign, loop.sparsifier.config).attach()
+
+
+def test_an_optimizer_that_is_not_used_any_more_is_in_nobodys_way() -> None:
+    loop = Loop()
+    again = Sparsifier(loop.model, torch.optim.SGD(loop.model.parameters(), lr=0.1), loop.sparsifier.config)
+    again.attach()
+
+
+@pytest.mark.parametrize("end", ["detach", "close"])
+def test_the_search_can_end_in_the_middle_of_a_step(end: str) -> None:
+    """torch goes through its hooks then."""
+    loop = Loop(rule="set")
+    loop.sparsifier.detach()
+    others: list[int] = []
+    loop.sparsifier.attach(lambda update: getattr(loop.sparsifier, end)())
+    loop.optimizer.register_step_post_hook(lambda *_: others.append(1))
+    for step in range(6):
+        loop.one(step)
+    assert loop.sparsifier.step == 3
+    assert len(others) == 6
+    if end == "detach":
+        loop.sparsifier.attach()
+        loop.one(6)
+        assert loop.sparsifier.step == 4
+
+
+def test_the_rule_can_change_with_an_update() -> None:
+    loop = Loop(rule="set")
+    loop.sparsifier.detach()
+    steps = []
+
+    def changed(update: Update) -> None:
+        steps.append((update.row["step"], loop.sparsifier.search.rule.name))
+        loop.sparsifier.set_rule(RiglConfig(every=4))
+
+    loop.sparsifier.attach(changed)
+    for step in range(9):
+        loop.one(step)
+    assert steps == [(3, "set"), (4, "rigl"), (8, "rigl")]
 
 
 def test_a_detached_sparsifier_is_forgotten() -> None:

@@ -151,18 +151,22 @@ def succession(optimizer: Optimizer, successors: Mapping[str, Successor]) -> Cal
             why = f"its '{entry.key}' of {entry.layer} {what}, not a number for each weight; {_ANEW}"
             raise _refusal(entry.owner, why, _CONVERTED)
 
+    # All of it before anything changes, so that no memory can run out in the middle.
+    carried = [
+        _like(entry.tensor, successors[entry.layer].carry(_floats(entry.tensor)))
+        if entry.tensor.shape == olds[entry.layer].shape
+        else entry.tensor
+        for entry in entries
+    ]
+    gradients = {name: None if s.old.grad is None else s.carry(s.old.grad) for name, s in successors.items()}
+
     def succeed() -> None:
-        for entry in entries:
-            successor = successors[entry.layer]
-            if entry.tensor.shape == successor.old.shape:
-                carried = successor.carry(_floats(entry.tensor))
-                entry.state[entry.key] = _like(entry.tensor, carried)
-        for part in parts:
-            for successor in successors.values():
+        for entry, tensor in zip(entries, carried, strict=True):
+            entry.state[entry.key] = tensor
+        for name, successor in successors.items():
+            successor.new.grad = gradients[name]
+            for part in parts:
                 _replace(part, successor)
-        for successor in successors.values():
-            if successor.old.grad is not None:
-                successor.new.grad = successor.carry(successor.old.grad)
 
     return succeed
 

@@ -281,7 +281,7 @@ def _dense_weight(name: str, module: nn.Module) -> Tensor:
 
 def _sparse_successor(dense: nn.Module, layer: SparseLinear) -> Successor:
     def carry(tensor: Tensor) -> Tensor:
-        return gathered(tensor.T if layer.conv1d else tensor, layer.topology)
+        return gathered(tensor.T if layer.conv1d else tensor, layer.topology.to(tensor.device))
 
     assert isinstance(dense.weight, nn.Parameter)
     return Successor(dense.weight, layer.values, carry, ("weight", "values"))
@@ -289,7 +289,7 @@ def _sparse_successor(dense: nn.Module, layer: SparseLinear) -> Successor:
 
 def _dense_successor(layer: SparseLinear, dense: nn.Module) -> Successor:
     def carry(tensor: Tensor) -> Tensor:
-        weight_OI = scattered(tensor, layer.topology)
+        weight_OI = scattered(tensor, layer.topology.to(tensor.device))
         return (weight_OI.T if layer.conv1d else weight_OI).contiguous()
 
     assert isinstance(dense.weight, nn.Parameter)

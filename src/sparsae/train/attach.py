@@ -38,7 +38,7 @@ class StepHooks:
             )
         self._before, self._after = before, after
         self._nested = sum(_is_hooked(vars(kind).get("step")) for kind in type(part).__mro__) > 1
-        self._began = False
+        self._began = self._is_inside = self._is_over = False
         # In a compiled step they stay what they are, between its graphs.
         pre, post = torch.compiler.disable(self._pre), torch.compiler.disable(self._post)
         self._handles = [part.register_step_pre_hook(pre), part.register_step_post_hook(post)]
@@ -49,12 +49,14 @@ class StepHooks:
 
     def remove(self) -> None:
         """Listen no more."""
-        for handle in self._handles:
-            handle.remove()
+        self._is_over = True
+        if not self._is_inside:  # torch goes through the hooks just then
+            for handle in self._handles:
+                handle.remove()
 
     def _pre(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
+        if self._is_over or (found_inf is not None and bool(found_inf)):
             return None
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._closed(args[1], scale), *args[2:]), kwargs
@@ -70,9 +72,12 @@ class StepHooks:
             self._began = True
 
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._began:
-            self._began = False
-            self._after()
+        if self._began and not self._is_over:
+            self._began, self._is_inside = False, True
+            try:
+                self._after()
+            finally:
+                self._is_inside = False
 
     def _closed(self, closure: Callable[[], Any], scale: Tensor | None) -> Callable[[], Any]:
         """A closure runs the backward pass inside the step."""

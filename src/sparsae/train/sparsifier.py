@@ -35,7 +35,7 @@ from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import check_heads
 from sparsae.optim import follow_density
-from sparsae.optimizer_state import refuse_unsupported
+from sparsae.optimizer_state import parts_of, refuse_unsupported
 from sparsae.parameterization import Parameterization
 from sparsae.registry import RULES
 from sparsae.rules import build_rule
@@ -224,16 +224,22 @@ class Sparsifier:
     def attach(self, on_update: Callable[[Update], object] | None = None) -> Self:
         """Let the optimizer's step call `before_step` and `after_step` from now on; returns the Sparsifier.
 
-        on_update: called with every update. `before_step` then comes after clipping, and a step that a gradient scaler
-        skips does not count. Raises InputError where this Sparsifier, or another over the same layers, is attached
+        on_update: called with every update; it may end the search, or change its rule. `before_step` then comes after
+        clipping, and a step that a gradient scaler skips does not count.
+
+        Raises InputError where this Sparsifier, or to the same optimizer another over the same layers, is attached
         already, and for an optimizer without step hooks.
         """
         self._refuse_closed("attach")
         if self._hooks is not None:
             raise InputError("this Sparsifier is attached already")
-        mine = {id(layer) for layer in self._layers.values()}
-        if any(mine & {id(layer) for layer in other._layers.values()} for other in _ATTACHED):
-            raise InputError("another Sparsifier is attached over the same layers: end it with its detach()")
+        mine = {id(part) for part in (*parts_of(self._optimizer), *self._layers.values())}
+        for other in _ATTACHED:
+            parts, layers = parts_of(other._optimizer), other._layers.values()
+            if mine & set(map(id, parts)) and mine & set(map(id, layers)):
+                raise InputError(
+                    "another Sparsifier is attached to this optimizer, over the same layers: end it with its close()"
+                )
 
         def after_step() -> None:
             update = self._after_step()
