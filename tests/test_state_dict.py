@@ -102,8 +102,9 @@ def by_distributed_checkpoint(parts: Parts, others: Parts, tmp_path: Path) -> No
 ROUTES = [by_copies, by_torch, by_accelerate, by_safetensors, by_distributed_checkpoint]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("route", "name"), [*((route, "ours") for route in ROUTES), *((by_torch, name) for name in OPTIMIZERS)]
+)
 @pytest.mark.parametrize("topology", [MOVING, SetConfig(every=4)], ids=["moving", "set"])
 def test_a_run_goes_on_as_if_it_had_not_stopped(
     topology: RuleConfig, route: Callable[[Parts, Parts, Path], None], name: str, tmp_path: Path
