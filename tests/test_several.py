@@ -12,11 +12,17 @@ import pytest
 import torch
 
 from sparsae.config.load import dump, resolve
+from sparsae.config.rules import AnyRule, MicroBatchConfig
+from sparsae.core.cadence import Periodic
+from sparsae.core.observation import Observation
+from sparsae.core.swap import Swap
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
-from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+from sparsae.rules import EvolutionConfig, GmpConfig, MestConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
 from sparsae.train.loop import Trainer
+from sparsae.train.plan import count_flops, untrained
 from sparsae.train.run import resume, start
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import mlp, run_steps, score_of
@@ -72,6 +78,45 @@ def test_one_of_them_may_compare_candidates() -> None:
     assert updates[-1].states[0].running.terms["cross_entropy"].count > 0
     restored = same.state_from_dict(json.loads(json.dumps(dataclasses.asdict(updates[-1]))))
     assert restored == updates[-1]
+
+
+@pytest.mark.parametrize(
+    ("topology", "rules"),
+    [
+        (SetConfig(every=4), {"*.attn.*": RiglConfig(every=8)}),
+        (SetConfig(every=4), {"*.attn.*": MestConfig(every=6), "*.c_fc": RiglConfig(every=4)}),
+        (StaticConfig(), {"*.attn.*": EvolutionConfig(every=4, candidates=3, proposer="rigl")}),
+    ],
+)
+def test_operations_are_planned_as_they_are_counted(
+    topology: AnyRule, rules: dict[str, AnyRule], tmp_path: Path
+) -> None:
+    text = write_text(tmp_path / "text")
+    config = config_of(text, tmp_path / "cache", "training.steps=20", "training.accumulation=2", method="static")
+    config = config.model_copy(update={"topology": topology, "rules": rules})
+    summary = start(config, tmp_path / "run", quiet=True)
+    planned, _ = count_flops(config, untrained(config, 300))
+    assert planned.parts == summary["train_flops_by_part"]
+
+
+class Guest(Rule[NoState]):
+    """A rule of somebody else's: one candidate, which is scored, and nothing to remember."""
+
+    when = Periodic(4)
+    needs = frozenset({"loss"})
+    micro_batch = MicroBatchConfig()
+
+    def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
+        return [Candidate(Swap({}, {}), "guest")]
+
+
+def test_a_guest_that_scores_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, tmp_path, method="static")
+    one = EvolutionConfig(every=4, candidates=1, selection="elitist", stop=1.0)
+    own, _ = count_flops(config.model_copy(update={"topology": one}), untrained(config, 300))
+    monkeypatch.setattr("sparsae.train.plan.build_rule", lambda *_: Guest())
+    guests, _ = count_flops(config, untrained(config, 300))
+    assert guests.parts["search"] == own.parts["search"] > 0
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,9 @@ class Evolution(Rule[EvolutionState]):
             return min(round(self.config.sample_ratio * active), inactive)
         return super().probed_units(active, inactive)
 
+    def candidates_scored(self) -> int:
+        return self.initial_state().candidates
+
     def ask(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> list[Candidate]:
         return [self._draw(observation, state, rng) for _ in range(state.candidates)]
 

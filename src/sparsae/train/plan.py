@@ -112,13 +112,12 @@ def _expected_flops(
     horizon = Horizon(training.steps)
     steps, micro_tokens = training.steps, training.batch_size * config.model.context
     tokens = micro_tokens * training.accumulation
-    probed_tokens = micro_tokens if "dense_gradient" in rule.needs and rule.accumulate == "last" else tokens
     topologies = {name: layer.topology for name, layer in layers.items()}
     units = {name: topology.units for name, topology in topologies.items()}
     start = {name: topology.count for name, topology in topologies.items()}
     block = config.sparsity.unit[0] * config.sparsity.unit[1]
     end = round((1.0 - config.sparsity.sparsity) * sum(units.values()))
-    scored = 1 + rule.initial_state().candidates if rule.micro_batch else 0
+    scored = 1 + rule.candidates_scored() if rule.micro_batch else 0
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
     for step in range(1, steps + 1):
@@ -128,15 +127,15 @@ def _expected_flops(
         costs.count_step(dense, tokens, costs.cost.sparse_weights if taught else None)
         if rule.due(step, horizon):
             left = costs.nnz / (block * sum(start.values()))
-            growth = rule.growth(topologies, rule.initial_state(), step / steps)
-            probed = {
-                name: (
-                    block * rule.probed_units(round(left * start[name]), n - round(left * start[name])),
-                    probed_tokens,
-                )
-                for name, n in units.items()
-                if growth.get(name) or "dense_gradient" not in rule.needs
-            }
+            moved = {name: topologies[name] for name in rule.concerns(topologies, step, horizon)}
+            growth = rule.growth(moved, rule.initial_state(), step / steps)
+            probed = {}
+            for name in moved:
+                own, active = rule.of(name), round(left * start[name])
+                is_dense = "dense_gradient" in own.needs
+                if growth.get(name) or not is_dense:
+                    seen = micro_tokens if is_dense and own.accumulate == "last" else tokens
+                    probed[name] = (block * own.probed_units(active, units[name] - active), seen)
             backwards = scored if "candidate_gradient" in rule.needs else 0
             costs.count_update(flops, SearchCost(scored, backwards, probed))
             costs.nnz = block * rule.active_units(sum(start.values()), end, step, horizon)

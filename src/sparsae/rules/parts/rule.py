@@ -106,6 +106,10 @@ class Rule(ABC, Generic[State]):
         """The inactive units whose gradients the next update wants, by layer ("gradient_at")."""
         return {}
 
+    def of(self, layer: str) -> Rule[Any]:
+        """The rule that moves a layer's connections: itself, or one of those that it is made of."""
+        return self
+
     def growth(self, topologies: Mapping[str, Topology], state: State, progress: float) -> Mapping[str, int]:
         """At most so many units will each layer grow at the update that comes next ("dense_gradient")."""
         return {}
@@ -113,6 +117,10 @@ class Rule(ABC, Generic[State]):
     def probed_units(self, active: int, inactive: int) -> int:
         """Of how many inactive units of a layer an update computes the gradient, at most: for plans."""
         return inactive if "dense_gradient" in self.needs else 0
+
+    def candidates_scored(self) -> int:
+        """How many candidates an update scores beside the current topology, at most, as the state begins: for plans."""
+        return 1
 
     def active_units(self, start: int, end: int, step: int, horizon: Horizon) -> int:
         """Active units of a model after `step`, of one that starts with `start` and has `end` by its settings."""

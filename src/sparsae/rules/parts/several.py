@@ -99,6 +99,9 @@ class Several(Rule[SeveralState]):
         if idle := [pattern for i, pattern in enumerate(self.rules) if i not in used]:
             raise InputError(f"the rule under the pattern '{idle[0]}' has no sparse layer: no name matches it first")
 
+    def of(self, layer: str) -> Rule[Any]:
+        return list(self.rules.values())[self._index(layer)]
+
     def sample(
         self, topologies: Mapping[str, Topology], state: SeveralState, rng: torch.Generator
     ) -> dict[str, Tensor | Draw]:
@@ -115,8 +118,8 @@ class Several(Rule[SeveralState]):
                 found |= rule.growth(mine, own, progress)
         return found
 
-    def probed_units(self, active: int, inactive: int) -> int:
-        return max(rule.probed_units(active, inactive) for rule in self.rules.values())
+    def candidates_scored(self) -> int:
+        return max(rule.candidates_scored() for rule in self.rules.values() if rule.terms or not self.terms)
 
     def ask(self, observation: Observation, state: SeveralState, rng: torch.Generator) -> list[Candidate]:
         due = self._due(observation.step, observation.horizon)
