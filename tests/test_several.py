@@ -70,6 +70,7 @@ def test_one_of_them_may_compare_candidates() -> None:
     with pytest.raises(InputError, match="at other steps"):
         Sparsifier(model, optimizer, config, score=score_of(model))  # type: ignore[arg-type]
     same = Several({FIRST: build_rule(compared), SECOND: build_rule(StaticConfig())})
+    config = SparsifierConfig(steps=20)
     sparsifier = Sparsifier(model, optimizer, config, rule=same, score=score_of(model))  # type: ignore[arg-type]
     updates = []
     for _ in range(9):
