@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from sparsae.config import RuleConfig
+from sparsae.cli.listing import list_methods
+from sparsae.config.load import methods, resolve
+from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.errors import InputError
-from sparsae.registry import RULES, Registry
+from sparsae.registry import RULES, Registry, import_files
 
 
 class OneConfig(RuleConfig):
@@ -61,17 +66,146 @@ def test_a_file_that_no_package_has_is_named_by_a_variable(tmp_path: Path) -> No
     rule.write_text(LOCAL)
     (tmp_path / "broken.py").write_text("1 / 0")
 
-    def methods(*files: Path) -> subprocess.CompletedProcess[str]:
+    def listed(*files: Path) -> subprocess.CompletedProcess[str]:
         variables = {**os.environ, "SPARSAE_IMPORT": os.pathsep.join(map(str, files))}
         command = [sys.executable, "-m", "sparsae", "methods"]
         return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
-    assert "local            Local things move." in methods(rule).stdout
+    assert "local            Local things move." in listed(rule).stdout
     for file, message in {"broken.py": "ZeroDivisionError", "absent.py": "no Python file"}.items():
-        done = methods(tmp_path / file)
+        done = listed(tmp_path / file)
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_settings_of_the_same_name_in_two_modules_are_not_the_same() -> None:
+    registry = Registry("rule", "sparsae.rules")
+
+    def config(module: str) -> type[RuleConfig]:
+        return type("FooConfig", (RuleConfig,), {"__module__": module, "__qualname__": "FooConfig"})
+
+    registry.register("foo", first := config("one"))(lambda config: config)
+    with pytest.raises(InputError, match=r"registered already, with one\.FooConfig; two\.FooConfig wants another"):
+        registry.register("foo", config("two"))(lambda config: config)
+    assert registry["foo"].settings is first
+    registry.register("foo", again := config("one"))(lambda config: config)  # its module, loaded anew
+    assert registry["foo"].settings is again
+
+
+@pytest.mark.parametrize("name", [name for name in methods() if name not in RULES.own_names()])
+def test_no_rule_is_called_like_a_method_that_is_none(name: str) -> None:
+    with pytest.raises(InputError, match=f"no rule can be called '{name}'"):
+        RULES.register(name, OneConfig)
+
+
+class Plain(BaseModel):
+    """Settings of nothing."""
+
+
+@pytest.mark.parametrize("settings", [int, Plain, TermConfig, RuleConfig, None, RuleConfig()])
+def test_settings_are_a_class_of_their_own_of_their_kind(settings: Any) -> None:
+    with pytest.raises(InputError, match="the settings of rule 'zz' must be a class of their own that inherits Rule"):
+        Registry("rule", "sparsae.rules").register("zz", settings)
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_name_is_text(name: Any) -> None:
+    with pytest.raises(InputError, match="needs a name"):
+        Registry("rule", "sparsae.rules").register(name, OneConfig)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Puts packages with one module and its rules where they are found; forgets their modules afterwards."""
+    before = set(sys.modules)
+    for name in RULES.own_names():  # whose modules stay, so that their entries have to
+        assert RULES[name].name == name
+
+    def installed(package: str, code: str, *rules: str) -> None:
+        site = tmp_path / package
+        information = site / f"{package}-1.0.dist-info"
+        information.mkdir(parents=True)
+        (site / f"{package}_rules.py").write_text(code)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        points = "".join(f"{rule} = {package}_rules\n" for rule in rules)
+        (information / "entry_points.txt").write_text(f"[sparsae.rules]\n{points}")
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.setattr(RULES, "_known_points", None)
+        monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
+
+    yield installed
+    for name in set(sys.modules) - before:
+        if name.endswith("_rules"):
+            del sys.modules[name]
+
+
+def two_rules(first: str, second: str) -> str:
+    return LOCAL.replace('"local"', f'"{first}"') + LOCAL.replace('"local"', f'"{second}"').replace("Local", "Other")
+
+
+def test_two_packages_with_one_name_are_both_named_and_hide_no_other(install: Callable[..., None]) -> None:
+    install("hers", two_rules("shared", "hers"), "shared", "hers")
+    install("his", two_rules("shared", "his"), "shared", "his")
+    assert RULES["hers"].name == "hers"  # whose module registers the shared name as well
+    for _ in range(2):
+        with pytest.raises(InputError, match="rule 'shared' is an entry point of ") as caught:
+            RULES["shared"]
+        assert "hers (hers_rules)" in str(caught.value)
+        assert "his (his_rules)" in str(caught.value)
+    assert set(RULES.origin("shared").split(" and ")) == {"hers", "his"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("raise BaseException('a\\nb')", "BaseException: a b"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import nothing_of_the_kind", "No module named"),
+        ("def", "SyntaxError"),
+    ],
+)
+def test_a_module_that_fails_is_named_and_hides_no_rule(
+    code: str, message: str, install: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("broken", f"{LOCAL.replace('local', 'broken')}\n{code}", "broken")
+    install("fine", LOCAL.replace('"local"', '"fine"'), "fine")
+    for _ in range(2):
+        with pytest.raises(InputError, match="rule 'broken': the entry point broken = broken_rules") as caught:
+            RULES["broken"]
+        assert message in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    list_methods()
+    shown = capsys.readouterr().out
+    assert "cannot be used: rule 'broken'" in shown
+    assert "Local things move." in shown
+    with pytest.raises(InputError, match="rule 'broken'"):
+        resolve(None, None, "broken")
+
+
+def test_a_person_who_interrupts_an_import_is_obeyed(install: Callable[..., None]) -> None:
+    install("slow", "raise KeyboardInterrupt", "slow")
+    with pytest.raises(KeyboardInterrupt):
+        RULES["slow"]
+
+
+def test_an_entry_point_called_like_a_method_takes_nothing_from_it(install: Callable[..., None]) -> None:
+    install("greedy", LOCAL.replace('"local"', '"dense"'), "dense")
+    assert "dense" not in RULES.names()
+    assert resolve(None, None, "dense").sparsity.sparsity == 0
+    with pytest.raises(InputError, match="no rule can be called 'dense', which is the name of a method"):
+        RULES["dense"]
+
+
+def test_files_that_a_variable_names_replace_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json.py", "queue.py", "leaves.py"):
+        (tmp_path / name).write_text("raise SystemExit(3)")
+        monkeypatch.setenv("SPARSAE_IMPORT", str(tmp_path / name))
+        with pytest.raises(InputError, match="SystemExit: 3" if name == "leaves.py" else "give the file another name"):
+            import_files()
+    assert "leaves" not in sys.modules
 
 
 LOCAL = """

@@ -40,15 +40,15 @@ class Entry:
 class Registry:
     """Entries of one kind ("rule"): the modules of `package`, entry points of the group `package`, and `register`."""
 
-    def __init__(self, kind: str, package: str, reserved: frozenset[str] = frozenset()) -> None:
-        """reserved: names that none may have."""
-        self.kind, self._package, self.reserved = kind, package, reserved
+    def __init__(self, kind: str, package: str, reserved: frozenset[str] = frozenset(), reason: str = "") -> None:
+        """reserved: names that none may have, and the reason: "which ..."."""
+        self.kind, self._package, self.reserved, self._reason = kind, package, reserved, reason
         self._entries: dict[str, Entry] = {}
-        self._known_points: dict[str, metadata.EntryPoint] | None = None
+        self._known_points: dict[str, list[metadata.EntryPoint]] | None = None
 
     def names(self) -> tuple[str, ...]:
         """Every known name, sorted; imports nothing of what they stand for."""
-        return tuple(sorted({*self.own_names(), *self._points(), *self._entries}))
+        return tuple(sorted({*self.own_names(), *self._points(), *self._entries} - self.reserved))
 
     def own_names(self) -> tuple[str, ...]:
         """Names of those that this package itself has."""
@@ -58,18 +58,22 @@ class Registry:
     def register(self, name: str, settings: type[Any]) -> Callable[[Built], Built]:
         """A decorator for a class or function that makes the thing from its settings.
 
-        settings: a class that `name` shall belong to alone. Raises InputError for a name or settings already taken, and
-        for a reserved name.
+        settings: a class that `name` shall belong to alone. Raises InputError for a name or settings already taken, for
+        a reserved name, and for what is no class of settings.
         """
-        if name in self.reserved:
-            raise InputError(f"no {self.kind} can be called '{name}', which the metrics call something else")
+        self._require_free(name)
+        self._require_settings(name, settings)
 
         def registered(build: Built) -> Built:
             known = self._entries.get(name)
-            if known is None and name in self.own_names() and not build.__module__.startswith(f"{self._package}."):
+            home = getattr(build, "__module__", "")
+            if known is None and name in self.own_names() and not home.startswith(f"{self._package}."):
                 raise InputError(f"{self.kind} '{name}' is registered already: it is one of this package")
-            if known is not None and known.settings.__qualname__ != settings.__qualname__:
-                raise InputError(f"{self.kind} '{name}' is registered already, with {known.settings.__qualname__}")
+            if known is not None and _place(known.settings) != _place(settings):  # a module may be loaded anew
+                raise InputError(
+                    f"{self.kind} '{name}' is registered already, with {_place(known.settings)}; "
+                    f"{_place(settings)} wants another name"
+                )
             owner = vars(settings).get("registered_name", name)
             if owner != name:
                 raise InputError(f"{settings.__qualname__} is the settings of {self.kind} '{owner}', not of '{name}'")
@@ -79,43 +83,83 @@ class Registry:
 
         return registered
 
+    def _require_free(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a {self.kind} needs a name, not {name!r}")
+        if name in self.reserved:
+            raise InputError(f"no {self.kind} can be called '{name}', {self._reason}")
+
+    def _require_settings(self, name: str, settings: object) -> None:
+        base = f"sparsae.config.rules.{self.kind.title()}Config"  # by its name: pydantic takes long to import
+        bases = settings.__mro__[1:] if isinstance(settings, type) else ()
+        if base not in map(_place, bases):
+            short = base.rpartition(".")[2]
+            raise InputError(
+                f"the settings of {self.kind} '{name}' must be a class of their own that inherits {short}, "
+                f"not {_place(settings) if isinstance(settings, type) else repr(settings)}"
+            )
+
     def origin(self, name: str) -> str:
         """Where a name comes from: this package, the package of an entry point, or the running program."""
         if name in self.own_names():
             return "sparsae"
-        point = self._points().get(name)
-        return "this program" if point is None else point.dist.name if point.dist else point.value
+        return " and ".join(map(_package_of, self._points().get(name, []))) or "this program"
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
     def __getitem__(self, name: str) -> Entry:
         """The entry of a name. Raises InputError where there is none, or where its file does not give it."""
+        if name in self.own_names():
+            if name not in self._entries:
+                import_module(f"{self._package}.{name}")
+            return self._entries[name]
+        points = self._points().get(name, [])
+        if len(points) > 1:  # whichever of their modules has been imported for something else
+            packages = " and ".join(f"{_package_of(point)} ({point.value})" for point in points)
+            raise InputError(f"{self.kind} '{name}' is an entry point of {packages}: uninstall all but one")
         if name not in self._entries:
-            self._load(name)
+            self._require_free(name)
+            self._load(name, points)
         return self._entries[name]
 
-    def _load(self, name: str) -> None:
-        if name in self.own_names():
-            import_module(f"{self._package}.{name}")
-            return
-        points = self._points()
-        if name not in points:
+    def _load(self, name: str, points: list[metadata.EntryPoint]) -> None:
+        if not points:
             raise InputError(f"no {self.kind} '{name}': use one of {', '.join(self.names())}")
-        where = f"the entry point {name} = {points[name].value}"
+        where = f"the entry point {name} = {points[0].value}"
         try:
-            points[name].load()
-        except Exception as error:  # whatever somebody else's module does at its import
-            raise InputError(f"{self.kind} '{name}': {where} cannot be loaded: {error}") from error
+            points[0].load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever somebody else's module does at its import, sys.exit() included
+            self._entries.pop(name, None)  # what a module had registered before it failed cannot be used either
+            raise InputError(f"{self.kind} '{name}': {where} cannot be loaded: {_told(error)}") from error
         if name not in self._entries:
             raise InputError(f"{self.kind} '{name}': {where} registers no {self.kind} of that name")
 
-    def _points(self) -> dict[str, metadata.EntryPoint]:
+    def _points(self) -> dict[str, list[metadata.EntryPoint]]:
+        """Entry points by name; more than one where packages disagree."""
         if self._known_points is None:  # reading them takes as long as the rest of a quick command
-            own = set(self.own_names())
-            points = metadata.entry_points(group=self._package)
-            self._known_points = {point.name: point for point in points if point.name not in own}
+            own, known = set(self.own_names()), dict[str, list[metadata.EntryPoint]]()
+            for point in metadata.entry_points(group=self._package):
+                if point.name not in own:
+                    known.setdefault(point.name, []).append(point)
+            self._known_points = known
         return self._known_points
+
+
+def _place(settings: type[Any]) -> str:
+    return f"{settings.__module__}.{settings.__qualname__}"
+
+
+def _package_of(point: metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
+
+
+def _told(error: BaseException) -> str:
+    """An error of somebody else's module in one line."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, InputError | ImportError) else f"{type(error).__name__}: {text}"
 
 
 def import_files() -> None:
@@ -127,18 +171,30 @@ def import_files() -> None:
         path = Path(name).expanduser().resolve()
         if any(getattr(module, "__file__", None) == str(path) for module in list(sys.modules.values())):
             continue
+        if path.stem in sys.modules or path.stem in sys.stdlib_module_names:
+            raise InputError(f"{IMPORT}: {name}: there is another module '{path.stem}'; give the file another name")
         spec = spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None or not path.is_file():
             raise InputError(f"{IMPORT}: {name} is no Python file")
         module = sys.modules[path.stem] = module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever somebody else's file does at its import
-            raise InputError(f"{IMPORT}: {name} cannot be imported: {type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever somebody else's file does at its import, sys.exit() included
+            del sys.modules[path.stem]
+            raise InputError(f"{IMPORT}: {name} cannot be imported: {_told(error)}") from error
 
 
-RULES = Registry("rule", "sparsae.rules")
+_METHODS = Path(__file__).parent / "config" / "methods"
+# Every rule is a method too, so none may be called like a method that ships with the package.
+RULES = Registry(
+    "rule", "sparsae.rules", frozenset(file.stem for file in _METHODS.glob("*.yaml")), "which is the name of a method"
+)
 # A candidate's row in the metrics has its terms beside these.
 TERMS = Registry(
-    "term", "sparsae.terms", frozenset({"proposer", "swaps", "score", "rejected", "validation_cross_entropy"})
+    "term",
+    "sparsae.terms",
+    frozenset({"proposer", "swaps", "score", "rejected", "validation_cross_entropy"}),
+    "which the metrics call something else",
 )
