@@ -39,8 +39,8 @@ def span_steps(span: int | str, horizon: Horizon) -> int:
         raise InputError(_wrong(span))
     if horizon.epoch is None:
         raise InputError(
-            f"'{span}' needs the length of an epoch, which is not known here: give steps or a share of the run (5%), "
-            "or tell SparsifierConfig its steps_per_epoch"
+            f"'{span}' is known only once the text is read, which --dry-run and compare do not, or from "
+            "SparsifierConfig.steps_per_epoch in a loop of your own: give steps or a share of the run (5%)"
         )
     return max(1, round(float(found[1]) * horizon.epoch))
 
