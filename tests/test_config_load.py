@@ -204,7 +204,7 @@ BAD_FILES = {
     "unknown rule of a pattern": ("rules: {'*.mlp': {rule: rigll}}", ["rules.*.mlp.rule", "mean rigl?"]),
     "unknown key of a pattern": ("rules: {'*.mlp': {rule: rigl, evry: 1}}", ["rules.*.mlp.evry", "rules.*.mlp.every"]),
     "wrong value of a pattern": ("rules: {'*.mlp': {rule: rigl, stop: 2}}", ["rules.*.mlp.stop", "at most 1"]),
-    "pattern without a section": ("rules: {'*.mlp': null}", ["rules.*.mlp", "section"]),
+    "pattern without a section": ("rules: {'*.mlp': 3}", ["rules.*.mlp", "section"]),
     "wrong type": ("training: {steps: many}", ["training.steps", "whole number", "'many'"]),
     "bool for int": ("training: {steps: true}", ["training.steps", "whole number", "true"]),
     "float for int": ("training: {steps: 1e3}", ["training.steps", "whole number", "1000.0"]),

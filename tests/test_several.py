@@ -22,7 +22,7 @@ from sparsae.rules import EvolutionConfig, GmpConfig, MestConfig, RiglConfig, Se
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
 from sparsae.train.loop import Trainer
-from sparsae.train.plan import count_flops, untrained
+from sparsae.train.plan import count_flops, plan, untrained
 from sparsae.train.run import resume, start
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import mlp, run_steps, score_of
@@ -165,6 +165,28 @@ def test_a_run_with_several_rules_resumes_bit_for_bit(tmp_path: Path, monkeypatc
     assert any(".attn." in name for name in moved)
     assert any(name.endswith("mlp.c_proj") for name in moved)
     assert not any(name.endswith("c_fc") for name in moved)
+
+
+def test_rules_can_be_removed_and_go_with_their_method(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(resolve(method="set", overrides=['rules={"a*": {rule: rigl, every: 7}, "b*": {rule: mest}}'])))
+    assert set(resolve(file).rules) == {"a*", "b*"}
+    for none in ("{}", "null"):
+        assert resolve(file, overrides=[f"rules={none}"]).rules == {}
+        again = resolve(file, overrides=[f"rules={none}", 'rules={"c*": {rule: rigl}}']).rules
+        assert list(again) == ["c*"]
+    assert set(resolve(file, overrides=['rules={"a*": null, "nowhere": null}']).rules) == {"b*"}
+    assert resolve(file, overrides=['rules={"a*": null}', 'rules={"a*": {rule: rigl}}']).rules["a*"] == RiglConfig()
+    for method in ("static", "gmp", "sparsae", "dense"):
+        assert resolve(file, method=method).rules == {}
+    assert set(resolve(file, method="set").rules) == {"a*", "b*"}
+    assert set(resolve(file, preset="tiny").rules) == {"a*", "b*"}
+
+
+def test_epochs_are_refused_where_no_text_is_read(tmp_path: Path) -> None:
+    config = config_of(tmp_path, tmp_path, "rules={'*.attn.*': {rule: rigl, every: 1 epoch}}", method="set")
+    with pytest.raises(InputError, match="once the text is read, which --dry-run and compare do not.*5%"):
+        plan(config)
 
 
 def test_a_wrong_setting_of_one_of_them_is_one_line(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def json_schema() -> dict[str, Any]:
     for name in TERMS.names():
         terms[name] = {"anyOf": [_schema_of(TERMS[name].settings, schema["$defs"]), {"type": "null"}]}
     schema["properties"]["topology"] = {"oneOf": rules, "title": "Topology"}
-    schema["properties"]["rules"] |= {"additionalProperties": {"oneOf": rules}}
+    schema["properties"]["rules"] |= {"additionalProperties": {"oneOf": [*rules, {"type": "null"}]}}
     for definition in schema["$defs"].values():
         for field in definition.get("properties", {}).values():
             if f"/{TermConfig.__name__}" in str(field.get("additionalProperties")):
@@ -109,8 +109,8 @@ def resolve(
     """The settings of a run.
 
     A file may name its `preset:` and `method:`; the arguments win over those. The file's other keys stay, except where
-    they only repeat the preset or method that is being replaced, and except its `topology` when the method is: so a
-    run's own config.yaml can be run again with another method.
+    they only repeat the preset or method that is being replaced, and except its `topology` and `rules` when the method is:
+    so a run's own config.yaml can be run again with another method.
 
     Args:
         file: YAML file, or None.
@@ -131,6 +131,7 @@ def resolve(
         replaced.add_names(own_preset or _DEFAULT.preset, own_method or _DEFAULT.method)
         if own_method and own_method != layers.tree["method"]:
             own.pop("topology", None)
+            own.pop("rules", None)
         own = _without(own, replaced.config().model_dump(mode="json"))
     layers.add(own, str(file))
     for tree, origin in trees:
@@ -193,14 +194,22 @@ class _Layers:
         if (entries is None and section is None) or (value is None and type(None) in get_args(annotation)):
             tree[name] = value
             # Keys below it are gone; its own moves to the end, so that the origins stay in the order of the layers.
-            self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
+            self._forget(keys)
             self.origins[keys] = origin
+            return
+        if entries is not None and _section(entries) is RuleConfig and (value is None or value == {}):
+            tree[name] = {}  # none at all: there is no other way to take back those of an earlier layer
+            self._forget(keys)
             return
         if not isinstance(value, dict):
             raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
         inner = tree[name] = tree.get(name) or {}
         if entries is not None:
             for key, entry in value.items():
+                if entry is None and _section(entries) is RuleConfig:
+                    inner.pop(key, None)
+                    self._forget((*keys, key))
+                    continue
                 self._put(inner, entry, entries, (*keys, key), origin)
         elif section is RuleConfig:
             inner = tree[name] = self._of_one_rule(inner, value, keys, origin)
@@ -220,8 +229,12 @@ class _Layers:
             raise InputError(f"{origin}: {dotted(keys)}.rule: no rule {shown(rule)}; {hint}")
         if rule == current:
             return {**tree, "rule": rule}
-        self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
+        self._forget(keys)
         return {"rule": rule}
+
+    def _forget(self, keys: Keys) -> None:
+        """Where a key and those below it came from."""
+        self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
 
     def config(self) -> Config:
         config = self._validated(self.tree, Config, ())
