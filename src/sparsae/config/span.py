@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from sparsae.config.complaints import shown
 from sparsae.config.section import LARGEST
 from sparsae.errors import InputError
 
@@ -29,37 +30,44 @@ class Horizon:
 
 
 def span_steps(span: int | str, horizon: Horizon) -> int:
-    """A span in steps, at least 1. Raises InputError for epochs of a run whose epoch is not known."""
+    """A span in steps, at least 1. Raises InputError for what is none, and for epochs where no epoch is known."""
+    require_span(span)
     if isinstance(span, int):
         return max(1, span)
     if found := _PERCENT.fullmatch(span):
         return max(1, math.floor(round(float(found[1]) / 100 * horizon.steps, 6)))
-    found = _EPOCHS.fullmatch(span)
-    if found is None:
-        raise InputError(_wrong(span))
     if horizon.epoch is None:
         raise InputError(
             f"'{span}' is known only once the text is read, which --dry-run and compare do not, or from "
             "SparsifierConfig.steps_per_epoch in a loop of your own: give steps or a share of the run (5%)"
         )
-    return max(1, round(float(found[1]) * horizon.epoch))
+    return max(1, round(float(span.partition("e")[0]) * horizon.epoch))
+
+
+def require_span(span: object) -> None:
+    """Raises InputError for what is no span: a setting, or what a rule's own code gives."""
+    if wrong := _wrong(span):
+        raise InputError(wrong)
 
 
 def _checked(span: Any) -> Any:
-    if isinstance(span, str):
-        found = _PERCENT.fullmatch(span) or _EPOCHS.fullmatch(span)
-        if found is None or float(found[1]) <= 0 or (span.endswith("%") and float(found[1]) > 100):
-            raise ValueError(_wrong(span))
-        return span
-    if isinstance(span, bool) or not isinstance(span, int) or span < 1:
-        raise ValueError(_wrong(span))
-    if span > LARGEST:
-        raise ValueError(f"must be at most {LARGEST} steps, not {span}")
+    if wrong := _wrong(span):
+        raise ValueError(wrong)
     return span
 
 
-def _wrong(span: object) -> str:
-    return f"must be a number of steps (100), a share of the run (5%) or epochs (1 epoch), not {span!r}"
+def _wrong(span: object) -> str | None:
+    """What is wrong with a span; None: nothing."""
+    if isinstance(span, str):
+        percent, epochs = _PERCENT.fullmatch(span), _EPOCHS.fullmatch(span)
+        found = percent or epochs
+        if found and 0 < float(found[1]) <= (100 if percent else LARGEST):
+            return None
+    elif isinstance(span, int) and not isinstance(span, bool) and span >= 1:
+        return None if span <= LARGEST else f"must be at most {LARGEST} steps"
+    return (
+        f"must be a number of steps (100), a share of the run (5%, at most 100%) or epochs (1 epoch), not {shown(span)}"
+    )
 
 
 Span = Annotated[int | str, BeforeValidator(_checked)]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsae.config.span import Horizon, span_steps
+from sparsae.config.span import Horizon, require_span, span_steps
 
 
 def cosine_with_warmup(step: int, steps: int, warmup: float, final: float) -> float:
@@ -63,6 +63,7 @@ class Periodic(Cadence):
     """Every so many steps, after the share `start` and before the share `stop` of the run, and before its last step.
 
     at_stop: an update may fall on the step at which `stop` is reached. least: never more often than this.
+    Raises InputError where `every` is no span.
     """
 
     every: int | str
@@ -70,6 +71,9 @@ class Periodic(Cadence):
     stop: float = 1.0
     at_stop: bool = False
     least: int = 1
+
+    def __post_init__(self) -> None:
+        require_span(self.every)
 
     def due(self, step: int, horizon: Horizon) -> bool:
         every, steps = max(self.least, span_steps(self.every, horizon)), horizon.steps
@@ -101,11 +105,15 @@ class Cubic(Cadence):
         x_t = x_end + (x_start - x_end) (1 - (t - t_0) / (t_1 - t_0))^3          for t_0 <= t <= t_1,
 
     t_0 and t_1 being `start` and `stop` as shares of the steps. It moves every `every` steps from t_0 on, and at t_1.
+    Raises InputError where `every` is no span.
     """
 
     start: float
     stop: float
     every: int | str
+
+    def __post_init__(self) -> None:
+        require_span(self.every)
 
     def due(self, step: int, horizon: Horizon) -> bool:
         """Whether it moves after `step`."""
