@@ -68,14 +68,20 @@ def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str]) 
 
 def explain(error: ErrorDetails, keys: tuple[str | int, ...], origins: Mapping[Keys, str]) -> str:
     """The whole line for one of pydantic's errors; `keys` is its location without the tags of unions."""
-    origin = _origin(keys, origins)
+    origin = _origin(keys[:-1] if keys[-1:] == ("[key]",) or error["type"] == "missing" else keys, origins)
     line = f"{origin}: "
+    what = _what(error)
     if error["type"] == "missing":
-        keys = keys[:-1]  # pydantic points at the entry that a list lacks
+        if isinstance(keys[-1], int):
+            keys = keys[:-1]  # pydantic points at the entry that a list lacks
+        else:
+            what = "must be given"
+    elif keys[-1:] == ("[key]",):  # pydantic's name for a key of a mapping that is wrong itself
+        keys, what = keys[:-2], f"key {shown(keys[-2])} {what}"
     names = [key for key in keys if isinstance(key, str)]
     if keys and [f"--{name.replace('_', '-')}" for name in names] != [origin]:  # an option may be all of the key
         line += f"{dotted(keys)}: "
-    return line + _what(error)
+    return line + what
 
 
 def _what(error: ErrorDetails) -> str:
@@ -103,9 +109,7 @@ def _what(error: ErrorDetails) -> str:
 
 
 def _origin(keys: tuple[str | int, ...], origins: Mapping[Keys, str]) -> str:
-    """Where a key was given: its own origin, else that of the last layer that gave a key of the same section."""
+    """Where a key was given; of a section, the last layer that gave it or a key of it."""
     names = tuple(key for key in keys if isinstance(key, str))
-    if names in origins:
-        return origins[names]
     inside = [origin for given, origin in origins.items() if given[: len(names)] == names]
     return inside[-1] if inside else "settings"

@@ -203,6 +203,8 @@ class _Layers:
             return
         if not isinstance(value, dict):
             raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
+        if not value:  # an empty section has no key whose origin could be remembered
+            self.origins[keys] = origin
         inner = tree[name] = tree.get(name) or {}
         if entries is not None:
             for key, entry in value.items():

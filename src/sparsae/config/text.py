@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
+from enum import Enum
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
 from sparsae.config.complaints import shown
 from sparsae.config.schema import Config
-from sparsae.config.section import Section
 from sparsae.errors import InputError
 
 _PLAIN = {  # tag -> (what a plain scalar must look like, its possible first characters)
@@ -125,32 +126,52 @@ def dump_yaml(tree: Any) -> str:
 
 def annotated(config: Config) -> str:
     """The settings as YAML, each with its explanation and choices; `resolve` reads it back to an equal Config."""
-    return "\n".join(["# Every setting of this run, as resolved.", *_annotated_lines(config, "")]) + "\n"
+    lines = _annotated_lines(config, config.model_dump(mode="json"), "")
+    return "\n".join(["# Every setting of this run, as resolved.", *lines]) + "\n"
 
 
-def _annotated_lines(section: Section, indent: str) -> list[str]:
+def _annotated_lines(section: BaseModel, plain: dict[str, Any], indent: str) -> list[str]:
+    """plain: the section as YAML can hold it."""
     lines = []
     for name, field in type(section).model_fields.items():
-        value, choices = getattr(section, name), _choices(field.annotation)
-        explained = f"{field.description}; one of {', '.join(choices)}" if len(choices) > 1 else field.description
-        lines.extend(_entry_lines(name, value, explained, indent))
+        if name not in plain:  # a field that its author excludes
+            continue
+        choices, parts = _choices(field.annotation), [field.description or ""]
+        if len(choices) > 1:
+            parts.append(f"one of {', '.join(choices)}")
+        explained = "; ".join(filter(None, parts))
+        lines.extend(_entry_lines(name, getattr(section, name), plain[name], explained, indent))
     return lines
 
 
-def _entry_lines(key: str, value: Any, explained: str | None, indent: str) -> list[str]:
-    if isinstance(value, Section):
-        first = f"{indent}{key}:  # {(value.__doc__ or '').splitlines()[0]}"
-        return [first, *_annotated_lines(value, indent + "  ")]
-    if isinstance(value, dict) and value:
-        inner = [
-            line for name, entry in value.items() for line in _entry_lines(inline(name), entry, None, indent + "  ")
+def _entry_lines(key: str, value: Any, plain: Any, explained: str, indent: str) -> list[str]:
+    if isinstance(value, BaseModel) and plain:
+        return [
+            f"{indent}{key}:{_comment(value.__doc__ or explained)}",
+            *_annotated_lines(value, plain, indent + "  "),
         ]
-        return [f"{indent}{key}:  # {explained}", *inner]
-    return [f"{indent}{key}: {inline(value)}" + (f"  # {explained}" if explained else "")]
+    if isinstance(value, dict) and plain:
+        inner = [
+            line
+            for entry, (name, leaf) in zip(value.values(), plain.items(), strict=True)
+            for line in _entry_lines(inline(name), entry, leaf, "", indent + "  ")
+        ]
+        return [f"{indent}{key}:{_comment(explained)}", *inner]
+    return [f"{indent}{key}: {inline(plain)}{_comment(' '.join(explained.split()))}"]
+
+
+def _comment(text: str) -> str:
+    """The first line of a text as the end of a line; nothing for a text that is empty."""
+    first = text.strip().partition("\n")[0].rstrip()
+    return f"  # {first}" if first else ""
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        values: tuple[Any, ...] = tuple(annotation)
+    else:
+        values = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return tuple(inline(value.value if isinstance(value, Enum) else value) for value in values)
 
 
 def inline(value: Any) -> str:
