@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -21,6 +22,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.rules import EvolutionConfig, GmpConfig, MestConfig, RiglConfig, SetConfig, StaticConfig, build_rule
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
+from sparsae.terms.cross_entropy import CrossEntropy, CrossEntropyConfig
 from sparsae.train.loop import Trainer
 from sparsae.train.plan import count_flops, plan, untrained
 from sparsae.train.run import resume, start
@@ -62,21 +64,47 @@ def test_rules_with_other_cadences_move_at_their_own_steps() -> None:
     }  # fmt: skip
 
 
+def test_an_update_that_waits_is_made_up_for_beside_the_next_ones() -> None:
+    """Gradients that are not finite at 4 and 5: the rules that were due at 4 and 5 move after 6, and no other."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rule = Several({FIRST: build_rule(RiglConfig(every=4)), "*": build_rule(SetConfig(every=5))})
+    sparsifier, layers = Sparsifier(model, optimizer, SparsifierConfig(steps=20), rule=rule), sparse_layers(model)
+    for step in range(1, 7):
+        before = {name: layer.topology for name, layer in layers.items()}
+        optimizer.zero_grad()
+        (model(torch.randn(4, layers[FIRST].in_features)).sum() * (math.nan if step in (4, 5) else 1.0)).backward()
+        sparsifier.before_step()
+        if step not in (4, 5):
+            optimizer.step()
+        sparsifier.after_step()
+        moved = {name for name, layer in layers.items() if layer.topology is not before[name]}
+        assert moved == ({FIRST, SECOND} if step == 6 else set())
+        assert sparsifier.search.waiting is (step in (4, 5))
+        if step == 5:
+            sparsifier.load_state_dict(sparsifier.state_dict())
+
+
 def test_one_of_them_may_compare_candidates() -> None:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     compared = EvolutionConfig(every=3, stop=0.75, candidates=3, proposer="layerwise")
-    config = SparsifierConfig(steps=20, topology=SetConfig(every=3), rules={FIRST: compared})
-    with pytest.raises(InputError, match="at other steps"):
-        Sparsifier(model, optimizer, config, score=score_of(model))  # type: ignore[arg-type]
-    same = Several({FIRST: build_rule(compared), SECOND: build_rule(StaticConfig())})
+    same = Several({FIRST: build_rule(compared), SECOND: build_rule(SetConfig(every=2))})
     config = SparsifierConfig(steps=20)
     sparsifier = Sparsifier(model, optimizer, config, rule=same, score=score_of(model))  # type: ignore[arg-type]
+    layers, moved, counts = sparse_layers(model), {}, [0]
     updates = []
-    for _ in range(9):
+    for step in range(1, 10):
+        before = {name: layer.topology for name, layer in layers.items()}
         run_steps(model, optimizer, sparsifier, 1)
         updates.append(sparsifier.search.state)
-    assert updates[-1].states[0].running.terms["cross_entropy"].count > 0
+        moved[step] = {name for name, layer in layers.items() if layer.topology is not before[name]}
+        scored = updates[-1].states[0].running.terms.get("cross_entropy")
+        counts.append(scored.count if scored else 0)
+    assert {step: names for step, names in moved.items() if names} == {
+        2: {SECOND}, 3: {FIRST}, 4: {SECOND}, 6: {FIRST, SECOND}, 8: {SECOND}, 9: {FIRST},
+    }  # fmt: skip
+    assert [step for step in moved if counts[step] > counts[step - 1]] == [3, 6, 9]
     restored = same.state_from_dict(json.loads(json.dumps(dataclasses.asdict(updates[-1]))))
     assert restored == updates[-1]
 
@@ -86,6 +114,7 @@ def test_one_of_them_may_compare_candidates() -> None:
     [
         (SetConfig(every=4), {"*.attn.*": RiglConfig(every=8)}),
         (SetConfig(every=4), {"*.attn.*": MestConfig(every=6), "*.c_fc": RiglConfig(every=4)}),
+        (EvolutionConfig(every=4, candidates=2), {"*.attn.*": StaticConfig(), "*.c_fc": RiglConfig(every=3)}),
         (StaticConfig(), {"*.attn.*": EvolutionConfig(every=4, candidates=3, proposer="rigl")}),
     ],
 )
@@ -105,6 +134,7 @@ class Guest(Rule[NoState]):
 
     when = Periodic(4)
     needs = frozenset({"loss"})
+    terms = (CrossEntropy(CrossEntropyConfig()),)
     micro_batch = MicroBatchConfig()
 
     def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:

@@ -85,13 +85,20 @@ class LayerView:
 class Observation:
     """The model's sparse layers at an update, which follows step `step`, counted from 1, of `steps`.
 
-    epoch: steps of a pass over the training data, None where that is not known.
+    epoch: steps of a pass over the training data, None where that is not known. since: the step it was due at, where
+    it had to wait for this one; 0: it did not.
     """
 
     layers: Mapping[str, LayerView]
     step: int
     steps: int
     epoch: int | None = None
+    since: int = 0
+
+    @property
+    def made_up(self) -> range:
+        """The steps whose updates this one is: its own, and those that it waited through."""
+        return range(self.since or self.step, self.step + 1)
 
     @property
     def horizon(self) -> Horizon:

@@ -54,13 +54,15 @@ class GradientCapture:
         self.views: dict[str, LayerView] | None = None
         self.not_finite: str | None = None
 
-    def arm(self, rule: Rule[Any], state: Any, step: int, ends: Mapping[str, tuple[int, int]]) -> None:
-        """Before the backward pass of `step` (counted from 1), which an update follows: probe what the rule wants.
+    def arm(self, rule: Rule[Any], state: Any, steps: range, ends: Mapping[str, tuple[int, int]]) -> None:
+        """Before the backward pass of a step (counted from 1), which an update follows: probe what the rule wants.
 
+        steps: that step, the last, after those that the update has waited through since it was due.
         What trains now takes part in that update, and nothing else. Raises InputError for a layer that trains while
         the optimizer does not have it or that is no longer in the model, for two layers with the same values, and where
         layers were frozen or not while a rule prunes that counted otherwise.
         """
+        step = steps[-1]
         self.trained = trained_layers(self._layers, self._optimizer)
         refuse_lost(self._model, self._layers)
         refuse_tied(self._layers)
@@ -72,7 +74,7 @@ class GradientCapture:
         if not self.trained:
             log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
             return
-        moved = rule.concerns(self.trained, step, self._horizon)
+        moved = rule.concerns(self.trained, steps, self._horizon)
         topologies = {name: layer.topology for name, layer in self.trained.items() if name in moved}
         if "gradient_at" in rule.needs:
             samples = rule.sample(topologies, state, generator(self._seed, "sample", step))

@@ -127,7 +127,7 @@ def _expected_flops(
         costs.count_step(dense, tokens, costs.cost.sparse_weights if taught else None)
         if rule.due(step, horizon):
             left = costs.nnz / (block * sum(start.values()))
-            moved = {name: topologies[name] for name in rule.concerns(topologies, step, horizon)}
+            moved = {name: topologies[name] for name in rule.concerns(topologies, range(step, step + 1), horizon)}
             growth = rule.growth(moved, rule.initial_state(), step / steps)
             probed = {}
             for name in moved:
@@ -136,8 +136,9 @@ def _expected_flops(
                 if growth.get(name) or not is_dense:
                     seen = micro_tokens if is_dense and own.accumulate == "last" else tokens
                     probed[name] = (block * own.probed_units(active, units[name] - active), seen)
-            backwards = scored if "candidate_gradient" in rule.needs else 0
-            costs.count_update(flops, SearchCost(scored, backwards, probed))
+            forwards = scored if rule.compares(range(step, step + 1), horizon) else 0
+            backwards = forwards if "candidate_gradient" in rule.needs else 0
+            costs.count_update(flops, SearchCost(forwards, backwards, probed))
             costs.nnz = block * rule.active_units(sum(start.values()), end, step, horizon)
     return flops, dense
 

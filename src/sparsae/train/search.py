@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
-from sparsae.core.observation import LayerView, Observation
+from sparsae.core.observation import Observation
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
@@ -108,7 +108,7 @@ class TopologySearch:
         """Begin with a rule: an update that another one waited for is given up."""
         self.rule, self.state = rule, rule.initial_state()
         self.bounds, self.ends, self.gradients.groups = dict(bounds), dict(ends), groups
-        self.waiting = False
+        self._since = 0
         self.gradients.clear()
 
     def close(self) -> None:
@@ -116,6 +116,11 @@ class TopologySearch:
         self.gradients.clear()
         self._past.clear()
         self._scoring.forget()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an update that was due waits for the next step."""
+        return self._since > 0
 
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1."""
@@ -129,7 +134,7 @@ class TopologySearch:
         self.gradients.clear()
         self._past.follow(self.rule, step - 1, waiting=self.waiting)
         if self.due(step):
-            self.gradients.arm(self.rule, self.state, step, self.ends)
+            self.gradients.arm(self.rule, self.state, range(self._since or step, step + 1), self.ends)
 
     def capture(self, step: int, scale: Tensor | None = None) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients.
@@ -146,8 +151,8 @@ class TopologySearch:
             return None
         started = time.perf_counter()
         self._scoring.forget()
-        self.waiting = self.gradients.not_finite is not None
-        if self.waiting:
+        if self.gradients.not_finite is not None:
+            self._since = self._since or step
             return self._postponed(step, started)
         moments = self._moments()
         views = {
@@ -156,12 +161,13 @@ class TopologySearch:
             )
             for name, view in seen.items()
         }
-        observation = Observation(views, step, self._horizon.steps, self._horizon.epoch)
+        observation = Observation(views, step, self._horizon.steps, self._horizon.epoch, self._since)
+        self._since = 0
         with named(self.rule, step):
             asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
         candidates = checked(self.rule, asked, views)
         strategy = in_force(self.rule, self.state, observation.progress)
-        current, scores = self._scored(candidates, views, step)
+        current, scores = self._scored(candidates, observation)
         study = {} if current is None else self._scoring.study(self._plans(candidates, step))
         with named(self.rule, step):
             decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
@@ -199,7 +205,7 @@ class TopologySearch:
         """Plain values, and tensors by layer."""
         return {
             "rule": _plain(dataclasses.asdict(self.state)),
-            "waiting": self.waiting,
+            "waiting": self._since,
             "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
             "ends": {name: list(ends) for name, ends in self.ends.items()},
             "telemetry": self.telemetry.state_dict(),
@@ -215,7 +221,7 @@ class TopologySearch:
             self.telemetry.load_state_dict(state["telemetry"])
             self._past.load_state_dict(state.get("past", {}))
             self.state = self.rule.state_from_dict(state.get("rule", {}))
-            self.waiting = bool(state["waiting"])
+            self._since = int(state["waiting"])
             self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}
             self.ends = {name: (first, last) for name, (first, last) in state.get("ends", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -264,11 +270,12 @@ class TopologySearch:
                 yield i, self._plan(candidate.swap, step, i)
 
     def _scored(
-        self, candidates: Sequence[Candidate], views: Mapping[str, LayerView], step: int
+        self, candidates: Sequence[Candidate], observation: Observation
     ) -> tuple[Score | None, list[Score | None]]:
         """Scores of the current topology and of the candidates; None where there is none."""
         found: dict[int | None, Score] = {}
-        if self.rule.terms:
+        views, step = observation.layers, observation.step
+        if self.rule.compares(observation.made_up, observation.horizon):
             # The chosen plan is made again, from the same generator.
             for index, candidate in self._plans(candidates, step):
                 found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)

@@ -93,9 +93,16 @@ class Rule(ABC, Generic[State]):
         """Whether an update follows optimizer step `step`, counted from 1."""
         return self.when.due(step, horizon)
 
-    def concerns(self, layers: Iterable[str], step: int, horizon: Horizon) -> set[str]:
-        """Names of the layers whose connections the update after `step` may move."""
+    def concerns(self, layers: Iterable[str], steps: range, horizon: Horizon) -> set[str]:
+        """Names of the layers whose connections an update may move, which is that of the steps `steps`.
+
+        That is one step, or those that it has waited through since it was due.
+        """
         return set(layers)
+
+    def compares(self, steps: range, horizon: Horizon) -> bool:
+        """Whether the candidates of the update of `steps`, as `concerns` has them, are scored by the terms."""
+        return bool(self.terms)
 
     def refuse_layers(self, layers: Iterable[str]) -> None:
         """Before a training, with the names of its sparse layers. Raises InputError where it cannot serve them."""

@@ -47,10 +47,11 @@ class Several(Rule[SeveralState]):
     """The first pattern (a glob) that matches a layer's name says which rule moves its connections.
 
     Each rule sees its own layers only, at its own updates. One of them may compare candidates by scores; each of its
-    candidates then is of the whole model, the others' one proposal in it.
+    candidates then is of the whole model, the one proposal of the others that are due in it. Where it is not due, the
+    others' is not scored.
 
-    Raises InputError for rules that prune, that want other starting values, burn-ins or accumulations than another;
-    where two compare candidates, and where one does and another has updates at other steps.
+    Raises InputError for rules that prune, that want other starting values, burn-ins or accumulations than another,
+    and where two compare candidates.
     """
 
     def __init__(self, rules: Mapping[str, Rule[Any]]) -> None:
@@ -66,11 +67,6 @@ class Several(Rule[SeveralState]):
         if len(scored := [rule for rule in moving if rule.terms]) > 1:
             raise InputError(
                 f"rules '{scored[0].name}' and '{scored[1].name}' both compare candidates by scores: let one of them do"
-            )
-        if scored and (other := next((rule for rule in moving if rule.when != scored[0].when), None)):
-            raise InputError(
-                f"rule '{scored[0].name}' compares candidates by scores, and '{other.name}' has updates at other "
-                "steps: give both the same"
             )
         self.micro_batch = scored[0].micro_batch if scored else None
         self.terms = scored[0].terms if scored else ()
@@ -90,9 +86,13 @@ class Several(Rule[SeveralState]):
         pairs = zip(self.rules.values(), data["states"], strict=True)
         return SeveralState(tuple(rule.state_from_dict(state) for rule, state in pairs))
 
-    def concerns(self, layers: Iterable[str], step: int, horizon: Horizon) -> set[str]:
-        due = self._due(step, horizon)
+    def concerns(self, layers: Iterable[str], steps: range, horizon: Horizon) -> set[str]:
+        due = self._due(steps, horizon)
         return {name for name in layers if self._index(name) in due}
+
+    def compares(self, steps: range, horizon: Horizon) -> bool:
+        rules = list(self.rules.values())
+        return any(rules[i].terms for i in self._due(steps, horizon))
 
     def refuse_layers(self, layers: Iterable[str]) -> None:
         used = {self._index(name) for name in layers}
@@ -122,7 +122,7 @@ class Several(Rule[SeveralState]):
         return max(rule.candidates_scored() for rule in self.rules.values() if rule.terms or not self.terms)
 
     def ask(self, observation: Observation, state: SeveralState, rng: torch.Generator) -> list[Candidate]:
-        due = self._due(observation.step, observation.horizon)
+        due = self._due(observation.made_up, observation.horizon)
         asked = [
             rule.ask(dataclasses.replace(observation, layers=mine), own, rng) if mine and i in due else []
             for i, (rule, mine, own) in enumerate(self._split(observation.layers, state))
@@ -163,10 +163,9 @@ class Several(Rule[SeveralState]):
             raise InputError(f"no rule is for layer {layer}: add one under the pattern '*'")
         return index
 
-    def _due(self, step: int, horizon: Horizon) -> set[int]:
-        """Rules with an update; all of them at one that is made up for, later than it was due."""
-        everyone = {i for i, rule in enumerate(self.rules.values()) if rule.moves}
-        return {i for i, rule in enumerate(self.rules.values()) if rule.due(step, horizon)} or everyone
+    def _due(self, steps: range, horizon: Horizon) -> set[int]:
+        """Rules with an update at any of these steps."""
+        return {i for i, rule in enumerate(self.rules.values()) if any(rule.due(step, horizon) for step in steps)}
 
     def _split(self, layers: Mapping[str, Value], state: SeveralState) -> list[tuple[Rule[Any], dict[str, Value], Any]]:
         mine: list[dict[str, Value]] = [{} for _ in self.rules]
