@@ -109,8 +109,8 @@ def resolve(
     """The settings of a run.
 
     A file may name its `preset:` and `method:`; the arguments win over those. The file's other keys stay, except where
-    they only repeat the preset or method that is being replaced, and except its `topology` and `rules` when the method is:
-    so a run's own config.yaml can be run again with another method.
+    they only repeat the preset or method that is being replaced, and except its `topology` and `rules` when the method
+    is: so a run's own config.yaml can be run again with another method.
 
     Args:
         file: YAML file, or None.
