@@ -48,7 +48,10 @@ def strongest(weight_OI: Tensor, count: int, unit: tuple[int, int], groups: Sequ
     if limits:
         (limit,) = limits
         labels = limit.of(torch.arange(units, device=magnitude.device))
-        bounds = (torch.full((limit.count,), bound, device=magnitude.device) for bound in (limit.least, limit.most))
+        bounds = (
+            torch.full((limit.count,), bound, dtype=torch.int64, device=magnitude.device)
+            for bound in (limit.least, limit.most)
+        )
         chosen = select(-magnitude, count, labels, *bounds)
     else:
         chosen = largest(magnitude, count)

@@ -12,8 +12,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from sparsae.config.rules import RuleConfig
 from sparsae.core.observation import Captured, LayerView, PastValues
 from sparsae.errors import InputError
+from sparsae.rules import build_rule
 from sparsae.rules.parts.choose import keeps_limits
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 
@@ -24,6 +26,15 @@ _RESERVED = {
     "kind", "step", "accepted", "chosen", "candidates", "current", "nnz", "swaps", "hamming_start", "hamming_last",
     "itop_rate", "age", "layers", "skipped", "seconds",
 }  # fmt: skip
+
+
+def as_rule(rule: object) -> Rule[Any]:
+    """A rule, or that of its settings. Raises InputError for anything else."""
+    if isinstance(rule, RuleConfig):
+        return build_rule(rule)
+    if not isinstance(rule, Rule):
+        raise InputError(f"rule: must be a Rule or the settings of one, such as SetConfig(), not {rule!r}")
+    return rule
 
 
 def refuse_unfit(rule: Rule[Any], has_score: bool) -> None:

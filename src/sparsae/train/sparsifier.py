@@ -51,7 +51,7 @@ from sparsae.train.calls import (
     tell_if_still,
     trained_layers,
 )
-from sparsae.train.guests import refuse_unfit
+from sparsae.train.guests import as_rule, refuse_unfit
 from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
 
@@ -143,7 +143,7 @@ class Sparsifier:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
         if rule is not None and config.rules:
             raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
-        made = build_rule(config.topology, config.rules) if rule is None else _as_rule(rule)
+        made = build_rule(config.topology, config.rules) if rule is None else as_rule(rule)
         rule, ends = self._admitted(made, config)
         heads = check_heads(heads, config.head_min_density, self._layers)
         self.teacher = Teacher(model, config.teacher) if teacher is None and config.teacher.enabled else teacher
@@ -207,7 +207,7 @@ class Sparsifier:
         self._refuse_closed("set_rule")
         density = {} if sparsity is None else self.config.density
         changes: dict[str, Any] = {"rules": {}, "sparsity": sparsity, "density": density}
-        made = _as_rule(rule)
+        made = as_rule(rule)
         if isinstance(rule, RuleConfig):
             changes["topology"] = rule
         try:
@@ -384,15 +384,6 @@ class Sparsifier:
         assert self._parameterization is not None
         density = topology.density if self._parameterization.dynamic else self._initial_densities[name]
         return self._parameterization.initial_std(self._parameterization.role(name), density)
-
-
-def _as_rule(rule: object) -> Rule[Any]:
-    """A rule, or that of its settings. Raises InputError for anything else."""
-    if isinstance(rule, RuleConfig):
-        return build_rule(rule)
-    if not isinstance(rule, Rule):
-        raise InputError(f"rule: must be a Rule or the settings of one, such as SetConfig(), not {rule!r}")
-    return rule
 
 
 _ATTACHED: WeakSet[Sparsifier] = WeakSet()
