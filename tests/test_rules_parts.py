@@ -15,10 +15,9 @@ from sparsae.core.cadence import Cubic, Periodic
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.topology import Topology
 from sparsae.rules.parts.choose import without_limits
-from sparsae.rules.parts.drop import smallest_overall
 from sparsae.rules.parts.exchange import CosineFraction
 from sparsae.rules.parts.grow import largest_gradients
-from sparsae.rules.parts.pruning import pruned_counts
+from sparsae.rules.parts.pruning import pruned_counts, smallest_overall
 
 SCORES = st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, -3.0]), min_size=1, max_size=30)
 

@@ -76,7 +76,7 @@ class Exchange(Rule[NoState]):
     def ask(self, observation: Observation, state: NoState, rng: torch.Generator) -> list[Candidate]:
         fraction = self._fraction.at(observation.progress)
         move = self._over_the_model if self._scope == "global" else self._layer_by_layer
-        return [candidate(observation, self.name, *move(observation.layers, fraction, rng))]
+        return [candidate(self.name, *move(observation.layers, fraction, rng))]
 
     def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
         return {"drop_fraction": self._fraction.at(progress)}
@@ -109,11 +109,8 @@ class Exchange(Rule[NoState]):
         return {name: drop for name, (drop, _) in units.items()}, {name: grow for name, (_, grow) in units.items()}
 
 
-def candidate(observation: Observation, name: str, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> Candidate:
-    """A rule's one candidate, out of the race where it leaves a layer's bounds or the limits of its groups."""
-    from sparsae.rules.parts.choose import keeps_limits
-
+def candidate(name: str, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> Candidate:
+    """A rule's one candidate; the model shrinks by what is not grown again."""
     drop, grow = ({layer: u for layer, u in units.items() if u.numel()} for units in (drop, grow))
     shrinks = sum(u.numel() for u in drop.values()) - sum(u.numel() for u in grow.values())
-    swap = Swap(drop, grow, shrinks)
-    return Candidate(swap, name, None if keeps_limits(observation.layers, swap) else "bounds")
+    return Candidate(Swap(drop, grow, shrinks), name)

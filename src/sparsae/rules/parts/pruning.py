@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sparsae.core.cadence import Cadence
 from sparsae.core.observation import LayerView, Observation
-from sparsae.rules.parts.drop import Drop, smallest_overall
+from sparsae.rules.parts.drop import Drop
 from sparsae.rules.parts.exchange import CosineFraction, candidate
 from sparsae.rules.parts.grow import Grow
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
@@ -77,7 +77,7 @@ class Pruning(Rule[NoState]):
                 drop[name], grow[name] = regenerated(view, scores[name], gone, n, growth)
             else:
                 drop[name] = view.topology.indices[gone]
-        return [candidate(observation, self.name, drop, grow)]
+        return [candidate(self.name, drop, grow)]
 
     def telemetry(self, state: NoState, progress: float) -> dict[str, float]:
         return {} if self._fraction is None else {"drop_fraction": self._regeneration(progress)}
@@ -104,6 +104,27 @@ def pruned_counts(observation: Observation, scores: Mapping[str, Tensor], left: 
     }
     room = {name: max(0, view.topology.count - floors[name]) for name, view in views.items()}
     return smallest_overall(scores, surplus, dict.fromkeys(views, 0), room)
+
+
+def smallest_overall(
+    scores: Mapping[str, Tensor], n: int, least: Mapping[str, int], most: Mapping[str, int]
+) -> dict[str, int]:
+    """How many of the n smallest scores of all layers together, at least `least` and at most `most` in each, are whose.
+
+    Raises ValueError where that does not leave n.
+    """
+    import torch
+
+    from sparsae.core.ranking import select
+
+    if not sum(least.values()) <= n <= sum(most.values()):
+        raise ValueError(f"{n} scores are not between {sum(least.values())} and {sum(most.values())}")
+    sizes = [layer.numel() for layer in scores.values()]
+    limits = [[each[name] for name in scores] for each in (least, most)]
+    chosen = select(torch.cat(list(scores.values())), n, sizes, *limits)
+    borders = torch.tensor(sizes, dtype=torch.int64, device=chosen.device).cumsum(0)
+    ends = torch.searchsorted(chosen, borders).tolist()
+    return {name: end - start for name, start, end in zip(scores, [0, *ends], ends, strict=False)}
 
 
 def shrunk(start: int, end: int, left: float) -> int:
