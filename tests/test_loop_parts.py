@@ -18,7 +18,8 @@ from sparsae.errors import DivergedError
 from sparsae.train import assemble, loop
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.averages import Averages
-from sparsae.train.checkpoint import Cadence
+from sparsae.train.checkpoint import CheckpointTimes
+from sparsae.train.data import TrainData
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Extension
@@ -26,7 +27,6 @@ from sparsae.train.observers import Observer, Standing
 from sparsae.train.rows import Row, TrainRow
 from sparsae.train.stopping import StopRequest
 from sparsae.train.stopwatch import Stopwatch
-from sparsae.train.text import Text
 from tests.loops import built, config_of
 
 SMALL = (
@@ -57,8 +57,8 @@ def trainer(*overrides: str, observer: Observer | None = None, method: str = "se
     tokens = torch.randint(300, (600,), generator=generator(3, "tokens")).numpy()
     validation = torch.randint(300, (3, config.model.context + 1), generator=generator(4, "tokens"))
     model, device = built(config), torch.device("cpu")
-    text = Text.of(config, tokens, validation, tokens, device)
-    return trainer_of(config, model, optimizer_of(model, config), text, device, [observer] if observer else [], **extra)
+    data = TrainData.of(config, tokens, validation, tokens, device)
+    return trainer_of(config, model, optimizer_of(model, config), data, device, [observer] if observer else [], **extra)
 
 
 def test_an_observer_sees_every_row_between_beginning_and_end() -> None:
@@ -127,17 +127,17 @@ def test_a_group_gets_its_share_of_the_rate(step: int, scale: float) -> None:
 def test_a_checkpoint_is_due_by_steps_or_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("sparsae.train.checkpoint.time.monotonic", lambda: now)
-    cadence = Cadence(every=5, minutes=1.0, step=3)
-    assert [step for step in range(4, 12) if cadence.due(step)] == [5, 10]
+    times = CheckpointTimes(every=5, minutes=1.0, step=3)
+    assert [step for step in range(4, 12) if times.due(step)] == [5, 10]
     now = 59.9
-    assert not cadence.due(7)
+    assert not times.due(7)
     now = 60.0
-    assert cadence.due(7)
-    cadence.saved(7)
-    assert not cadence.due(8)
-    assert cadence.last == 7
+    assert times.due(7)
+    times.saved(7)
+    assert not times.due(8)
+    assert times.last == 7
     now = 1e9
-    assert not Cadence(None, None, 0).due(1)
+    assert not CheckpointTimes(None, None, 0).due(1)
 
 
 def test_averages_are_over_the_steps_since_the_last_row_and_survive_a_stop() -> None:

@@ -31,9 +31,9 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.rules import StaticConfig
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, check
+from sparsae.train.data import TrainData
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import keep_freed_memory
-from sparsae.train.text import Text
 
 STEP, UPDATE, DECODE = "step", "update", "decode"
 _EVERY = 4  # steps from one measured update to the next
@@ -227,7 +227,7 @@ def trainer(config: Config) -> Trainer:
     tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng, device="cpu").numpy()
     nothing = torch.zeros(0, context + 1, dtype=torch.int64, device="cpu")
     return trainer_of(
-        config, model, optimizer_of(model, config), Text.of(config, tokens, nothing, tokens, device), device
+        config, model, optimizer_of(model, config), TrainData.of(config, tokens, nothing, tokens, device), device
     )
 
 

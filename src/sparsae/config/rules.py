@@ -17,7 +17,7 @@ StartSparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class RuleConfig(Section):
-    """The settings of a rule: a class of its own for each, which `register_rule` gives the rule's name.
+    """The settings of a rule: a class of its own for each, to which registering it gives the rule's name.
 
     A rule that prunes has a field `start_sparsity` and ends at the model's sparsity; every other one keeps that.
     """
@@ -44,7 +44,7 @@ class RuleConfig(Section):
 
 
 class TermConfig(Section):
-    """The settings of a term of a score: a class of its own for each, which registering it gives the term's name."""
+    """The settings of a term of a score: a class of its own for each, to which registering it gives the term's name."""
 
     registered_name: ClassVar[str] = ""
 

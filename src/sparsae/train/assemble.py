@@ -17,13 +17,13 @@ from sparsae.rules import build_rule
 from sparsae.train.account import Account
 from sparsae.train.build import density_of, head_layouts
 from sparsae.train.costs import RunCosts
+from sparsae.train.data import TrainData
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Extension
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
 from sparsae.train.observers import Observer
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
-from sparsae.train.text import Text
 
 
 def epoch_steps(config: Config, batches: Batches) -> int:
@@ -48,7 +48,7 @@ def trainer_of(
     config: Config,
     model: nn.Module,
     optimizer: AdamW,
-    text: Text,
+    data: TrainData,
     device: torch.device,
     observers: Sequence[Observer] = (),
     extension: Extension | None = None,
@@ -65,21 +65,23 @@ def trainer_of(
     account = Account(
         RunCosts(model, config, build_rule(config.topology, config.rules).micro_batch),
         tokens_per_step=training.batch_size * training.accumulation * config.model.context,
-        study_tokens=text.validation[:, 1:].numel(),
+        study_tokens=data.validation[:, 1:].numel(),
     )
     return Trainer(
         training,
         objective,
         optimizer,
-        text,
-        sparsifier=sparsifier_of(config, objective, optimizer, text, account) if sparse_layers(model) else None,
+        data,
+        sparsifier=sparsifier_of(config, objective, optimizer, data, account) if sparse_layers(model) else None,
         rate=LearningRate.of(training, extension),
         account=account,
         observers=observers,
     )
 
 
-def sparsifier_of(config: Config, objective: Objective, optimizer: AdamW, text: Text, account: Account) -> Sparsifier:
+def sparsifier_of(
+    config: Config, objective: Objective, optimizer: AdamW, data: TrainData, account: Account
+) -> Sparsifier:
     """The search over the sparse layers of the objective's model; a study's time is booked on the account."""
     rule, sparsity = build_rule(config.topology, config.rules), config.sparsity
     studies = rule.micro_batch is not None and rule.micro_batch.study
@@ -91,7 +93,7 @@ def sparsifier_of(config: Config, objective: Objective, optimizer: AdamW, text: 
             topology=config.topology,
             rules=config.rules,
             accumulation=config.training.accumulation,
-            steps_per_epoch=epoch_steps(config, text.batches),
+            steps_per_epoch=epoch_steps(config, data.batches),
             seed=config.seed,
             min_density=sparsity.density_bounds[0],
             max_density=sparsity.density_bounds[1],
@@ -102,8 +104,8 @@ def sparsifier_of(config: Config, objective: Objective, optimizer: AdamW, text: 
             budget=sparsity.budget,
             density=density_of(config) if rule.prunes else {},
         ),
-        score=HeldOutScore(objective, text.micro_batches) if text.micro_batches else None,
-        study=HeldOutStudy(objective, text.validation, account.watch) if studies else None,
+        score=HeldOutScore(objective, data.micro_batches) if data.micro_batches else None,
+        study=HeldOutStudy(objective, data.validation, account.watch) if studies else None,
         heads=head_layouts(sparse_layers(objective.model), config),
         parameterization=parameterized(config.model, config.parameterization),
         teacher=objective.teacher,

@@ -26,7 +26,7 @@ from sparsae.files import named, open_as_directory, read_sealed, sealed, sha256_
 from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
 
 
-class Cadence:
+class CheckpointTimes:
     """When a run is saved: every so many steps, and when so many minutes have passed since it was."""
 
     def __init__(self, every: int | None, minutes: float | None, step: int) -> None:

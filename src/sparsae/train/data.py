@@ -1,4 +1,4 @@
-"""The text of a run as the loop reads it."""
+"""The data of a run as the loop reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsae.train.micro_batch import MicroBatches
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
+class TrainData:
     """Batches to train on, rows (N, context + 1) to validate on, and what scores candidates, if anything does."""
 
     batches: Batches
@@ -25,7 +25,7 @@ class Text:
     @classmethod
     def of(
         cls, config: Config, train: TokenSequence, validation: Tensor, held_out: TokenSequence, device: torch.device
-    ) -> Text:
+    ) -> TrainData:
         """held_out: the tokens that micro-batches come from, which lie on `device`."""
         context, micro = config.model.context, build_rule(config.topology, config.rules).micro_batch
         return cls(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -18,8 +17,6 @@ from sparsae.errors import InputError
 from sparsae.rules import build_rule
 from sparsae.rules.parts.choose import keeps_limits
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
-
-log = logging.getLogger(__name__)
 
 # What a row of an update has under its own names.
 _RESERVED = {
@@ -57,9 +54,14 @@ def refuse_unfit(rule: Rule[Any], has_score: bool) -> None:
             "where the rule has a micro_batch)"
         )
     try:
-        json.dumps(dataclasses.asdict(rule.initial_state()), default=dict)
+        json.dumps(saved(rule.initial_state()))
     except (TypeError, ValueError) as error:
         raise InputError(f"rule '{rule.name}': its state cannot be saved as JSON: {error}") from None
+
+
+def saved(state: Any) -> Any:
+    """A rule's state as it is after JSON, tuples as lists."""
+    return _plain(dataclasses.asdict(state))
 
 
 @contextmanager
@@ -95,6 +97,12 @@ def in_force(rule: Rule[Any], state: Any, progress: float) -> dict[str, float]:
     if taken := sorted(found.keys() & _RESERVED):
         raise InputError(f"rule '{rule.name}': its telemetry cannot be called '{taken[0]}': rows have that already")
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _checked(rule: Rule[Any], candidate: Candidate, views: Mapping[str, LayerView]) -> Candidate:

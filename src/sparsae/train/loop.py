@@ -14,7 +14,8 @@ from sparsae.errors import DivergedError
 from sparsae.optim import clip_gradients
 from sparsae.train.account import Account
 from sparsae.train.averages import Averages
-from sparsae.train.checkpoint import Cadence
+from sparsae.train.checkpoint import CheckpointTimes
+from sparsae.train.data import TrainData
 from sparsae.train.divergence import diverged
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.objective import Objective
@@ -22,7 +23,6 @@ from sparsae.train.observers import Observer, Standing
 from sparsae.train.rows import DivergedRow, ExtendedRow, Row, TopologyRow
 from sparsae.train.sparsifier import Sparsifier
 from sparsae.train.stopping import StopRequest
-from sparsae.train.text import Text
 from sparsae.train.validation import Validation
 
 
@@ -34,17 +34,17 @@ class Trainer:
         settings: TrainingConfig,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
-        text: Text,
+        data: TrainData,
         *,
         sparsifier: Sparsifier | None,
         rate: LearningRate,
         account: Account,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.settings, self.objective, self.optimizer, self.text = settings, objective, optimizer, text
+        self.settings, self.objective, self.optimizer, self.data = settings, objective, optimizer, data
         self.sparsifier, self.rate, self.account, self.observers = sparsifier, rate, account, observers
         self.model, self.teacher = objective.model, objective.teacher
-        self.validation = Validation(objective, text.validation, settings)
+        self.validation = Validation(objective, data.validation, settings)
         self.step = 0
         self._averages = Averages()
 
@@ -55,16 +55,16 @@ class Trainer:
         """
         try:
             self._begin()
-            cadence = Cadence(self.settings.checkpoint_every, self.settings.checkpoint_minutes, self.step)
+            times = CheckpointTimes(self.settings.checkpoint_every, self.settings.checkpoint_minutes, self.step)
             while not self.done and stop.signal is None:
                 with self.account.watch.of("train"):
                     self.train_step()
                 if self.validation.due(self.step):
                     self.validate()
-                if cadence.due(self.step):
+                if times.due(self.step):
                     save()
-                    cadence.saved(self.step)
-            if self.step != cadence.last:
+                    times.saved(self.step)
+            if self.step != times.last:
                 save()
         except DivergedError as error:
             self._tell(DivergedRow(error.step, self.account.tokens(self.step), error.reason))
@@ -80,7 +80,7 @@ class Trainer:
         update_due = self.sparsifier is not None and self.sparsifier.update_due
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
         if update_due:
-            self.text.prefetch(self.step + 1)
+            self.data.prefetch(self.step + 1)
         self._backward(alpha)
         self.account.step(self.teacher.nnz if self.teacher and alpha else None)
         if self.sparsifier:
@@ -101,7 +101,7 @@ class Trainer:
         passes = self.settings.accumulation
         self.objective.begin_step(self.step)
         for index in range(self.step * passes, (self.step + 1) * passes):
-            parts = self.objective.loss(self.text.batches.at(index), alpha)
+            parts = self.objective.loss(self.data.batches.at(index), alpha)
             (parts.total / passes).backward()
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
             self._require_finite("the loss", loss)

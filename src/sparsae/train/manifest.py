@@ -72,8 +72,11 @@ class Manifest:
                 extensions=tuple(Extension(**entry) for entry in content["extensions"]),
             )
         except ValidationError as error:
-            key = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise InputError(f"{path}: {key}: not a setting of this version of sparsae") from None
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            # A rule or a term that is not here any more is named; other settings were right when they were written.
+            why = str(first["ctx"]["error"]) if first["type"] == "value_error" else "not of this version of sparsae"
+            raise InputError(f"{path}: {key}: {why}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: lacks {error}; it is of another version of sparsae") from None
 

@@ -70,7 +70,7 @@ class TopologyRow(Row):
 
     @property
     def accepted(self) -> bool:
-        """Whether the topology changed hands."""
+        """Whether a new topology was taken."""
         return bool(self.data["accepted"])
 
     def to_dict(self) -> dict[str, Any]:

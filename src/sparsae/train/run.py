@@ -20,6 +20,7 @@ from sparsae.optim import AdamW
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, check, choose_device
 from sparsae.train.claim import claimed, refuse_occupied
+from sparsae.train.data import TrainData
 from sparsae.train.lock import refuse_ranks
 from sparsae.train.manifest import Manifest
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
@@ -30,7 +31,6 @@ from sparsae.train.saving import SavedRun, read_saved, save_run
 from sparsae.train.source import Source, read_source
 from sparsae.train.stopping import StopRequest
 from sparsae.train.summary import closing, headline, summarize
-from sparsae.train.text import Text
 from sparsae.train.trackers import Trackers, check_installed
 
 _THREADS = 256  # or four for each core: more than that is a slip, and systems refuse to make them
@@ -44,7 +44,7 @@ class _Parts:
     corpus: Corpus
     model: nn.Module
     optimizer: AdamW
-    text: Text
+    data: TrainData
 
 
 def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     context = config.model.context
     reported, micro = split_held_out(corpus.validation, context)
     rows = evenly_spaced(reported, context, config.training.validation_sequences)
-    text = Text.of(config, corpus.train, rows, micro, device)
-    if reported is micro and text.micro_batches:
+    data = TrainData.of(config, corpus.train, rows, micro, device)
+    if reported is micro and data.micro_batches:
         display.say(
             "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
         )
@@ -152,7 +152,7 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
         source.load_into(model, corpus.tokenizer)
     keep_freed_memory(device)
     forget_peak(device)
-    return _Parts(device, corpus, model, optimizer_of(model, config), text)
+    return _Parts(device, corpus, model, optimizer_of(model, config), data)
 
 
 def _begin(run: RunDirectory, config: Config, parts: _Parts, source: Source | None) -> Manifest:
@@ -181,7 +181,7 @@ def _train(
     parts: _Parts, run: RunDirectory, manifest: Manifest, display: Display, saved: SavedRun | None
 ) -> dict[str, Any]:
     config, began = manifest.config, time.perf_counter()
-    unigram = unigram_perplexity(parts.corpus.train_counts, parts.text.validation[:, 1:])
+    unigram = unigram_perplexity(parts.corpus.train_counts, parts.data.validation[:, 1:])
     if saved is not None:
         saved.load_into(parts.model, parts.optimizer)
         run.check_metrics(saved.state["metrics"])
@@ -192,7 +192,7 @@ def _train(
             config,
             parts.model,
             parts.optimizer,
-            parts.text,
+            parts.data,
             parts.device,
             observers=(metrics, trackers, display),
             extension=manifest.extensions[-1] if manifest.extensions else None,

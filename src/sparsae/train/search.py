@@ -25,7 +25,7 @@ from sparsae.rules.parts.rule import Candidate, Rule
 from sparsae.score import Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
 from sparsae.train.capture import GradientCapture
-from sparsae.train.guests import checked, chosen, in_force, named
+from sparsae.train.guests import checked, chosen, in_force, named, saved
 from sparsae.train.past import PastCapture
 from sparsae.train.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.train.telemetry import TopologyTelemetry
@@ -53,7 +53,7 @@ class Update:
 
     @property
     def accepted(self) -> bool:
-        """Whether the topology changed hands."""
+        """Whether a new topology was taken."""
         return bool(self.row["accepted"])
 
 
@@ -204,7 +204,7 @@ class TopologySearch:
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and tensors by layer."""
         return {
-            "rule": _plain(dataclasses.asdict(self.state)),
+            "rule": saved(self.state),
             "waiting": self._since,
             "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
             "ends": {name: list(ends) for name, ends in self.ends.items()},
@@ -302,10 +302,3 @@ class TopologySearch:
     def _cost(self) -> SearchCost:
         done = self._scoring
         return SearchCost(done.forwards, done.backwards, self.gradients.probed(), done.studied)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as the lists that they are after JSON."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

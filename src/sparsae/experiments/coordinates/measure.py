@@ -27,9 +27,9 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.report.readable import short_names
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, choice_of, choose_device
+from sparsae.train.data import TrainData
 from sparsae.train.loop import Trainer
 from sparsae.train.micro_batch import split_held_out
-from sparsae.train.text import Text
 
 Quantity = Literal["activation", "gradient", "update"]
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -172,5 +172,5 @@ def _trainer(config: Config, corpus: Corpus) -> Trainer:
     context = config.model.context
     model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     nothing = torch.zeros(0, context + 1, dtype=torch.int64, device="cpu")
-    text = Text.of(config, corpus.train, nothing, split_held_out(corpus.validation, context)[1], device)
-    return trainer_of(config, model, optimizer_of(model, config), text, device)
+    data = TrainData.of(config, corpus.train, nothing, split_held_out(corpus.validation, context)[1], device)
+    return trainer_of(config, model, optimizer_of(model, config), data, device)
