@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("sparsae", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("sparsae")
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """One process is enough for what shards its state."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

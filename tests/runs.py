@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sparsae.config import Config
 from sparsae.config.load import resolve
+from sparsae.train.loop import Trainer
 
 TIME_FIELDS = {"seconds", "tokens_per_second"}
 
@@ -41,6 +48,21 @@ def weights(run: Path) -> bytes:
     """The newest checkpoint's student, optimizer, teacher and search, byte for byte."""
     newest = max((run / "checkpoints").glob("step-*"))
     return b"".join(path.read_bytes() for path in sorted(newest.glob("*.safetensors")))
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Runs inside are sent SIGTERM once so many steps are done."""
+    whole = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        whole(self)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "train_step", train_step)
+        yield
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,14 +34,6 @@ MADE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "fused": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, fused=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
 }
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def dense(width: int = 24, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,15 +30,6 @@ def _eager() -> Iterator[None]:
     """torchao compiles its step, for every shape anew: what is tested here is the state."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """One process is enough for what shards its state."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def model_of(unit: tuple[int, int]) -> nn.Sequential:

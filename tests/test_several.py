@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,11 @@ from sparsae.rules import EvolutionConfig, GmpConfig, MestConfig, RiglConfig, Se
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
 from sparsae.terms.cross_entropy import CrossEntropy, CrossEntropyConfig
-from sparsae.train.loop import Trainer
 from sparsae.train.plan import count_flops, plan, untrained
 from sparsae.train.run import resume, start
 from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
 from tests.loops import mlp, run_steps, score_of
-from tests.runs import config_of, rows, weights, write_text
+from tests.runs import config_of, rows, stopped_at, weights, write_text
 
 FIRST, SECOND = "0", "2"
 
@@ -170,22 +167,14 @@ def test_what_cannot_be_together_is_refused(rules: dict[str, object], message: s
         )
 
 
-def test_a_run_with_several_rules_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_several_rules_resumes_bit_for_bit(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text")
     settings = ['rules={"*.attn.*": {rule: rigl, every: 3}, "*c_fc": {rule: static}}', "training.log_every=1"]
     config = config_of(text, tmp_path / "cache", *settings, method="set")
     (tmp_path / "again.yaml").write_text(dump(config))
     assert config == resolve(tmp_path / "again.yaml")
     start(config, tmp_path / "whole", quiet=True)
-    step = Trainer.train_step
-
-    def interrupted(self: Trainer) -> None:
-        step(self)
-        if self.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", interrupted)
+    with stopped_at(5):
         assert not start(config, tmp_path / "stopped", quiet=True)["finished"]
     assert resume(tmp_path / "stopped", quiet=True)["finished"]
     assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,8 @@ from sparsae.nn.linear import SparseLinear
 from sparsae.registry import TERMS
 from sparsae.score import Trial
 from sparsae.surgery import plan
-from sparsae.train.loop import Trainer
 from sparsae.train.run import resume, start
-from tests.runs import config_of, rows, weights, write_text
+from tests.runs import config_of, rows, stopped_at, weights, write_text
 
 
 def test_it_is_the_mean_over_layers_of_the_change_of_what_stays() -> None:
@@ -36,22 +33,12 @@ def test_it_is_the_mean_over_layers_of_the_change_of_what_stays() -> None:
     assert term.value(Trial(views, changes)) == pytest.approx((1 + 2) / 2)
 
 
-def test_a_run_that_stops_within_the_window_goes_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_stops_within_the_window_goes_on_bit_for_bit(tmp_path: Path) -> None:
     settings = ("topology.every=5", "topology.proxy.terms.weight_change={weight: 10.0, window: 3}")
     config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *settings)
     start(config, tmp_path / "whole", quiet=True)
-    step = Trainer.train_step
-
-    def interrupted(trainer: Trainer) -> None:
-        step(trainer)
-        if trainer.step == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    assert start(config, tmp_path / "stopped", quiet=True)["steps"] == 8
-    monkeypatch.undo()
+    with stopped_at(8):
+        assert start(config, tmp_path / "stopped", quiet=True)["steps"] == 8
     resume(tmp_path / "stopped", quiet=True)
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.train.plan import plan
 from sparsae.train.run import resume, start
 from sparsae.train.rundir import RunDirectory
+from tests.runs import stopped_at
 from tests.training.helpers import ISSUE_KEYS, metrics
 
 
@@ -76,7 +76,7 @@ def test_model_state_at_90_percent_is_a_fifth_of_dense_training(small: Callable[
     "method", ["sparsae", "sparsae-written", "static", "dense", "rigl", "gse", "gmp", "granet", "magnitude"]
 )
 def test_same_seed_same_metrics_and_resume_changes_nothing(
-    small: Callable[..., Config], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Config], tmp_path: Path, method: str
 ) -> None:
     extra = [] if method in ("static", "dense", "magnitude") else ["topology.every=3"]
     config = small(*extra, method=method)
@@ -84,20 +84,11 @@ def test_same_seed_same_metrics_and_resume_changes_nothing(
     # A signal arrives in the middle of a step: the step ends, is saved, and the run goes on from there; for some
     # methods after their last pruning.
     last = 17 if method in ("gmp", "magnitude") else 8
-    from sparsae.train.loop import Trainer
 
-    step = Trainer.train_step
-
-    def interrupted(self: Trainer) -> None:
-        step(self)
-        if self.step == last:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    stopped = start(config, tmp_path / "stopped", quiet=True)
+    with stopped_at(last):
+        stopped = start(config, tmp_path / "stopped", quiet=True)
     assert not stopped["finished"]
     assert stopped["steps"] == last
-    monkeypatch.undo()
     resumed = resume(tmp_path / "stopped", quiet=True)
     assert resumed["finished"]
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
