@@ -25,6 +25,10 @@ class AdamW(torch.optim.Optimizer):
     A group with `per_weight_step=True` keeps `state["step"]` as an int32 tensor of the parameter's shape; elsewhere
     it is a float32 scalar. Other state: "exp_avg", "exp_avg_sq". Parameters without a gradient are left alone. The
     learning rate is a number or, for those who change it in place, a tensor with one element.
+
+    Such a group may have a "ramp", in steps (a Sparsifier sets it by its rule): a grown weight then learns at
+    min(1, age / ramp) of the rate, its age being the steps that it has made; its weight decay stays. Where the first weights shall not ramp,
+    state["total"] counts the parameter's steps: they are as old as it.
     """
 
     def __init__(
@@ -62,13 +66,13 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
-                self._prepare(p, group["per_weight_step"])
+                self._prepare(p, group)
             for together in _batches(parameters):
                 self._update(group, together)
         return loss
 
-    def _prepare(self, p: Tensor, per_weight: bool) -> None:
-        state = self.state[p]
+    def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
+        state, per_weight = self.state[p], group["per_weight_step"]
         if not state:
             state["step"] = (
                 torch.zeros_like(p, dtype=torch.int32)
@@ -77,6 +81,8 @@ class AdamW(torch.optim.Optimizer):
             )
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
+        if per_weight and group.get("ramp") and not group["ramp_first"] and "total" not in state:
+            state["total"] = state["step"].max().float().cpu() if p.numel() else torch.zeros(())
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
@@ -95,9 +101,12 @@ class AdamW(torch.optim.Optimizer):
             # One at a time, so that only one parameter's temporaries exist, and not the whole group's.
             for p, step, average, square in zip(parameters, steps, averages, squares, strict=True):
                 t = step.to(p.dtype)
+                share = self._share_of_rate(p, t, group)
                 denominator = _bias_correction(t, beta2)
                 torch.div(square, denominator, out=denominator).sqrt_().add_(eps)
                 denominator.mul_(_bias_correction(t, beta1, out=t))
+                if share is not None:
+                    denominator.div_(share)
                 p.addcdiv_(average, denominator, value=-lr)
             return
         denominators = torch._foreach_sqrt(squares)
@@ -105,6 +114,16 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in counts])
         torch._foreach_add_(denominators, eps)
         torch._foreach_addcdiv_(parameters, averages, denominators, [-lr / (1 - beta1**t) for t in counts])
+
+    def _share_of_rate(self, p: Tensor, age: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """min(1, age / ramp) of each weight; None where all learn at the whole rate."""
+        if not group.get("ramp"):
+            return None
+        total = self.state[p].get("total") if not group["ramp_first"] else None
+        if total is not None:
+            total += 1
+        share = ramp_share(age, group["ramp"])
+        return share if total is None or float(total) >= group["ramp"] else share.masked_fill_(age == float(total), 1.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but nothing is shared with `state_dict`, and a step per weight goes to its parameter's device.
@@ -153,6 +172,11 @@ def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
     return [*([p] for p in on_cpu), *([elsewhere] if elsewhere else [])]
 
 
+def ramp_share(age: Tensor, steps: int) -> Tensor:
+    """min(1, age / steps): the share of its learning rate at which a connection learns in the step number `age`."""
+    return (age / steps).clamp_(max=1.0)
+
+
 def _bias_correction(steps: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
     """1 - beta^t for steps t >= 1 of any shape, by expm1: the plain difference loses float32 digits near beta = 1."""
     return torch.mul(steps, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
@@ -174,13 +198,15 @@ def parameter_groups(
     *,
     lr: float | Tensor | None = None,
     eps: float = 1e-8,
+    sparse_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups for `AdamW`: sparse values (decayed, steps per weight), matrices (decayed), vectors (not decayed).
 
     Under a parameterization each of the three is divided by the scales of its parameters. Its groups have their own
     "lr", "eps" and "weight_decay", which every optimizer of the Adam family understands, and as "lr_scale" the factor
     in their learning rate: a schedule sets `group["lr"] = rate * group["lr_scale"]`. Where scales follow the density,
-    each sparse layer is a group.
+    each sparse layer is a group. sparse_factor: on the learning rate of sparse values, beside their scales; a weight
+    decay that is independent of rates stays.
 
     Raises ValueError for a parameterization without `lr`, InputError for a role of it that matches no module.
     """
@@ -211,7 +237,11 @@ def parameter_groups(
             # A tensor is scaled in place: each group has its own.
             rate = lr.clone() if isinstance(lr, Tensor) else lr
             own = {"params": together, "lr": rate, "lr_scale": 1.0, "eps": eps * scale.epsilon}
-            scaled.append(group | own | {"base_weight_decay": group["weight_decay"]})
+            factor = sparse_factor if id(together[0]) in sparse else 1.0
+            decay = group["weight_decay"]
+            if parameterization.config.weight_decay == "independent":
+                decay /= factor
+            scaled.append(group | own | {"base_weight_decay": decay, "rate_factor": factor})
             _rescale(scaled[-1], scale)
     return scaled
 
@@ -235,6 +265,7 @@ def follow_density(
 
 
 def _rescale(group: dict[str, Any], scale: Scale) -> None:
-    group["lr"] *= scale.rate / group["lr_scale"]
-    group["lr_scale"] = scale.rate
+    lr_scale = scale.rate * group["rate_factor"]
+    group["lr"] *= lr_scale / group["lr_scale"]
+    group["lr_scale"] = lr_scale
     group["weight_decay"] = group["base_weight_decay"] * scale.decay

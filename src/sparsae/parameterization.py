@@ -115,6 +115,8 @@ class Parameterization:
         """Standard deviation of the initial weights of an embedding, or of a layer of some density (see `scale`)."""
         scale = self.scale(role, density)
         std = self.std / math.sqrt(2 * self.blocks) if role == "residual" else self.std
+        if role in ("hidden", "residual"):
+            std *= self.config.hidden_scale
         return std / scale.fan_in**0.5 * scale.multiplier
 
     def attention_scale(self, head_size: int) -> float:

@@ -27,6 +27,9 @@ class ParameterizationConfig(Section):
     initial_scale: Positive = Field(
         default=1.0, description="factor on the standard deviation of all initial weights, 0.02 at the base width"
     )
+    hidden_scale: Positive = Field(
+        default=1.0, description="factor on the standard deviation of hidden layers alone, beside initial_scale"
+    )
     embedding_multiplier: Positive = Field(default=1.0, description="factor on the embeddings")
     output_multiplier: Positive = Field(default=1.0, description="factor on the logits, beside the width's own")
     weight_decay: Literal["independent", "coupled"] = Field(

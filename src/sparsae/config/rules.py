@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from sparsae.config.section import LARGEST, NonNegative, Positive, Section
+from sparsae.config.span import RampSpan
 from sparsae.errors import InputError
 from sparsae.registry import RULES, Registry
 
@@ -25,6 +26,12 @@ class RuleConfig(Section):
     registered_name: ClassVar[str] = ""
 
     rule: str = Field(default="", description="which rule moves connections")
+    ramp: RampSpan = Field(
+        default=0,
+        description="over how long a grown connection's learning rate rises to its own, from its birth on: steps, 5%, "
+        "2 updates (as long as two updates lie apart); 0: no ramp",
+    )
+    ramp_first: bool = Field(default=False, description="the first connections' learning rates ramp as well")
 
     @model_validator(mode="before")
     @classmethod

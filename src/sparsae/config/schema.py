@@ -174,6 +174,10 @@ class TrainingConfig(Section):
     batch_size: Count = Field(default=8, description="sequences in one forward pass")
     accumulation: Count = Field(default=1, description="forward passes an optimizer step")
     learning_rate: Positive = Field(default=2e-3, description="peak learning rate")
+    sparse_learning_rate: Positive | None = Field(
+        default=None,
+        description="peak learning rate of the sparse layers' values where it is their own; null: learning_rate",
+    )
     final_learning_rate: Share = Field(default=0.1, description="last learning rate as a share of the peak")
     warmup: Share = Field(default=0.1, description="share of the steps over which the learning rate rises")
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.9, description="AdamW's first decay")

@@ -19,6 +19,7 @@ from sparsae.errors import InputError
 
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?%")
 _EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
+_UPDATES = re.compile(r"([1-9]\d{0,3}) ?updates?")
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,20 @@ def _wrong(span: object) -> str | None:
 
 
 Span = Annotated[int | str, BeforeValidator(_checked)]
+
+
+def in_updates(span: int | str) -> int | None:
+    """How many updates a ramp written so lasts; None: it is a span."""
+    found = _UPDATES.fullmatch(span) if isinstance(span, str) else None
+    return int(found[1]) if found else None
+
+
+def _checked_ramp(span: Any) -> Any:
+    if (isinstance(span, int) and not isinstance(span, bool) and span == 0) or in_updates(span) is not None:
+        return span
+    if wrong := _wrong(span):
+        raise ValueError(wrong.replace("must be", "must be 0, a number of updates (2 updates),", 1))
+    return span
+
+
+RampSpan = Annotated[int | str, BeforeValidator(_checked_ramp)]

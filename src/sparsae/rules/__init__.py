@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparsae.rules.evolution import AdaptationConfig as AdaptationConfig
     from sparsae.rules.evolution import EvolutionConfig as EvolutionConfig
     from sparsae.rules.evolution import ResetConfig as ResetConfig
+    from sparsae.rules.generations import GenerationsConfig as GenerationsConfig
     from sparsae.rules.gmp import GmpConfig as GmpConfig
     from sparsae.rules.granet import GranetConfig as GranetConfig
     from sparsae.rules.gse import GseConfig as GseConfig
@@ -35,12 +36,18 @@ _OF_EVOLUTION = {
 
 def build_rule(config: RuleConfig, others: Mapping[str, RuleConfig] | None = None) -> Rule[Any]:
     """The rule of a `topology` section, beside `others` for the layers whose names match their patterns first."""
-    rule: Rule[Any] = RULES[config.rule].build(config)
+    rule = _built(config)
     if not others:
         return rule
     from sparsae.rules.parts.several import Several
 
-    return Several({pattern: RULES[other.rule].build(other) for pattern, other in others.items()} | {"*": rule})
+    return Several({pattern: _built(other) for pattern, other in others.items()} | {"*": rule})
+
+
+def _built(config: RuleConfig) -> Rule[Any]:
+    rule: Rule[Any] = RULES[config.rule].build(config)
+    rule.ramp, rule.ramp_first = config.ramp, config.ramp_first
+    return rule
 
 
 def __getattr__(name: str) -> Any:

@@ -264,7 +264,9 @@ class Evolution(Rule[EvolutionState]):
         plain: dict[str, Any] = {**self.config.model_dump(), "candidates": 1}
         for section, values in quiet.items():
             plain[section] = {**plain[section], **values}
-        return Evolution(EvolutionConfig.model_validate(plain))
+        rule = Evolution(EvolutionConfig.model_validate(plain))
+        rule.ramp, rule.ramp_first = self.ramp, self.ramp_first
+        return rule
 
     def mutation_rate(self, state: EvolutionState, progress: float) -> float:
         """p_mutate in force: the state's, times the schedule between start and stop."""

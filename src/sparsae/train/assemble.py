@@ -39,6 +39,7 @@ def optimizer_of(model: nn.Module, config: Config) -> AdamW:
         settings.weight_decay,
         parameterized(config.model, config.parameterization),
         lr=settings.learning_rate,
+        sparse_factor=(settings.sparse_learning_rate or settings.learning_rate) / settings.learning_rate,
         eps=settings.epsilon,
     )
     return AdamW(groups, betas=(settings.beta1, settings.beta2))

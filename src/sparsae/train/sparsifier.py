@@ -52,6 +52,7 @@ from sparsae.train.calls import (
     trained_layers,
 )
 from sparsae.train.guests import as_rule, refuse_unfit
+from sparsae.train.ramp import Ramp
 from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
 
@@ -299,6 +300,7 @@ class Sparsifier:
         """With a rule that was admitted, before the backward pass of the next step."""
         self._calls = LoopCalls(rule, self._layers, self._optimizer)
         self._burn_in = BurnIn(rule.burn_in, self._layers)
+        self._ramp = Ramp(rule.ramp_steps(self.config.horizon), rule.ramp_first, self._layers, self._optimizer)
         tell_if_still(rule, self.config.horizon)
         trained = trained_layers(self._layers, self._optimizer)
         tell_if_rigid(rule, {name: self.search.gradients.groups[name] for name in trained})
@@ -309,17 +311,20 @@ class Sparsifier:
         self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
         self.search.capture(self.step + 1, scale)
         self._burn_in.before_step(self._optimizer)
+        self._ramp.before_step()
         self._calls.watch(self.update_due)
 
     def _after_step(self) -> Update | None:
         self._calls.after_step()
         self._burn_in.after_step()
+        self._ramp.after_step()
         self.step += 1
         if self.teacher is not None:
             self.teacher.update(self._model, self.step - 1)
         update = self.search.update(self.step)
         if update is not None and update.accepted:
             self._burn_in.begin({name: change.grown for name, change in update.changes.items()})
+            self._ramp.follow(update.changes)
             self._follow_density()
         self.search.arm(self.step + 1)
         return update
@@ -334,6 +339,7 @@ class Sparsifier:
             "rule": self.search.rule.name,
             "search": self.search.state_dict(),
             "burn_in": self._burn_in.state_dict(),
+            "ramp": self._ramp.state_dict(),
             "initial_densities": dict(self._initial_densities),
             "topologies": {name: _digest(layer.topology) for name, layer in self._layers.items()},
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
@@ -345,7 +351,7 @@ class Sparsifier:
         Raises InputError for anything else: of other sparse layers or connections, another rule, or with a teacher
         where this Sparsifier has none.
         """
-        require_state("Sparsifier", state, self.state_dict())
+        require_state("Sparsifier", state, [key for key in self.state_dict() if key != "ramp"])
         if state["rule"] != self.search.rule.name:
             raise InputError(
                 f"the state is of rule '{state['rule']}', not of '{self.search.rule.name}': make the Sparsifier with "
@@ -365,6 +371,7 @@ class Sparsifier:
             self.teacher.reconnect(self._model)
         self.search.load_state_dict(state["search"])
         self._burn_in.load_state_dict(state["burn_in"])
+        self._ramp.load_state_dict(state.get("ramp", {}))
         if self._hooks is not None:
             self._hooks.forget()
         self.step = int(state["step"])

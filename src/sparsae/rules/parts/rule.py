@@ -11,10 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from sparsae.config.rules import BurnInConfig, MicroBatchConfig
-from sparsae.config.span import Horizon
+from sparsae.config.span import Horizon, in_updates, span_steps
 from sparsae.core.cadence import Cadence, Never
 from sparsae.core.observation import Need, Observation
 from sparsae.core.swap import Swap
@@ -61,7 +62,7 @@ class Rule(ABC, Generic[State]):
     topology are scored by; none: they are not. accumulate: over which backward passes of a step a "dense_gradient" is
     taken. prunes: whether the model shrinks, as fast as `when` says. micro_batch: the held-out sequences that score its
     candidates, where it needs their loss. initialization: values of grown units (see `surgery.plan`). burn_in: the
-    gradient steps after a change. declines: whether an update may leave the topology as it is since no candidate is
+    gradient steps after a change. ramp, ramp_first: as its settings have them (`RuleConfig`). declines: whether an update may leave the topology as it is since no candidate is
     better.
     """
 
@@ -73,6 +74,8 @@ class Rule(ABC, Generic[State]):
     prunes: bool = False
     initialization: str = "zero"
     burn_in: BurnInConfig = BurnInConfig(steps=0)
+    ramp: int | str = 0
+    ramp_first: bool = False
     micro_batch: MicroBatchConfig | None = None
     declines: bool = False
 
@@ -92,6 +95,15 @@ class Rule(ABC, Generic[State]):
     def due(self, step: int, horizon: Horizon) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1."""
         return self.when.due(step, horizon)
+
+    def ramp_steps(self, horizon: Horizon) -> int:
+        """Over how many steps a grown connection's learning rate rises; 0: it is the whole rate at once."""
+        updates = in_updates(self.ramp)
+        if updates is None:
+            return span_steps(self.ramp, horizon) if self.ramp else 0
+        due = islice((step for step in range(1, horizon.steps + 1) if self.due(step, horizon)), 2)
+        first, second = next(due, horizon.steps), next(due, horizon.steps)
+        return updates * max(1, second - first)
 
     def concerns(self, layers: Iterable[str], steps: range, horizon: Horizon) -> set[str]:
         """Names of the layers whose connections an update may move, which is that of the steps `steps`.

@@ -74,6 +74,8 @@ class Several(Rule[SeveralState]):
         self.accumulate = _common("accumulate", dense, lambda rule: rule.accumulate, "last")
         self.initialization = _common("initialization", moving, lambda rule: rule.initialization, "zero")
         self.burn_in = _common("burn_in", moving, lambda rule: rule.burn_in, Rule.burn_in)
+        self.ramp = _common("ramp", moving, lambda rule: rule.ramp, Rule.ramp)
+        self.ramp_first = _common("ramp_first", moving, lambda rule: rule.ramp_first, Rule.ramp_first)
 
     @property
     def name(self) -> str:

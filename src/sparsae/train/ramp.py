@@ -1,0 +1,95 @@
+"""The ramp of a young connection's learning rate, by `AdamW` itself or, with other optimizers, after their steps.
+
+With a the age of a connection in steps, its own step included, it learns at min(1, a / ramp) of the rate. `AdamW`, which
+counts steps per weight, does so inside its step. What another optimizer did is undone in part: each value ends where
+`before + min(1, a / ramp) (after - before)` puts it, `before` being after the weight decay where that is decoupled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsae.core.topology import remap
+from sparsae.errors import InputError, require_state
+from sparsae.nn.linear import SparseLinear
+from sparsae.optim import AdamW, ramp_share
+from sparsae.optimizer_state import parts_of
+from sparsae.surgery import Change
+
+
+class Ramp:
+    """A ramp over `steps` steps (0: none), of the first connections too or of grown ones alone.
+
+    ages: of the layers whose optimizer does not count, (count,) int32 of each unit.
+    """
+
+    def __init__(
+        self, steps: int, first: bool, layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.steps, self._first, self._layers = steps, first, layers
+        self._before: dict[str, Tensor] = {}
+        counted, groups = set(), {}
+        for part in parts_of(optimizer):
+            for group in part.param_groups:
+                groups |= {id(p): (part, group) for p in group["params"]}
+                if isinstance(part, AdamW) and group["per_weight_step"]:
+                    group["ramp"], group["ramp_first"] = steps, first
+                    counted |= {id(p) for p in group["params"]}
+        self._groups = {name: groups.get(id(layer.values)) for name, layer in layers.items()}
+        others = {name: layer for name, layer in layers.items() if id(layer.values) not in counted} if steps else {}
+        age = 0 if first else steps
+        self.ages = {
+            name: torch.full((layer.topology.count,), age, dtype=torch.int32, device=layer.values.device)
+            for name, layer in others.items()
+        }
+
+    def before_step(self) -> None:
+        """Between the backward pass and the optimizer's step."""
+        self._before = {}
+        for name, age in self.ages.items():
+            values = self._layers[name].values
+            if values.grad is not None:
+                age += 1
+                if int(age.min()) < self.steps:
+                    self._before[name] = values.detach().clone()
+
+    def after_step(self) -> None:
+        """After the optimizer's step."""
+        for name, before in self._before.items():
+            values = self._layers[name].values.data
+            share = ramp_share(self.ages[name], self.steps).to(values.dtype)
+            before *= 1.0 - self._decay(name)
+            values.copy_(torch.lerp(before, values, share.view(-1, *[1] * (values.dim() - 1))))
+        self._before = {}
+
+    def follow(self, changes: Mapping[str, Change]) -> None:
+        """After a change of connections: what has grown is of age 0."""
+        for name, change in changes.items():
+            if name in self.ages:
+                self.ages[name] = remap(self.ages[name], change.source.to(self.ages[name].device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Ages by layer."""
+        return dict(self.ages)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From `state_dict`, of the layers as they are. Raises InputError for anything else."""
+        # Not all keep a mapping that is empty (torch's distributed checkpoints do not).
+        require_state("Ramp", state, self.ages)
+        for name, own in self.ages.items():
+            if state[name].shape != own.shape:
+                raise InputError(f"the ages of the connections of {name} are not this model's: load its state first")
+            own.copy_(state[name])
+
+    def _decay(self, name: str) -> float:
+        """The share of a layer's values that its optimizer's decoupled weight decay takes in a step."""
+        found = self._groups[name]
+        if found is None:
+            return 0.0
+        optimizer, group = found
+        is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+        return float(group["lr"]) * float(group["weight_decay"]) if is_decoupled else 0.0
