@@ -28,7 +28,7 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def config_of(text: Path, cache: Path, *overrides: str, method: str = "sparsae") -> Config:
+def config_of(text: Path, cache: Path, *overrides: str, method: str = "sparsae-guided") -> Config:
     every = [] if method in ("static", "dense", "magnitude") else ["topology.every=4"]
     settings = [
         f"data.source={text}", f"data.cache={cache}", "data.tokenizer_vocab=300", "model.layers=1", "model.width=32",

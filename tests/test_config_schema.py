@@ -84,7 +84,8 @@ def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:
 
 def test_names_that_ship() -> None:
     assert set(presets()) == {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
-    shipped = {"sparsae", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search"}
+    shipped = {"sparsae", "sparsae-guided", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search"}
+    shipped |= {f"{rule}-ramp" for rule in ("set", "rigl", "gse", "granet", "mest")}
     shipped |= {"static-erk", "dense", "dense_small"}
     # Every rule is a method too; those that existed first stay, whatever else is added.
     assert set(methods()) == shipped | set(RULES.names())
@@ -176,9 +177,16 @@ def test_rivals_have_their_papers_settings_and_no_teacher(method: str, topology:
     ],
 )
 def test_a_control_differs_in_one_setting(method: str, changed: dict[str, object]) -> None:
-    default, control = resolve(), resolve(None, None, method)
-    assert control.topology.model_dump() == {**default.topology.model_dump(), **changed}
-    assert control.teacher == default.teacher
+    guided, control = resolve(None, None, "sparsae-guided"), resolve(None, None, method)
+    assert control.topology.model_dump() == {**guided.topology.model_dump(), **changed}
+    assert control.teacher == guided.teacher
+
+
+@pytest.mark.parametrize("rule", [name.removesuffix("-ramp") for name in methods() if name.endswith("-ramp")])
+def test_a_twin_differs_in_its_ramp(rule: str) -> None:
+    plain, twin = resolve(None, None, rule), resolve(None, None, f"{rule}-ramp")
+    assert twin.topology.model_dump() == {**plain.topology.model_dump(), "ramp": "1 update"}
+    assert (twin.teacher, twin.sparsity, twin.training) == (plain.teacher, plain.sparsity, plain.training)
 
 
 @pytest.mark.parametrize(

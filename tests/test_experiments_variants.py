@@ -74,7 +74,7 @@ class TestAblations:
 
 class TestSensitivity:
     def test_variants_cover_sizes_and_modes(self) -> None:
-        variants = sensitivity_variants("sparsae", [1, 16], ["static", "pooled"])
+        variants = sensitivity_variants("sparsae-guided", [1, 16], ["static", "pooled"])
         assert list(variants) == ["static-1", "static-16", "pooled-1", "pooled-16"]
         config = parse_plan({"variants": variants}, "here", Plan).config("pooled-16", 0.9, 0)
         assert config.topology.rule == "evolution"

@@ -68,14 +68,14 @@ def test_rates_and_grown_weights_follow_the_live_density_or_do_not(dynamic: bool
     assert again._initial_densities == before
 
 
-@pytest.mark.parametrize("method", ["rigl", "gmp", "sparsae"])
+@pytest.mark.parametrize("method", ["rigl", "gmp", "sparsae-guided"])
 def test_a_run_that_stops_and_goes_on_is_the_same(
     method: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparsae.train.loop import Trainer
     from sparsae.train.run import resume, start
 
-    grown = ["topology.initialization=normal", "topology.proposer=shift"] if method == "sparsae" else []
+    grown = ["topology.initialization=normal", "topology.proposer=shift"] if method == "sparsae-guided" else []
     config = run_config(
         text, tmp_path, *SUPAR, "parameterization.dynamic=true", "topology.every=3", *grown, method=method
     )
@@ -103,7 +103,7 @@ def test_a_run_that_stops_and_goes_on_is_the_same(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def run_config(text: Path, folder: Path, *overrides: str, method: str = "sparsae") -> Config:
+def run_config(text: Path, folder: Path, *overrides: str, method: str = "sparsae-guided") -> Config:
     return resolve(None, "demo", method, [
         f"data.source={text}", f"data.cache={folder / 'cache'}", "data.tokenizer_vocab=300", "model.layers=2",
         "model.width=32", "model.heads=2", "model.context=32", "training.steps=16", "training.batch_size=2",

@@ -24,7 +24,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     cache = tmp_path_factory.mktemp("cache")
-    return lambda *overrides, method="sparsae": config_of(text, cache, *overrides, method=method)
+    return lambda *overrides, method="sparsae-guided": config_of(text, cache, *overrides, method=method)
 
 
 @pytest.fixture(scope="module")

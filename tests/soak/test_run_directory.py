@@ -31,7 +31,7 @@ SAVED = ("training.checkpoint_every=5", "training.keep_checkpoints=2")
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     text, cache = write_text(tmp_path_factory.mktemp("text")), tmp_path_factory.mktemp("cache")
-    return lambda *overrides, method="sparsae": config_of(text, cache, *overrides, method=method)
+    return lambda *overrides, method="sparsae-guided": config_of(text, cache, *overrides, method=method)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    def make(*overrides: str, method: str = "sparsae", preset: str = "demo") -> Config:
+    def make(*overrides: str, method: str = "sparsae-guided", preset: str = "demo") -> Config:
         cache = tmp_path_factory.getbasetemp() / "cache"
         settings = [
             f"data.source={text}", f"data.cache={cache}", "data.tokenizer_vocab=300", "model.layers=2",

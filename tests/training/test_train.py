@@ -248,7 +248,7 @@ def test_a_run_is_evaluated_with_its_own_threads(small: Callable[..., Config], t
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", ["sparsae", "rigl", "gse", "sparsae-rigl"])
+@pytest.mark.parametrize("method", ["sparsae-guided", "rigl", "gse", "sparsae-rigl"])
 def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path, method: str) -> None:
     config = small(
         "training.accumulation=2", *(["topology.every=5"] if method in ("rigl", "gse") else []), method=method

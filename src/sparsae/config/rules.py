@@ -94,12 +94,12 @@ def require_order(start: float, stop: float) -> None:
 
 def default_rule() -> RuleConfig:
     """The settings of the rule that a run has where nothing else is said."""
-    return RULES["evolution"].settings()
+    return RULES["generations"].settings()
 
 
 def _of_its_rule(data: Any) -> Any:
     """Settings as a mapping, validated by the class that their rule registered."""
-    return settings_of(RULES, data.get("rule", "evolution"), data) if isinstance(data, dict) else data
+    return settings_of(RULES, data.get("rule", "generations"), data) if isinstance(data, dict) else data
 
 
 def settings_of(registry: Registry, name: Any, data: Any) -> Any:

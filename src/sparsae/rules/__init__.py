@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparsae.errors import InputError
 from sparsae.registry import RULES
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def build_rule(config: RuleConfig, others: Mapping[str, RuleConfig] | None = Non
 def _built(config: RuleConfig) -> Rule[Any]:
     rule: Rule[Any] = RULES[config.rule].build(config)
     rule.ramp, rule.ramp_first = config.ramp, config.ramp_first
+    if rule.ramp and not rule.ramp_first and not rule.grows:
+        raise InputError(
+            f"topology.ramp: rule '{rule.name}' grows no connection: set ramp_first, for the first ones, or ramp 0"
+        )
     return rule
 
 

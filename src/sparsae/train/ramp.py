@@ -32,7 +32,8 @@ class Ramp:
     ) -> None:
         self.steps, self._first, self._layers = steps, first, layers
         self._before: dict[str, Tensor] = {}
-        counted, groups = set(), {}
+        counted: set[int] = set()
+        groups: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
         for part in parts_of(optimizer):
             for group in part.param_groups:
                 groups |= {id(p): (part, group) for p in group["params"]}

@@ -43,14 +43,7 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.train.attach import StepHooks
 from sparsae.train.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
 from sparsae.train.burn_in import BurnIn
-from sparsae.train.calls import (
-    LoopCalls,
-    refuse_lost,
-    refuse_ranks,
-    refuse_tied,
-    tell_if_still,
-    trained_layers,
-)
+from sparsae.train.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
 from sparsae.train.guests import as_rule, refuse_unfit
 from sparsae.train.ramp import Ramp
 from sparsae.train.scoring import ScoreFunction, StudyFunction

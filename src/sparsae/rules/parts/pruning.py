@@ -47,6 +47,10 @@ class Pruning(Rule[NoState]):
             self.needs, self.accumulate = drop.needs | grow.needs, grow.accumulate
 
     @property
+    def grows(self) -> bool:
+        return self._grow is not None
+
+    @property
     def name(self) -> str:
         return self._name
 

@@ -80,6 +80,11 @@ class Rule(ABC, Generic[State]):
     declines: bool = False
 
     @property
+    def grows(self) -> bool:
+        """Whether it ever grows a connection."""
+        return self.moves
+
+    @property
     def name(self) -> str:
         """What messages and metrics call it."""
         return type(self).__name__.lower()

@@ -1,0 +1,179 @@
+"""The ramp of grown connections' learning rates: AdamW's own, and that after other optimizers' steps."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparsae import AdamW, Sparsifier, SparsifierConfig, sparse_layers, sparsify
+from sparsae.config.load import resolve
+from sparsae.config.span import Horizon
+from sparsae.errors import InputError
+from sparsae.rules import GenerationsConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+
+OPTIMIZERS = {
+    "sparsae": lambda model: AdamW(model.parameters(), lr=0.05, weight_decay=0.1, per_weight_step=True),
+    "torch": lambda model: torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.05),
+}
+
+
+@given(
+    ramp=st.integers(1, 9),
+    first=st.booleans(),
+    born=st.lists(st.integers(0, 7), min_size=3, max_size=3),
+    decay=st.sampled_from([0.0, 0.1]),
+)
+def test_adamw_ramps_each_weight_by_its_age(ramp: int, first: bool, born: list[int], decay: float) -> None:
+    """Against Adam by hand, a weight at a time; weight decay is not ramped."""
+    values = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    optimizer = AdamW([{"params": [values], "per_weight_step": True}], lr=0.1, betas=(0.9, 0.95), weight_decay=decay)
+    optimizer.param_groups[0] |= {"ramp": ramp, "ramp_first": first}
+    expected, moments, ages = values.detach().tolist(), [[0.0, 0.0] for _ in born], [0, 0, 0]
+    for step in range(8):
+        for i, at in enumerate(born):
+            if step == at > 0:
+                expected[i], moments[i], ages[i] = 0.0, [0.0, 0.0], 0
+                values.data[i] = 0.0
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    optimizer.state[values][key][i] = 0
+        values.grad = torch.tensor([0.3, -0.7, step - 3.5], dtype=torch.float64)
+        for i, gradient in enumerate(values.grad.tolist()):
+            ages[i] += 1
+            moments[i] = [
+                0.9 * moments[i][0] + 0.1 * gradient,
+                0.95 * moments[i][1] + 0.05 * gradient**2,
+            ]
+            m, v = moments[i][0] / (1 - 0.9 ** ages[i]), moments[i][1] / (1 - 0.95 ** ages[i])
+            share = 1.0 if born[i] == 0 and not first else min(1.0, ages[i] / ramp)
+            if born[i] > step and not first:
+                share = 1.0  # one of the first weights, which is dropped later
+            expected[i] = expected[i] * (1 - 0.1 * decay) - 0.1 * share * m / (v**0.5 + 1e-8)
+        optimizer.step()
+        assert values.detach().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_young_connection_learns_at_its_share_with_any_optimizer(name: str) -> None:
+    """Beside the same step of a copy without a ramp: what is young moves by its share of it, its weight decay aside."""
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 4)), 0.5, seed=1)
+    optimizer = OPTIMIZERS[name](model)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=40, topology=SetConfig(every=4, ramp=6)))
+    layer, decay, seen = sparse_layers(model)["0"], 0.0 if name == "sgd" else 0.005, set()
+    age = torch.full((layer.topology.count,), 99)
+    for step in range(20):
+        model.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        before, whole, topology = layer.values.detach().clone(), _stepped(model, optimizer), layer.topology
+        sparsifier.before_step()
+        optimizer.step()
+        update = sparsifier.after_step()
+        age += 1
+        start, share = before * (1 - decay), (age / 6).clamp(max=1.0)
+        expected = start + (whole - start) * share
+        seen |= set(age.tolist())
+        change = update.changes.get("0") if update else None
+        if change is None:
+            torch.testing.assert_close(layer.values.detach(), expected, rtol=1e-5, atol=1e-7)
+            continue
+        stayed = change.source >= 0
+        torch.testing.assert_close(layer.values.detach()[stayed], expected[change.source[stayed]], rtol=1e-5, atol=1e-7)
+        assert step % 4 == 3
+        assert topology is not layer.topology
+        age = torch.where(stayed, age[change.source.clamp(min=0)], 0)
+    assert {1, 2, 3, 6} <= seen
+
+
+def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Values of the first layer after the optimizer's step without a ramp, made on a copy."""
+    other = copy.deepcopy(model)
+    made = type(optimizer)(other.parameters(), lr=0.05)
+    made.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in made.param_groups:
+        group["ramp"] = 0
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        q.grad = p.grad
+    made.step()
+    return sparse_layers(other)["0"].values.detach().clone()
+
+
+def test_lengths_in_updates_follow_the_rule() -> None:
+    horizon = Horizon(1000)
+    assert build_rule(SetConfig(every="5%", ramp="2 updates")).ramp_steps(horizon) == 100
+    assert build_rule(GenerationsConfig()).ramp_steps(horizon) == 20
+    assert build_rule(RiglConfig(ramp="3%")).ramp_steps(horizon) == 30
+    assert build_rule(SetConfig()).ramp_steps(horizon) == 0
+
+
+@pytest.mark.parametrize("ramp", [-1, 2.5, True, "0 updates", "two updates", "110%", ""])
+def test_a_wrong_ramp_is_one_line(ramp: object) -> None:
+    with pytest.raises(InputError) as error:
+        resolve(None, None, "set", trees=[({"topology": {"ramp": ramp}}, "here")])
+    assert "topology" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [StaticConfig(ramp=5), GmpConfig(ramp=5)])
+def test_a_rule_that_grows_nothing_has_no_ramp_of_grown_connections(config: StaticConfig | GmpConfig) -> None:
+    with pytest.raises(InputError, match="grows no connection"):
+        build_rule(config)
+    assert build_rule(config.model_copy(update={"ramp_first": True})).ramp == 5
+
+
+@pytest.mark.parametrize("name", ["torch", "sparsae"])
+def test_a_ramp_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """Stopped in the middle of an infancy, and gone on with: the same values, bit for bit."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+        torch.manual_seed(0)
+        model = sparsify(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 4)), 0.5, seed=1)
+        optimizer = OPTIMIZERS[name](model)
+        config = SparsifierConfig(steps=40, topology=SetConfig(every=4, ramp=6))
+        return model, optimizer, Sparsifier(model, optimizer, config)
+
+    def train(parts: tuple[nn.Module, torch.optim.Optimizer, Sparsifier], steps: range) -> None:
+        model, optimizer, sparsifier = parts
+        for step in steps:
+            model.zero_grad()
+            model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            sparsifier.before_step()
+            optimizer.step()
+            sparsifier.after_step()
+
+    whole, first, second = make(), make(), make()
+    train(whole, range(15))
+    train(first, range(10))
+    for part, other in zip(first, second, strict=True):
+        other.load_state_dict(part.state_dict())
+    train(second, range(10, 15))
+    for layer, other in zip(*(sparse_layers(parts[0]).values() for parts in (whole, second)), strict=True):
+        assert torch.equal(layer.indices, other.indices)
+        assert torch.equal(layer.values, other.values)
+
+
+def test_sparse_values_have_a_rate_of_their_own() -> None:
+    """Their decay, which is independent of rates, stays."""
+    from sparsae.train.assemble import optimizer_of
+    from sparsae.train.build import build
+
+    def rates(**training: float) -> dict[str, tuple[float, float]]:
+        config = resolve(
+            None, None, "set", trees=[({"training": training, "model": {"vocab_size": 64, "width": 32}}, "here")]
+        )
+        model = build(config, 64, 0, torch.device("cpu"))
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = optimizer_of(model, config).param_groups
+        return {names[id(p)]: (g["lr"], g["lr"] * g["weight_decay"]) for g in groups for p in g["params"]}
+
+    plain, own = rates(), rates(sparse_learning_rate=0.02)
+    assert {name for name in own if own[name] != plain[name]} == {name for name in own if name.endswith(".values")}
+    for name in own:
+        factor = 10 if name.endswith(".values") else 1
+        assert own[name] == pytest.approx((plain[name][0] * factor, plain[name][1]))
