@@ -27,8 +27,8 @@ class AdamW(torch.optim.Optimizer):
     learning rate is a number or, for those who change it in place, a tensor with one element.
 
     Such a group may have a "ramp", in steps (a Sparsifier sets it by its rule): a grown weight then learns at
-    min(1, age / ramp) of the rate, its age being the steps that it has made; its weight decay stays. Where the first weights shall not ramp,
-    state["total"] counts the parameter's steps: they are as old as it.
+    min(1, age / ramp) of the rate, its age being the steps that it has made; its weight decay stays. Where the first
+    weights shall not ramp, state["total"] counts the parameter's steps: they are as old as it.
     """
 
     def __init__(
