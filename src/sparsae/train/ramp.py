@@ -1,8 +1,8 @@
 """The ramp of a young connection's learning rate, by `AdamW` itself or, with other optimizers, after their steps.
 
 With a the age of a connection in steps, its own step included, it learns at min(1, a / ramp) of the rate. `AdamW`,
-which counts steps per weight, does so inside its step. What another optimizer did is undone in part: each value ends where
-`before + min(1, a / ramp) (after - before)` puts it, `before` being after the weight decay where that is decoupled.
+which counts steps per weight, does so inside its step. What another optimizer did is undone in part: each value ends
+where `before + min(1, a / ramp) (after - before)` puts it, `before` being after a weight decay that is decoupled.
 """
 
 from __future__ import annotations

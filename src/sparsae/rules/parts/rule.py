@@ -62,8 +62,8 @@ class Rule(ABC, Generic[State]):
     topology are scored by; none: they are not. accumulate: over which backward passes of a step a "dense_gradient" is
     taken. prunes: whether the model shrinks, as fast as `when` says. micro_batch: the held-out sequences that score its
     candidates, where it needs their loss. initialization: values of grown units (see `surgery.plan`). burn_in: the
-    gradient steps after a change. ramp, ramp_first: as its settings have them (`RuleConfig`). declines: whether an update
-    may leave the topology as it is since no candidate is better.
+    gradient steps after a change. ramp, ramp_first: as its settings have them. declines: whether an update may
+    leave the topology as it is since no candidate is better.
     """
 
     when: Cadence = Never()
