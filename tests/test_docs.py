@@ -21,7 +21,7 @@ from sparsae.registry import RULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-METHODS = ("sparsae", "sparsae-written")
+SETTINGS = re.compile(r"^\| symbol \| meaning \| setting \|(.+)\|$", re.MULTILINE)
 
 # What the project promised that summary.json carries at least.
 PROMISED = """
@@ -54,13 +54,13 @@ def table_rows(text: str, header: str) -> list[list[str]]:
     """The cells of all tables whose header row begins with `header`."""
     rows: list[list[str]] = []
     inside = False
-    for line in text.splitlines():
+    for line in text.splitlines(keepends=True):
         if line.startswith(header):
             inside = True
         elif not line.startswith("|"):
             inside = False
         elif inside and not line.startswith("|---"):
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
     return rows
 
 
@@ -137,7 +137,8 @@ def test_the_fields_of_every_row_of_the_metrics_are_explained() -> None:
 def test_presets_and_methods_are_all_explained() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     assert sorted(first_code(row[0]) for row in table_rows(text, "| preset |")) == sorted(presets())
-    explained = {first_code(row[0]) for row in table_rows(text, "| method |")}
+    explained = {name for row in table_rows(text, "| method |") for name in re.findall(r"`([^`]+)`", " ".join(row))}
+    explained &= set(methods())
     # A rule explains itself: `sparsae methods` shows the first line of its settings.
     assert set(methods()) - set(RULES.names()) <= explained <= set(methods())
     assert all(RULES[name].title for name in RULES.names())
@@ -156,14 +157,17 @@ def test_the_readme_has_the_numbers_of_the_run_in_its_picture() -> None:
     assert found[0] == demo.paragraph(record["summary"], record["machine"])
 
 
-@pytest.mark.parametrize("column", [0, 1], ids=METHODS)
-def test_defaults_of_the_method_page_are_those_of_the_methods(column: int) -> None:
-    config = resolve(method=METHODS[column])
-    rows = table_rows((ROOT / "docs" / "method.md").read_text("utf-8"), "| symbol | meaning | setting")
-    assert len(rows) > 50
-    for row in rows:
-        key = first_code(row[2])
-        assert first_code(row[3 + column]) == inline(value_of(config, key)), key
+def test_defaults_of_the_method_page_are_those_of_the_methods() -> None:
+    """Each table of settings names the methods whose values its columns hold."""
+    text, checked = (ROOT / "docs" / "method.md").read_text("utf-8"), 0
+    for columns in {found[1] for found in SETTINGS.finditer(text)}:
+        configs = [resolve(method=method) for method in re.findall(r"`([^`]+)`", columns)]
+        for row in table_rows(text, f"| symbol | meaning | setting |{columns}|\n"):
+            key = first_code(row[2])
+            checked += 1
+            for cell, config in zip(row[3:], configs, strict=True):
+                assert first_code(cell) == inline(value_of(config, key)), key
+    assert checked > 50
 
 
 def test_the_method_page_names_every_setting_of_the_method() -> None:
