@@ -75,7 +75,9 @@ class TestLayers:
         assert again.topology == EvolutionConfig()
 
     def test_terms_merge_by_name_key_by_key_and_null_leaves_one_out(self, tmp_path: Path) -> None:
-        file = write(tmp_path, "topology: {proxy: {terms: {activity: {weight: 0.25}, diversity: null}}}")
+        file = write(
+            tmp_path, "topology: {rule: evolution, proxy: {terms: {activity: {weight: 0.25}, diversity: null}}}"
+        )
         overrides = ["topology.proxy.terms.activity.source=training", "topology.proxy.terms.cross_entropy.weight=2"]
         config = resolve(file, None, "sparsae-written", overrides)
         assert config.topology.model_dump()["proxy"]["terms"] == {
@@ -129,7 +131,7 @@ class TestText:
     @pytest.mark.parametrize("write_text", [annotated, dump], ids=["annotated", "dump"])
     def test_sections_by_name_read_back_equal(self, write_text: object, tmp_path: Path) -> None:
         rules = 'rules={"*.mlp.*": {rule: rigl, every: 5%}, "yes": {rule: evolution, proxy: {terms: {activity: null}}}}'
-        config = resolve(None, None, None, [rules, "topology.proxy.terms.diversity=null"])
+        config = resolve(None, None, "sparsae-guided", [rules, "topology.proxy.terms.diversity=null"])
         assert callable(write_text)
         assert resolve(write(tmp_path, write_text(config))) == config
 
@@ -139,7 +141,7 @@ class TestText:
         assert "  steps: 250  # optimizer steps" in lines
         assert (
             "    mode: resampled  # one batch for the run, a new one an update, or one of a pool; one of static,"
-            in annotated(resolve())
+            in annotated(resolve(None, None, "sparsae-guided"))
         )
 
     @settings(deadline=None, max_examples=60)
@@ -183,22 +185,31 @@ BAD_FILES = {
     "unknown key": ("training: {stepz: 3}", ["training.stepz", "training.steps"]),
     "unknown key in another section": ("learning_rate: 3", ["learning_rate", "training.learning_rate"]),
     "unknown section": ("trainings: {steps: 3}", ["trainings", "training"]),
-    "unknown nested key": ("topology: {burn_in: {step: 3}}", ["topology.burn_in.step", "topology.burn_in.steps"]),
+    "unknown nested key": (
+        "topology: {rule: evolution, burn_in: {step: 3}}",
+        ["topology.burn_in.step", "topology.burn_in.steps"],
+    ),
     "key of another rule": ("topology: {rule: static, every: 3}", ["topology.every", "topology.rule"]),
     "unknown rule": ("topology: {rule: evolutoin}", ["topology.rule", "evolution"]),
     "rule of another type": ("topology: {rule: [static]}", ["topology.rule", "static"]),
-    "unknown term": ("topology: {proxy: {terms: {activty: {}}}}", ["topology.proxy.terms.activty", "mean activity?"]),
+    "unknown term": (
+        "topology: {rule: evolution, proxy: {terms: {activty: {}}}}",
+        ["topology.proxy.terms.activty", "mean activity?"],
+    ),
     "unknown key of a term": (
-        "topology: {proxy: {terms: {activity: {sauce: x}}}}",
+        "topology: {rule: evolution, proxy: {terms: {activity: {sauce: x}}}}",
         ["topology.proxy.terms.activity.sauce", "topology.proxy.terms.activity.source"],
     ),
     "wrong value of a term": (
-        "topology: {proxy: {terms: {activity: {weight: -1}}}}",
+        "topology: {rule: evolution, proxy: {terms: {activity: {weight: -1}}}}",
         ["topology.proxy.terms.activity.weight", "at least 0"],
     ),
-    "term is a number": ("topology: {proxy: {terms: {activity: 3}}}", ["topology.proxy.terms.activity", "section"]),
+    "term is a number": (
+        "topology: {rule: evolution, proxy: {terms: {activity: 3}}}",
+        ["topology.proxy.terms.activity", "section"],
+    ),
     "no term left": (
-        "topology: {proxy: {terms: {cross_entropy: null, diversity: null, activity: null}}}",
+        "topology: {rule: evolution, proxy: {terms: {cross_entropy: null, diversity: null, activity: null}}}",
         ["topology.proxy", "at least one"],
     ),
     "unknown rule of a pattern": ("rules: {'*.mlp': {rule: rigll}}", ["rules.*.mlp.rule", "mean rigl?"]),

@@ -146,7 +146,7 @@ class SparsityConfig(Section):
 class TeacherConfig(Section):
     """Self-distillation from an average of the student: loss = CE + alpha KL(teacher || student)."""
 
-    enabled: bool = Field(default=False, description="keep a teacher and learn from it")
+    enabled: bool = Field(default=True, description="keep a teacher and learn from it")
     alpha: NonNegative = Field(default=0.1, description="weight of the KL term")
     beta: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.999, description="decay of the average, a step")
     storage: Literal["union", "masked", "dense"] = Field(
@@ -234,7 +234,7 @@ class Config(Section):
     rules: dict[Text, AnyRule] = Field(
         default={}, description="rules beside topology's, each for the layers whose names match its pattern (a glob)"
     )
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: TeacherConfig = TeacherConfig(enabled=False)
     parameterization: ParameterizationConfig = ParameterizationConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
