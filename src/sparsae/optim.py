@@ -82,9 +82,8 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         if per_weight and group.get("ramp") and not group["ramp_first"] and "total" not in state:
-            state["total"] = (
-                state["step"].max().float().cpu() if p.numel() else torch.zeros((), dtype=torch.float32, device="cpu")
-            )
+            oldest = float(state["step"].max()) if p.numel() else 0.0
+            state["total"] = torch.full((), oldest, dtype=torch.float32, device="cpu")
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
