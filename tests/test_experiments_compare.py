@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,8 @@ def test_every_method_seed_and_sparsity_is_a_row(unbroken: Path) -> None:
         assert row["train_flops"] == sum(row["train_flops_by_part"].values())
         assert row["state_bytes"] > 0
         assert row["curve"][-1]["loss"] == row["validation_loss"]
+        assert row["test_loss"] > 0
+        assert row["test_loss"] != row["validation_loss"]
         assert row["accepted_updates"] == (0 if row["method"] != "sparsae" else row["updates"])
 
 
@@ -104,6 +107,32 @@ def test_each_method_tries_as_many_learning_rates_and_takes_the_best(unbroken: P
         assert {row["learning_rate"] for row in mine} == {group["learning_rate"]}
         # Half the budget is half the operations.
         assert all(trial["train_flops"] < 0.6 * mine[0]["budget"] for trial in group["trials"])
+
+
+def test_the_test_is_what_is_compared_and_trials_are_chosen_by_validation(unbroken: Path) -> None:
+    found = results(unbroken)
+    assert found["judged_by"] == "test_loss"
+    losses = {(row["method"], row["seed"]): row["test_loss"] for row in found["rows"]}
+    for entry in found["summary"]:
+        mine = [losses[entry["method"], seed] for seed in (0, 1)]
+        assert entry["test_loss"]["mean"] == pytest.approx(sum(mine) / 2)
+        if entry["difference"]:
+            expected = sum(mine) / 2 - sum(losses["static", seed] for seed in (0, 1)) / 2
+            assert entry["difference"]["mean"] == pytest.approx(expected)
+    assert "final test loss" in (unbroken / "table.md").read_text()
+
+
+def test_the_page_of_a_version_without_a_test_is_written_again(unbroken: Path, tmp_path: Path) -> None:
+    """Of results.json as it was: no test, and the losses compared were those of validation."""
+    out = shutil.copytree(unbroken, tmp_path / "earlier")
+    found = json.loads((out / "results.json").read_text())
+    del found["judged_by"]
+    for part in ("rows", "summary"):
+        for entry in found[part]:
+            del entry["test_loss"]
+    (out / "results.json").write_text(json.dumps(found))
+    assert main(["report", str(out)]) == 0
+    assert "final validation loss" in (out / "report.html").read_text()
 
 
 def test_seeds_pair_the_data(unbroken: Path) -> None:

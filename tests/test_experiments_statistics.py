@@ -18,7 +18,7 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
-from sparsae.experiments.summary import conclusions, summarize, warnings
+from sparsae.experiments.summary import conclusions, judged_by, summarize, warnings
 
 losses = st.floats(0.5, 10.0, allow_nan=False).map(lambda x: round(x, 4))
 
@@ -132,21 +132,42 @@ def row(method: str, seed: int, loss: float, diverged: bool = False) -> dict[str
     )
     return {
         "method": method, "seed": seed, "sparsity": 0.9, "learning_rate": 1e-3, "diverged": diverged,
-        "validation_loss": None if diverged else loss, "curve": [], **counts,
+        "validation_loss": None if diverged else loss, "test_loss": None if diverged else loss + 0.5 * seed,
+        "curve": [], **counts,
     }  # fmt: skip
+
+
+def test_methods_are_judged_by_the_test_where_every_run_has_one() -> None:
+    rows = [row("static", n, 3.0) for n in range(3)] + [row("set", n, 3.0) | {"test_loss": 2.0} for n in range(3)]
+    assert judged_by([*rows, row("rigl", 0, 0.0, diverged=True)]) == "test_loss"
+    changed = summarize(rows, "static", "test_loss")[1]
+    # 2.0 less 3.0, 3.5 and 4.0, where validation says that nothing differs.
+    assert changed["difference"]["mean"] == pytest.approx(-1.5)
+    assert changed["test_loss"]["mean"] == 2.0
+    assert changed["validation_loss"]["mean"] == 3.0
+    assert conclusions(rows, "test_loss")[0]["winner"] == "set"
+    assert conclusions(rows, "validation_loss")[0]["winner"] is None
+    earlier = [*rows, row("set", 3, 3.0) | {"test_loss": None}]  # a run of the version before, or a short text
+    assert judged_by(earlier) == "validation_loss"
+    assert (
+        "text on which learning rates were tuned"
+        in warnings(
+            {"tuning": [], "rows": [r | {"budget_deviation": 0.0} for r in earlier], "judged_by": "validation_loss"}
+        )[0]
+    )
 
 
 def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
     rows = [row("static", n, 3.0 + n) for n in range(3)] + [row("set", n, 2.0 + n + 0.1 * n) for n in range(3)]
     rows += [row("rigl", 0, 1.0), row("rigl", 1, 2.0), row("rigl", 2, 0.0, diverged=True)]
-    static, changed, partial = summarize(rows, "static")
+    static, changed, partial = summarize(rows, "static", "validation_loss")
     assert (static["verdict"], static["difference"]) == ("reference", None)
     assert changed["difference"]["mean"] == pytest.approx(-0.9)
     assert changed["verdict"] == "better"
     assert partial["diverged"] == 1
     assert partial["difference"]["n"] == 2
     assert partial["difference"]["mean"] == pytest.approx(-2.0)
-    assert conclusions(rows) == [{"sparsity": 0.9, "winner": None}]  # the better one diverged once
+    assert conclusions(rows, "validation_loss") == [{"sparsity": 0.9, "winner": None}]  # the better one diverged once
 
 
 def test_a_method_that_moved_nothing_is_named_once() -> None:
@@ -157,7 +178,7 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
     ]
     rows += [row("set", n, 3.0) | {"rule": "set", "moves": True, "budget_deviation": 0.0} for n in range(2)]
     rows += [row("rigl", n, 3.0) | idle for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
-    assert warnings({"tuning": [], "rows": rows}) == [
+    assert warnings({"tuning": [], "rows": rows, "judged_by": "test_loss"}) == [
         "gse at sparsity 0.9, seed 0: diverged",
         "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (set topology.every lower)",
     ]

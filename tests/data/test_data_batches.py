@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsae.data.batches import Batches, evenly_spaced
+from sparsae.data.batches import Batches, evenly_spaced, left_over
 from sparsae.errors import InputError
 
 
@@ -63,6 +63,19 @@ def test_evenly_spaced_windows_cover_the_text():
     everything = evenly_spaced(tokens, 10, 64)
     assert everything.shape == (10, 11)
     assert everything[:, 0].tolist() == list(range(0, 100, 10))
+
+
+@given(windows=st.integers(1, 60), read=st.integers(1, 70), count=st.integers(1, 70))
+def test_what_validation_leaves_shares_no_window_with_it(windows: int, read: int, count: int):
+    tokens = np.arange(10 * windows + 1)
+    taken, left = evenly_spaced(tokens, 10, read)[:, 0], left_over(tokens, 10, read, count)[:, 0]
+    assert not set(taken.tolist()) & set(left.tolist())
+    assert len(left) == len(set(left.tolist())) == min(count, max(0, windows - read))
+
+
+def test_what_is_left_is_spread_over_the_text():
+    assert left_over(np.arange(101), 10, 2, 3)[:, 0].tolist() == [10, 50, 80]
+    assert left_over(np.arange(101), 10, 10, 3).shape == (0, 11)
 
 
 def test_bad_arguments_are_refused():

@@ -8,7 +8,9 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.files import read_json
 from sparsae.nn.linear import sparse_layers
+from sparsae.train.objective import Objective
 from sparsae.train.plan import plan
 from sparsae.train.run import resume, start
 from sparsae.train.rundir import RunDirectory
@@ -97,6 +100,41 @@ def test_same_seed_same_metrics_and_resume_changes_nothing(
     model, again = (load_run(tmp_path / name).model for name in ("whole", "stopped"))
     for (name, one), two in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_the_test_is_read_once_at_the_end_and_by_nothing_else(
+    small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row that the run validates, scores candidates or is tested on, as the objective sees them."""
+    read: list[tuple[str, torch.Tensor]] = []
+    for name in ("mean", "score"):
+
+        def recorded(self: Objective, rows: torch.Tensor, *rest: object, name: str = name, old: Any = None) -> Any:
+            read.append((name, rows))
+            return old(self, rows, *rest)
+
+        monkeypatch.setattr(Objective, name, partialmethod(recorded, old=getattr(Objective, name)))
+    config = small("topology.every=4", "training.test_sequences=5", method="sparsae")
+    summary = start(config, tmp_path / "run", quiet=True)
+    name, test = read.pop()
+    assert (name, len(test)) == ("mean", 5)
+    windows = {tuple(row.tolist()) for row in test}
+    assert not windows & {tuple(row.tolist()) for name, rows in read if name == "mean" for row in rows}
+    last = sum(1 for name, _ in read if name == "score")
+    assert last > 0
+    assert math.isfinite(summary["test_loss"])
+    assert summary["test_loss"] != summary["validation_loss"]
+    with stopped_at(6):
+        assert start(config, tmp_path / "stopped", quiet=True)["test_loss"] is None
+    assert resume(tmp_path / "stopped", quiet=True)["test_loss"] == summary["test_loss"]
+
+
+def test_a_text_that_validation_reads_whole_has_no_test(
+    small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = start(small("training.validation_sequences=100000", "training.steps=2"), tmp_path / "run")
+    assert summary["test_loss"] is None
+    assert "none is left for a test: set training.validation_sequences lower" in capsys.readouterr().err
 
 
 def test_another_seed_is_another_run(small: Callable[..., Config], tmp_path: Path) -> None:

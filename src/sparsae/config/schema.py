@@ -198,6 +198,10 @@ class TrainingConfig(Section):
         default=None, description="steps between validations; null: a tenth of the run, at least 10"
     )
     validation_sequences: Count = Field(default=64, description="held-out sequences a validation reads")
+    test_sequences: Count | None = Field(
+        default=None,
+        description="other held-out sequences, which only the end of a run reads; null: twice validation_sequences",
+    )
     log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl and of the progress display")
     checkpoint_every: Count | None = Field(default=None, description="steps between checkpoints; null: by time only")
     checkpoint_minutes: Positive | None = Field(

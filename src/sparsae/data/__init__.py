@@ -1,6 +1,6 @@
 """From text to batches: sources, tokenizer, prepared shards, windows."""
 
-from sparsae.data.batches import Batches, evenly_spaced
+from sparsae.data.batches import Batches, evenly_spaced, left_over
 from sparsae.data.corpus import Corpus, Progress, prepare, tokenize_text
 from sparsae.data.sources import documents
 from sparsae.data.tokenizer import Tokenizer, load_tokenizer
@@ -13,6 +13,7 @@ __all__ = [
     "Tokenizer",
     "documents",
     "evenly_spaced",
+    "left_over",
     "load_tokenizer",
     "prepare",
     "tokenize_text",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -69,11 +71,24 @@ def evenly_spaced(tokens: TokenSequence, context: int, count: int) -> torch.Tens
 
     Raises InputError where `tokens` does not hold one window.
     """
-    windows = window_count(tokens, context)
-    chosen = np.linspace(0, windows - 1, min(count, windows)).round().astype(int)
-    return _stack(tokens, context, chosen.tolist())
+    return _stack(tokens, context, _spread(np.arange(window_count(tokens, context)), count))
 
 
-def _stack(tokens: TokenSequence, context: int, windows: list[int]) -> torch.Tensor:
+def left_over(tokens: TokenSequence, context: int, read: int, count: int) -> torch.Tensor:
+    """`count` windows (all, if there are fewer) spread evenly over those that `read` evenly spaced ones leave.
+
+    int64 (n, context + 1), without a row where none is left. Raises InputError as `evenly_spaced`.
+    """
+    windows = np.arange(window_count(tokens, context))
+    chosen = _spread(np.setdiff1d(windows, _spread(windows, read)), count)
+    return _stack(tokens, context, chosen) if len(chosen) else torch.empty((0, context + 1), dtype=torch.int64)
+
+
+def _spread(windows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    places = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+    return windows[places]
+
+
+def _stack(tokens: TokenSequence, context: int, windows: Iterable[int]) -> torch.Tensor:
     parts = [np.asarray(tokens[w * context : (w + 1) * context + 1], dtype=np.int64) for w in windows]
     return torch.from_numpy(np.stack(parts))

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsae.data import Progress, prepare, tokenize_text
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import LoadedRun, load_run
-from sparsae.train.micro_batch import split_held_out
+from sparsae.train.held_out import split_held_out
 from sparsae.train.objective import Objective
 from sparsae.train.validation import perplexity
 

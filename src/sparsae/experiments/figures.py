@@ -80,10 +80,10 @@ def loss_curves(rows: Sequence[Row], look: Mapping[str, Look], against: Against,
     )
 
 
-def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look]) -> Panel | None:
+def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look], loss: str) -> Panel | None:
     """Final loss of each method at each sparsity, with its 95 % interval over seeds."""
     sparsities = sorted({entry["sparsity"] for entry in summary})
-    known = [entry for entry in summary if entry["validation_loss"] is not None]
+    known = [entry for entry in summary if entry[loss] is not None]
     if len(sparsities) < 2 or not known:
         return None
     names = list(dict.fromkeys(entry["method"] for entry in known))
@@ -94,7 +94,7 @@ def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look]) -> Panel 
             style, mine = look[name], [entry for entry in known if entry["method"] == name]
             shift = 0.06 * (index - (len(names) - 1) / 2)
             x = [sparsities.index(entry["sparsity"]) + shift for entry in mine]
-            intervals = [entry["validation_loss"] for entry in mine]
+            intervals = [entry[loss] for entry in mine]
             y = [interval["mean"] for interval in intervals]
             error = [0.0 if interval["high"] is None else interval["high"] - interval["mean"] for interval in intervals]
             ax.errorbar(
@@ -104,11 +104,11 @@ def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look]) -> Panel 
         ax.set_xticks(range(len(sparsities)), [percent(sparsity) for sparsity in sparsities])
         ax.set_xlim(-0.5, len(sparsities) - 0.5)
 
-    text = "; ".join(f"{e['method']} {e['validation_loss']['mean']:.4f} at {percent(e['sparsity'])}" for e in known)
+    text = "; ".join(f"{e['method']} {e[loss]['mean']:.4f} at {percent(e['sparsity'])}" for e in known)
     return panel(
         "loss-by-sparsity",
         "Final loss against sparsity",
-        f"Final validation loss against sparsity: {text}.",
+        f"Final {loss.replace('_', ' ')} against sparsity: {text}.",
         draw,
         keys(look, names),
         height=3.2,
@@ -116,13 +116,13 @@ def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look]) -> Panel 
 
 
 def differences(
-    summary: Sequence[Row], rows: Sequence[Row], look: Mapping[str, Look], sparsity: float, reference: str
+    summary: Sequence[Row], rows: Sequence[Row], look: Mapping[str, Look], sparsity: float, reference: str, loss: str
 ) -> Panel | None:
     """Each method's paired difference from the reference: the mean, its 95 % interval, and every seed."""
     entries = [e for e in summary if e["sparsity"] == sparsity and e["difference"] is not None]
     if not entries:
         return None
-    held = {r["seed"]: r["validation_loss"] for r in rows if (r["method"], r["sparsity"]) == (reference, sparsity)}
+    held = {r["seed"]: r[loss] for r in rows if (r["method"], r["sparsity"]) == (reference, sparsity)}
 
     def draw(figure: Figure) -> None:
         width, height = figure.get_size_inches()
@@ -131,7 +131,7 @@ def differences(
         for at, entry in enumerate(entries):
             style, difference = look[entry["method"]], entry["difference"]
             mine = {
-                r["seed"]: r["validation_loss"]
+                r["seed"]: r[loss]
                 for r in rows
                 if (r["method"], r["sparsity"]) == (entry["method"], sparsity) and not r["diverged"]
             }

@@ -11,7 +11,7 @@ from sparsae import __version__
 from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments import figures as draw
-from sparsae.experiments.tables import Table, interval_text, rank_table, results_table
+from sparsae.experiments.tables import Table, compared_loss, interval_text, rank_table, results_table
 from sparsae.experiments.transfer import page as transfer
 from sparsae.files import read_json, write_atomically
 from sparsae.report import markup
@@ -22,6 +22,10 @@ from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
 
 Results = Mapping[str, Any]
 _TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}
+_LOSSES = {
+    "test_loss": "The loss is that on the test, held-out text that nothing was tuned or watched on.",
+    "validation_loss": "The loss is that of the last validation, on the text that learning rates were tuned on.",
+}
 _MATCHED = {"flops": "counted training FLOPs, all parts", "tokens": "training tokens", "steps": "optimizer steps"}
 
 
@@ -92,12 +96,12 @@ def _body(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
 
 
 def _headline(results: Results) -> list[Tile]:
-    rows, tuning = results["rows"], results["tuning"]
+    rows, tuning, loss = results["rows"], results["tuning"], compared_loss(results)
     tiles = []
     for entry in results["conclusions"]:
-        mine = [e for e in results["summary"] if e["sparsity"] == entry["sparsity"] and e["validation_loss"]]
-        best = min(mine, key=lambda e: e["validation_loss"]["mean"], default=None)
-        lowest = f"lowest mean: {best['method']}, {interval_text(best['validation_loss'])}" if best else ""
+        mine = [e for e in results["summary"] if e["sparsity"] == entry["sparsity"] and e[loss]]
+        best = min(mine, key=lambda e: e[loss]["mean"], default=None)
+        lowest = f"lowest mean: {best['method']}, {interval_text(best[loss])}" if best else ""
         name = entry["winner"] or "no winner"
         tiles.append(Tile(f"Best at {percent(entry['sparsity'])} sparsity", name, [lowest]))
     trials = sum(len(group["trials"]) for group in tuning)
@@ -119,9 +123,10 @@ def _table(table: Table) -> str:
 
 
 def _results(results: Results) -> str:
-    look, sparsities = _looks(results), results["plan"]["sparsities"]
+    look, sparsities, loss = _looks(results), results["plan"]["sparsities"], compared_loss(results)
     lead = (
-        "A star marks a paired difference whose 95 % interval excludes zero; nothing is concluded from the others. "
+        f"{_LOSSES[loss]} A star marks a paired difference whose 95 % interval excludes zero; nothing is "
+        "concluded from the others. "
         "Equivalent tokens: how many times its own tokens the reference would need for the same loss."
     )
     return markup.section(
@@ -132,9 +137,9 @@ def _results(results: Results) -> str:
         "<h3>In figures</h3>",
         markup.figures(
             [
-                draw.loss_by_sparsity(results["summary"], look),
+                draw.loss_by_sparsity(results["summary"], look, loss),
                 *(
-                    draw.differences(results["summary"], results["rows"], look, s, results["reference"])
+                    draw.differences(results["summary"], results["rows"], look, s, results["reference"], loss)
                     for s in sparsities
                 ),
             ]

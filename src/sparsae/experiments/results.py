@@ -12,7 +12,7 @@ from sparsae import __version__
 from sparsae.experiments.matching import Budget
 from sparsae.experiments.plan import Plan
 from sparsae.experiments.ranking import rank_agreement, summarize_rankings
-from sparsae.experiments.summary import conclusions, summarize, warnings
+from sparsae.experiments.summary import conclusions, judged_by, summarize, warnings
 from sparsae.experiments.tables import results_table
 from sparsae.experiments.units import Unit, outcome
 from sparsae.files import to_json, write_atomically
@@ -54,19 +54,21 @@ def collect(plan: Plan, out: Path, cells: Sequence[Cell], trials: Sequence[Trial
     """The content of results.json from the runs that are done."""
     rows = [_row(plan, out, cell) for cell in cells]
     tuning = _tuning(out, trials) if cells else []
+    loss = judged_by(rows)
     results: dict[str, Any] = {
         "kind": plan.kind,
         "complete": complete,
         "sparsae": __version__,
         "reference": plan.held_against,
+        "judged_by": loss,
         "plan": plan.model_dump(mode="json"),
         "rows": rows,
         "tuning": tuning,
     }
     if rankings := summarize_rankings(rows):
         results["ranking"] = rankings
-    results["summary"] = summarize(rows, plan.held_against)
-    results["conclusions"] = conclusions(rows)
+    results["summary"] = summarize(rows, plan.held_against, loss)
+    results["conclusions"] = conclusions(rows, loss)
     results["warnings"] = warnings(results)
     return results
 
@@ -96,9 +98,9 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         "diverged": diverged,
     }
     copied = (
-        "validation_loss", "validation_perplexity", "teacher_validation_loss", "train_flops", "train_flops_by_part",
-        "train_flops_dense_equivalent", "tokens", "steps", "parameters", "nnz", "seconds", "seconds_by_part",
-        "tokens_per_second", "peak_memory_bytes", "study_flops", "device", "torch",
+        "test_loss", "validation_loss", "validation_perplexity", "teacher_validation_loss", "train_flops",
+        "train_flops_by_part", "train_flops_dense_equivalent", "tokens", "steps", "parameters", "nnz", "seconds",
+        "seconds_by_part", "tokens_per_second", "peak_memory_bytes", "study_flops", "device", "torch",
     )  # fmt: skip
     row |= {key: found.get(key) for key in copied}
     if "train_flops" in row and not diverged:

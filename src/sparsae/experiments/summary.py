@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sparsae.experiments.statistics import (
     Difference,
@@ -17,29 +17,35 @@ from sparsae.experiments.statistics import (
 )
 
 Row = Mapping[str, Any]
+Loss = Literal["test_loss", "validation_loss"]
 _MEANS = ("train_flops", "tokens", "steps", "seconds", "parameters", "state_bytes", "accepted_updates", "updates")
 
 
-def summarize(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
-    """An entry a sparsity and method, in the order of the rows."""
+def judged_by(rows: Sequence[Row]) -> Loss:
+    """The loss by which runs are compared: on the test, which nothing was tuned on, where every run has one."""
+    return "test_loss" if all(row["diverged"] or row["test_loss"] is not None for row in rows) else "validation_loss"
+
+
+def summarize(rows: Sequence[Row], reference: str, loss: Loss) -> list[dict[str, Any]]:
+    """An entry a sparsity and method, in the order of the rows; differences are of this loss."""
     entries = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         groups: dict[str, list[Row]] = {}
         for row in rows:
             if row["sparsity"] == sparsity:
                 groups.setdefault(row["method"], []).append(row)
-        entries += _of_one_sparsity(groups, sparsity, reference)
+        entries += _of_one_sparsity(groups, sparsity, reference, loss)
     return entries
 
 
-def conclusions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def conclusions(rows: Sequence[Row], loss: Loss) -> list[dict[str, Any]]:
     """For each sparsity the method that is better than every other, or None; one that ever diverged is not."""
     found = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         losses: dict[str, dict[int, float]] = {}
         for row in rows:
             if row["sparsity"] == sparsity and not row["diverged"]:
-                losses.setdefault(row["method"], {})[row["seed"]] = row["validation_loss"]
+                losses.setdefault(row["method"], {})[row["seed"]] = row[loss]
         failed = {row["method"] for row in rows if row["sparsity"] == sparsity and row["diverged"]}
         best = winner(losses)
         found.append({"sparsity": sparsity, "winner": None if best in failed else best})
@@ -49,6 +55,11 @@ def conclusions(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def warnings(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before believing a number."""
     found = []
+    if results["judged_by"] == "validation_loss":
+        found.append(
+            "the losses compared are those of validation, the text on which learning rates were tuned: not every run "
+            "has a test loss (set training.validation_sequences lower, or begin the comparison anew)"
+        )
     edges = [
         f"{group['method']} at {group['sparsity']:g} ({group['learning_rate']:g})"
         for group in results["tuning"]
@@ -76,10 +87,10 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _of_one_sparsity(groups: Mapping[str, list[Row]], sparsity: float, reference: str) -> list[dict[str, Any]]:
-    losses = {
-        name: {r["seed"]: r["validation_loss"] for r in rows if not r["diverged"]} for name, rows in groups.items()
-    }
+def _of_one_sparsity(
+    groups: Mapping[str, list[Row]], sparsity: float, reference: str, loss: Loss
+) -> list[dict[str, Any]]:
+    losses = {name: {r["seed"]: r[loss] for r in rows if not r["diverged"]} for name, rows in groups.items()}
     held_against = losses.get(reference, {})
     differences = {name: paired_difference(mine, held_against) for name, mine in losses.items() if name != reference}
     tested = {name: d.p for name, d in differences.items() if d is not None and d.p is not None}
@@ -93,7 +104,7 @@ def _of_one_sparsity(groups: Mapping[str, list[Row]], sparsity: float, reference
             {
                 "method": name,
                 "sparsity": sparsity,
-                "validation_loss": _interval(mean_interval(list(losses[name].values()))) if done else None,
+                **{name: _mean_of(done, name) for name in ("test_loss", "validation_loss")},
                 "diverged": len(rows) - len(done),
                 "learning_rate": rows[0]["learning_rate"],
                 **{key: _mean([row[key] for row in done]) for key in _MEANS},
@@ -144,6 +155,11 @@ def _mean_curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
         return []
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     return [(tokens, sum(curve[tokens] for curve in curves) / len(curves)) for tokens in shared]
+
+
+def _mean_of(rows: Sequence[Row], loss: str) -> dict[str, Any] | None:
+    values = [row[loss] for row in rows if row[loss] is not None]
+    return _interval(mean_interval(values)) if values else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -61,7 +61,13 @@ def results_table(results: Mapping[str, Any]) -> Table:
         "loss (nats)", f"less {reference}", "p", "equivalent tokens",
     ]  # fmt: skip
     title = f"{plan['preset']}, matched on {plan['match']}, {seeds} seed{'s' if seeds > 1 else ''}"
-    return Table(f"{title}: final validation loss, mean ± half of the 95 % interval.", columns, _rows(results))
+    loss = compared_loss(results).replace("_", " ")
+    return Table(f"{title}: final {loss}, mean ± half of the 95 % interval.", columns, _rows(results))
+
+
+def compared_loss(results: Mapping[str, Any]) -> str:
+    """The key of the loss that was compared; before there was a test, it was that of validation."""
+    return str(results.get("judged_by", "validation_loss"))
 
 
 def rank_table(results: Mapping[str, Any]) -> Table:
@@ -80,7 +86,7 @@ def rank_table(results: Mapping[str, Any]) -> Table:
                 interval_text(entry["kendall_tau"]),
                 interval_text(entry["correlation"]),
                 UNKNOWN if share is None else percent(share),
-                interval_text(of["validation_loss"]),
+                interval_text(of[compared_loss(results)]),
             ]
         )
     return Table(
@@ -89,7 +95,7 @@ def rank_table(results: Mapping[str, Any]) -> Table:
 
 
 def _rows(results: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
+    rows, judged_by = [], compared_loss(results)
     for entry in results["summary"]:
         difference, equivalent = entry["difference"], entry["equivalent_tokens"]
         rows.append(
@@ -100,7 +106,7 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
                 f"{entry['steps']:,.0f}" if entry["steps"] is not None else UNKNOWN,
                 *(_compact(entry[key]) for key in ("tokens", "train_flops", "parameters")),
                 _compact(entry["state_bytes"], "B"),
-                interval_text(entry["validation_loss"]),
+                interval_text(entry[judged_by]),
                 interval_text(difference, signed=True) + _mark(entry["verdict"]),
                 _p(difference),
                 f"{equivalent['ratio']:.2f} ×" if equivalent and equivalent["ratio"] is not None else UNKNOWN,

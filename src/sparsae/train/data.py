@@ -21,10 +21,18 @@ class TrainData:
     batches: Batches
     validation: Tensor
     micro_batches: MicroBatches | None = None
+    test: Tensor | None = None
+    """Rows that only the end of a run reads; None or without a row: the held-out text has none left."""
 
     @classmethod
     def of(
-        cls, config: Config, train: TokenSequence, validation: Tensor, held_out: TokenSequence, device: torch.device
+        cls,
+        config: Config,
+        train: TokenSequence,
+        validation: Tensor,
+        held_out: TokenSequence,
+        device: torch.device,
+        test: Tensor | None = None,
     ) -> TrainData:
         """held_out: the tokens that micro-batches come from, which lie on `device`."""
         context, micro = config.model.context, build_rule(config.topology, config.rules).micro_batch
@@ -32,6 +40,7 @@ class TrainData:
             Batches(train, context, config.training.batch_size, config.seed),
             validation,
             MicroBatches(held_out, context, micro, config.seed, device) if micro else None,
+            test,
         )
 
     def prefetch(self, step: int) -> None:

@@ -44,7 +44,7 @@ class Trainer:
         self.settings, self.objective, self.optimizer, self.data = settings, objective, optimizer, data
         self.sparsifier, self.rate, self.account, self.observers = sparsifier, rate, account, observers
         self.model, self.teacher = objective.model, objective.teacher
-        self.validation = Validation(objective, data.validation, settings)
+        self.validation = Validation(objective, data.validation, data.test, settings)
         self.step = 0
         self._averages = Averages()
 
@@ -66,6 +66,8 @@ class Trainer:
                     times.saved(self.step)
             if self.step != times.last:
                 save()
+            if self.done and (loss := self.validation.measure_test(self.account)) is not None:
+                self._require_finite("the test loss", loss)
         except DivergedError as error:
             self._tell(DivergedRow(error.step, self.account.tokens(self.step), error.reason))
             raise

@@ -1,7 +1,7 @@
 """The held-out sequences on which candidates are scored, on the device before they are wanted.
 
-They come from the last quarter of the validation text, of which the reported validation loss never reads: a topology
-that was chosen on a text should not be judged by it.
+They come from a text that neither validation nor the test reads (train/held_out.py): a topology that was chosen on a
+text should not be judged by it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from torch import Tensor
 from sparsae.config.rules import MicroBatchConfig
 from sparsae.core.randomness import generator
 from sparsae.data.shards import TokenSequence
-
-SHARE = 0.25
 
 
 class MicroBatches:
@@ -55,11 +53,3 @@ class MicroBatches:
         if self._device.type == "cuda":
             batch = batch.pin_memory()
         return batch.to(self._device, non_blocking=True)
-
-
-def split_held_out(tokens: TokenSequence, context: int) -> tuple[TokenSequence, TokenSequence]:
-    """(reported validation, micro-batches); both are the whole text where a quarter of it holds no sequence."""
-    cut = int(len(tokens) * (1 - SHARE))
-    if len(tokens) - cut < context + 1 or cut < context + 1:
-        return tokens, tokens
-    return tokens[:cut], tokens[cut:]

@@ -14,17 +14,17 @@ from torch import nn
 
 from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
-from sparsae.data import Corpus, evenly_spaced, prepare, unigram_perplexity
+from sparsae.data import Corpus, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
 from sparsae.optim import AdamW
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, check, choose_device
 from sparsae.train.claim import claimed, refuse_occupied
 from sparsae.train.data import TrainData
+from sparsae.train.held_out import HeldOut
 from sparsae.train.lock import refuse_ranks
 from sparsae.train.manifest import Manifest
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
-from sparsae.train.micro_batch import split_held_out
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter, RunDirectory
 from sparsae.train.saving import SavedRun, read_saved, save_run
@@ -138,14 +138,10 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     corpus = prepare(config.data, display.stage)
     display.close()
     display.say(corpus.held_out)
-    context = config.model.context
-    reported, micro = split_held_out(corpus.validation, context)
-    rows = evenly_spaced(reported, context, config.training.validation_sequences)
-    data = TrainData.of(config, corpus.train, rows, micro, device)
-    if reported is micro and data.micro_batches:
-        display.say(
-            "warning: the held-out text is too short to be divided: candidates are scored on the validation text"
-        )
+    held_out = HeldOut.of(corpus.validation, config)
+    data = TrainData.of(config, corpus.train, held_out.validation, held_out.scoring, device, held_out.test)
+    for warning in held_out.warnings(scores=data.micro_batches is not None):
+        display.say(f"warning: {warning}")
     with out_of_memory_is_told("the model"):
         model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     if source is not None:

@@ -50,6 +50,7 @@ def summarize(
         "nnz_target": target,
         "validation_loss": validation.loss,
         "validation_perplexity": perplexity(validation.loss),
+        "test_loss": validation.test_loss,
         "teacher_validation_loss": validation.teacher_loss,
         "unigram_perplexity": unigram,
         "untrained_perplexity": perplexity(validation.untrained),
@@ -94,9 +95,10 @@ def closing(summary: dict[str, Any], run: RunDirectory) -> str:
     if not summary["finished"]:
         saved = "stopped and saved" if summary["steps"] else "stopped"
         return f"{saved} at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
+    tested = "" if summary["test_loss"] is None else f"test {readable_perplexity(perplexity(summary['test_loss']))}, "
     return (
         f"validation perplexity {readable_perplexity(summary['validation_perplexity'])} "
-        f"(unigram {readable_perplexity(summary['unigram_perplexity'])}, "
+        f"({tested}unigram {readable_perplexity(summary['unigram_perplexity'])}, "
         f"untrained {readable_perplexity(summary['untrained_perplexity'])}) · "
         f"nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
         f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "

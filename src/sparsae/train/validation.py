@@ -1,4 +1,8 @@
-"""Held-out losses of a run: when they are measured, and what they were."""
+"""Held-out losses of a run: when they are measured, and what they were.
+
+Settings are tuned, and runs are watched, by the validation loss. A result that was chosen by a number should not be
+reported by the same number: the test loss is measured once, at the end, on sequences that nothing else reads.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,17 @@ from sparsae.train.rows import ValidationRow
 
 
 class Validation:
-    """The latest losses of model and teacher, and that of the untrained model; NaN before there are any."""
+    """The latest losses of model and teacher, and that of the untrained model; NaN before there are any.
 
-    def __init__(self, objective: Objective, rows: Tensor, settings: TrainingConfig) -> None:
-        self._objective, self._rows, self._steps = objective, rows, settings.steps
+    `test_loss` is None until the end, and where the held-out text has no sequence for it.
+    """
+
+    def __init__(self, objective: Objective, rows: Tensor, test: Tensor | None, settings: TrainingConfig) -> None:
+        self._objective, self._rows, self._test, self._steps = objective, rows, test, settings.steps
         self._every = settings.validate_every or max(10, settings.steps // 10)
         self.loss = self.untrained = math.nan
         self.teacher_loss: float | None = None
+        self.test_loss: float | None = None
 
     def due(self, step: int) -> bool:
         """Whether it follows this step, counted from 1."""
@@ -41,6 +49,14 @@ class Validation:
             train_flops=account.flops.total,
             seconds=account.watch.total,
         )
+
+    def measure_test(self, account: Account) -> float | None:
+        """The model's loss as it is on the test rows, which may be called for at the end alone."""
+        if self._test is not None and len(self._test):
+            with account.watch.of("validation"):
+                self._objective.model.eval()
+                self.test_loss = self._objective.mean(self._test)
+        return self.test_loss
 
     def state_dict(self) -> dict[str, float | None]:
         """For checkpoints."""

@@ -28,8 +28,8 @@ from sparsae.report.readable import short_names
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, choice_of, choose_device
 from sparsae.train.data import TrainData
+from sparsae.train.held_out import split_held_out
 from sparsae.train.loop import Trainer
-from sparsae.train.micro_batch import split_held_out
 
 Quantity = Literal["activation", "gradient", "update"]
 EMBEDDING, LOGITS = "embedding", "logits"
