@@ -81,7 +81,11 @@ def left_over(tokens: TokenSequence, context: int, read: int, count: int) -> tor
     """
     windows = np.arange(window_count(tokens, context))
     chosen = _spread(np.setdiff1d(windows, _spread(windows, read)), count)
-    return _stack(tokens, context, chosen) if len(chosen) else torch.empty((0, context + 1), dtype=torch.int64)
+    return (
+        _stack(tokens, context, chosen)
+        if len(chosen)
+        else torch.empty((0, context + 1), dtype=torch.int64, device="cpu")
+    )
 
 
 def _spread(windows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
