@@ -14,6 +14,7 @@ from sparsae.config.span import Horizon
 from sparsae.core.cadence import Cubic, Periodic
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.topology import Topology
+from sparsae.rules import GranetConfig, GseConfig, RiglConfig
 from sparsae.rules.parts.choose import without_limits
 from sparsae.rules.parts.exchange import CosineFraction
 from sparsae.rules.parts.grow import largest_gradients
@@ -81,6 +82,18 @@ def test_the_cubic_schedule_is_the_papers_and_ends_exactly() -> None:
     assert schedule.left(3, Horizon(100)) == schedule.left(25, Horizon(100)) == 1.0
     assert schedule.left(35, Horizon(100)) == pytest.approx(0.8**3)
     assert schedule.left(75, Horizon(100)) == schedule.left(99, Horizon(100)) == 0.0
+
+
+def test_a_cubic_schedule_from_the_first_step_moves_first_when_something_was_learned() -> None:
+    schedule = Cubic(0.0, 0.5, 10)
+    assert [t for t in range(1, 101) if schedule.due(t, Horizon(100))] == [10, 20, 30, 40, 50]
+    assert schedule.left(10, Horizon(100)) == pytest.approx(0.8**3)
+
+
+def test_rivals_begin_and_end_where_their_papers_do() -> None:
+    granet, gse, rigl = GranetConfig(), GseConfig(), RiglConfig()
+    assert (granet.start, granet.stop) == (0.0, 0.5)
+    assert (gse.stop, rigl.stop) == (0.6, 0.75)
 
 
 @given(st.integers(1, 300), st.integers(1, 200), st.floats(0, 0.99), st.floats(0.01, 1))

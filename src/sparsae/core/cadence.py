@@ -131,4 +131,5 @@ class Cubic(Cadence):
     def _span(self, steps: int) -> tuple[int, int]:
         # The last one comes before the last step, so that no model ends untrained at its final sparsity.
         last = max(1, min(math.floor(self.stop * steps), steps - 1))
-        return min(max(1, math.ceil(self.start * steps)), last), last
+        # From a start of 0 the first one comes after `every` steps, not at once: nothing has been learned yet.
+        return min(math.ceil(self.start * steps), last), last

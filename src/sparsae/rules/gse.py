@@ -43,7 +43,7 @@ class GseConfig(RuleConfig):
 
     every: Span = Field(default=1000, description="between updates: steps, 5%, 1 epoch")
     stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.75, description="share of the run at which the rate is 0 and updates end"
+        default=0.6, description="share of the run at which the rate is 0 and updates end"
     )
     drop_fraction: Share = Field(
         default=0.2, description="alpha, share of the connections moved by the first update; cosine decay"
