@@ -21,7 +21,7 @@ from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, ResetConfig, StaticConfig, build_rule
 from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.choose import keeps_limits
-from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
+from sparsae.rules.parts.proposers import PROPOSERS, Guidance, reset
 from sparsae.rules.parts.rule import Candidate
 from sparsae.score import Score
 
@@ -63,7 +63,7 @@ def check_swap(observation: Observation, swap: Swap) -> None:
 def test_every_proposer_makes_a_swap_that_holds(unit: tuple[int, int], name: str, rate: float, seed: int) -> None:
     observation = observe(seed % 7, unit)
     count = max(1, round(rate * observation.count))
-    swap = PROPOSERS[name](observation, count, Temperatures(1.0), generator(seed))
+    swap = PROPOSERS[name](observation, count, Guidance(1.0), generator(seed))
     check_swap(observation, swap)
     assert swap.size <= count
     if rate < 0.5 and name != "rigl":  # whose units may come back at once
@@ -73,15 +73,15 @@ def test_every_proposer_makes_a_swap_that_holds(unit: tuple[int, int], name: str
 def test_layer_preserving_proposers_keep_each_layers_count() -> None:
     observation = observe()
     for name in ("layerwise", "guided", "rigl"):
-        swap = PROPOSERS[name](observation, 100, Temperatures(1.0), generator(1))
+        swap = PROPOSERS[name](observation, 100, Guidance(1.0), generator(1))
         assert set(swap.count_changes().values()) == {0}
-    swap = PROPOSERS["shift"](observation, 100, Temperatures(1.0), generator(1))
+    swap = PROPOSERS["shift"](observation, 100, Guidance(1.0), generator(1))
     assert any(swap.count_changes().values())
 
 
 def test_guided_without_noise_drops_the_smallest_and_grows_the_largest_gradients() -> None:
     observation = observe()
-    swap = PROPOSERS["guided"](observation, 120, Temperatures(), generator(1))
+    swap = PROPOSERS["guided"](observation, 120, Guidance(), generator(1))
     for name, view in observation.layers.items():
         n = swap.drop[name].numel()
         smallest = view.values.abs().sort().indices[:n]
@@ -102,7 +102,7 @@ def test_tempered_drops_follow_the_inverse_square_of_the_weight() -> None:
         sample_gradient=torch.tensor([1.0]),
     )
     observation, rng = Observation({"a": view}, 0, 100), generator(5)
-    drops = [int(PROPOSERS["guided"](observation, 1, Temperatures(1.0), rng).drop["a"]) for _ in range(2000)]
+    drops = [int(PROPOSERS["guided"](observation, 1, Guidance(1.0), rng).drop["a"]) for _ in range(2000)]
     # Odds 1 / w^2: the unit weight goes 4 times out of 5.
     assert sum(d == 0 for d in drops) / 2000 == pytest.approx(0.8, abs=0.04)
 
@@ -116,7 +116,7 @@ def test_zero_weights_are_always_the_first_to_go() -> None:
         sample=torch.arange(4, 8, dtype=torch.int32),
         sample_gradient=torch.ones(4),
     )
-    swap = PROPOSERS["guided"](Observation({"a": view}, 0, 100), 2, Temperatures(1.0), generator(0))
+    swap = PROPOSERS["guided"](Observation({"a": view}, 0, 100), 2, Guidance(1.0), generator(0))
     assert sorted(swap.drop["a"].tolist()) == [0, 3]
 
 

@@ -1,7 +1,7 @@
 """What every registered topology rule keeps, found by the registry alone: those of installed packages take part.
 
-Each rule is tried with its defaults, and once with each other value of every setting that is a choice. A setting
-`every` is made small, so that short trainings have updates.
+Each rule is tried with its defaults, and once with each other value of every setting that is a choice, and of a window
+and a random share where it has them. A setting `every` is made small, so that short trainings have updates.
 """
 
 from __future__ import annotations
@@ -58,10 +58,17 @@ def choices(section: Section) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from ((f"{name}={other}", {name: other}) for other in values if other != value)
 
 
+def averages(section: Section) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings) of growth by averaged gradients and by chance."""
+    if "window" in type(section).model_fields:
+        yield "window=3", {"window": 3}
+        yield "window=100, every 3rd", {"window": 100, "window_every": 3, "random_share": 0.4}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{name} {choice}".strip(): (name, given)
     for name in RULES.names()
-    for choice, given in [("", {}), *choices(RULES[name].settings())]
+    for choice, given in [("", {}), *choices(RULES[name].settings()), *averages(RULES[name].settings())]
 }
 MOVING = [case for case, (name, _) in CASES.items() if build_rule(RULES[name].settings()).moves]
 every_rule = pytest.mark.parametrize("name", RULES.names())
@@ -324,7 +331,7 @@ def test_counts_are_exact_throughout_a_training(case: str, unit: tuple[int, int]
         for name, (weights, tokens) in seen.items():
             declared = run.rule.probed_units(counts[name], units // 2 - counts[name])
             assert 0 < weights <= declared * size
-            assert tokens == 8
+            assert tokens == 8 * run.rule.window.count(EVERY, HORIZONS[0])
 
 
 @every_run

@@ -23,7 +23,7 @@ from sparsae.parameterization import Parameterization
 from sparsae.registry import RULES
 from sparsae.rules import ResetConfig, SetConfig, build_rule
 from sparsae.rules.parts.choose import keeps_limits, pruned, within_limits
-from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
+from sparsae.rules.parts.proposers import PROPOSERS, Guidance, reset
 from tests.loops import OPTIMIZERS, frequent, run_steps, score_of
 
 STEPS, EVERY, SPARSITY = 18, 3, 0.8
@@ -108,7 +108,7 @@ def test_every_proposal_obeys_and_is_nearly_as_large_as_asked(
 ) -> None:
     observation = observe(LIMITS[limits], seed)
     count = max(1, round(rate * observation.count))
-    raw = PROPOSERS[proposer](observation, count, Temperatures(1.0, 1.0), generator(seed))
+    raw = PROPOSERS[proposer](observation, count, Guidance(1.0, 1.0), generator(seed))
     swap = within_limits(observation, raw, generator(seed, "obey"))
     check(observation, swap)
     if limits == "constant fan-in" and proposer in ("uniform", "layerwise") and rate < 0.5:

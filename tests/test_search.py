@@ -42,7 +42,7 @@ def test_burn_in_moves_what_it_says(scope: str) -> None:
     optimizer.zero_grad()
     (model(x) - x).square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    sparsifier.search.capture = lambda step, scale: None  # type: ignore[method-assign]
+    sparsifier.search.capture = lambda *of_step: None  # type: ignore[method-assign]
     sparsifier.before_step()
     optimizer.step()
     sparsifier._burn_in.after_step()

@@ -27,7 +27,7 @@ from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear
 from sparsae.optim import AdamW
 from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig, build_rule
-from sparsae.rules.parts.proposers import PROPOSERS, Temperatures
+from sparsae.rules.parts.proposers import PROPOSERS, Guidance
 from sparsae.rules.parts.rule import Rule
 from sparsae.rules.parts.sampling import sample_inactive
 from sparsae.surgery import Plan, plan
@@ -60,7 +60,7 @@ class Subject:
         )
         self.moved = max(1, round(share * count))
         self.config = EvolutionConfig()
-        self.temperatures = Temperatures(self.config.drop_temperature, self.config.grow_temperature)
+        self.guidance = Guidance(self.config.drop_temperature, self.config.grow_temperature)
         self._rules: dict[str, Rule] = {
             "gse": build_rule(GseConfig(drop_fraction=share)),
             "rigl": build_rule(RiglConfig(drop_fraction=share)),
@@ -104,7 +104,7 @@ class Subject:
     def propose(self, proposer: str) -> None:
         """What goes and what comes, by a proposer of the evolution strategy."""
         observation = Observation({_NAME: self._view()}, 1, 2)
-        self._swap = PROPOSERS[proposer](observation, self.moved, self.temperatures, self.rng)
+        self._swap = PROPOSERS[proposer](observation, self.moved, self.guidance, self.rng)
 
     def _view(self) -> LayerView:
         topology = self.layer.topology

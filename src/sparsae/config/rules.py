@@ -9,12 +9,22 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from sparsae.config.section import LARGEST, NonNegative, Positive, Section
-from sparsae.config.span import RampSpan
+from sparsae.config.section import LARGEST, Count, NonNegative, Positive, Section
+from sparsae.config.span import RampSpan, Span
 from sparsae.errors import InputError
 from sparsae.registry import RULES, Registry
 
 StartSparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+# Settings of every rule that grows by gradients.
+GradientWindow = Annotated[
+    Span,
+    Field(description="growth gradients are averaged over the last steps before an update: steps, 5%, 1 epoch; 1: one"),
+]
+WindowEvery = Annotated[Count, Field(description="every n-th step of the window is averaged")]
+RandomShare = Annotated[
+    float, Field(ge=0.0, lt=1.0, description="share of the growth that is uniformly random, not by gradient")
+]
 
 
 class RuleConfig(Section):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsae.config.span import Horizon, require_span, span_steps
+from sparsae.errors import InputError
 
 
 def cosine_with_warmup(step: int, steps: int, warmup: float, final: float) -> float:
@@ -133,3 +134,35 @@ class Cubic(Cadence):
         last = max(1, min(math.floor(self.stop * steps), steps - 1))
         # From a start of 0 the first one comes after `every` steps, not at once: nothing has been learned yet.
         return min(math.ceil(self.start * steps), last), last
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps before an update whose gradients are averaged for it: every `every`-th of the last `steps`.
+
+    The last is the one that the update follows. A window never reaches behind the update before: connections are
+    others there. Raises InputError where `steps` is no span, or `every` no number of steps.
+    """
+
+    steps: int | str = 1
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        require_span(self.steps)
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise InputError(f"every: must be a number of steps of at least 1, not {self.every!r}")
+
+    def length(self, horizon: Horizon) -> int:
+        """Steps from the first that may be averaged to the last."""
+        return span_steps(self.steps, horizon)
+
+    def holds(self, step: int, due: int) -> bool:
+        """Whether `step`, which is inside, is one of those averaged for the update that follows step `due`."""
+        return (due - step) % self.every == 0
+
+    def count(self, gap: int, horizon: Horizon) -> int:
+        """How many steps are averaged for an update `gap` steps after the one before (or after the start)."""
+        return -(-min(gap, self.length(horizon)) // self.every)
+
+
+LAST_STEP = Window()

@@ -114,7 +114,8 @@ class SampledGradients(Probe):
 class LargestGradients(Probe):
     """The `count` inactive units with the largest gradients of all, by magnitude (L2 norm of a block).
 
-    gradient: (count,) their magnitudes; active: (nnz,) or (blocks,) those of the active units. "last": the gradient of
+    gradient: (count,) their magnitudes; active: (nnz,) or (blocks,) those of the active units. Without a count it is
+    the dense gradient, (in, out), and nothing is chosen. "last": the gradient of
     one backward pass, the last; `passes` is how many there will be, so that the earlier ones cost nothing (more than
     that many: the last one counts). "sum": of all passes. A layer that a pass comes through several times gets the sum
     of its calls. The layer's dense gradient is freed as soon as nothing can be added to it: after the last of as many
@@ -124,7 +125,7 @@ class LargestGradients(Probe):
     def __init__(
         self,
         key: Tensor,
-        count: int,
+        count: int | None,
         accumulate: Literal["last", "sum"],
         passes: int = 1,
         values: Tensor | None = None,
@@ -162,26 +163,33 @@ class LargestGradients(Probe):
 
     def _finish(self) -> None:
         if self._sum is not None and self._layout is not None:
-            self._reduce(self._sum, self._layout)
+            if self._count is None:
+                self.gradient = self._sum
+            else:
+                self.units, self.gradient, self.active = largest_of(self._sum, self._layout, self._count)
             self._sum = None
 
-    def _reduce(self, gradient_IO: Tensor, layout: Layout) -> None:
-        """Keep what is wanted; overwrites the dense gradient, an (in, out) matrix in the order of the units."""
-        b_out, b_in = layout.unit
-        if layout.unit == (1, 1):
-            magnitude = gradient_IO.abs_().view(-1)
-        else:
-            blocks = gradient_IO.view(-1, b_in, layout.grid_rows, b_out)
-            # At least in float32: half precision cannot hold the squares of what it can hold.
-            wide = torch.promote_types(blocks.dtype, torch.float32)
-            magnitude = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=wide).view(-1)
-        self.active = magnitude.index_select(0, layout.indices)
-        # What is no number counts as infinite, so that whoever asked sees it, and nothing is less than the active ones.
-        magnitude.nan_to_num_(nan=math.inf, posinf=math.inf)
-        magnitude.index_fill_(0, layout.indices.long(), -1.0)
-        # In place, so that no second tensor of the dense weight's size exists.
-        units = smallest(magnitude.neg_(), min(self._count, self.positions))
-        self.units, self.gradient = units.to(layout.indices.dtype), magnitude[units].neg_()
+
+def largest_of(gradient_IO: Tensor, layout: Layout, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` inactive units with the largest magnitudes (all, where there are fewer), these, and the active ones'.
+
+    Overwrites the dense gradient, an (in, out) matrix in the order of the units.
+    """
+    b_out, b_in = layout.unit
+    if layout.unit == (1, 1):
+        magnitude = gradient_IO.abs_().view(-1)
+    else:
+        blocks = gradient_IO.view(-1, b_in, layout.grid_rows, b_out)
+        # At least in float32: half precision cannot hold the squares of what it can hold.
+        wide = torch.promote_types(blocks.dtype, torch.float32)
+        magnitude = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=wide).view(-1)
+    active = magnitude.index_select(0, layout.indices)
+    # What is no number counts as infinite, so that whoever asked sees it, and nothing is less than the active ones.
+    magnitude.nan_to_num_(nan=math.inf, posinf=math.inf)
+    magnitude.index_fill_(0, layout.indices.long(), -1.0)
+    # In place, so that no second tensor of the dense weight's size exists.
+    units = smallest(magnitude.neg_(), min(count, magnitude.numel() - layout.indices.numel()))
+    return units.to(layout.indices.dtype), magnitude[units].neg_(), active
 
 
 def new_key() -> Tensor:

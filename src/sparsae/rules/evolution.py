@@ -15,10 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from sparsae.config.rules import BurnInConfig, MicroBatchConfig, RuleConfig, require_order
+from sparsae.config.rules import (
+    BurnInConfig,
+    GradientWindow,
+    MicroBatchConfig,
+    RandomShare,
+    RuleConfig,
+    WindowEvery,
+    require_order,
+)
 from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Shares
 from sparsae.config.span import Span
-from sparsae.core.cadence import Periodic, decayed
+from sparsae.core.cadence import Periodic, Window, decayed
 from sparsae.core.observation import Need, Observation
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
@@ -96,6 +104,9 @@ class EvolutionConfig(RuleConfig):
     sample_ratio: Positive = Field(
         default=1.0, description="gamma, sampled inactive positions a guided proposal sees, in terms of nnz"
     )
+    window: GradientWindow = 1
+    window_every: WindowEvery = 1
+    random_share: RandomShare = 0.0
     initialization: Literal["zero", "kaiming_uniform", "normal"] = Field(
         default="zero", description="values of new connections; normal: as the layer's first ones were drawn"
     )
@@ -163,6 +174,7 @@ class Evolution(Rule[EvolutionState]):
         wanted: dict[str, Need] = {"guided": "gradient_at", "rigl": "dense_gradient"}
         if config.proposer in wanted:
             needs.add(wanted[config.proposer])
+            self.window = Window(config.window, config.window_every)
         if self._compares():
             self.terms = config.proxy.built()
             needs = needs.union(*(term.needs for term in self.terms))
@@ -292,9 +304,10 @@ class Evolution(Rule[EvolutionState]):
         import torch
 
         from sparsae.rules.parts.choose import keeps_limits, within_limits
-        from sparsae.rules.parts.proposers import PROPOSERS, Temperatures, reset
+        from sparsae.rules.parts.proposers import PROPOSERS, Guidance, reset
 
-        temperatures = Temperatures(self.config.drop_temperature, self.config.grow_temperature)
+        config = self.config
+        guidance = Guidance(config.drop_temperature, config.grow_temperature, config.random_share)
         count = self._moves(observation.count, state, observation.progress)
         is_reset = float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu")) < self.reset_probability(
             state
@@ -303,7 +316,7 @@ class Evolution(Rule[EvolutionState]):
         def proposed(seen: Observation) -> tuple[str, Swap]:
             if is_reset:
                 return reset(seen, self.config.reset, rng)
-            return self.config.proposer, PROPOSERS[self.config.proposer](seen, count, temperatures, rng)
+            return self.config.proposer, PROPOSERS[self.config.proposer](seen, count, guidance, rng)
 
         if self.config.bounds == "obey":
             name, swap = proposed(observation)

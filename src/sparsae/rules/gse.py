@@ -28,10 +28,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sparsae.config.rules import RuleConfig
+from sparsae.config.rules import GradientWindow, RandomShare, RuleConfig, WindowEvery
 from sparsae.config.section import Positive, Share
 from sparsae.config.span import Span
-from sparsae.core.cadence import Periodic
+from sparsae.core.cadence import Periodic, Window
 from sparsae.registry import RULES
 from sparsae.rules.parts.drop import SmallestMagnitude
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
@@ -57,6 +57,9 @@ class GseConfig(RuleConfig):
     scope: Literal["global", "local"] = Field(
         default="global", description="compare gradients and weights over the model, or within each layer"
     )
+    window: GradientWindow = 1
+    window_every: WindowEvery = 1
+    random_share: RandomShare = 0.0
 
 
 @RULES.register("gse", GseConfig)
@@ -67,6 +70,7 @@ def build_gse(config: GseConfig) -> Exchange:
         when=Periodic(config.every, stop=config.stop),
         fraction=CosineFraction(config.drop_fraction, config.stop),
         drop=SmallestMagnitude(),
-        grow=LargestSampledGradient(config.sample_ratio, config.sampling),
+        grow=LargestSampledGradient(config.sample_ratio, config.sampling, Window(config.window, config.window_every)),
         scope=config.scope,
+        random_share=config.random_share,
     )

@@ -22,10 +22,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sparsae.config.rules import RuleConfig
+from sparsae.config.rules import GradientWindow, RandomShare, RuleConfig, WindowEvery
 from sparsae.config.section import Share
 from sparsae.config.span import Span
-from sparsae.core.cadence import Periodic
+from sparsae.core.cadence import Periodic, Window
 from sparsae.registry import RULES
 from sparsae.rules.parts.drop import SmallestMagnitude
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
@@ -46,6 +46,9 @@ class RiglConfig(RuleConfig):
         default="last",
         description="dense gradient of the last micro-batch, or their sum, which keeps every layer's in memory",
     )
+    window: GradientWindow = 1
+    window_every: WindowEvery = 1
+    random_share: RandomShare = 0.0
 
 
 @RULES.register("rigl", RiglConfig)
@@ -56,5 +59,6 @@ def build_rigl(config: RiglConfig) -> Exchange:
         when=Periodic(config.every, stop=config.stop),
         fraction=CosineFraction(config.drop_fraction, config.stop),
         drop=SmallestMagnitude(),
-        grow=LargestGradient(config.accumulate),
+        grow=LargestGradient(config.accumulate, Window(config.window, config.window_every)),
+        random_share=config.random_share,
     )

@@ -44,9 +44,15 @@ class Account:
         self.costs.count_study(self.flops, update.cost, self._study_tokens)
         self.costs.nnz = nnz
 
-    def measure_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None) -> None:
-        """While gradients are alive; the largest that was seen counts, since a union teacher grows."""
+    def measure_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None, window: int = 0
+    ) -> None:
+        """While gradients are alive; the largest that was seen counts, since a union teacher grows.
+
+        window: bytes of gradients that are averaged for an update.
+        """
         now = state_bytes(sparse_layers(model), optimizer, teacher.layers if teacher else None)
+        now |= {"window": window} if window else {}
         if sum(now.values()) >= sum(self.state_bytes.values()):
             self.state_bytes = now
 

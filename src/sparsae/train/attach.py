@@ -19,15 +19,21 @@ from sparsae.optimizer_state import parts_of
 
 
 class StepHooks:
-    """Calls `before` with the gradient scaler's factor that is still in the gradients (None: there is none), and
-    `after`, around every step that the optimizer makes from now on.
+    """Calls `before` and `after` around every step that the optimizer makes from now on.
+
+    `before` gets the gradient scaler's factor that is still in the gradients (None: there is none), and that of
+    `scaler`, if it is given, which was in the loss.
 
     Of an optimizer that wraps others the outermost with hooks is listened to. Where a class's `step` calls that of the
     class that it inherits from, torch runs hooks at both; the first before and the first after count.
     """
 
     def __init__(
-        self, optimizer: Optimizer, before: Callable[[Tensor | None], None], after: Callable[[], object]
+        self,
+        optimizer: Optimizer,
+        before: Callable[[Tensor | None, float | None], None],
+        after: Callable[[], object],
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Raises InputError for an optimizer without hooks."""
         part = next((part for part in parts_of(optimizer) if _runs_hooks(part)), None)
@@ -36,7 +42,7 @@ class StepHooks:
                 f"{type(optimizer).__name__} does not run the step hooks of torch.optim.Optimizer: call before_step() "
                 "and after_step() around its step yourself"
             )
-        self._before, self._after = before, after
+        self._before, self._after, self._scaler = before, after, scaler
         self._nested = sum(_is_hooked(vars(kind).get("step")) for kind in type(part).__mro__) > 1
         self._began = self._is_inside = self._is_over = False
         # In a compiled step they stay what they are, between its graphs.
@@ -68,7 +74,7 @@ class StepHooks:
     def _begin(self, scale: Tensor | None) -> None:
         # One that began before, and is none of a class further down, raised.
         if not (self._began and self._nested):
-            self._before(scale)
+            self._before(scale, None if self._scaler is None else self._scaler.get_scale())
             self._began = True
 
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

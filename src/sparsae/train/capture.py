@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,20 @@ from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.calls import refuse_lost, refuse_tied, trained_layers
+from sparsae.train.windows import GradientWindows, averaged
+
+if TYPE_CHECKING:
+    from sparsae.kernels.probe import Draw
 
 log = logging.getLogger(__name__)
 
 
 class GradientCapture:
-    """Gathers just what a rule needs, just in the steps that an update follows.
+    """Gathers just what a rule needs, just in the steps that an update follows or whose gradients are averaged for it.
 
     trained: the layers that take part in the coming update. views: what was seen of them, by layer, from `take` until
-    `clear`; None else. norms: of their gradients. not_finite: the first layer with a gradient that is not finite.
-    groups: of each layer, those that have limits.
+    `clear`; None else. windows: sums of gradients for updates to come. norms: of their gradients. not_finite: the first
+    layer with a gradient that is not finite. groups: of each layer, those that have limits.
     """
 
     def __init__(
@@ -49,7 +53,10 @@ class GradientCapture:
         self.groups: Mapping[str, tuple[Groups, ...]] = {}
         self._horizon, self._passes, self._seed = horizon, passes, seed
         self.trained: Mapping[str, SparseLinear] = {}
+        self.windows = GradientWindows(layers, horizon)
         self.probes: dict[str, Probe] = {}
+        self._due, self._moved = False, set[str]()  # whether an update follows the step, and its layers
+        self._counts: dict[str, int] = {}  # of how many units it wants a dense gradient
         self.norms: dict[str, float] = {}
         self.views: dict[str, LayerView] | None = None
         self.not_finite: str | None = None
@@ -74,21 +81,14 @@ class GradientCapture:
         if not self.trained:
             log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
             return
-        moved = rule.concerns(self.trained, steps, self._horizon)
-        topologies = {name: layer.topology for name, layer in self.trained.items() if name in moved}
-        if "gradient_at" in rule.needs:
-            samples = rule.sample(topologies, state, generator(self._seed, "sample", step))
-            self.probes |= {
-                name: SampledGradients(self._layers[name].key, units, self._layers[name].values)
-                for name, units in samples.items()
-            }
-        if "dense_gradient" in rule.needs:
-            for name, n in rule.growth(topologies, state, step / self._horizon.steps).items():
-                if n:
-                    # Where groups have limits, not all of the largest may be grown: others have to be there.
-                    kept = max(n, topologies[name].count) if binding(self.groups.get(name, ())) else n
-                    layer = self._layers[name]
-                    self.probes[name] = LargestGradients(layer.key, kept, rule.accumulate, self._passes, layer.values)
+        self._due, self._moved = True, rule.concerns(self.trained, steps, self._horizon)
+        self._probe(rule, state, steps)
+
+    def gather(self, rule: Rule[Any], state: Any, step: int) -> None:
+        """Before the backward pass of a step that no update follows: probe what is averaged for one to come."""
+        if self.windows.wanted(rule, state):
+            self.trained = trained_layers(self._layers, self._optimizer)
+            self._probe(rule, state, range(step, step + 1))
 
     def take(
         self,
@@ -96,49 +96,46 @@ class GradientCapture:
         bounds: Mapping[str, tuple[int, int]],
         ends: Mapping[str, tuple[int, int]],
         scale: Tensor | None = None,
+        loss_scale: float | None = None,
     ) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients.
 
         scale: what a gradient scaler multiplied those of the values with, which it leaves to the optimizer to undo.
-        Raises InputError where a probe that the rule needs was not answered.
+        loss_scale: what it multiplied the loss with, where it has undone that for the values. Raises InputError where a
+        probe that the rule needs was not answered.
         """
         self.close()
-        needs, views = rule.needs, {}
-        self.not_finite = None
         self.trained = {name: layer for name, layer in self.trained.items() if layer.values.requires_grad}
+        gradients = {name: _gradient(layer, scale) for name, layer in self.trained.items()}
+        factor = scale if loss_scale is None else loss_scale
+        self._check(gradients)
+        self._sum(factor)
+        if not self._due:
+            return
+        views = {}
         for name, layer in self.trained.items():
-            gradient = layer.values.grad
-            if gradient is None:
-                gradient = torch.zeros_like(layer.values)
-            elif scale is not None:
-                gradient = gradient / scale
-            probe = self.probes.get(name)
-            if probe is not None and probe.gradient is None and bool(gradient.any()):
-                raise InputError(_unanswered(name, self._passes))
-            self.norms[name] = float(gradient.norm())
-            probed = self._probed(name, needs)
-            if not (_is_finite(gradient, self.norms[name]) and _is_finite(probed.get("sample_gradient"))):
-                self.not_finite = self.not_finite or name
             views[name] = LayerView(
                 layer.topology,
                 layer.values.data,
                 bounds[name],
                 self.groups.get(name, ()),
                 self._heads.get(name),
-                gradient=gradient.detach().clone() if "gradient" in needs else None,
+                gradient=gradients[name].detach().clone() if "gradient" in rule.needs else None,
                 ends=ends.get(name),
-                **probed,
+                **self._probed(name, rule.needs, factor),
             )
         # Where everything has been frozen since, there is nothing to update.
         self.views = views or None
 
     def probed(self) -> dict[str, tuple[int, int]]:
-        """By layer: the inactive weights whose gradients were computed, and over how many tokens."""
-        found = {}
-        for name, probe in self.probes.items():
-            b_out, b_in = self._layers[name].unit
-            found[name] = (probe.positions * b_out * b_in, probe.tokens)
-        return found
+        """By layer of the update: the inactive weights whose gradients were computed, and over how many tokens.
+
+        Those of steps before it, which are averaged, are told once.
+        """
+        found = {name: (probe.positions, probe.tokens) for name, probe in self.probes.items()}
+        found |= self.windows.spent(self._moved)
+        sizes = {name: math.prod(self._layers[name].unit) for name in found}
+        return {name: (positions * sizes[name], tokens) for name, (positions, tokens) in found.items()}
 
     def close(self) -> None:
         """Watch no backward pass any more; what was gathered stays."""
@@ -146,28 +143,100 @@ class GradientCapture:
             probe.close()
 
     def clear(self) -> None:
-        """Forget the step."""
+        """Forget the step; sums for an update to come stay."""
         self.close()
         self.views, self.norms, self.probes = None, {}, {}
+        self._due, self._moved, self._counts = False, set(), {}
 
-    def _probed(self, name: str, needs: frozenset[Need]) -> dict[str, Any]:
-        """What a layer's probe saw, as fields of its view: no unit at all where the rule wanted none of the layer."""
+    def _probe(self, rule: Rule[Any], state: Any, steps: range) -> None:
+        """Watch the layers of the update that follows the last of `steps`, and those whose window it is in."""
+        step, layers = steps[-1], self._layers
+        summed = self.windows.follow(rule, state, self.trained, self._moved, steps)
+        wanted = dict.fromkeys(self._moved, step) | summed
+        topologies = {name: layer.topology for name, layer in self.trained.items() if name in wanted}
+        if not topologies:
+            return
+        if "gradient_at" in rule.needs:
+            samples: dict[str, Tensor | Draw] = dict(self.windows.samples(summed))
+            fresh = {name: topology for name, topology in topologies.items() if name not in samples}
+            samples |= rule.sample(fresh, state, generator(self._seed, "sample", step))
+            for name, units in samples.items():
+                self.probes[name] = SampledGradients(layers[name].key, units, layers[name].values)
+        if "dense_gradient" in rule.needs:
+            for due in dict.fromkeys(wanted.values()):
+                part = {name: topology for name, topology in topologies.items() if wanted[name] == due}
+                for name, n in rule.growth(part, state, due / self._horizon.steps).items():
+                    if n:
+                        self._probe_all(name, n, rule, is_summed=name in summed)
+
+    def _probe_all(self, name: str, n: int, rule: Rule[Any], *, is_summed: bool) -> None:
+        """Watch the dense gradient of a layer that grows n units."""
+        layer = self._layers[name]
+        # Where groups have limits, not all of the largest may be grown: others have to be there.
+        kept = max(n, layer.topology.count) if binding(self.groups.get(name, ())) else n
+        self._counts[name] = kept
+        count = None if is_summed else kept
+        self.probes[name] = LargestGradients(layer.key, count, rule.accumulate, self._passes, layer.values)
+
+    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+        """Note norms, and what is not finite. Raises InputError where a probe was not answered."""
+        self.not_finite = None
+        for name, gradient in gradients.items():
+            probe = self.probes.get(name)
+            if probe is not None and probe.gradient is None and bool(gradient.any()):
+                raise InputError(_unanswered(name, self._passes))
+            self.norms[name] = float(gradient.norm())
+            if not (_is_finite(gradient, self.norms[name]) and _is_finite(None if probe is None else probe.gradient)):
+                self.not_finite = self.not_finite or name
+
+    def _sum(self, factor: float | Tensor | None) -> None:
+        """Take what is averaged out of the probes: into the sums, unless the step is not finite."""
+        summed = {name: self.probes.pop(name) for name in self.windows.sums if name in self.probes}
+        self.windows.saw(summed)
+        if self.not_finite is None:
+            trained = {name: probe for name, probe in summed.items() if name in self.trained}
+            self.windows.add({name: _unscaled(probe.gradient, factor) for name, probe in trained.items()})
+        else:
+            self.windows.leave_out()
+
+    def _probed(self, name: str, needs: frozenset[Need], factor: float | Tensor | None) -> dict[str, Any]:
+        """What was seen of a layer at inactive units, as fields of its view: none where the rule wanted none of it."""
         probe, layer = self.probes.get(name), self._layers[name]
+        if name in self._moved and name in self.windows.sums:
+            return averaged(self.windows.sums[name], layer, self._counts.get(name))
         values = layer.values.detach()
         if probe is None:
             wanted = needs & {"gradient_at", "dense_gradient"}
             return {"sample": layer.indices[:0], "sample_gradient": values[:0]} if wanted else {}
         units = layer.indices[:0] if probe.units is None else probe.units
         dense = isinstance(probe, LargestGradients)
-        if probe.gradient is None:
+        seen = _unscaled(probe.gradient, factor)
+        if seen is None:
             gradient = values.new_zeros(units.numel(), *(() if dense else values.shape[1:]))
         else:
-            gradient = probe.gradient.to(values.dtype)
+            gradient = seen.to(values.dtype)
         fields = {"sample": units, "sample_gradient": gradient}
         if isinstance(probe, LargestGradients):
-            active = values.new_zeros(layer.topology.count) if probe.active is None else probe.active.to(values.dtype)
-            fields["active_gradient"] = active
+            active = _unscaled(probe.active, factor)
+            fields["active_gradient"] = (
+                values.new_zeros(layer.topology.count) if active is None else active.to(values.dtype)
+            )
         return fields
+
+
+def _gradient(layer: SparseLinear, scale: Tensor | None) -> Tensor:
+    """Of a layer's values: zeros where there is none."""
+    gradient = layer.values.grad
+    if gradient is None:
+        return torch.zeros_like(layer.values)
+    return gradient if scale is None else gradient / scale
+
+
+def _unscaled(gradient: Tensor | None, factor: float | Tensor | None) -> Tensor | None:
+    # At least in float32, which holds what half precision needs a scale for.
+    if gradient is None or factor is None:
+        return gradient
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / factor
 
 
 def _unanswered(name: str, passes: int) -> str:

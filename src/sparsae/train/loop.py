@@ -92,7 +92,8 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         if self.done or update_due or not self.account.state_bytes:
-            self.account.measure_state(self.model, self.optimizer, self.teacher)
+            window = self.sparsifier.search.gradients.windows.peak if self.sparsifier else 0
+            self.account.measure_state(self.model, self.optimizer, self.teacher, window)
         self._follow()
         self.optimizer.zero_grad(set_to_none=True)
         if self.done or self.step % self.settings.log_every == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +48,8 @@ def plan(config: Config) -> dict[str, Any]:
     teacher = config.teacher.storage if config.teacher.enabled else None
     dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
     state = estimated_state_bytes(units, nnz, weights, teacher=teacher) | {"indices": _index_bytes(config, layers)}
+    if window := _window_bytes(rule, layers, Horizon(training.steps)):
+        state["window"] = window
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_dense": dense_parameters,
@@ -120,6 +124,7 @@ def _expected_flops(
     scored = 1 + rule.candidates_scored() if rule.micro_batch else 0
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
+    last: dict[str, int] = {}  # the update before, of each layer
     for step in range(1, steps + 1):
         taught = config.teacher.enabled and warmup.alpha(step - 1) > 0
         teacher_nnz = costs.cost.sparse_weights if config.teacher.storage == "dense" else costs.nnz
@@ -129,18 +134,38 @@ def _expected_flops(
             left = costs.nnz / (block * sum(start.values()))
             moved = {name: topologies[name] for name in rule.concerns(topologies, range(step, step + 1), horizon)}
             growth = rule.growth(moved, rule.initial_state(), step / steps)
+            windows = rule.windows(moved, rule.initial_state())
             probed = {}
             for name in moved:
                 own, active = rule.of(name), round(left * start[name])
                 is_dense = "dense_gradient" in own.needs
                 if growth.get(name) or not is_dense:
                     seen = micro_tokens if is_dense and own.accumulate == "last" else tokens
-                    probed[name] = (block * own.probed_units(active, units[name] - active), seen)
+                    averaged = windows[name].count(step - last.get(name, 0), horizon)
+                    probed[name] = (block * own.probed_units(active, units[name] - active), averaged * seen)
+                last[name] = step
             forwards = scored if rule.compares(range(step, step + 1), horizon) else 0
             backwards = forwards if "candidate_gradient" in rule.needs else 0
             costs.count_update(flops, SearchCost(forwards, backwards, probed))
             costs.nnz = block * rule.active_units(sum(start.values()), end, step, horizon)
     return flops, dense
+
+
+def _window_bytes(rule: Rule[Any], layers: Mapping[str, SparseLinear], horizon: Horizon) -> int:
+    """Bytes of gradients that are summed for an update, as float32: units, their sums, and the step that comes in."""
+    total, gaps = 0, dict[int, int]()  # the longest between two updates, of each rule
+    for name, window in rule.windows(layers, rule.initial_state()).items():
+        own, topology = rule.of(name), layers[name].topology
+        if window.length(horizon) == 1:
+            continue
+        if id(own) not in gaps:
+            due = [0, *(step for step in range(1, horizon.steps + 1) if own.due(step, horizon))]
+            gaps[id(own)] = max((after - before for before, after in itertools.pairwise(due)), default=0)
+        is_dense = "dense_gradient" in own.needs
+        looked = topology.units if is_dense else own.probed_units(topology.count, topology.units - topology.count)
+        held = 4 * min(window.count(gaps[id(own)], horizon), 2) * math.prod(topology.unit)
+        total += looked * (held if is_dense or not held else held + topology.indices.itemsize)
+    return total
 
 
 def _index_bytes(config: Config, layers: Mapping[str, SparseLinear]) -> int:

@@ -110,10 +110,12 @@ class TopologySearch:
         self.bounds, self.ends, self.gradients.groups = dict(bounds), dict(ends), groups
         self._since = 0
         self.gradients.clear()
+        self.gradients.windows.clear()
 
     def close(self) -> None:
         """Watch no backward pass any more, and keep nothing of what was seen."""
         self.gradients.clear()
+        self.gradients.windows.clear()
         self._past.clear()
         self._scoring.forget()
 
@@ -127,7 +129,7 @@ class TopologySearch:
         return self.waiting or self.rule.due(step, self._horizon)
 
     def arm(self, step: int) -> None:
-        """Before the backward pass of `step` (counted from 1): probe it if the update after it wants gradients.
+        """Before the backward pass of `step` (counted from 1): probe it if an update wants its gradients.
 
         Raises InputError as `GradientCapture.arm` does.
         """
@@ -135,14 +137,16 @@ class TopologySearch:
         self._past.follow(self.rule, step - 1, waiting=self.waiting)
         if self.due(step):
             self.gradients.arm(self.rule, self.state, range(self._since or step, step + 1), self.ends)
+        else:
+            self.gradients.gather(self.rule, self.state, step)
 
-    def capture(self, step: int, scale: Tensor | None = None) -> None:
+    def capture(self, step: int, scale: Tensor | None = None, loss_scale: float | None = None) -> None:
         """Between the backward pass and the optimizer's step: keep what the rule needs of the gradients.
 
-        scale: as `GradientCapture.take` has it.
+        scale, loss_scale: as `GradientCapture.take` has them.
         """
-        if self.due(step):
-            self.gradients.take(self.rule, self.bounds, self.ends, scale)
+        if self.due(step) or self.gradients.probes:
+            self.gradients.take(self.rule, self.bounds, self.ends, scale, loss_scale)
 
     def update(self, step: int) -> Update | None:
         """After the optimizer's step: one update of the topology, if it is due."""
@@ -210,16 +214,18 @@ class TopologySearch:
             "ends": {name: list(ends) for name, ends in self.ends.items()},
             "telemetry": self.telemetry.state_dict(),
             "past": self._past.state_dict(),
+            "windows": self.gradients.windows.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From `state_dict`, of the same rule and the layers as they are. Raises InputError for anything else."""
         # Not all keep a mapping that is empty (torch's distributed checkpoints do not).
-        own = self.state_dict() | {"past": {}}
+        own = self.state_dict() | {"past": {}, "windows": {}}
         require_state("TopologySearch", state, [key for key, value in own.items() if value != {}])
         try:
             self.telemetry.load_state_dict(state["telemetry"])
             self._past.load_state_dict(state.get("past", {}))
+            self.gradients.windows.load_state_dict(state.get("windows", {}))
             self.state = self.rule.state_from_dict(state.get("rule", {}))
             self._since = int(state["waiting"])
             self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}

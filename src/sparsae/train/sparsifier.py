@@ -179,10 +179,13 @@ class Sparsifier:
         """Active weights of the sparse layers."""
         return sum(layer.topology.nnz for layer in self._layers.values())
 
-    def before_step(self) -> None:
-        """After `loss.backward()`, before gradients are clipped and `optimizer.step()`."""
+    def before_step(self, loss_scale: float | None = None) -> None:
+        """After `loss.backward()`, before gradients are clipped and `optimizer.step()`.
+
+        loss_scale: `scaler.get_scale()` after `scaler.unscale_(optimizer)`, for gradients at inactive connections.
+        """
         self._refuse_attached("before_step")
-        self._before_step(None)
+        self._before_step(None, loss_scale)
 
     def after_step(self) -> Update | None:
         """After `optimizer.step()`: the average, then the topology update if one is due."""
@@ -215,10 +218,13 @@ class Sparsifier:
         self.search.use(admitted, layer_bounds(self._layers, config), ends, groups)
         self._begin(admitted)
 
-    def attach(self, on_update: Callable[[Update], object] | None = None) -> Self:
+    def attach(
+        self, on_update: Callable[[Update], object] | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> Self:
         """Let the optimizer's step call `before_step` and `after_step` from now on; returns the Sparsifier.
 
-        on_update: called with every update; it may end the search, or change its rule. `before_step` then comes after
+        on_update: called with every update; it may end the search, or change its rule. scaler: the loop's gradient
+        scaler, for gradients at inactive connections. `before_step` then comes after
         clipping, and a step that a gradient scaler skips does not count.
 
         Raises InputError where this Sparsifier, or to the same optimizer another over the same layers, is attached
@@ -240,7 +246,7 @@ class Sparsifier:
             if update is not None and on_update is not None:
                 on_update(update)
 
-        self._hooks = StepHooks(self._optimizer, self._before_step, after_step)
+        self._hooks = StepHooks(self._optimizer, self._before_step, after_step, scaler)
         _ATTACHED.add(self)
         return self
 
@@ -299,10 +305,10 @@ class Sparsifier:
         tell_if_rigid(rule, {name: self.search.gradients.groups[name] for name in trained})
         self.search.arm(self.step + 1)
 
-    def _before_step(self, scale: Tensor | None) -> None:
+    def _before_step(self, scale: Tensor | None, loss_scale: float | None) -> None:
         refuse_lost(self._model, self._layers)
         self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
-        self.search.capture(self.step + 1, scale)
+        self.search.capture(self.step + 1, scale, loss_scale)
         self._burn_in.before_step(self._optimizer)
         self._ramp.before_step()
         self._calls.watch(self.update_due)

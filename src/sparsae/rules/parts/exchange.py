@@ -11,7 +11,7 @@ from sparsae.core.observation import LayerView, Observation
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
 from sparsae.rules.parts.drop import Drop
-from sparsae.rules.parts.grow import Grow
+from sparsae.rules.parts.grow import Grow, with_random
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ class Exchange(Rule[NoState]):
 
     scope "local": floor(f_t nnz_l) in each layer l, whose number of connections stays. "global": floor(f_t nnz) over
     the model, by scores of all layers together, each layer inside its bounds; `grow` then looks at gradients. Heads and
-    neurons stay inside their limits; less moves where these leave no room (choose.py).
+    neurons stay inside their limits; less moves where these leave no room (choose.py). random_share: the share of what
+    is grown that is uniformly random, of the model spread over layers by their connections; the rest is what `grow`
+    has best.
     """
 
     def __init__(
@@ -51,12 +53,13 @@ class Exchange(Rule[NoState]):
         drop: Drop,
         grow: Grow,
         scope: Literal["local", "global"] = "local",
+        random_share: float = 0.0,
     ) -> None:
         if scope == "global" and not grow.needs:
             raise InputError("scope 'global' ranks what all layers could grow by gradients: `grow` looks at none")
         self._name, self.when, self._fraction, self._drop, self._grow = name, when, fraction, drop, grow
-        self._scope = scope
-        self.needs, self.accumulate = drop.needs | grow.needs, grow.accumulate
+        self._scope, self._random_share = scope, random_share
+        self.needs, self.window, self.accumulate = drop.needs | grow.needs, grow.window, grow.accumulate
 
     @property
     def name(self) -> str:
@@ -92,6 +95,7 @@ class Exchange(Rule[NoState]):
             if n := min(int(fraction * view.topology.count), self._grow.room(view)):
                 scores = self._drop.scores(view, rng)
                 growth = self._grow.candidates(view, smallest(scores, n), n, rng)
+                growth = with_random(view, growth, round(self._random_share * n), rng)
                 drop[name], grow[name] = in_layer(view, scores, n, growth)
         return drop, grow
 
@@ -99,12 +103,15 @@ class Exchange(Rule[NoState]):
         self, views: Mapping[str, LayerView], fraction: float, rng: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         from sparsae.rules.parts.choose import over_layers
+        from sparsae.rules.parts.proposers import shares
 
+        n = int(fraction * sum(view.topology.count for view in views.values()))
+        random = shares({name: view.topology for name, view in views.items()}, round(self._random_share * n))
         growths = {}
         for name, view in views.items():
-            growths[name] = self._grow.candidates(view, view.topology.indices[:0].long(), self._grow.room(view), rng)
+            growth = self._grow.candidates(view, view.topology.indices[:0].long(), self._grow.room(view), rng)
+            growths[name] = with_random(view, growth, random.get(name, 0), rng)
         scores = {name: self._drop.scores(view, rng) for name, view in views.items()}
-        n = int(fraction * sum(view.topology.count for view in views.values()))
         units = over_layers(views, scores, growths, n)
         return {name: drop for name, (drop, _) in units.items()}, {name: grow for name, (_, grow) in units.items()}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sparsae.core.cadence import LAST_STEP, Window
 from sparsae.core.observation import LayerView, Need, unit_magnitude
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Growth:
 class Grow(ABC):
     """Which inactive units of a layer become active.
 
-    needs, accumulate, sample and probed_units: as `Rule` has them.
+    needs, window, accumulate, sample and probed_units: as `Rule` has them.
     """
+
+    window: Window = LAST_STEP
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -83,9 +86,11 @@ class LargestGradient(Grow):
     """The largest |dL/dW| of all positions that are inactive once units were dropped, those among them (RigL).
 
     over: the dense gradient of a step's "last" backward pass, or the "sum" of all, which keeps every layer's in memory.
+    window: the steps that it is averaged over; more than one keep every layer's in memory, and each step's besides.
     """
 
     over: Literal["last", "sum"] = "last"
+    window: Window = LAST_STEP
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -109,11 +114,15 @@ class LargestGradient(Grow):
 class LargestSampledGradient(Grow):
     """The largest |dL/dW| of a sample of inactive units, computed there and nowhere else (GSE).
 
-    ratio: gamma, positions drawn in terms of a layer's nnz. sampling: how they are drawn (`sampling.py`).
+    ratio: gamma, positions drawn in terms of a layer's nnz. sampling: how they are drawn (`sampling.py`). window: the
+    steps that gradients are averaged over, at positions drawn before the first. temperature: of Gumbel noise on
+    2 log|dL/dW|, so that positions are drawn with odds |dL/dW|^(2 / temperature); 0: none.
     """
 
     ratio: float = 1.0
     sampling: Sampling = "uniform"
+    window: Window = LAST_STEP
+    temperature: float = 0.0
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -133,7 +142,10 @@ class LargestSampledGradient(Grow):
         return sample_of(view).numel()
 
     def candidates(self, view: LayerView, leaving: Tensor, n: int, rng: torch.Generator) -> Growth:
-        return largest_gradients(view)
+        growth = largest_gradients(view)
+        if not self.temperature:
+            return growth
+        return Growth(growth.units, tempered(growth.scores, self.temperature, rng))
 
 
 def largest_gradients(view: LayerView) -> Growth:
@@ -142,6 +154,38 @@ def largest_gradients(view: LayerView) -> Growth:
     returning = None if view.active_gradient is None else unit_magnitude(view.active_gradient)
     units = sample_of(view).to(view.topology.indices.device)
     return Growth(units, unit_magnitude(view.sample_gradient), returning)
+
+
+def tempered(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
+    """2 log(magnitude) with Gumbel noise: the largest are a draw without replacement, odds magnitude^(2/temperature).
+
+    (Gumbel top-k: Kool et al., 2019.) A magnitude of zero stays -inf.
+    """
+    import torch
+
+    keys = 2 * magnitude.double().log()
+    if temperature:
+        # -log(-log U) with U in (0, 1).
+        noise = torch.rand(keys.shape, generator=rng, dtype=torch.float64, device="cpu").clamp_(min=1e-300)
+        keys += temperature * -(-noise.log()).log().to(keys.device)
+    return keys
+
+
+def with_random(view: LayerView, growth: Growth, n: int, rng: torch.Generator) -> Growth:
+    """The candidates of `growth` after `n` uniformly random inactive units, which are grown before all others.
+
+    Where limits of groups have no room for one of these, the best of the others come instead.
+    """
+    import torch
+
+    if not n:
+        return growth
+    random = view.topology.sample_inactive(n, rng).to(growth.units)
+    others = ~torch.isin(growth.units, random)
+    first = torch.full((n,), torch.inf, dtype=growth.scores.dtype, device=growth.scores.device)
+    return Growth(
+        torch.cat([random, growth.units[others]]), torch.cat([first, growth.scores[others]]), growth.returning
+    )
 
 
 def sample_of(view: LayerView) -> Tensor:

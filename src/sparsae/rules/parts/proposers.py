@@ -18,24 +18,29 @@ from sparsae.core.observation import Observation, unit_magnitude
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, sample_distinct
 from sparsae.rules.parts.choose import in_layer
-from sparsae.rules.parts.grow import Growth, largest_gradients
+from sparsae.rules.parts.grow import Growth, largest_gradients, sample_of, tempered, with_random
 
 if TYPE_CHECKING:
     from sparsae.rules.evolution import ResetConfig
 
 
 @dataclass(frozen=True)
-class Temperatures:
-    """Gumbel noise on 2 log|w| of what goes and on 2 log|g| of what comes; 0: none."""
+class Guidance:
+    """How guided proposals choose.
+
+    drop, grow: temperatures, of Gumbel noise on 2 log|w| of what goes and on 2 log|g| of what comes; 0: none. random:
+    the share of what comes that is uniformly random.
+    """
 
     drop: float = 0.0
     grow: float = 0.0
+    random: float = 0.0
 
 
-Proposer = Callable[[Observation, int, Temperatures, torch.Generator], Swap]
+Proposer = Callable[[Observation, int, Guidance, torch.Generator], Swap]
 
 
-def uniform(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
+def uniform(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
     """`count` active units of the whole model go, `count` inactive ones come, all uniformly."""
     topologies = observation.topologies
     inactive = {name: topology.units - topology.count for name, topology in topologies.items()}
@@ -49,7 +54,7 @@ def uniform(observation: Observation, count: int, temperatures: Temperatures, rn
     )
 
 
-def layerwise(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
+def layerwise(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
     """Uniform within each layer, whose number of active units stays."""
     drop, grow = {}, {}
     for name, n in shares(observation.topologies, count).items():
@@ -59,7 +64,7 @@ def layerwise(observation: Observation, count: int, temperatures: Temperatures, 
     return Swap(drop, grow)
 
 
-def guided(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
+def guided(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
     """Per layer: small weights go, with tempered chance, and the largest gradients of a sample of inactive units come.
 
     Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units,
@@ -69,16 +74,16 @@ def guided(observation: Observation, count: int, temperatures: Temperatures, rng
     drop, grow = {}, {}
     for name, n in shares(observation.topologies, count).items():
         view = observation.layers[name]
-        assert view.sample is not None
-        assert view.sample_gradient is not None
-        n = min(n, view.sample.numel())
-        weakest = _keys(unit_magnitude(view.values), temperatures.drop, rng)
-        strongest = _keys(unit_magnitude(view.sample_gradient), temperatures.grow, rng)
-        drop[name], grow[name] = in_layer(view, weakest, n, Growth(view.sample.to(strongest.device), strongest))
+        n = min(n, sample_of(view).numel())
+        weakest = tempered(unit_magnitude(view.values), guidance.drop, rng)
+        growth = largest_gradients(view)
+        growth = Growth(growth.units, tempered(growth.scores, guidance.grow, rng))
+        growth = with_random(view, growth, round(guidance.random * n), rng)
+        drop[name], grow[name] = in_layer(view, weakest, n, growth)
     return Swap(drop, grow)
 
 
-def shift(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
+def shift(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
     """Density moves between layers: those that lose and those that gain are weighted at random (Dirichlet)."""
     views = observation.layers
     drops = _random_split(count, {name: view.topology.count for name, view in views.items()}, rng)
@@ -102,7 +107,7 @@ def reset(observation: Observation, config: ResetConfig, rng: torch.Generator) -
     if float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu")) >= config.redraw:
         low, high = config.reshuffle
         share = low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float32, device="cpu"))
-        return "reshuffle", layerwise(observation, round(share * observation.count), Temperatures(), rng)
+        return "reshuffle", layerwise(observation, round(share * observation.count), Guidance(), rng)
     drop, grow = {}, {}
     for name, view in observation.layers.items():
         now = view.topology
@@ -112,7 +117,7 @@ def reset(observation: Observation, config: ResetConfig, rng: torch.Generator) -
     return "redraw", Swap(drop, grow)
 
 
-def rigl(observation: Observation, count: int, temperatures: Temperatures, rng: torch.Generator) -> Swap:
+def rigl(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
     """Per layer: small weights go, with tempered chance, and the largest of all its inactive units' gradients come.
 
     What goes is among what may come, as in RigL (rigl.py); candidates of one update differ in what they drop only.
@@ -120,8 +125,9 @@ def rigl(observation: Observation, count: int, temperatures: Temperatures, rng: 
     drop, grow = {}, {}
     for name, n in shares(observation.topologies, count).items():
         view = observation.layers[name]
-        weakest = _keys(unit_magnitude(view.values), temperatures.drop, rng)
-        drop[name], grow[name] = in_layer(view, weakest, n, largest_gradients(view))
+        weakest = tempered(unit_magnitude(view.values), guidance.drop, rng)
+        growth = with_random(view, largest_gradients(view), round(guidance.random * n), rng)
+        drop[name], grow[name] = in_layer(view, weakest, n, growth)
     return Swap(drop, grow)
 
 
@@ -143,15 +149,6 @@ def shares(topologies: Mapping[str, Topology], count: int) -> dict[str, int]:
         split[name] = min(n, topology.count, topology.units - topology.count)
         before = after
     return {name: n for name, n in split.items() if n}
-
-
-def _keys(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
-    keys = 2 * magnitude.double().log()
-    if temperature:
-        # -log(-log U) with U in (0, 1); log 0 of a zero magnitude stays -inf: such a unit is always the first to go.
-        noise = torch.rand(keys.shape, generator=rng, dtype=torch.float64, device="cpu").clamp_(min=1e-300)
-        keys += temperature * -(-noise.log()).log().to(keys.device)
-    return keys
 
 
 def _at(topology: Topology, positions: Tensor) -> Tensor:

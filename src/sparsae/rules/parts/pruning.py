@@ -44,7 +44,7 @@ class Pruning(Rule[NoState]):
         self._fraction, self._grow = fraction, grow
         self.needs = drop.needs
         if grow is not None:
-            self.needs, self.accumulate = drop.needs | grow.needs, grow.accumulate
+            self.needs, self.window, self.accumulate = drop.needs | grow.needs, grow.window, grow.accumulate
 
     @property
     def grows(self) -> bool:

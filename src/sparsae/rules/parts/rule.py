@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from sparsae.config.rules import BurnInConfig, MicroBatchConfig
 from sparsae.config.span import Horizon, in_updates, span_steps
-from sparsae.core.cadence import Cadence, Never
+from sparsae.core.cadence import LAST_STEP, Cadence, Never, Window
 from sparsae.core.observation import Need, Observation
 from sparsae.core.swap import Swap
 from sparsae.score import Score, Term
@@ -58,17 +58,19 @@ class Rule(ABC, Generic[State]):
     """A topology rule: `when` its updates come, and what `ask` proposes.
 
     `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON. moves: whether it ever changes the
-    topology. needs: what has to be captured for it, and for its terms. terms: what its candidates and the current
-    topology are scored by; none: they are not. accumulate: over which backward passes of a step a "dense_gradient" is
-    taken. prunes: whether the model shrinks, as fast as `when` says. micro_batch: the held-out sequences that score its
-    candidates, where it needs their loss. initialization: values of grown units (see `surgery.plan`). burn_in: the
-    gradient steps after a change. ramp, ramp_first: as its settings have them. declines: whether an update may
-    leave the topology as it is since no candidate is better.
+    topology. needs: what has to be captured for it, and for its terms. window: the steps that gradients at inactive
+    units are averaged over. terms: what its candidates and the current topology are scored by; none: they are not.
+    accumulate: over which backward passes of a step a "dense_gradient" is taken. prunes: whether the model shrinks, as
+    fast as `when` says. micro_batch: the held-out sequences that score its candidates, where it needs their loss.
+    initialization: values of grown units (see `surgery.plan`). burn_in: the gradient steps after a change. ramp,
+    ramp_first: as its settings have them. declines: whether an update may leave the topology as it is since no
+    candidate is better.
     """
 
     when: Cadence = Never()
     moves: bool = True
     needs: frozenset[Need] = frozenset()
+    window: Window = LAST_STEP
     terms: Sequence[Term[Any]] = ()
     accumulate: Literal["last", "sum"] = "last"
     prunes: bool = False
@@ -127,8 +129,15 @@ class Rule(ABC, Generic[State]):
     def sample(
         self, topologies: Mapping[str, Topology], state: State, rng: torch.Generator
     ) -> Mapping[str, Tensor | Draw]:
-        """The inactive units whose gradients the next update wants, by layer ("gradient_at")."""
+        """The inactive units whose gradients the next update wants, by layer ("gradient_at").
+
+        They are asked for at the first step of the window, and stay until its update.
+        """
         return {}
+
+    def windows(self, layers: Iterable[str], state: State) -> dict[str, Window]:
+        """The steps that each layer's gradients are averaged over for the update that comes next."""
+        return dict.fromkeys(layers, self.window)
 
     def of(self, layer: str) -> Rule[Any]:
         """The rule that moves a layer's connections: itself, or one of those that it is made of."""

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsae.config.span import Horizon
-from sparsae.core.cadence import Cadence
+from sparsae.core.cadence import Cadence, Window
 from sparsae.core.observation import Observation
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
@@ -111,6 +111,12 @@ class Several(Rule[SeveralState]):
         for rule, mine, own in self._split(topologies, state):
             if "gradient_at" in rule.needs:
                 found |= rule.sample(mine, own, rng)
+        return found
+
+    def windows(self, layers: Iterable[str], state: SeveralState) -> dict[str, Window]:
+        found: dict[str, Window] = {}
+        for rule, mine, own in self._split(dict.fromkeys(layers), state):
+            found |= rule.windows(mine, own)
         return found
 
     def growth(self, topologies: Mapping[str, Topology], state: SeveralState, progress: float) -> dict[str, int]:
