@@ -61,8 +61,10 @@ def choices(section: Section) -> Iterator[tuple[str, dict[str, Any]]]:
 def averages(section: Section) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of growth by averaged gradients and by chance."""
     if "window" in type(section).model_fields:
-        yield "window=3", {"window": 3}
+        yield "window=3", {"window": 3, "random_share": 0.0}
         yield "window=100, every 3rd", {"window": 100, "window_every": 3, "random_share": 0.4}
+    if "grow_temperature" in type(section).model_fields:
+        yield "grow_temperature=1", {"grow_temperature": 1.0, "random_share": 0.0}
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -286,11 +286,33 @@ def test_a_run_is_evaluated_with_its_own_threads(small: Callable[..., Config], t
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", ["sparsae-guided", "rigl", "gse", "sparsae-rigl"])
-def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path, method: str) -> None:
-    config = small(
-        "training.accumulation=2", *(["topology.every=5"] if method in ("rigl", "gse") else []), method=method
-    )
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("sparsae-guided", []),
+        ("rigl", ["topology.every=5"]),
+        ("gse", ["topology.every=5"]),
+        ("sparsae-rigl", []),
+        ("rigl", ["topology.every=5", "topology.window=3"]),
+        ("rigl", ["topology.every=5", "topology.window=100%", "topology.window_every=2", "topology.accumulate=sum"]),
+        ("gse", ["topology.every=5", "topology.window=4", "topology.random_share=0.5"]),
+        ("set", ["topology.every=6"]),
+        (
+            "sparsae",
+            [
+                "topology.random_share=0.5",
+                "topology.window=9",
+                "topology.window_every=4",
+                "topology.every=6",
+                "topology.ramp=0",
+            ],
+        ),
+    ],
+)
+def test_plan_agrees_with_the_run(
+    small: Callable[..., Config], tmp_path: Path, method: str, settings: list[str]
+) -> None:
+    config = small("training.accumulation=2", *settings, method=method)
     planned = plan(config)
     summary = start(config, tmp_path / "run", quiet=True)
     assert sum(layer["nnz"] for layer in planned["layers"]) == summary["nnz"]
@@ -298,6 +320,7 @@ def test_plan_agrees_with_the_run(small: Callable[..., Config], tmp_path: Path, 
     assert planned["train_flops_dense_equivalent"] == summary["train_flops_dense_equivalent"]
     # The estimate by formula is what the live tensors hold.
     assert planned["state_bytes"] == summary["state_bytes_by_part"]
+    assert ("window" in planned["state_bytes"]) == any("window=" in setting for setting in settings)
     assert planned["expected_seconds"] > 0
 
 

@@ -6,6 +6,8 @@ The individuals are connections. At the end of each generation, every K steps, i
     selection: the k_l smallest |w| go
     variation: k_l inactive units come, uniformly, at zero
 
+    (or, with random_share < 1, that share of them, and of a random sample those with the largest |dL/dW|)
+
     infancy: a connection of age a, in steps, learns at min(1, a / ramp) of the learning rate
 
 With infancy off this is SET (set.py) under other defaults. What a connection is worth cannot be known when it is born:
@@ -19,14 +21,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sparsae.config.rules import RuleConfig
-from sparsae.config.section import Share
+from sparsae.config.rules import GradientWindow, RuleConfig, WindowEvery
+from sparsae.config.section import NonNegative, Positive, Share
 from sparsae.config.span import RampSpan, Span
-from sparsae.core.cadence import Periodic
+from sparsae.core.cadence import Periodic, Window
 from sparsae.registry import RULES
 from sparsae.rules.parts.drop import SmallestMagnitude
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
-from sparsae.rules.parts.grow import RandomGrowth
+from sparsae.rules.parts.grow import LargestSampledGradient, RandomGrowth
 
 
 class GenerationsConfig(RuleConfig):
@@ -44,15 +46,31 @@ class GenerationsConfig(RuleConfig):
         description="infancy: over how long a grown connection's learning rate rises to its own: steps, 5%, 2 updates; "
         "0: none",
     )
+    random_share: Share = Field(
+        default=1.0,
+        description="share of the growth that is uniformly random; the rest has a sample's largest gradients",
+    )
+    sample_ratio: Positive = Field(
+        default=1.0, description="gamma, sampled inactive positions in terms of nnz, of growth by gradients"
+    )
+    window: GradientWindow = 1
+    window_every: WindowEvery = 1
+    grow_temperature: NonNegative = Field(
+        default=0.0, description="Gumbel noise on 2 log|g| of growth by gradients; 0: largest first"
+    )
 
 
 @RULES.register("generations", GenerationsConfig)
 def build_generations(config: GenerationsConfig) -> Exchange:
-    """Magnitude drop, random growth."""
+    """Magnitude drop, and growth that is random, or guided by a sample's gradients in part."""
+    window = Window(config.window, config.window_every)
+    guided = LargestSampledGradient(config.sample_ratio, window=window, temperature=config.grow_temperature)
+    is_random = config.random_share == 1.0
     return Exchange(
         "generations",
         when=Periodic(config.every, stop=config.stop),
         fraction=CosineFraction(config.drop_fraction, config.stop),
         drop=SmallestMagnitude(),
-        grow=RandomGrowth(),
+        grow=RandomGrowth() if is_random else guided,
+        random_share=0.0 if is_random else config.random_share,
     )
