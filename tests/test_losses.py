@@ -249,3 +249,35 @@ def test_what_cannot_be_is_an_error() -> None:
         language_model_loss(problem.hidden, problem.head, problem.targets, alpha=0.1)
     with pytest.raises(ValueError, match="no target counts"):
         language_model_loss(problem.hidden, problem.head, torch.full_like(problem.targets, IGNORE))
+
+
+@pytest.mark.parametrize("taught", [1, 5, 13, 23])
+@pytest.mark.parametrize("chunk", [4, 13, 50])
+def test_a_teacher_of_the_first_tokens_teaches_these(taught: int, chunk: int) -> None:
+    problem = Problem().ignoring(0.3)
+    problem.teacher_hidden = problem.teacher_hidden[:taught]
+    mine, other = chunked(problem, 0.6, chunk), whole(problem, 0.6)
+    for part, expected in zip(mine, other, strict=True):
+        torch.testing.assert_close(part, expected)
+    for gradient, expected in zip(problem.gradients(mine, 3.0), problem.gradients(other, 3.0), strict=True):
+        torch.testing.assert_close(gradient, expected)
+    first = Problem().ignoring(0.3)
+    first.hidden, first.targets = first.hidden[:taught], first.targets[:taught]
+    first.teacher_hidden = problem.teacher_hidden
+    torch.testing.assert_close(mine.distillation, whole(first, 0.6).distillation)
+
+
+def test_a_teacher_teaches_no_more_tokens_than_there_are() -> None:
+    problem = Problem()
+    with pytest.raises(ValueError, match="a teacher of 23 tokens for 20"):
+        language_model_loss(
+            problem.hidden[:20], problem.head, problem.targets[:20], teacher_hidden_TD=problem.teacher_hidden,
+            teacher_head=problem.teacher_head, alpha=0.5,
+        )  # fmt: skip
+    # Where none of what is taught counts, nothing is learned from it.
+    problem = Problem()
+    problem.targets[:5] = IGNORE
+    problem.teacher_hidden = problem.teacher_hidden[:5]
+    for parts in (chunked(problem, 0.5, 3), whole(problem, 0.5)):
+        assert float(parts.distillation) == 0.0
+        assert float(parts.total.detach()) == float(parts.cross_entropy)

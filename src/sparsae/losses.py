@@ -2,6 +2,8 @@
 
     L = CE + alpha KL(teacher || student),    KL = sum_v p_T (log p_T - log p_S),    means over tokens
 
+A teacher may teach the first tokens only: KL is then a mean over these.
+
 The logits of student and teacher are (tokens, vocabulary) matrices, the largest tensors of a small model's training.
 They never exist whole: each chunk's logits are computed, turned into a loss and at once into gradients, and
 forgotten.
@@ -39,12 +41,15 @@ def language_model_loss(
 ) -> LossParts:
     """L of hidden states (tokens, width) through `head` (any module to (tokens, vocabulary)), `chunk` tokens at a time.
 
-    Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean. Without gradients enabled
-    none are computed; without `head_gradient`, none of the head's parameters. Raises ValueError where alpha > 0 and
-    the teacher is incomplete, or where no target counts.
+    Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean. `teacher_hidden_TD` may
+    have fewer rows than `hidden_TD`: the tokens beyond are not taught. Without gradients enabled none are computed;
+    without `head_gradient`, none of the head's parameters. Raises ValueError where alpha > 0 and the teacher is
+    incomplete or has more tokens, or where no target counts.
     """
     if alpha > 0 and (teacher_hidden_TD is None or teacher_head is None):
         raise ValueError("alpha > 0 needs teacher_hidden_TD and teacher_head")
+    if teacher_hidden_TD is not None and teacher_hidden_TD.shape[0] > hidden_TD.shape[0]:
+        raise ValueError(f"a teacher of {teacher_hidden_TD.shape[0]} tokens for {hidden_TD.shape[0]}")
     if alpha == 0:
         teacher_hidden_TD = teacher_head = None
     parameters = [p for p in head.parameters() if p.requires_grad and head_gradient]
@@ -79,18 +84,22 @@ def distillation_loss(
     alpha: float,
     ignore_index: int = -100,
 ) -> LossParts:
-    """L from whole logits (..., vocabulary) and targets (...): for loops that have them. Without teacher, L = CE."""
+    """L from whole logits (..., vocabulary) and targets (...): for loops that have them. Without teacher, L = CE.
+
+    teacher_logits: of all tokens, or of the first ones (the first sequences of a batch): the others are not taught.
+    """
     logits, targets = _wide(student_logits.flatten(0, -2)), targets.flatten()
     cross_entropy = F.cross_entropy(logits, targets, ignore_index=ignore_index)
     if teacher_logits is None:
         return LossParts(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach()))
-    counted = targets != ignore_index
+    taught = _wide(teacher_logits.detach().flatten(0, -2))
+    counted = targets[: taught.shape[0]] != ignore_index
     divergence = F.kl_div(
-        logits[counted].log_softmax(-1),
-        _wide(teacher_logits.detach().flatten(0, -2))[counted].log_softmax(-1),
-        reduction="batchmean",
+        logits[: taught.shape[0]][counted].log_softmax(-1),
+        taught[counted].log_softmax(-1),
+        reduction="sum",
         log_target=True,
-    )
+    ) / max(1, int(counted.sum()))
     return LossParts(cross_entropy + alpha * divergence, cross_entropy.detach(), divergence.detach())
 
 
@@ -114,6 +123,11 @@ class _ChunkedLoss(torch.autograd.Function):
         counted = int((inputs.targets != inputs.ignore_index).sum())
         if not counted:
             raise ValueError("no target counts: the loss of nothing is not defined")
+        # Sums are divided by the targets that count; those of the divergence are fewer where not all are taught.
+        rarer = 1.0
+        if inputs.teacher_hidden is not None:
+            taught = inputs.targets[: inputs.teacher_hidden.shape[0]]
+            rarer = counted / max(1, int((taught != inputs.ignore_index).sum()))
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need and inputs.differentiate]
         sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
         grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
@@ -125,7 +139,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if wanted:
                     leaves = [(hidden, *parameters)[i] for i in wanted]
                     chunk_grads = torch.autograd.grad(
-                        (cross_entropy + inputs.alpha * divergence) / counted, leaves, allow_unused=True
+                        (cross_entropy + inputs.alpha * rarer * divergence) / counted, leaves, allow_unused=True
                     )
                     for i, grad in zip(wanted, chunk_grads, strict=True):
                         target = grads[i]
@@ -135,6 +149,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(*[grad for grad in grads if grad is not None])
         ctx.wanted, ctx.slots = wanted, 1 + len(parameters)
         cross_entropy, divergence = (sums / counted).unbind()
+        divergence = divergence * rarer
         ctx.mark_non_differentiable(cross_entropy, divergence)
         return cross_entropy + inputs.alpha * divergence, cross_entropy, divergence
 
@@ -154,10 +169,14 @@ def _chunk_loss(inputs: _Inputs, hidden: Tensor, rows: slice) -> tuple[Tensor, T
     cross_entropy = F.nll_loss(log_p, targets, ignore_index=inputs.ignore_index, reduction="sum")
     if inputs.teacher_head is None or inputs.teacher_hidden is None:
         return cross_entropy, torch.zeros_like(cross_entropy)
+    teacher_hidden = inputs.teacher_hidden[rows]
+    taught = teacher_hidden.shape[0]
+    if not taught:
+        return cross_entropy, torch.zeros_like(cross_entropy)
     with torch.no_grad():
-        log_q = _wide(inputs.teacher_head(inputs.teacher_hidden[rows])).log_softmax(-1)
-    divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    return cross_entropy, (divergence * (targets != inputs.ignore_index)).sum()
+        log_q = _wide(inputs.teacher_head(teacher_hidden)).log_softmax(-1)
+    divergence = F.kl_div(log_p[:taught], log_q, reduction="none", log_target=True).sum(-1)
+    return cross_entropy, (divergence * (targets[:taught] != inputs.ignore_index)).sum()
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ class TeacherLayer:
 
     storage "masked": a sparse layer over the student's topology; "union": one over the student's topology and the units
     dropped before that have not yet faded, with `active` marking the student's (None: all are); "dense": a dense layer.
-    student: the student's topology that `active` is of; None where that has to be looked at.
+    student: the student's topology that `active` is of; None where that has to be looked at. ages: steps of the average
+    that each unit of the student has had here, where a grown one begins anew, at the student's value; None: where it
+    begins at what is remembered of it, or zero.
     """
 
     module: nn.Module
@@ -53,12 +55,20 @@ class TeacherLayer:
     tolerance: float
     active: Tensor | None = None
     student: Topology | None = None
+    ages: Tensor | None = None
 
     def follow(self, change: Change) -> None:
-        """Take over the student's new topology. A unit that the teacher has no memory of starts at zero."""
+        """Take over the student's new topology."""
         module = self.module
         if not isinstance(module, SparseLinear):
             return
+        self._follow_topology(module, change)
+        if self.ages is not None:
+            self.ages = remap(self.ages, change.source)
+            grown = module.topology.positions(change.after.indices[change.grown])
+            module.values.data[grown] = change.values[change.grown]
+
+    def _follow_topology(self, module: SparseLinear, change: Change) -> None:
         self.student = change.after
         if self.storage == "masked":
             module.set_topology(change.after, remap(module.values.data, change.source))
@@ -104,7 +114,7 @@ class Plan:
             self.layers[name].set_topology(change.after, change.values)
             if move_state is not None:
                 move_state(name)
-            if teacher is not None:
+            if teacher:
                 teacher[name].follow(change)
 
 

@@ -164,7 +164,28 @@ class TeacherConfig(Section):
     warmup_improvement: Positive = Field(
         default=0.5, description="nats under the untrained validation loss that end the warm-up (validation)"
     )
-    ramp: bool = Field(default=True, description="let the decay grow with the steps: min(beta, (1 + t) / (10 + t))")
+    ramp: bool = Field(
+        default=True, description="let the decay grow with the teacher's steps t: min(beta, (1 + t) / (10 + t))"
+    )
+    start: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0,
+        description="share of the steps before the teacher, which begins there as a copy of the student; no KL before",
+    )
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="share of the sequences that are taught; the teacher reads no others"
+    )
+    every: Count = Field(default=1, description="taught at every n-th step only")
+    grown: Literal["zero", "student"] = Field(
+        default="zero",
+        description="a connection that the student grows begins in the teacher at 0 or what a union teacher remembers "
+        "(zero), or at the student's value with a ramp of its own (student)",
+    )
+
+    @model_validator(mode="after")
+    def _dense_forgets_nothing(self) -> Self:
+        if self.grown == "student" and self.storage == "dense":
+            raise ValueError("grown 'student' is for a union or masked teacher: a dense one keeps every position")
+        return self
 
 
 class TrainingConfig(Section):

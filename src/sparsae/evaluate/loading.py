@@ -16,7 +16,7 @@ from sparsae.nn.sparsify import densify
 from sparsae.nn.tensors import load_model
 from sparsae.train.build import build, choose_device
 from sparsae.train.checkpoint import load_checkpoint
-from sparsae.train.rundir import RunDirectory
+from sparsae.train.rundir import RunDirectory, read_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,10 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
     if teacher and not config.teacher.enabled:
         raise InputError(f"{path}: this run kept no teacher (teacher.enabled is false): leave out --teacher")
     checkpoint = run.latest_checkpoint()
+    if teacher and config.teacher.start and "teacher.safetensors" not in read_state(checkpoint)["files"]:
+        raise InputError(
+            f"{path}: this run's teacher has not begun (teacher.start): train it on, or leave out --teacher"
+        )
     group = "teacher" if teacher else "model"
     tensors, state = load_checkpoint(checkpoint, group)
     run.check_tokenizer()

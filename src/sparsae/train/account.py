@@ -32,9 +32,9 @@ class Account:
         """Training tokens of so many steps."""
         return steps * self.tokens_per_step
 
-    def step(self, teacher_nnz: int | None) -> None:
-        """One optimizer step, whose teacher has so many weights; None: it was not asked."""
-        self.costs.count_step(self.flops, self.tokens_per_step, teacher_nnz)
+    def step(self, taught_tokens: int, teacher_nnz: int) -> None:
+        """One optimizer step, in which a teacher of so many weights read so many tokens."""
+        self.costs.count_step(self.flops, self.tokens_per_step, taught_tokens, teacher_nnz)
 
     def update(self, update: Update, nnz: int) -> None:
         """One topology update, which left `nnz` active weights."""

@@ -59,7 +59,7 @@ def trainer_of(
     extension: the last one, of a run that got more steps.
     """
     training = config.training
-    teacher = Teacher(model, config.teacher) if config.teacher.enabled else None
+    teacher = Teacher(model, config.teacher, training.steps) if config.teacher.enabled else None
     objective = Objective(
         model, training, device, teacher=teacher, dropout_seed=config.seed if config.model.dropout else None
     )

@@ -19,13 +19,13 @@ class Averages:
         self._clock = (time.perf_counter(), 0)
 
     def add(self, loss: float, cross_entropy: float, distillation: float, passes: int) -> None:
-        """One of the forward `passes` of a step."""
+        """One of the forward `passes` of a step; the distillation times the share of its sequences that were taught."""
         self._sums["loss"] += loss / passes
         self._sums["cross_entropy"] += cross_entropy / passes
         self._sums["distillation"] += distillation / passes
 
-    def end_step(self, taught: bool) -> None:
-        """All passes of a step, with or without a KL term, were added."""
+    def end_step(self, taught: float) -> None:
+        """All passes of a step were added, of whose tokens this share was taught."""
         self._sums["steps"] += 1
         self._sums["taught_steps"] += taught
 

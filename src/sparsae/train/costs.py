@@ -28,12 +28,11 @@ class RunCosts:
         """Active share of the sparse layers' weights; 1 where there are none."""
         return self.nnz / self.cost.sparse_weights if self.cost.sparse_weights else 1.0
 
-    def count_step(self, flops: FlopCounter, tokens: int, teacher_nnz: int | None) -> None:
-        """One optimizer step; `teacher_nnz` weights of the sparse layers are the teacher's, None: it is not asked."""
+    def count_step(self, flops: FlopCounter, tokens: int, taught_tokens: int, teacher_nnz: int) -> None:
+        """One optimizer step, with a teacher of `teacher_nnz` weights in the sparse layers for some of its tokens."""
         flops.add("student", self.cost.training(self.nnz, tokens))
         flops.dense_equivalent += self.cost.dense_training(tokens)
-        if teacher_nnz is not None:
-            flops.add("teacher", self.cost.forward(teacher_nnz, tokens))
+        flops.add("teacher", self.cost.forward(teacher_nnz, taught_tokens))
 
     def count_update(self, flops: FlopCounter, spent: SearchCost) -> None:
         """One topology update: scored candidates, and gradients at inactive positions."""

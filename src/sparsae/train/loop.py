@@ -83,8 +83,8 @@ class Trainer:
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
         if update_due:
             self.data.prefetch(self.step + 1)
-        self._backward(alpha)
-        self.account.step(self.teacher.nnz if self.teacher and alpha else None)
+        taught = self._backward(alpha)
+        self.account.step(taught, self.teacher.nnz if self.teacher and taught else 0)
         if self.sparsifier:
             self.sparsifier.before_step()
         norm = float(clip_gradients(self.model.parameters(), self.settings.clip))
@@ -99,17 +99,21 @@ class Trainer:
         if self.done or self.step % self.settings.log_every == 0:
             self._tell(self._averages.row(self.step, self.account, rate, norm, burning_in))
 
-    def _backward(self, alpha: float) -> None:
-        """The gradient of the mean loss over all batches of the step."""
-        passes = self.settings.accumulation
+    def _backward(self, alpha: float) -> int:
+        """The gradient of the mean loss over all batches of the step; returns the tokens that the teacher read."""
+        passes, taught_tokens = self.settings.accumulation, 0
         self.objective.begin_step(self.step)
-        for index in range(self.step * passes, (self.step + 1) * passes):
-            parts = self.objective.loss(self.data.batches.at(index), alpha)
+        for index in range(passes):
+            batch = self.data.batches.at(self.step * passes + index)
+            taught = self.objective.taught(self.step, index, batch.shape[0])
+            parts = self.objective.loss(batch, alpha, taught)
             (parts.total / passes).backward()
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
             self._require_finite("the loss", loss)
-            self._averages.add(loss, cross_entropy, distillation, passes)
-        self._averages.end_step(taught=alpha > 0)
+            self._averages.add(loss, cross_entropy, distillation * (taught / batch.shape[0]), passes)
+            taught_tokens += batch[:taught, 1:].numel()
+        self._averages.end_step(taught_tokens / self.account.tokens_per_step)
+        return taught_tokens
 
     def _follow(self) -> None:
         """The teacher's average and the topology's update."""

@@ -104,8 +104,7 @@ def _teacher_tensors(teacher: Mapping[str, TeacherLayer]) -> Iterable[Tensor]:
             yield from (kept.module.values, *kept.module.index_tensors)
         elif isinstance(kept.module, nn.Module) and isinstance(kept.module.weight, Tensor):
             yield kept.module.weight
-        if kept.active is not None:
-            yield kept.active
+        yield from (tensor for tensor in (kept.active, kept.ages) if tensor is not None)
 
 
 def _nbytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

@@ -60,9 +60,23 @@ class Objective:
         """The weight of the KL term at a step counted from 0; 0 without a teacher."""
         return self._warmup.alpha(step) if self._warmup else 0.0
 
-    def loss(self, batch: Tensor, alpha: float) -> LossParts:
-        """What is trained, with the KL term at this weight."""
-        return self._parts(self.model, self._trained, batch, alpha=alpha)
+    def taught(self, step: int, index: int, rows: int) -> int:
+        """How many of the `rows` sequences of a step's forward pass `index` are taught; see `WarmUp.taught`."""
+        if not self.alpha(step):
+            return 0
+        assert self._warmup is not None
+        return self._warmup.taught(step, index, self._settings.accumulation, rows)
+
+    def loss(self, batch: Tensor, alpha: float, taught: int | None = None) -> LossParts:
+        """What is trained, with the KL term at this weight.
+
+        taught: how many sequences are, the first ones; None: all. The weight is that of a mean over all sequences: what
+        is left out of it is made up for, so that it is the same over the steps whatever the share.
+        """
+        rows = batch.shape[0]
+        if taught is not None and self.teacher:
+            alpha *= taught / (rows * self.teacher.config.share)
+        return self._parts(self.model, self._trained, batch, alpha=alpha, taught=rows if taught is None else taught)
 
     def score(self, batch: Tensor) -> Tensor:
         """Mean cross entropy, differentiable in the sparse layers: a dense head's gradient is nobody's concern here."""
@@ -91,12 +105,19 @@ class Objective:
         loss = self.mean(rows)
         if self._warmup:
             self._warmup.observe(loss)
-        return loss, self.mean(rows, self.teacher.model) if self.teacher else None
+        return loss, self.mean(rows, self.teacher.model) if self.teacher and self.teacher.begun else None
 
     def _parts(
-        self, model: nn.Module, decoder: Any, batch: Tensor, *, alpha: float = 0.0, head_gradient: bool = True
+        self,
+        model: nn.Module,
+        decoder: Any,
+        batch: Tensor,
+        *,
+        alpha: float = 0.0,
+        taught: int = 0,
+        head_gradient: bool = True,
     ) -> LossParts:
-        """decoder: the model's, or what it was compiled to."""
+        """decoder: the model's, or what it was compiled to. taught: sequences that the teacher reads."""
         batch = self._on_device(batch)
         inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.precision == "bfloat16"):
@@ -104,7 +125,7 @@ class Objective:
             if alpha > 0 and self.teacher:
                 teacher_decoder, teacher_head = decoder_and_head(self.teacher.model)
                 with torch.no_grad():
-                    teacher_hidden = hidden_states(teacher_decoder, inputs)
+                    teacher_hidden = hidden_states(teacher_decoder, inputs[:taught])
             return language_model_loss(
                 hidden_states(decoder, inputs),
                 decoder_and_head(model)[1],

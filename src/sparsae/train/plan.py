@@ -50,6 +50,8 @@ def plan(config: Config) -> dict[str, Any]:
     state = estimated_state_bytes(units, nnz, weights, teacher=teacher) | {"indices": _index_bytes(config, layers)}
     if window := _window_bytes(rule, layers, Horizon(training.steps)):
         state["window"] = window
+    if teacher and config.teacher.grown == "student":
+        state["teacher"] += 4 * units  # their ages
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_dense": dense_parameters,
@@ -126,10 +128,13 @@ def _expected_flops(
     warmup = WarmUp(config.teacher, steps)
     last: dict[str, int] = {}  # the update before, of each layer
     for step in range(1, steps + 1):
-        taught = config.teacher.enabled and warmup.alpha(step - 1) > 0
+        taught = 0
+        if config.teacher.enabled and warmup.alpha(step - 1) > 0:
+            passes, rows = training.accumulation, training.batch_size
+            taught = config.model.context * sum(warmup.taught(step - 1, i, passes, rows) for i in range(passes))
         teacher_nnz = costs.cost.sparse_weights if config.teacher.storage == "dense" else costs.nnz
-        costs.count_step(flops, tokens, teacher_nnz if taught else None)
-        costs.count_step(dense, tokens, costs.cost.sparse_weights if taught else None)
+        costs.count_step(flops, tokens, taught, teacher_nnz)
+        costs.count_step(dense, tokens, taught, costs.cost.sparse_weights)
         if rule.due(step, horizon):
             left = costs.nnz / (block * sum(start.values()))
             moved = {name: topologies[name] for name in rule.concerns(topologies, range(step, step + 1), horizon)}

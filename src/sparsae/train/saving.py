@@ -48,15 +48,18 @@ class SavedRun:
         """What is beside model and optimizer. InputError where it does not fit."""
         tensors, state = self.tensors, self.state
         for name, part in {"teacher": trainer.teacher, "search": trainer.sparsifier}.items():
-            if (part is not None) != (name in tensors):
+            if (part is not None) != (name in tensors or name in state):
                 raise InputError(f"checkpoint {self.path} and the settings of the run disagree about {name}")
         try:
-            teacher = {"model": tensors["teacher"]} if trainer.teacher else None
+            teacher = None
+            if trainer.teacher:
+                kept = joined(state.get("teacher", {}), tensors.get("ages", {}))
+                teacher = kept | {"model": tensors.get("teacher")}
             try:
                 if trainer.sparsifier:
                     search = joined(state["search"], tensors["search"])
                     trainer.sparsifier.load_state_dict(search | {"teacher": teacher})
-                elif trainer.teacher and teacher:
+                elif trainer.teacher is not None and teacher is not None:
                     trainer.teacher.load_state_dict(teacher)
             except InputError as error:  # which knows of no file
                 raise InputError(f"checkpoint {self.path} does not fit this run: {error}") from None
@@ -111,7 +114,12 @@ def save_run(
         # The teacher has a file of its own, from which it can be evaluated.
         state["search"], tensors["search"] = split(trainer.sparsifier.state_dict() | {"teacher": None})
     if trainer.teacher:
-        tensors["teacher"] = trainer.teacher.state_dict()["model"]
+        teacher = trainer.teacher.state_dict()
+        if (average := teacher.pop("model")) is not None:
+            tensors["teacher"] = average
+        state["teacher"], ages = split(teacher)
+        if ages:
+            tensors["ages"] = ages
     _require_finite(trainer, tensors)
     save_checkpoint(run.checkpoint(trainer.step), tensors, state)
     keep_newest(run.checkpoints, trainer.settings.keep_checkpoints, name)

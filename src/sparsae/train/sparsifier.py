@@ -140,7 +140,9 @@ class Sparsifier:
         made = build_rule(config.topology, config.rules) if rule is None else as_rule(rule)
         rule, ends = self._admitted(made, config)
         heads = check_heads(heads, config.head_min_density, self._layers)
-        self.teacher = Teacher(model, config.teacher) if teacher is None and config.teacher.enabled else teacher
+        if teacher is None and config.teacher.enabled:
+            teacher = Teacher(model, config.teacher, config.steps)
+        self.teacher = teacher
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
         self._follow_density()
         self._layouts = heads
