@@ -86,10 +86,18 @@ def test_names_that_ship() -> None:
     assert set(presets()) == {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
     shipped = {"sparsae", "sparsae-guided", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search"}
     shipped |= {f"{rule}-ramp" for rule in ("set", "rigl", "gse", "granet", "mest")}
-    shipped |= {"static-erk", "dense", "dense_small"}
+    shipped |= {"static-erk", "dense", "dense_small", "sparsae-written-ramp"}
     # Every rule is a method too; those that existed first stay, whatever else is added.
     assert set(methods()) == shipped | set(RULES.names())
     assert {"static", "set", "rigl", "gse", "gmp", "granet", "magnitude", "evolution"} <= set(RULES.own_names())
+
+
+def test_the_written_methods_twin_differs_in_the_ramp_of_the_teacher_alone() -> None:
+    written, twin = (resolve(method=name).model_dump() for name in ("sparsae-written", "sparsae-written-ramp"))
+    assert not written["teacher"]["ramp"]
+    assert twin["teacher"]["ramp"]
+    written["method"], written["teacher"]["ramp"] = "sparsae-written-ramp", True
+    assert twin == written
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -182,7 +190,7 @@ def test_a_control_differs_in_one_setting(method: str, changed: dict[str, object
     assert control.teacher == guided.teacher
 
 
-@pytest.mark.parametrize("rule", [name.removesuffix("-ramp") for name in methods() if name.endswith("-ramp")])
+@pytest.mark.parametrize("rule", [name for name in RULES.own_names() if f"{name}-ramp" in methods()])
 def test_a_twin_differs_in_its_ramp(rule: str) -> None:
     plain, twin = resolve(None, None, rule), resolve(None, None, f"{rule}-ramp")
     assert twin.topology.model_dump() == {**plain.topology.model_dump(), "ramp": "1 update"}

@@ -180,6 +180,16 @@ def test_the_method_page_names_every_setting_of_the_method() -> None:
     assert wanted <= named
 
 
+def test_what_the_written_method_is_said_to_have_taken_it_has() -> None:
+    written = resolve(method="sparsae-written")
+    rows = table_rows((ROOT / "docs" / "method.md").read_text("utf-8"), "| part | the text | taken")
+    settings = [setting for row in rows for setting in re.findall(r"`([^`]+)`", row[3])]
+    assert len(settings) > 15
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        assert value == inline(value_of(written, key)), key
+
+
 def value_of(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
