@@ -11,6 +11,8 @@ from sparsae import __version__
 from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments import figures as draw
+from sparsae.experiments.equal_loss import equal_loss_table
+from sparsae.experiments.stuck import stuck_table
 from sparsae.experiments.tables import Table, compared_loss, interval_text, rank_table, results_table
 from sparsae.experiments.transfer import page as transfer
 from sparsae.files import read_json, write_atomically
@@ -68,6 +70,7 @@ def _body(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
         "results": ("Results", _results(results)),
         "ranking": ("Ranking", _ranking(results)),
         "curves": ("Curves", _curves(results)),
+        "equal-loss": ("Equal loss", _equal_loss(results)),
         "topology": ("Topology", _topology(results, runs)),
         "cost": ("Cost", _cost(results)),
         "tuning": ("Learning rates", _tuning(results)),
@@ -170,6 +173,18 @@ def _curves(results: Results) -> str:
     return markup.section("curves", "Validation loss on the way", lead, "<h3></h3>".join(blocks))
 
 
+def _equal_loss(results: Results) -> str:
+    table = equal_loss_table(results.get("equal_loss", []))
+    if table is None:
+        return ""
+    lead = (
+        "The higher one of a method's and the dense model's final loss is where both have been, seed by seed. It is "
+        "read from the validation curves, a few points a run; what ends lower was there at a higher learning rate than "
+        "what ended there."
+    )
+    return markup.section("equal-loss", "Time to equal loss", lead, _table(table))
+
+
 def _topology(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
     look, panels = _looks(results), []
     for sparsity in results["plan"]["sparsities"]:
@@ -183,7 +198,8 @@ def _topology(results: Results, runs: Mapping[tuple[str, float], RunData]) -> st
     lead = "How the topologies moved, from the runs of the first seed; the table has the means over all seeds."
     columns = ["method", "updates", "accepted"]
     table = markup.table("Topology updates a run", columns, accepted) if accepted else ""
-    return markup.section("topology", "Topology", lead, markup.figures(panels), table)
+    stuck = stuck_table(results["rows"])
+    return markup.section("topology", "Topology", lead, markup.figures(panels), table, _table(stuck) if stuck else "")
 
 
 def _accepted(entry: Mapping[str, Any]) -> str:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsae import __version__
+from sparsae.experiments.equal_loss import equal_loss
 from sparsae.experiments.matching import Budget
 from sparsae.experiments.plan import Plan
 from sparsae.experiments.ranking import rank_agreement, summarize_rankings
+from sparsae.experiments.stuck import stuck_counts
 from sparsae.experiments.summary import conclusions, judged_by, summarize, warnings
 from sparsae.experiments.tables import results_table
 from sparsae.experiments.units import Unit, outcome
@@ -68,6 +70,7 @@ def collect(plan: Plan, out: Path, cells: Sequence[Cell], trials: Sequence[Trial
     if rankings := summarize_rankings(rows):
         results["ranking"] = rankings
     results["summary"] = summarize(rows, plan.held_against, loss)
+    results["equal_loss"] = equal_loss(rows)
     results["conclusions"] = conclusions(rows, loss)
     results["warnings"] = warnings(results)
     return results
@@ -111,7 +114,7 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         row["rule"], row["moves"] = config.topology.rule, build_rule(config.topology, config.rules).moves
     row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.unit.name
     metrics = [] if diverged else RunDirectory(run).read_metrics()
-    row["curve"] = _curve(metrics)
+    row["curve"], row["stuck"] = _curve(metrics), stuck_counts(metrics)
     if row["study_flops"]:
         row["ranking"] = rank_agreement([entry for entry in metrics if entry.get("kind") == "topology"])
     return row
