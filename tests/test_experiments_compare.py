@@ -89,7 +89,7 @@ def test_counted_flops_are_within_a_step_of_the_budget(unbroken: Path) -> None:
         assert row["budget_deviation"] == pytest.approx(row["train_flops"] / row["budget"] - 1)
     steps = {row["method"]: row["steps"] for row in rows if row["sparsity"] == 0.9}
     assert steps["static"] == 24
-    assert steps["dense"] < steps["sparsae"] < steps["static"]
+    assert steps["dense"] < steps["sparsae"] == steps["static"]  # what is random costs nothing
 
 
 def test_each_method_tries_as_many_learning_rates_and_takes_the_best(unbroken: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_plan_in_a_file(settings: list[str], tmp_path: Path, capsys: pytest.Ca
     plan = tmp_path / "plan.yaml"
     plan.write_text(
         "methods: [static]\nseeds: [5]\nmatch: tokens\nsparsities: [0.8]\n"
-        "variants:\n  one: {method: sparsae, settings: {topology: {candidates: 1}}}\n"
+        "variants:\n  one: {method: sparsae-guided, settings: {topology: {candidates: 1}}}\n"
         "  small: {method: dense_small, match: flops}\n"
     )
     out = tmp_path / "out"

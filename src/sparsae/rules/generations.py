@@ -34,7 +34,9 @@ from sparsae.rules.parts.grow import LargestSampledGradient, RandomGrowth
 class GenerationsConfig(RuleConfig):
     """Generations: small connections go, random ones come and ramp up."""
 
-    every: Span = Field(default="2%", description="K, the length of a generation: steps, 5%, 1 epoch")
+    every: Span = Field(
+        default="2%", description="K, the length of a generation: steps, 5%, 1 epoch, but of a share at least 10 steps"
+    )
     stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.75, description="share of the run at which the drop fraction is 0 and updates end"
     )
@@ -68,7 +70,7 @@ def build_generations(config: GenerationsConfig) -> Exchange:
     is_random = config.random_share == 1.0
     return Exchange(
         "generations",
-        when=Periodic(config.every, stop=config.stop),
+        when=Periodic(config.every, stop=config.stop, least=10 if isinstance(config.every, str) else 1),
         fraction=CosineFraction(config.drop_fraction, config.stop),
         drop=SmallestMagnitude(),
         grow=RandomGrowth() if is_random else guided,
