@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def results(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def arguments(settings: list[str]) -> list[str]:
     """A comparison with everything in it: dense and sparse methods, tuning, two seeds."""
-    plan = "compare --methods dense,static,sparsae --seeds 2 --sparsities 0.9 --learning-rates 1e-3,4e-3"
+    plan = "compare --methods dense,static,sparsae-guided --seeds 2 --sparsities 0.9 --learning-rates 1e-3,4e-3"
     return [*plan.split(), "--tuning-share", "0.5", *settings]
 
 
@@ -68,7 +69,7 @@ def unbroken(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_method_seed_and_sparsity_is_a_row(unbroken: Path) -> None:
     found = results(unbroken)
     keys = [(row["seed"], row["sparsity"], row["method"]) for row in found["rows"]]
-    assert keys == [(n, 0.9, m) for n in (0, 1) for m in ("dense", "static", "sparsae")]
+    assert keys == [(n, 0.9, m) for n in (0, 1) for m in ("dense", "static", "sparsae-guided")]
     assert found["complete"]
     for row in found["rows"]:
         assert row["validation_loss"] > 0
@@ -77,7 +78,7 @@ def test_every_method_seed_and_sparsity_is_a_row(unbroken: Path) -> None:
         assert row["curve"][-1]["loss"] == row["validation_loss"]
         assert row["test_loss"] > 0
         assert row["test_loss"] != row["validation_loss"]
-        assert row["accepted_updates"] == (0 if row["method"] != "sparsae" else row["updates"])
+        assert row["accepted_updates"] == (0 if row["method"] != "sparsae-guided" else row["updates"])
 
 
 def test_counted_flops_are_within_a_step_of_the_budget(unbroken: Path) -> None:
@@ -89,19 +90,23 @@ def test_counted_flops_are_within_a_step_of_the_budget(unbroken: Path) -> None:
         assert row["budget_deviation"] == pytest.approx(row["train_flops"] / row["budget"] - 1)
     steps = {row["method"]: row["steps"] for row in rows if row["sparsity"] == 0.9}
     assert steps["static"] == 24
-    assert steps["dense"] < steps["sparsae"] == steps["static"]  # what is random costs nothing
+    assert steps["dense"] < steps["sparsae-guided"] < steps["static"]
 
 
 def test_each_method_tries_as_many_learning_rates_and_takes_the_best(unbroken: Path) -> None:
     found = results(unbroken)
     assert [(group["method"], group["sparsity"]) for group in found["tuning"]] == [
-        (method, 0.9) for method in ("dense", "static", "sparsae")
+        (method, 0.9) for method in ("dense", "static", "sparsae-guided")
     ]
     for group in found["tuning"]:
-        assert [trial["learning_rate"] for trial in group["trials"]] == [1e-3, 4e-3]
+        rates = [trial["learning_rate"] for trial in group["trials"]]
+        assert rates == sorted({1e-3, 4e-3, *group["looks"][0]["added"]})
         best = min(group["trials"], key=lambda trial: trial["validation_loss"])
         assert group["learning_rate"] == best["learning_rate"]
-        assert group["at_edge"]
+        # The grid was extended fourfold at a time until the best rate had neighbours on both sides.
+        assert group["at_edge"] == (group["learning_rate"] in (rates[0], rates[-1]))
+        assert all(b == pytest.approx(4 * a) for a, b in pairwise(rates))
+        assert len(rates) > 2
         assert group["train_flops"] == sum(trial["train_flops"] for trial in group["trials"])
         mine = [r for r in found["rows"] if (r["method"], r["sparsity"]) == (group["method"], group["sparsity"])]
         assert {row["learning_rate"] for row in mine} == {group["learning_rate"]}
@@ -138,7 +143,7 @@ def test_the_page_of_a_version_without_a_test_is_written_again(unbroken: Path, t
 def test_seeds_pair_the_data(unbroken: Path) -> None:
     """What the untrained model loses depends on the seed alone between methods of the same sparsity."""
     first = {(r["method"], r["seed"], r["sparsity"]): r["curve"][0]["loss"] for r in results(unbroken)["rows"]}
-    assert first["static", 0, 0.9] == first["sparsae", 0, 0.9] != first["static", 1, 0.9]
+    assert first["static", 0, 0.9] == first["sparsae-guided", 0, 0.9] != first["static", 1, 0.9]
 
 
 def kill_and_go_on(arguments: list[str], out: Path, number: int, after: Callable[[], bool]) -> None:
@@ -160,7 +165,7 @@ def kill_and_go_on(arguments: list[str], out: Path, number: int, after: Callable
     ("number", "pattern"),
     [
         (signal.SIGTERM, "tuning/static-0.9-1000-lr0.001/metrics.jsonl"),
-        (signal.SIGKILL, "runs/sparsae-0.9-0/checkpoints/step-*/state.json"),
+        (signal.SIGKILL, "runs/sparsae-guided-0.9-0/checkpoints/step-*/state.json"),
     ],
 )
 def test_killed_and_started_again_it_ends_with_the_same_results(
@@ -188,7 +193,7 @@ def test_the_page_stands_alone_and_tells_what_was_compared(unbroken: Path) -> No
     page = (unbroken / "report.html").read_text()
     for section in ("results", "curves", "topology", "cost", "tuning", "settings", "reading"):
         assert f'<section id="{section}"' in page
-    assert "edge of the grid" in page
+    assert "beyond the grid" in page
     assert "static" in page
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
     assert "<script" not in page
@@ -230,10 +235,13 @@ def test_a_run_that_diverges_is_a_trial_that_failed(settings: list[str], tmp_pat
         "1e-3,1e30",
         "--out",
         str(tmp_path / "o"),
+        "--tuning-extensions",
+        "0",
     ]
     assert main([*plan, *settings, "training.clip=null"]) == 0
     found = results(tmp_path / "o")
-    good, bad = found["tuning"][0]["trials"]
+    trials = {trial["learning_rate"]: trial for trial in found["tuning"][0]["trials"]}
+    good, bad = trials[1e-3], trials[1e30]
     assert (good["diverged"], bad["diverged"]) == (False, True)
     assert bad["train_flops"] > 0
     assert found["rows"][0]["learning_rate"] == 1e-3
@@ -289,3 +297,31 @@ def test_a_plan_in_a_file(settings: list[str], tmp_path: Path, capsys: pytest.Ca
     assert rows["small"]["train_flops"] == pytest.approx(rows["static"]["train_flops"], rel=0.05)
     assert rows["small"]["parameters"] == pytest.approx(rows["static"]["parameters"], rel=0.2)
     assert "topology.candidates" in (out / "report.html").read_text()
+
+
+def test_several_settings_are_tuned_in_trials_as_long_as_a_budget_carries(settings: list[str], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "methods: [dense, static]\nseeds: 1\nsparsities: [0.9]\ntuning:\n  learning_rates: [1.0e-3, 4.0e-3]\n"
+        "  grid: {training.sparse_learning_rate: [4.0e-3, 1.6e-2], parameterization.initial_scale: [1, 2]}\n"
+        "  extensions: 1\n  budget: 2\n"
+    )
+    out = tmp_path / "out"
+    assert main(["compare", str(plan), "--out", str(out), *settings]) == 0
+    found = results(out)
+    # Dense has 4 trials, static 6, of one share of a run; together they take as much as both runs do twice.
+    assert found["trial_share"] == pytest.approx(2 * 2 / (4 + 6), rel=0.05)
+    rows = {row["method"]: row for row in found["rows"]}
+    for group in found["tuning"]:
+        settings_of = [entry["setting"] for entry in group["looks"]]
+        assert ("training.sparse_learning_rate" in settings_of) == (group["method"] == "static")
+        row = rows[group["method"]]
+        for trial in group["trials"]:
+            assert trial["steps"] == pytest.approx(0.4 * row["steps"], abs=1)
+        best = min(group["trials"], key=lambda trial: trial["validation_loss"])
+        assert row["settings"] == group["settings"] == best["settings"]
+        run = (out / row["run"] / "config.yaml").read_text()
+        for setting, value in row["settings"].items():
+            assert re.search(rf"{setting.rpartition('.')[2]}: ({value:g}|{value})\b", run)
+    assert "sparse learning rate" in (out / "table.md").read_text()
+    assert "the longest that the budget of tuning carries" in (out / "report.html").read_text()

@@ -48,6 +48,14 @@ Rates = Annotated[
 Share = Annotated[
     float | None, typer.Option("--tuning-share", metavar="F", help="Length of a trial in terms of a run.  (default: 1)")
 ]
+Extensions = Annotated[
+    int | None,
+    typer.Option(
+        "--tuning-extensions",
+        metavar="N",
+        help="Values that a grid may get where its best is at its end.  (default: 4)",
+    ),
+]
 Parameterizations = Annotated[
     str | None, typer.Option(metavar="LIST", help=f"Of: {', '.join(PARAMETERIZATIONS)}.  (default: sp,mup,supar)")
 ]
@@ -76,12 +84,15 @@ def compare(
     reference: Reference = None,
     learning_rates: Rates = None,
     tuning_share: Share = None,
+    tuning_extensions: Extensions = None,
     jobs: Jobs = 1,
     ray: Ray = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compare methods at the same cost: each method, seed and sparsity is a run. Started again, it goes on."""
-    options = _options(preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share)
+    options = _options(
+        preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share, tuning_extensions
+    )
     if compared is not None:
         options["methods"] = _names(compared)
     _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
@@ -102,6 +113,7 @@ def ablate(
     budget: BudgetOf = None,
     learning_rates: Rates = None,
     tuning_share: Share = None,
+    tuning_extensions: Extensions = None,
     jobs: Jobs = 1,
     ray: Ray = None,
     json_file: JsonFile = None,
@@ -111,7 +123,7 @@ def ablate(
     for name in wanted:
         if name not in ABLATIONS:
             raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
-    options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share)
+    options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
     _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
 
@@ -131,6 +143,7 @@ def sensitivity(
     budget: BudgetOf = None,
     learning_rates: Rates = None,
     tuning_share: Share = None,
+    tuning_extensions: Extensions = None,
     jobs: Jobs = 1,
     ray: Ray = None,
     json_file: JsonFile = None,
@@ -142,7 +155,7 @@ def sensitivity(
     counts = [int(count) for count in _numbers("--sequences", sequences, int)]
     variants = sensitivity_variants(method, counts, _names(modes))
     options = {"match": "steps"} | _options(
-        preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share
+        preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions
     )
     options |= {"kind": "sensitivity", "methods": [], "variants": variants}
     if "resampled-4" in variants:  # the default of both methods that score candidates
@@ -235,6 +248,7 @@ def _options(
     reference: str | None,
     learning_rates: str | None,
     tuning_share: float | None,
+    tuning_extensions: int | None,
 ) -> dict[str, object]:
     """The options that were given, by the keys of a plan."""
     options = {
@@ -246,6 +260,7 @@ def _options(
         "reference": reference,
         "tuning.learning_rates": learning_rates and _numbers("--learning-rates", learning_rates, float),
         "tuning.share": tuning_share,
+        "tuning.extensions": tuning_extensions,
     }
     return {key: value for key, value in options.items() if value is not None}
 

@@ -35,6 +35,7 @@ __all__ = [
     "presets",
     "read_settings",
     "resolve",
+    "setting_names",
     "with_absolute_paths",
 ]
 
@@ -68,6 +69,11 @@ def has_sparsity(method: str) -> bool:
     layers = _Layers()
     layers.add_names(_DEFAULT.preset, method)
     return layers.tree.get("sparsity", {}).get("sparsity") != 0
+
+
+def setting_names() -> tuple[str, ...]:
+    """The dotted names of all settings, those of every rule and term that is known here included."""
+    return tuple(dict.fromkeys(_all_keys(Config, ())))
 
 
 def json_schema() -> dict[str, Any]:

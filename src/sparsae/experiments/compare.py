@@ -11,16 +11,21 @@ from typing import Any
 
 from sparsae.config import DataConfig
 from sparsae.data import prepare
+from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.directory import check_place, claimed
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
-from sparsae.experiments.plan import Plan, cells
-from sparsae.experiments.results import Cell, Trial, collect, write_results
+from sparsae.experiments.plan import LEARNING_RATE, Plan, cells
+from sparsae.experiments.results import Cell, Search, Trial, collect, write_results
+from sparsae.experiments.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.units import Unit, forget_checkpoints, outcome, unit_of
 from sparsae.train.build import check
 from sparsae.train.progress import Display
+
+# Settings, by how their names begin, that change no operation.
+_COSTLESS = ("training.learning_rate", "training.sparse_learning_rate", "parameterization.")
 
 
 @dataclass
@@ -29,15 +34,16 @@ class Schedule:
 
     plan: Plan
     vocabulary: Callable[[DataConfig], int]
-    _costs: dict[tuple[str, float], Cost] = field(default_factory=dict)
+    _costs: dict[tuple[str, float, Key], Cost] = field(default_factory=dict)
 
-    def cost(self, variant: str, sparsity: float) -> Cost:
-        """What a variant's runs take; the same for all seeds and learning rates."""
-        if (variant, sparsity) not in self._costs:
-            config = self.plan.config(variant, sparsity, self.plan.seeds[0])
+    def cost(self, variant: str, sparsity: float, point: Point | None = None) -> Cost:
+        """What a variant's runs take; the same for all seeds, learning rates and initial scales."""
+        costly = {setting: value for setting, value in (point or {}).items() if not setting.startswith(_COSTLESS)}
+        config = self.plan.config(variant, sparsity, self.plan.seeds[0], costly)
+        if (variant, sparsity, key_of(costly)) not in self._costs:
             check(config)
-            self._costs[variant, sparsity] = Cost(config, self.vocabulary(config.data))
-        return self._costs[variant, sparsity]
+            self._costs[variant, sparsity, key_of(costly)] = Cost(config, self.vocabulary(config.data))
+        return self._costs[variant, sparsity, key_of(costly)]
 
     def budget(self, variant: str, sparsity: float) -> Budget:
         """What a compared run of a variant may take at a sparsity."""
@@ -50,17 +56,34 @@ class Schedule:
             steps = reference.steps(Budget(plan.match, plan.budget), plan.held_against)
         return Budget(match, reference.of(match, steps))
 
-    def unit(
-        self, variant: str, sparsity: float, seed: int, folder: str, learning_rate: float | None, share: float = 1.0
-    ) -> Unit:
-        """A run of the length that its budget, or a share of it, allows."""
-        cost = self.cost(variant, sparsity)
+    def unit(self, variant: str, sparsity: float, seed: int, folder: str, point: Point, share: float = 1.0) -> Unit:
+        """A run of the length that its budget, or a share of it, allows, at a point of its tuning."""
+        cost = self.cost(variant, sparsity, point)
         steps = cost.steps(self.budget(variant, sparsity).part(share), f"{variant} at sparsity {sparsity:g}")
-        config = with_steps(self.plan.config(variant, sparsity, seed, learning_rate), steps)
+        config = with_steps(self.plan.config(variant, sparsity, seed, point), steps)
         name = f"{folder}/{variant}-{sparsity:g}-{seed}"
         if folder == "tuning":
-            name += f"-lr{learning_rate:g}"
+            names = {LEARNING_RATE: "lr"}
+            name += "".join(f"-{names.get(setting, setting)}{value:g}" for setting, value in point.items())
         return unit_of(name, config, cost.flops(steps))
+
+    def trial(self, variant: str, sparsity: float, point: Point) -> Unit:
+        """A run that tries a point, of the length of all trials."""
+        return self.unit(variant, sparsity, self.plan.tuning.seed, "tuning", point, self.trial_share)
+
+    @cached_property
+    def trial_share(self) -> float:
+        """How long each trial is in terms of a compared run: one share for all, the longest that the budget carries."""
+        tuning = self.plan.tuning
+        if tuning.budget is None:
+            return tuning.share
+        runs = trials = 0.0
+        for sparsity in self.plan.sparsities:
+            for variant in self.plan.all_variants:
+                flops = self.unit(variant, sparsity, tuning.seed, "runs", {}).flops
+                runs += len(self.plan.seeds) * flops
+                trials += tuning.rounds * sum(len(axis.values) for axis in self.plan.axes(variant, sparsity)) * flops
+        return min(tuning.share, tuning.budget * runs / trials) if trials else tuning.share
 
 
 class Units:
@@ -88,9 +111,14 @@ class Experiment:
         self._vocabularies: dict[DataConfig, int] = {}
         self.schedule = Schedule(plan, self._vocabulary)
         self._units = Units()
+        self._trials: dict[tuple[str, float, Key], Trial] = {}
         for seed, sparsity, variant in cells(plan):
             # Wrong settings of any run are refused now, not hours later.
-            self.schedule.unit(variant, sparsity, seed, "runs", None)
+            self.schedule.unit(variant, sparsity, seed, "runs", {})
+        for tuned in self._tuned():
+            for axis in plan.axes(*tuned):
+                for value in axis.values:
+                    self.schedule.trial(*tuned, {axis.setting: value})
 
     def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.
@@ -101,48 +129,71 @@ class Experiment:
             with closing(executor(lock)) as runs:
                 # A trial has said what it had to: its learning rate. Its weights would fill the disk.
                 forget = partial(forget_checkpoints, self.out)
-                if not execute([trial.unit for trial in self.trials], self.out, self.board, forget, runs):
-                    return None
+                while wanted := self.wanted():
+                    if not execute([self._trial(*trial).unit for trial in wanted], self.out, self.board, forget, runs):
+                        return None
                 compared = [cell.unit for cell in self.cells]
                 if not execute(compared, self.out, self.board, lambda _: self._write_rows(), runs):
                     return None
             return self._write()
 
+    def found(self, variant: str, sparsity: float) -> Found:
+        """What the tuning of a variant at a sparsity has found by now."""
+
+        def loss(point: Point) -> float | None:
+            trial = self._trial(variant, sparsity, point)
+            return None if outcome(self.out / trial.unit.name) is None else trial.loss(self.out)
+
+        def allowed(point: Point) -> bool:
+            try:
+                self._trial(variant, sparsity, point)
+            except InputError:
+                return False
+            return True
+
+        tuning = self.plan.tuning
+        return search(self.plan.axes(variant, sparsity), tuning.rounds, tuning.extensions, loss, allowed)
+
+    def wanted(self) -> list[tuple[str, float, Point]]:
+        """(variant, sparsity, point) of the trials without which tuning cannot go on; none when it is done."""
+        return [(*tuned, point) for tuned in self._tuned() for point in self.found(*tuned).wanted]
+
     @cached_property
-    def trials(self) -> list[Trial]:
-        """The tuning runs: the same learning rates for every variant at every sparsity."""
-        tuning, plan = self.plan.tuning, self.plan
+    def searches(self) -> list[Search]:
+        """What tuning found, once it is done, for each variant at each sparsity."""
         return [
-            Trial(
-                variant,
-                sparsity,
-                rate,
-                self._units.add(self.schedule.unit(variant, sparsity, tuning.seed, "tuning", rate, tuning.share)),
-            )
-            for sparsity in plan.sparsities
-            for variant in plan.all_variants
-            for rate in tuning.learning_rates
+            Search(*tuned, found, [self._trial(*tuned, point) for point in found.tried()])
+            for tuned in self._tuned()
+            if (found := self.found(*tuned)).looks
         ]
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """The compared runs; their learning rates are known once the trials are done."""
+        """The compared runs; their tuned settings are known once the trials are done."""
         return [
             Cell(
                 variant,
                 sparsity,
                 seed,
                 self.schedule.budget(variant, sparsity),
-                self._units.add(self.schedule.unit(variant, sparsity, seed, "runs", self.rate(variant, sparsity))),
+                point := self.point(variant, sparsity),
+                self._units.add(self.schedule.unit(variant, sparsity, seed, "runs", point)),
             )
             for seed, sparsity, variant in cells(self.plan)
         ]
 
-    def rate(self, variant: str, sparsity: float) -> float | None:
-        """The tuned learning rate; None where nothing is tuned. The lower one of two that are equally good."""
-        mine = [trial for trial in self.trials if (trial.variant, trial.sparsity) == (variant, sparsity)]
-        best = min(mine, key=lambda trial: (trial.loss(self.out), trial.learning_rate), default=None)
-        return best.learning_rate if best else None
+    def point(self, variant: str, sparsity: float) -> Point:
+        """The tuned settings; empty where nothing is tuned."""
+        return next((s.found.point for s in self.searches if (s.variant, s.sparsity) == (variant, sparsity)), {})
+
+    def _tuned(self) -> list[tuple[str, float]]:
+        return [(variant, sparsity) for sparsity in self.plan.sparsities for variant in self.plan.all_variants]
+
+    def _trial(self, variant: str, sparsity: float, point: Point) -> Trial:
+        key = variant, sparsity, key_of(point)
+        if key not in self._trials:
+            self._trials[key] = Trial(point, self._units.add(self.schedule.trial(variant, sparsity, point)))
+        return self._trials[key]
 
     def _write_rows(self) -> None:
         """What is known so far, for whoever cannot wait."""
@@ -156,7 +207,8 @@ class Experiment:
 
     def _results(self) -> dict[str, Any]:
         finished = [cell for cell in self.cells if outcome(self.out / cell.unit.name) is not None]
-        return collect(self.plan, self.out, finished, self.trials, complete=len(finished) == len(self.cells))
+        complete = len(finished) == len(self.cells)
+        return collect(self.plan, self.out, finished, self.searches, self.schedule.trial_share, complete)
 
     def _vocabulary(self, data: DataConfig) -> int:
         if data not in self._vocabularies:

@@ -161,34 +161,47 @@ def differences(
     )
 
 
-def tuning_curves(tuning: Sequence[Row], look: Mapping[str, Look], sparsity: float) -> Panel | None:
-    """Loss of each trial against its learning rate; the chosen one is ringed."""
-    groups = [group for group in tuning if group["sparsity"] == sparsity]
-    losses = [t["validation_loss"] for g in groups for t in g["trials"] if t["validation_loss"] is not None]
-    if not losses:
+def tuning_curves(tuning: Sequence[Row], look: Mapping[str, Look], sparsity: float, setting: str) -> Panel | None:
+    """Loss of each trial against a setting, as tuning last looked along it; the chosen value is ringed."""
+    last = {
+        group["method"]: along[-1]
+        for group in tuning
+        if group["sparsity"] == sparsity
+        and (along := [entry for entry in group["looks"] if entry["setting"] == setting])
+    }
+    curves = {
+        name: [(x, y) for x, y in zip(entry["values"], entry["losses"], strict=True) if y is not None]
+        for name, entry in last.items()
+    }
+    if not any(curves.values()):
         return None
-    rates = sorted({trial["learning_rate"] for group in groups for trial in group["trials"]})
+    values = sorted({value for entry in last.values() for value in entry["values"]})
+    name_of = setting.rpartition(".")[2].replace("_", " ")
 
     def draw(figure: Figure) -> None:
-        ax = axes(figure, "nats per token", x="learning rate")
-        for group in groups:
-            style = look[group["method"]]
-            done = [trial for trial in group["trials"] if trial["validation_loss"] is not None]
-            x, y = [t["learning_rate"] for t in done], [t["validation_loss"] for t in done]
-            ax.plot(x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=4)
-            best = [(a, b) for a, b in zip(x, y, strict=True) if a == group["learning_rate"]]
-            ax.plot(*zip(*best, strict=True), "o", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS["ink"])
+        ax = axes(figure, "nats per token", x=name_of)
+        for name, curve in curves.items():
+            style = look[name]
+            if curve:
+                ax.plot(
+                    *zip(*curve, strict=True), color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker,
+                    markersize=4,
+                )  # fmt: skip
+            for x, y in curve:
+                if x == last[name]["best"]:
+                    ax.plot([x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS["ink"])
         ax.set_xscale("log")
-        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.xaxis.set_minor_formatter(NullFormatter())
 
-    text = "; ".join(f"{group['method']} chose {group['learning_rate']:g}" for group in groups)
+    chosen = {name: "its own" if entry["best"] is None else f"{entry['best']:g}" for name, entry in last.items()}
+    text = "; ".join(f"{name} chose {value}" for name, value in chosen.items())
     return panel(
-        f"tuning-{_suffix(sparsity)}",
-        f"Learning rates that were tried · {percent(sparsity)} sparse",
-        f"Validation loss of the trials against the learning rate at {percent(sparsity)} sparsity: {text}.",
+        f"tuning-{name_of.replace(' ', '-')}-{_suffix(sparsity)}",
+        f"Trials: {name_of} · {percent(sparsity)} sparse",
+        f"Validation loss of the trials against the {name_of} at {percent(sparsity)} sparsity: {text}.",
         draw,
-        [*keys(look, [group["method"] for group in groups]), Key("chosen", "ink", "○")],
+        [*keys(look, list(last)), Key("chosen", "ink", "○")],
         height=2.8,
     )
 

@@ -11,7 +11,9 @@ from sparsae import __version__
 from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments import figures as draw
+from sparsae.experiments.earlier import of_now
 from sparsae.experiments.equal_loss import equal_loss_table
+from sparsae.experiments.plan import LEARNING_RATE
 from sparsae.experiments.stuck import stuck_table
 from sparsae.experiments.tables import Table, compared_loss, interval_text, rank_table, results_table
 from sparsae.experiments.transfer import page as transfer
@@ -39,7 +41,7 @@ def write_page(out: Path) -> Path:
     file = out / "results.json"
     if not file.is_file():
         raise InputError(f"{out}: no results yet; run the experiment first")
-    results = read_json(file)
+    results = of_now(read_json(file))
     if not results.get("rows"):
         raise InputError(f"{file}: no run has ended yet")
     page = out / "report.html"
@@ -73,7 +75,7 @@ def _body(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
         "equal-loss": ("Equal loss", _equal_loss(results)),
         "topology": ("Topology", _topology(results, runs)),
         "cost": ("Cost", _cost(results)),
-        "tuning": ("Learning rates", _tuning(results)),
+        "tuning": ("Tuning", _tuning(results)),
         "settings": ("Settings", _settings(results, runs)),
         "reading": ("How to read it", _reading(results)),
     }
@@ -109,7 +111,7 @@ def _headline(results: Results) -> list[Tile]:
         tiles.append(Tile(f"Best at {percent(entry['sparsity'])} sparsity", name, [lowest]))
     trials = sum(len(group["trials"]) for group in tuning)
     spent = sum(group["train_flops"] for group in tuning)
-    notes = [f"and {trials} trials of learning rates" if trials else "no learning rate was tuned"]
+    notes = [f"and {trials} trials of tuning" if trials else "nothing was tuned"]
     tiles.append(Tile("Compared runs", count(len(rows)), notes))
     total = sum(row["train_flops"] or 0 for row in rows)
     tiles.append(Tile("FLOPs of the runs", compact(total), [f"tuning: {compact(spent)}" if trials else ""]))
@@ -222,25 +224,38 @@ def _cost(results: Results) -> str:
 def _tuning(results: Results) -> str:
     if not results["tuning"]:
         return ""
-    plan, look = results["plan"], _looks(results)
-    panels = [draw.tuning_curves(results["tuning"], look, sparsity) for sparsity in plan["sparsities"]]
+    plan, tuning, look = results["plan"], results["tuning"], _looks(results)
+    settings = list(dict.fromkeys(entry["setting"] for group in tuning for entry in group["looks"]))
+    panels = [draw.tuning_curves(tuning, look, sparsity, name) for sparsity in plan["sparsities"] for name in settings]
     rows = [
         [
             f"{group['method']} · {percent(group['sparsity'])}",
             str(len(group["trials"])),
+            _steps(group),
             compact(group["train_flops"]),
             f"{group['learning_rate']:g}",
-            "at the edge" if group["at_edge"] else "inside",
+            ", ".join(f"{name} {value:g}" for name, value in group["settings"].items() if name != LEARNING_RATE) or "-",
+            ", ".join(f"{value:g}" for entry in group["looks"] for value in entry["added"]) or "-",
+            f"at the edge: {', '.join(group['edges'])}" if group["edges"] else "inside",
         ]
-        for group in results["tuning"]
+        for group in tuning
     ]
+    share, carried = results["trial_share"], plan["tuning"].get("budget") is not None
     lead = (
-        f"Every method tries the same learning rates at every sparsity, on seed {plan['tuning']['seed']}, which is not "
-        f"compared, each trial being {percent(plan['tuning']['share'])} of a run; the lowest validation loss decides."
+        f"Every method tries the same values at every sparsity, on seed {plan['tuning']['seed']}, which is not "
+        f"compared; the lowest validation loss decides, and a grid whose best value is at its end is extended by the "
+        f"same ratio. Each trial is {percent(share)} of its method's run, of the same share for all"
+        + (", the longest that the budget of tuning carries." if carried and share < plan["tuning"]["share"] else ".")
     )
-    columns = ["method", "trials", "FLOPs", "chosen", "in the grid"]
+    columns = ["method", "trials", "steps", "FLOPs", "learning rate", "other settings", "beyond the grid", "best"]
     table = markup.table("What tuning took and found", columns, rows)
-    return markup.section("tuning", "Learning rates", lead, markup.figures(panels), table)
+    return markup.section("tuning", "Tuning", lead, markup.figures(panels), table)
+
+
+def _steps(group: Mapping[str, Any]) -> str:
+    """How long a method's trials were."""
+    steps = sorted({trial["steps"] for trial in group["trials"] if trial["steps"] and not trial["diverged"]})
+    return "-".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))) if steps else UNKNOWN
 
 
 def _settings(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:

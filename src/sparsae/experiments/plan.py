@@ -16,9 +16,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sparsae.config import Config, Section
 from sparsae.config.complaints import explain, nearest, unknown_key
-from sparsae.config.load import has_sparsity, methods, presets, read_settings, resolve
+from sparsae.config.load import has_sparsity, methods, presets, read_settings, resolve, setting_names
 from sparsae.config.text import dump_yaml
 from sparsae.errors import InputError
+from sparsae.experiments.tuning import Axis, Point
 
 Match = Literal["flops", "tokens", "steps"]
 Tree = dict[str, Any]
@@ -43,14 +44,34 @@ class Variant(Section):
         return method
 
 
+LEARNING_RATE = "training.learning_rate"
+_OF_SPARSE_LAYERS = ("sparsity.", "topology.", "rules.", "training.sparse_learning_rate")
+
+
 class Tuning(Section):
-    """How each variant finds its learning rate."""
+    """How each variant finds its learning rate, and what else is tuned."""
 
     learning_rates: list[Annotated[float, Field(gt=0.0)]] = Field(
         default=[], description="the grid, tried by every variant at every sparsity; empty: no tuning"
     )
+    grid: dict[str, list[Annotated[float, Field(gt=0.0)]]] = Field(
+        default={},
+        description="further settings and their values, tried one after another by every variant that has the setting "
+        "and does not give it itself: {parameterization.initial_scale: [0.5, 1, 2]}",
+    )
+    extensions: Annotated[int, Field(ge=0, le=20)] = Field(
+        default=4, description="how many values may be added to a grid whose best one lies at its end"
+    )
+    rounds: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=1, description="how many times all settings are tried one after another"
+    )
     share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=1.0, description="length of a trial in terms of a compared run"
+        default=1.0, description="length of a trial in terms of a compared run; with a budget: the longest"
+    )
+    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="FLOPs of the grids' trials in terms of the compared runs': trials are as long as it carries, all "
+        "of one share; null: share",
     )
     seed: Seed = Field(default=1000, description="seed of the trials, outside the compared ones")
 
@@ -62,6 +83,19 @@ class Tuning(Section):
         if len(set(rates)) < len(rates):
             raise ValueError("a learning rate is given twice")
         return sorted(rates)
+
+    @field_validator("grid")
+    @classmethod
+    def _are_settings(cls, grid: dict[str, list[float]]) -> dict[str, list[float]]:
+        names = setting_names()
+        for name, values in grid.items():
+            if name == LEARNING_RATE:
+                raise ValueError(f"{name}: give it by learning_rates")
+            if name not in names:
+                raise ValueError(f"no setting '{name}'; {nearest(name, names)}")
+            if len(values) < 2 or len(set(values)) < len(values):
+                raise ValueError(f"{name}: give two or more values, each once")
+        return {name: sorted(values) for name, values in grid.items()}
 
 
 class BasePlan(Section):
@@ -156,7 +190,7 @@ class Plan(BasePlan):
             raise ValueError(
                 f"reference: '{self.reference}' is not compared; {nearest(self.reference, self.all_variants)}"
             )
-        if self.tuning.learning_rates and self.tuning.seed in self.seeds:
+        if (self.tuning.learning_rates or self.tuning.grid) and self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the compared seeds; give another")
         return self
 
@@ -174,20 +208,49 @@ class Plan(BasePlan):
         """What a variant's runs are matched on."""
         return self.all_variants[variant].match or self.match
 
+    def axes(self, variant: str, sparsity: float) -> list[Axis]:
+        """What a variant's tuning looks along at a sparsity: not at what it gives itself, nor at what it has not."""
+        tuning, own = self.tuning, self.all_variants[variant].settings
+        axes = [Axis(LEARNING_RATE, tuple(tuning.learning_rates))] if tuning.learning_rates else []
+        config = self.config(variant, sparsity, self.seeds[0]) if tuning.grid else None
+        for setting, values in tuning.grid.items():
+            if not _given(own, setting) and config is not None and _concerns(config, setting):
+                axes.append(Axis(setting, tuple(values)))
+        return axes
+
     def config(
-        self, variant: str, sparsity: float, seed: int, learning_rate: float | None = None, steps: int | None = None
+        self, variant: str, sparsity: float, seed: int, point: Point | None = None, steps: int | None = None
     ) -> Config:
-        """The settings of one run. Raises InputError for settings that are wrong."""
+        """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong."""
         chosen = self.all_variants[variant]
         given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
         if has_sparsity(chosen.method):
             given["sparsities"] = ("sparsity.sparsity", sparsity)
-        if learning_rate is not None:
-            given["learning_rates"] = ("training.learning_rate", learning_rate)
+        for setting, value in (point or {}).items():
+            given[f"tuning of {setting}"] = (setting, value)
         if steps is not None:
             given["steps"] = ("training.steps", steps)
         trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
         return resolve(None, self.preset, chosen.method, options=given, trees=trees)
+
+
+def _given(tree: Mapping[str, Any], setting: str) -> bool:
+    """Whether a tree of keys says something of a setting."""
+    inner: Any = tree
+    for key in setting.split("."):
+        if not isinstance(inner, Mapping) or key not in inner:
+            return False
+        inner = inner[key]
+    return True
+
+
+def _concerns(config: Config, setting: str) -> bool:
+    """Whether a run with these settings is another one if the setting is: a dense model has no sparse layers."""
+    if setting.startswith(_OF_SPARSE_LAYERS) and not config.sparsity.sparsity:
+        return False
+    if setting.startswith("teacher.") and not config.teacher.enabled:
+        return False
+    return _given(config.model_dump(), setting)
 
 
 def read_plan(file: Path | None, options: Mapping[str, object], overrides: Sequence[Tree], plan: type[P]) -> P:

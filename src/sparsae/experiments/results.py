@@ -16,6 +16,7 @@ from sparsae.experiments.ranking import rank_agreement, summarize_rankings
 from sparsae.experiments.stuck import stuck_counts
 from sparsae.experiments.summary import conclusions, judged_by, summarize, warnings
 from sparsae.experiments.tables import results_table
+from sparsae.experiments.tuning import Found, Point, key_of
 from sparsae.experiments.units import Unit, outcome
 from sparsae.files import to_json, write_atomically
 from sparsae.rules import build_rule
@@ -34,16 +35,15 @@ class Cell:
     sparsity: float
     seed: int
     budget: Budget
+    point: Point
     unit: Unit
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run that tries a learning rate."""
+    """A run that tries a point of tuning."""
 
-    variant: str
-    sparsity: float
-    learning_rate: float
+    point: Point
     unit: Unit
 
     def loss(self, out: Path) -> float:
@@ -52,10 +52,22 @@ class Trial:
         return math.inf if loss is None else float(loss)
 
 
-def collect(plan: Plan, out: Path, cells: Sequence[Cell], trials: Sequence[Trial], complete: bool) -> dict[str, Any]:
-    """The content of results.json from the runs that are done."""
+@dataclass(frozen=True)
+class Search:
+    """The tuning of a variant at a sparsity: what it found, and its trials."""
+
+    variant: str
+    sparsity: float
+    found: Found
+    trials: Sequence[Trial]
+
+
+def collect(
+    plan: Plan, out: Path, cells: Sequence[Cell], searches: Sequence[Search], trial_share: float, complete: bool
+) -> dict[str, Any]:
+    """The content of results.json from the runs that are done; trial_share: length of a trial in terms of a run."""
     rows = [_row(plan, out, cell) for cell in cells]
-    tuning = _tuning(out, trials) if cells else []
+    tuning = [_tuning(out, search) for search in searches] if cells else []
     loss = judged_by(rows)
     results: dict[str, Any] = {
         "kind": plan.kind,
@@ -65,6 +77,7 @@ def collect(plan: Plan, out: Path, cells: Sequence[Cell], trials: Sequence[Trial
         "judged_by": loss,
         "plan": plan.model_dump(mode="json"),
         "rows": rows,
+        "trial_share": trial_share,
         "tuning": tuning,
     }
     if rankings := summarize_rankings(rows):
@@ -98,6 +111,7 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         "budget": cell.budget.amount,
         "budget_deviation": None if diverged else spent / cell.budget.amount - 1.0,
         "learning_rate": config.training.learning_rate,
+        "settings": dict(cell.point),
         "diverged": diverged,
     }
     copied = (
@@ -125,34 +139,45 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row[key] for key in keys} for row in rows if row.get("kind") == "validation"]
 
 
-def _tuning(out: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, float], list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault((trial.variant, trial.sparsity), []).append(trial)
-    found = []
-    for (variant, sparsity), mine in groups.items():
-        best = min(mine, key=lambda trial: (trial.loss(out), trial.learning_rate))
-        outcomes = [outcome(out / trial.unit.name) or {} for trial in mine]
-        rates = [trial.learning_rate for trial in mine]
-        found.append(
+def _tuning(out: Path, search: Search) -> dict[str, Any]:
+    trials = {key_of(trial.point): trial for trial in search.trials}
+    outcomes = [outcome(out / trial.unit.name) or {} for trial in search.trials]
+    config = next((t.unit.config for t in search.trials if t.point == search.found.point), search.trials[0].unit.config)
+    edges = [look for look in search.found.looks if look.at_edge]
+    return {
+        "method": search.variant,
+        "sparsity": search.sparsity,
+        "learning_rate": config.training.learning_rate,
+        "settings": dict(search.found.point),
+        "at_edge": bool(edges),
+        "edges": [look.setting for look in edges],
+        "train_flops": sum(result.get("train_flops", 0) for result in outcomes),
+        "looks": [
             {
-                "method": variant,
-                "sparsity": sparsity,
-                "learning_rate": best.learning_rate,
-                "at_edge": best.learning_rate in (min(rates), max(rates)),
-                "train_flops": sum(result.get("train_flops", 0) for result in outcomes),
-                "trials": [
-                    {
-                        "learning_rate": trial.learning_rate,
-                        "validation_loss": result.get("validation_loss"),
-                        "diverged": bool(result.get("diverged")),
-                        "steps": result.get("steps"),
-                        "train_flops": result.get("train_flops"),
-                        "seconds": result.get("seconds"),
-                        "run": trial.unit.name,
-                    }
-                    for trial, result in zip(mine, outcomes, strict=True)
-                ],
+                "setting": look.setting,
+                "around": dict(look.around),
+                "values": look.values,
+                "added": look.added,
+                "best": look.best,
+                "losses": [_finite(trials[key_of(point)].loss(out)) for point in look.points()],
             }
-        )
-    return found
+            for look in search.found.looks
+        ],
+        "trials": [
+            {
+                "learning_rate": trial.unit.config.training.learning_rate,
+                "settings": dict(trial.point),
+                "validation_loss": result.get("validation_loss"),
+                "diverged": bool(result.get("diverged")),
+                "steps": result.get("steps"),
+                "train_flops": result.get("train_flops"),
+                "seconds": result.get("seconds"),
+                "run": trial.unit.name,
+            }
+            for trial, result in zip(search.trials, outcomes, strict=True)
+        ],
+    }
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None

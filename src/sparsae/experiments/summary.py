@@ -61,12 +61,14 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
             "has a test loss (set training.validation_sequences lower, or begin the comparison anew)"
         )
     edges = [
-        f"{group['method']} at {group['sparsity']:g} ({group['learning_rate']:g})"
+        f"{group['method']} at {group['sparsity']:g} ({setting.rpartition('.')[2]} {group['settings'][setting]:g})"
         for group in results["tuning"]
-        if group["at_edge"]
+        for setting in group["edges"]
     ]
     if edges:
-        found.append(f"the best learning rate is at the edge of the grid, which was too narrow for {', '.join(edges)}")
+        found.append(
+            f"the best value is at the edge of the grid, which tuning.extensions did not let go on: {', '.join(edges)}"
+        )
     for row in results["rows"]:
         if row["diverged"]:
             found.append(f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: diverged")
@@ -107,6 +109,7 @@ def _of_one_sparsity(
                 **{name: _mean_of(done, name) for name in ("test_loss", "validation_loss")},
                 "diverged": len(rows) - len(done),
                 "learning_rate": rows[0]["learning_rate"],
+                "settings": rows[0].get("settings", {}),
                 **{key: _mean([row[key] for row in done]) for key in _MEANS},
                 "difference": _difference(difference, adjusted.get(name)),
                 "verdict": _verdict(name == reference, difference, complete=len(done) == len(rows)),

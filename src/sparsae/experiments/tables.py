@@ -21,10 +21,12 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     names: int = 2
+    tuned: Sequence[str] = ()
+    """Columns of settings that were tuned beside the learning rate."""
 
     def brief(self) -> Table:
         """What fits a terminal: without the columns that say how a run was, and what it weighs."""
-        left_out = {"learning rate", "tokens", "parameters", "state", "equivalent tokens"}
+        left_out = {"learning rate", *self.tuned, "tokens", "parameters", "state", "equivalent tokens"}
         kept = [index for index, column in enumerate(self.columns) if column not in left_out]
         rows = [[row[index] for index in kept] for row in self.rows]
         return Table(self.title, [self.columns[index] for index in kept], rows, self.names)
@@ -57,17 +59,32 @@ def results_table(results: Mapping[str, Any]) -> Table:
     reference, plan = results["reference"], results["plan"]
     seeds = len(plan["seeds"])
     columns = [
-        "sparsity", "method", "learning rate", "steps", "tokens", "FLOPs", "parameters", "state",
-        "loss (nats)", f"less {reference}", "p", "equivalent tokens",
+        "sparsity", "method", "learning rate", *map(_short, tuned_beside(results)), "steps", "tokens", "FLOPs",
+        "parameters", "state", "loss (nats)", f"less {reference}", "p", "equivalent tokens",
     ]  # fmt: skip
     title = f"{plan['preset']}, matched on {plan['match']}, {seeds} seed{'s' if seeds > 1 else ''}"
     loss = compared_loss(results).replace("_", " ")
-    return Table(f"{title}: final {loss}, mean ± half of the 95 % interval.", columns, _rows(results))
+    tuned = [_short(setting) for setting in tuned_beside(results)]
+    return Table(f"{title}: final {loss}, mean ± half of the 95 % interval.", columns, _rows(results), tuned=tuned)
 
 
 def compared_loss(results: Mapping[str, Any]) -> str:
-    """The key of the loss that was compared; before there was a test, it was that of validation."""
-    return str(results.get("judged_by", "validation_loss"))
+    """The key of the loss that was compared."""
+    return str(results["judged_by"])
+
+
+def tuned_beside(results: Mapping[str, Any]) -> list[str]:
+    """Settings that were tuned beside the learning rate."""
+    return list(results["plan"]["tuning"]["grid"])
+
+
+def _short(setting: str) -> str:
+    return setting.rpartition(".")[2].replace("_", " ")
+
+
+def _tuned(entry: Mapping[str, Any], setting: str) -> str:
+    value = entry["settings"].get(setting)
+    return UNKNOWN if value is None else f"{value:g}"
 
 
 def rank_table(results: Mapping[str, Any]) -> Table:
@@ -103,6 +120,7 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
                 percent(entry["sparsity"]),
                 entry["method"],
                 f"{entry['learning_rate']:g}",
+                *(_tuned(entry, setting) for setting in tuned_beside(results)),
                 f"{entry['steps']:,.0f}" if entry["steps"] is not None else UNKNOWN,
                 *(_compact(entry[key]) for key in ("tokens", "train_flops", "parameters")),
                 _compact(entry["state_bytes"], "B"),

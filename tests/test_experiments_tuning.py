@@ -1,0 +1,170 @@
+"""How tuning looks along its axes: on losses that are known in closed form, and what each variant's axes are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsae.errors import InputError
+from sparsae.experiments.earlier import of_now
+from sparsae.experiments.plan import Plan, parse_plan
+from sparsae.experiments.tuning import Axis, Found, Point, key_of, search
+
+RATE, SCALE = Axis("training.learning_rate", (1.0, 2.0, 4.0)), Axis("parameterization.initial_scale", (1.0, 2.0))
+
+
+def run(
+    axes: list[Axis],
+    loss: Callable[[Point], float],
+    rounds: int = 1,
+    extensions: int = 4,
+    allowed: Callable[[Point], bool] = lambda _: True,
+) -> tuple[Found, int]:
+    """Try what is wanted until nothing is; how many trials that took."""
+    known: dict[object, float] = {}
+    while True:
+        found = search(axes, rounds, extensions, lambda point, known=known: known.get(key_of(point)), allowed)
+        if not found.wanted:
+            return found, len(known)
+        assert all(key_of(point) not in known for point in found.wanted)
+        known |= {key_of(point): loss(point) for point in found.wanted}
+
+
+def bowl(rate: float, scale: float = 1.0) -> Callable[[Point], float]:
+    """Lowest at a rate and a scale; 3 is the scale of whoever gives none."""
+
+    def loss(point: Point) -> float:
+        r, s = point.get(RATE.setting, 1.0), point.get(SCALE.setting, 3.0)
+        return math.log(r / rate) ** 2 + math.log(s / scale) ** 2
+
+    return loss
+
+
+def test_the_best_of_the_grid_is_taken_where_it_lies_inside() -> None:
+    found, trials = run([RATE], bowl(2.0))
+    assert (found.point, trials) == ({RATE.setting: 2.0}, 3)
+    assert not found.looks[0].at_edge
+
+
+@pytest.mark.parametrize(("best", "added"), [(16.0, [8.0, 16.0, 32.0]), (0.5, [0.5, 0.25])])
+def test_a_best_value_at_an_edge_extends_the_grid_by_its_ratio_until_it_lies_inside(
+    best: float, added: list[float]
+) -> None:
+    found, trials = run([RATE], bowl(best))
+    assert found.point == {RATE.setting: best}
+    assert found.looks[0].added == added
+    assert trials == 3 + len(added)
+    assert not found.looks[0].at_edge
+
+
+def test_extensions_are_bounded_and_the_edge_is_told() -> None:
+    found, trials = run([RATE], bowl(1e9), extensions=2)
+    assert (found.point, trials) == ({RATE.setting: 16.0}, 5)
+    assert found.looks[0].at_edge
+    assert run([RATE], bowl(1e9), extensions=0)[1] == 3
+
+
+def test_a_grid_is_not_extended_beyond_what_a_run_can_have() -> None:
+    found, trials = run([RATE], bowl(1e9), allowed=lambda point: point[RATE.setting] <= 8.0)
+    assert (found.point, trials) == ({RATE.setting: 8.0}, 4)
+    assert found.looks[0].at_edge
+
+
+def test_where_every_trial_fails_it_goes_on_below() -> None:
+    found, _ = run([RATE], lambda point: math.inf if point[RATE.setting] > 0.3 else point[RATE.setting])
+    assert found.point[RATE.setting] < 0.3
+
+
+def test_axes_are_looked_along_one_after_another_at_the_best_so_far() -> None:
+    found, trials = run([RATE, SCALE], bowl(2.0, scale=2.0))
+    assert found.point == {RATE.setting: 2.0, SCALE.setting: 2.0}
+    assert found.looks[1].values == [1.0, 2.0, 4.0]
+    assert all(point[RATE.setting] == 2.0 for point in found.looks[1].points())
+    assert trials == 6
+
+
+def test_a_setting_stays_as_it_was_where_nothing_on_its_axis_is_better() -> None:
+    found, _ = run([RATE, SCALE], bowl(2.0, scale=3.0))
+    assert found.point == {RATE.setting: 2.0}
+    assert found.looks[1].best is None
+    assert not found.looks[1].at_edge
+
+
+def test_a_second_round_looks_along_the_first_axis_again() -> None:
+    def coupled(point: Point) -> float:
+        # The best rate is twice the scale.
+        rate, scale = math.log2(point[RATE.setting]), math.log2(point.get(SCALE.setting, 1.0))
+        return 0.3 * (rate - scale - 1) ** 2 + (scale - 2) ** 2
+
+    once, _ = run([RATE, Axis(SCALE.setting, (0.5, 1.0, 2.0))], coupled)
+    twice, _ = run([RATE, Axis(SCALE.setting, (0.5, 1.0, 2.0))], coupled, rounds=4)
+    assert coupled(twice.point) < coupled(once.point)
+
+
+@given(st.floats(-8, 8), st.floats(-3, 3), st.integers(0, 6), st.integers(1, 3))
+def test_the_end_is_the_best_that_was_tried_and_no_look_passes_its_bounds(
+    rate: float, scale: float, extensions: int, rounds: int
+) -> None:
+    loss = bowl(2.0**rate, 2.0**scale)
+    found, trials = run([RATE, SCALE], loss, rounds, extensions)
+    assert loss(found.point) == min(loss(point) for point in found.tried())
+    assert trials == len(found.tried()) <= rounds * (5 + 2 * extensions)
+    for look in found.looks:
+        assert len(look.added) <= extensions
+        assert look.values == sorted(look.values)
+        if look.best is not None and not look.at_edge:
+            assert look.values[0] < look.best < look.values[-1]
+
+
+GRID = {
+    "learning_rates": [1e-3, 2e-3],
+    "grid": {
+        "parameterization.initial_scale": [1, 2], "training.sparse_learning_rate": [0.01, 0.02],
+        "topology.drop_fraction": [0.1, 0.3],
+    },
+}  # fmt: skip
+
+
+def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
+    plan = Plan(
+        methods=["dense", "dense_small", "static", "rigl"],
+        variants={  # type: ignore[arg-type]
+            "one-rate": {"method": "static", "settings": {"training": {"sparse_learning_rate": None}}}
+        },
+        tuning=GRID,  # type: ignore[arg-type]
+    )
+    axes = {name: [axis.setting.rpartition(".")[2] for axis in plan.axes(name, 0.9)] for name in plan.all_variants}
+    dense = ["learning_rate", "initial_scale"]
+    assert axes["dense"] == axes["dense_small"] == axes["one-rate"] == dense
+    assert axes["static"] == [*dense, "sparse_learning_rate"]
+    assert axes["rigl"] == [*dense, "sparse_learning_rate", "drop_fraction"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"training.sparse_rate": [1, 2]}, "no setting 'training.sparse_rate'; did you mean"),
+        ({"training.learning_rate": [1, 2]}, "give it by learning_rates"),
+        ({"parameterization.initial_scale": [1]}, "two or more values"),
+        ({"parameterization.initial_scale": [1, 1]}, "two or more values"),
+        ({"parameterization.initial_scale": [0, 1]}, "must be above 0"),
+    ],
+)
+def test_a_wrong_grid_gives_one_line(grid: dict[str, list[float]], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parse_plan({"kind": "comparison", "methods": ["static"], "tuning": {"grid": grid}}, "plan.yaml", Plan)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_an_earlier_version_tuned_is_shown_as_a_look_along_the_rate() -> None:
+    trials = [{"learning_rate": r, "validation_loss": loss} for r, loss in ((1e-3, 3.0), (2e-3, 2.0))]
+    old = {"kind": "comparison", "plan": {"tuning": {"share": 0.4}}, "summary": [{}]}
+    found = of_now({**old, "tuning": [{"learning_rate": 2e-3, "at_edge": True, "trials": trials}]})
+    assert (found["judged_by"], found["trial_share"]) == ("validation_loss", 0.4)
+    (look,) = found["tuning"][0]["looks"]
+    assert (look["values"], look["losses"], look["best"]) == ([1e-3, 2e-3], [3.0, 2.0], 2e-3)
+    assert found["tuning"][0]["edges"] == ["training.learning_rate"]
