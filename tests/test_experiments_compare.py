@@ -299,6 +299,35 @@ def test_a_plan_in_a_file(settings: list[str], tmp_path: Path, capsys: pytest.Ca
     assert "topology.candidates" in (out / "report.html").read_text()
 
 
+def test_a_common_step_count_stands_beside_and_planned_contrasts_are_shown(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "methods: [dense, static, gse]\nseeds: 2\nsparsities: [0.9]\nalso: [steps]\nplanned: [[gse, dense]]\n"
+        "cadence: 50%\n"
+    )
+    out = tmp_path / "out"
+    assert main(["compare", str(plan), "--out", str(out), *settings]) == 0
+    found, shown = results(out), capsys.readouterr().out
+    steps = {row["method"]: row["steps"] for row in found["rows"]}
+    assert list(steps) == ["dense", "static", "gse", "dense@steps", "gse@steps"]
+    assert steps["dense@steps"] == steps["gse@steps"] == steps["static"] == 24 > steps["dense"]
+    (contrast,) = found["contrasts"]
+    losses = {(row["method"], row["seed"]): row["test_loss"] for row in found["rows"]}
+    assert contrast["difference"]["mean"] == pytest.approx(
+        sum(losses["gse", n] - losses["dense", n] for n in (0, 1)) / 2
+    )
+    # The updates of GSE end at 60 % of its run: it makes one.
+    warning = r"gse at sparsity 0\.9: one topology update in \d+ steps, too few"
+    for text in (shown, (out / "table.md").read_text(), (out / "report.html").read_text()):
+        assert re.search(warning, re.sub(r"\s+", " ", text))
+        assert "gse less dense" in text
+        assert "gse@steps" in text
+    assert "1 (few)" in (out / "table.md").read_text()
+    assert main(["report", str(out)]) == 0
+
+
 def test_several_settings_are_tuned_in_trials_as_long_as_a_budget_carries(settings: list[str], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text(

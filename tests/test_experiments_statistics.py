@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
-from sparsae.experiments.summary import conclusions, judged_by, summarize, warnings
+from sparsae.experiments.summary import conclusions, contrasts, judged_by, summarize, warnings
+from sparsae.experiments.tables import contrast_table
 
 losses = st.floats(0.5, 10.0, allow_nan=False).map(lambda x: round(x, 4))
 
@@ -176,9 +178,69 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
         row("static", n, 3.0) | {"rule": "static", "moves": False, "budget_deviation": 0.0, "updates": 0}
         for n in range(2)
     ]
-    rows += [row("set", n, 3.0) | {"rule": "set", "moves": True, "budget_deviation": 0.0} for n in range(2)]
+    busy = {"updates": 5, "rule": "set", "moves": True, "budget_deviation": 0.0}
+    rows += [row("set", n, 3.0) | busy for n in range(2)]
     rows += [row("rigl", n, 3.0) | idle for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
+    rows += [row("mest", n, 3.0) | idle | {"updates": 4} for n in range(2)]
     assert warnings({"tuning": [], "rows": rows, "judged_by": "test_loss"}) == [
         "gse at sparsity 0.9, seed 0: diverged",
-        "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (set topology.every lower)",
+        "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (set topology.every lower, or cadence: "
+        "a share of the run)",
+        "mest at sparsity 0.9: 4 topology updates in 40 steps, too few to call it a moving topology (set "
+        "topology.every lower, or cadence: a share of the run)",
     ]
+
+
+def contrasted(seeds: int, **losses: list[float]) -> list[dict[str, object]]:
+    """Rows of the given test losses, seed by seed."""
+    return [row(name, n, 3.0) | {"test_loss": values[n]} for name, values in losses.items() for n in range(seeds)]
+
+
+class TestAdjustment:
+    """Paired differences from `static` of -0.1, -0.2, -0.3: p = 0.0742; of -0.10, -0.11, -0.12: p = 0.0027."""
+
+    rows = contrasted(
+        3, static=[3.0, 3.0, 3.0], good=[2.9, 2.89, 2.88], vague=[2.9, 2.8, 2.7], fair=[2.95, 2.93, 2.94],
+        better=[2.95, 2.94, 2.91],
+    )  # fmt: skip
+
+    def by_name(self, planned: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+        return {entry["method"]: entry for entry in summarize(self.rows, "static", "test_loss", planned)}
+
+    def test_stars_are_of_adjusted_p_values(self) -> None:
+        found = self.by_name([])
+        p = {name: entry["difference"]["p"] for name, entry in found.items() if entry["difference"]}
+        assert {name: found[name]["difference"]["p_holm"] for name in p} == dict(
+            zip(p, holm(list(p.values())), strict=True)
+        )
+        # The interval of `better` excludes zero, which of four differences is not enough.
+        assert found["better"]["difference"]["high"] < 0 < p["better"] < 0.05 < found["better"]["difference"]["p_holm"]
+        assert found["better"]["verdict"] == "undecided"
+        assert found["good"]["verdict"] == "better"
+
+    def test_a_planned_contrast_stands_by_itself_and_makes_the_others_fewer(self) -> None:
+        alone, together = self.by_name([("better", "static"), ("static", "vague")]), self.by_name([])
+        assert alone["better"]["verdict"] == "better"
+        assert alone["better"]["difference"]["p_holm"] is None
+        assert alone["good"]["difference"]["p_holm"] < together["good"]["difference"]["p_holm"]
+
+    def test_the_family_is_of_all_sparsities(self) -> None:
+        other = [entry | {"sparsity": 0.95} for entry in self.rows]
+        both = summarize([*self.rows, *other], "static", "test_loss")
+        p = [entry["difference"]["p"] for entry in both if entry["difference"]]
+        assert [e["difference"]["p_holm"] for e in both if e["difference"]] == holm(p)
+        assert len(p) == 8
+
+    def test_contrasts_need_no_reference(self) -> None:
+        (entry,) = contrasts(self.rows, "test_loss", [("good", "fair")])
+        assert (entry["a"], entry["b"], entry["verdict"]) == ("good", "fair", "better")
+        assert entry["difference"]["mean"] == pytest.approx(2.89 - 2.94)
+        table = contrast_table({"contrasts": [entry]})
+        assert table.rows[0][:3] == ["90 %", "good less fair", "3"]
+        assert "±" in table.rows[0][3]
+
+
+def test_rows_under_a_further_match_win_nothing_and_stop_no_winner() -> None:
+    rows = contrasted(2, static=[3.0, 3.0], good=[2.0, 2.0])
+    beside = [entry | {"method": "good@steps", "beside": True} for entry in rows if entry["method"] == "good"]
+    assert conclusions([*rows, *beside], "test_loss")[0]["winner"] == "good"

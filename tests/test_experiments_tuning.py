@@ -160,11 +160,56 @@ def test_a_wrong_grid_gives_one_line(grid: dict[str, list[float]], message: str)
     assert "\n" not in str(caught.value)
 
 
+class TestCadence:
+    def every(self, plan: Plan, variant: str) -> object:
+        return plan.config(variant, 0.9, 0).topology.every  # type: ignore[attr-defined]
+
+    def test_a_cadence_in_steps_becomes_a_share_of_the_run(self) -> None:
+        plan = Plan(methods=["rigl", "gse", "granet", "sparsae", "rigl-ramp"])
+        assert {self.every(plan, name) for name in ("rigl", "gse", "granet", "rigl-ramp")} == {"2%"}
+        assert self.every(plan, "sparsae") == self.every(Plan(methods=["sparsae"], cadence=None), "sparsae")
+        assert self.every(Plan(methods=["gse"], cadence="5%"), "gse") == "5%"
+        assert self.every(Plan(methods=["gse"], cadence=None), "gse") == 1000
+
+    def test_what_the_plan_gives_stays(self) -> None:
+        variants = {"rigl-20": {"method": "rigl", "settings": {"topology": {"every": 20}}}}
+        plan = Plan(methods=["rigl"], variants=variants, settings={})  # type: ignore[arg-type]
+        assert (self.every(plan, "rigl-20"), self.every(plan, "rigl")) == (20, "2%")
+        assert self.every(Plan(methods=["rigl"], settings={"topology": {"every": 50}}), "rigl") == 50
+
+
+def test_further_matches_are_rows_of_their_own_with_the_tuning_of_what_they_are() -> None:
+    small = {"small": {"method": "dense_small", "match": "steps"}}
+    plan = Plan(methods=["static", "rigl"], variants=small, also=["steps"])  # type: ignore[arg-type]
+    assert list(plan.all_variants) == ["static", "rigl", "small", "rigl@steps"]
+    assert plan.match_of("rigl@steps") == "steps"
+    assert plan.tuned_as("rigl@steps") == "rigl"
+    assert plan.config("rigl@steps", 0.9, 0) == plan.config("rigl", 0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("planned", "message"),
+    [
+        ([["static", "rigle"]], "'rigle' is not compared; did you mean rigl"),
+        ([["static", "static"]], "two different variants"),
+        ([["static", "rigl"], ["rigl", "static"]], "two different variants, once"),
+        ([["static"]], "planned"),
+    ],
+)
+def test_a_wrong_contrast_gives_one_line(planned: list[list[str]], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parse_plan({"kind": "comparison", "methods": ["static", "rigl"], "planned": planned}, "plan.yaml", Plan)
+    assert "\n" not in str(caught.value)
+
+
 def test_what_an_earlier_version_tuned_is_shown_as_a_look_along_the_rate() -> None:
     trials = [{"learning_rate": r, "validation_loss": loss} for r, loss in ((1e-3, 3.0), (2e-3, 2.0))]
-    old = {"kind": "comparison", "plan": {"tuning": {"share": 0.4}}, "summary": [{}]}
+    difference = {"mean": -0.1, "p": 0.01, "p_holm": 0.06}
+    entry = {"method": "set", "difference": difference, "diverged": 0, "verdict": "better"}
+    old = {"kind": "comparison", "plan": {"tuning": {"share": 0.4}}, "reference": "static", "summary": [entry]}
     found = of_now({**old, "tuning": [{"learning_rate": 2e-3, "at_edge": True, "trials": trials}]})
     assert (found["judged_by"], found["trial_share"]) == ("validation_loss", 0.4)
     (look,) = found["tuning"][0]["looks"]
     assert (look["values"], look["losses"], look["best"]) == ([1e-3, 2e-3], [3.0, 2.0], 2e-3)
     assert found["tuning"][0]["edges"] == ["training.learning_rate"]
+    assert entry["verdict"] == "undecided"

@@ -44,7 +44,8 @@ class TestAblations:
     def test_each_changes_one_thing_of_the_written_method(self) -> None:
         written = resolve(method=WRITTEN)
         for name, variant in ablation_variants(list(ABLATIONS)).items():
-            config = parse_plan({"variants": {name: variant}}, "here", Plan).config(name, 0.9, 0)
+            plan = parse_plan({"variants": {name: variant}, "cadence": None}, "here", Plan)
+            config = plan.config(name, 0.9, 0)
             assert (config == written) == (name == "written")
             assert config.training == written.training
 

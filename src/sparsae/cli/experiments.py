@@ -317,13 +317,15 @@ def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_
 
 
 def _show(results: Mapping[str, Any], out: Path) -> None:
-    from sparsae.experiments.tables import rank_table, results_table
+    from sparsae.experiments.tables import contrast_table, rank_table, results_table
     from sparsae.experiments.transfer.results import tables as transfer_tables
 
     if results["kind"] == "transfer":
         tables = transfer_tables(results)
     else:
-        tables = [results_table(results).brief(), *([rank_table(results)] if results.get("ranking") else [])]
+        tables = [results_table(results).brief()]
+        tables += [contrast_table(results)] if results["contrasts"] else []
+        tables += [rank_table(results)] if results.get("ranking") else []
     for table in tables:
         show_table(table.title, table.columns, table.rows, table.names)
     for entry in results.get("conclusions", []):

@@ -82,7 +82,9 @@ class Schedule:
             for variant in self.plan.all_variants:
                 flops = self.unit(variant, sparsity, tuning.seed, "runs", {}).flops
                 runs += len(self.plan.seeds) * flops
-                trials += tuning.rounds * sum(len(axis.values) for axis in self.plan.axes(variant, sparsity)) * flops
+                if variant in self.plan.named_variants:
+                    values = sum(len(axis.values) for axis in self.plan.axes(variant, sparsity))
+                    trials += tuning.rounds * values * flops
         return min(tuning.share, tuning.budget * runs / trials) if trials else tuning.share
 
 
@@ -184,10 +186,11 @@ class Experiment:
 
     def point(self, variant: str, sparsity: float) -> Point:
         """The tuned settings; empty where nothing is tuned."""
-        return next((s.found.point for s in self.searches if (s.variant, s.sparsity) == (variant, sparsity)), {})
+        tuned = self.plan.tuned_as(variant), sparsity
+        return next((s.found.point for s in self.searches if (s.variant, s.sparsity) == tuned), {})
 
     def _tuned(self) -> list[tuple[str, float]]:
-        return [(variant, sparsity) for sparsity in self.plan.sparsities for variant in self.plan.all_variants]
+        return [(variant, sparsity) for sparsity in self.plan.sparsities for variant in self.plan.named_variants]
 
     def _trial(self, variant: str, sparsity: float, point: Point) -> Trial:
         key = variant, sparsity, key_of(point)

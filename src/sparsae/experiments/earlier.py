@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from sparsae.experiments.plan import LEARNING_RATE
+from sparsae.experiments.summary import verdict_of
 
 
 def of_now(results: dict[str, Any]) -> dict[str, Any]:
     """The content of a results.json; what the version that wrote it did not know is filled in. Changes its argument.
 
     Before there was a test, losses of validation were compared; before there were further settings, and grids that
-    extend, a method's trials were all of the learning rate.
+    extend, a method's trials were all of the learning rate. Stars were of unadjusted p values; they are of Holm's,
+    which lay beside them.
     """
     if results.get("kind") == "transfer":
         return results
@@ -19,7 +21,11 @@ def of_now(results: dict[str, Any]) -> dict[str, Any]:
     tuning = results.get("plan", {}).get("tuning", {})
     tuning.setdefault("grid", {})
     results.setdefault("trial_share", tuning.get("share", 1.0))
+    results.setdefault("contrasts", [])
     for entry in results.get("summary", ()):
+        if "planned" not in entry:
+            entry["planned"] = False
+            entry["verdict"] = verdict_of(entry, entry["method"] == results["reference"])
         entry.setdefault("settings", {})
         entry.setdefault("test_loss", None)
     for group in results.get("tuning", ()):

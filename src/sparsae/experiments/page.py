@@ -15,7 +15,7 @@ from sparsae.experiments.earlier import of_now
 from sparsae.experiments.equal_loss import equal_loss_table
 from sparsae.experiments.plan import LEARNING_RATE
 from sparsae.experiments.stuck import stuck_table
-from sparsae.experiments.tables import Table, compared_loss, interval_text, rank_table, results_table
+from sparsae.experiments.tables import Table, compared_loss, contrast_table, interval_text, rank_table, results_table
 from sparsae.experiments.transfer import page as transfer
 from sparsae.files import read_json, write_atomically
 from sparsae.report import markup
@@ -130,8 +130,8 @@ def _table(table: Table) -> str:
 def _results(results: Results) -> str:
     look, sparsities, loss = _looks(results), results["plan"]["sparsities"], compared_loss(results)
     lead = (
-        f"{_LOSSES[loss]} A star marks a paired difference whose 95 % interval excludes zero; nothing is "
-        "concluded from the others. "
+        f"{_LOSSES[loss]} A star marks a paired difference with p < 0.05, adjusted by Holm's method over all "
+        "differences but the planned ones; nothing is concluded from the others. "
         "Equivalent tokens: how many times its own tokens the reference would need for the same loss."
     )
     return markup.section(
@@ -139,6 +139,7 @@ def _results(results: Results) -> str:
         "Final loss",
         lead,
         _table(results_table(results)),
+        _table(contrast_table(results)) if results["contrasts"] else "",
         "<h3>In figures</h3>",
         markup.figures(
             [
@@ -282,8 +283,9 @@ def _reading(results: Results) -> str:
     lead = "What the numbers are, and what they are not."
     entries = [
         "Runs of one seed see the same data in the same order: differences are taken seed by seed.",
-        "Intervals are two-sided 95 % intervals of Student's t over seeds; p is that of the paired t test, not "
-        "adjusted for the number of methods (results.json has Holm's adjustment beside it).",
+        "Intervals are two-sided 95 % intervals of Student's t over seeds, each by itself; p is that of the paired t "
+        "test, adjusted by Holm's method over all methods and sparsities together, but for contrasts that the plan "
+        "names (planned), whose p stands as it is.",
         "A winner is named only where its paired interval against every other method excludes zero.",
         "Equivalent tokens come from the reference's own validation curve: interpolated for a higher loss, "
         "extrapolated by a fitted power law with a floor for a lower one, at most eightfold. The curve's learning rate "

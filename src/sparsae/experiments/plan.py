@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from sparsae.config import Config, Section
 from sparsae.config.complaints import explain, nearest, unknown_key
 from sparsae.config.load import has_sparsity, methods, presets, read_settings, resolve, setting_names
+from sparsae.config.span import Span
 from sparsae.config.text import dump_yaml
 from sparsae.errors import InputError
 from sparsae.experiments.tuning import Axis, Point
@@ -25,6 +26,8 @@ Match = Literal["flops", "tokens", "steps"]
 Tree = dict[str, Any]
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+Contrast = Annotated[tuple[str, str], BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -45,6 +48,7 @@ class Variant(Section):
 
 
 LEARNING_RATE = "training.learning_rate"
+_EVERY = "topology.every"
 _OF_SPARSE_LAYERS = ("sparsity.", "topology.", "rules.", "training.sparse_learning_rate")
 
 
@@ -164,8 +168,23 @@ class Plan(BasePlan):
     budget: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None, description="how much of that; null: what the reference takes for training.steps"
     )
+    also: list[Match] = Field(
+        default=[],
+        description="further matches: every variant but the reference is run under each too, in rows of its own "
+        "(rigl@steps), with the settings that it was tuned to",
+    )
+    cadence: Span | None = Field(
+        default="2%",
+        description="between updates of a rule whose own cadence is a number of steps, where the plan does not give "
+        "topology.every; null: the rule's own",
+    )
     reference: str | None = Field(
         default=None, description="what the others are held against; null: static, or the first"
+    )
+    planned: list[Contrast] = Field(
+        default=[],
+        description="contrasts that were planned before any run, [[a, b], ...]: a less b; p values of all other "
+        "differences from the reference are adjusted (Holm)",
     )
     tuning: Tuning = Tuning()
 
@@ -184,25 +203,46 @@ class Plan(BasePlan):
                 raise ValueError(f"variants: '{name}' cannot name a directory: use letters, digits and . _ + -")
             if name in self.methods:
                 raise ValueError(f"variants: '{name}' is among the methods already; give it another name")
-        if not self.all_variants:
+        if not self.named_variants:
             raise ValueError(f"methods: name at least one of: {', '.join(methods())}")
-        if self.reference is not None and self.reference not in self.all_variants:
+        if self.reference is not None and self.reference not in self.named_variants:
             raise ValueError(
-                f"reference: '{self.reference}' is not compared; {nearest(self.reference, self.all_variants)}"
+                f"reference: '{self.reference}' is not compared; {nearest(self.reference, self.named_variants)}"
             )
         if (self.tuning.learning_rates or self.tuning.grid) and self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the compared seeds; give another")
+        for a, b in self.planned:
+            for name in (a, b):
+                if name not in self.all_variants:
+                    raise ValueError(f"planned: '{name}' is not compared; {nearest(name, self.all_variants)}")
+            if a == b or (b, a) in self.planned:
+                raise ValueError(f"planned: {a} and {b}: two different variants, once")
         return self
 
     @cached_property
-    def all_variants(self) -> dict[str, Variant]:
-        """Everything compared, by name and in order."""
+    def named_variants(self) -> dict[str, Variant]:
+        """What the plan names, by name and in order."""
         return {name: Variant(method=name) for name in self.methods} | self.variants
+
+    @cached_property
+    def all_variants(self) -> dict[str, Variant]:
+        """Everything compared, by name and in order: what the plan names, and the same under further matches."""
+        beside = {
+            f"{name}@{match}": variant.model_copy(update={"match": match})
+            for match in self.also
+            for name, variant in self.named_variants.items()
+            if name != self.held_against and (variant.match or self.match) != match
+        }
+        return self.named_variants | beside
 
     @property
     def held_against(self) -> str:
         """The reference's name."""
-        return self.reference or ("static" if "static" in self.all_variants else next(iter(self.all_variants)))
+        return self.reference or ("static" if "static" in self.named_variants else next(iter(self.named_variants)))
+
+    def tuned_as(self, variant: str) -> str:
+        """The variant whose tuning a variant takes its settings from: under a further match, the one that is named."""
+        return variant.partition("@")[0]
 
     def match_of(self, variant: str) -> Match:
         """What a variant's runs are matched on."""
@@ -231,7 +271,12 @@ class Plan(BasePlan):
         if steps is not None:
             given["steps"] = ("training.steps", steps)
         trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
-        return resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        config = resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        absolute = isinstance(getattr(config.topology, "every", None), int)
+        if self.cadence is not None and absolute and not any(_given(tree, _EVERY) for tree, _ in trees):
+            given = {"cadence": (_EVERY, self.cadence), **given}
+            config = resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        return config
 
 
 def _given(tree: Mapping[str, Any], setting: str) -> bool:

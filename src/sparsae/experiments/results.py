@@ -14,8 +14,8 @@ from sparsae.experiments.matching import Budget
 from sparsae.experiments.plan import Plan
 from sparsae.experiments.ranking import rank_agreement, summarize_rankings
 from sparsae.experiments.stuck import stuck_counts
-from sparsae.experiments.summary import conclusions, judged_by, summarize, warnings
-from sparsae.experiments.tables import results_table
+from sparsae.experiments.summary import conclusions, contrasts, judged_by, summarize, warnings
+from sparsae.experiments.tables import contrast_table, notes, results_table
 from sparsae.experiments.tuning import Found, Point, key_of
 from sparsae.experiments.units import Unit, outcome
 from sparsae.files import to_json, write_atomically
@@ -82,7 +82,8 @@ def collect(
     }
     if rankings := summarize_rankings(rows):
         results["ranking"] = rankings
-    results["summary"] = summarize(rows, plan.held_against, loss)
+    results["summary"] = summarize(rows, plan.held_against, loss, plan.planned)
+    results["contrasts"] = contrasts(rows, loss, plan.planned)
     results["equal_loss"] = equal_loss(rows)
     results["conclusions"] = conclusions(rows, loss)
     results["warnings"] = warnings(results)
@@ -92,9 +93,9 @@ def collect(
 def write_results(results: dict[str, Any], out: Path) -> None:
     """results.json, table.md and table.tex, each whole or not at all."""
     write_atomically(out / "results.json", to_json(results, indent=1) + "\n")
-    table = results_table(results)
-    write_atomically(out / "table.md", table.markdown())
-    write_atomically(out / "table.tex", table.latex())
+    tables = [results_table(results), *([contrast_table(results)] if results["contrasts"] else [])]
+    write_atomically(out / "table.md", "\n".join([table.markdown() for table in tables]) + notes(results["warnings"]))
+    write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
 
 
 def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
@@ -125,7 +126,10 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         teacher = 4 * others if config.teacher.enabled else 0
         row["state_bytes"] = found["state_bytes_sparse_layers"] + _OTHER_STATE * others + teacher
         row["accepted_updates"], row["updates"] = found["topology_updates_accepted"], found["topology_updates"]
-        row["rule"], row["moves"] = config.topology.rule, build_rule(config.topology, config.rules).moves
+        row["rule"] = config.topology.rule
+        # One that moves once, as `magnitude` does, has no cadence to be too slow.
+        row["moves"] = build_rule(config.topology, config.rules).moves and hasattr(config.topology, "every")
+    row["beside"] = cell.variant not in plan.named_variants
     row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.unit.name
     metrics = [] if diverged else RunDirectory(run).read_metrics()
     row["curve"], row["stuck"] = _curve(metrics), stuck_counts(metrics)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from sparsae.experiments.statistics import (
+    CONFIDENCE,
     Difference,
     Interval,
     Verdict,
@@ -18,6 +19,7 @@ from sparsae.experiments.statistics import (
 
 Row = Mapping[str, Any]
 Loss = Literal["test_loss", "validation_loss"]
+FEW_UPDATES = 5  # of a rule that moves: with fewer it has hardly moved
 _MEANS = ("train_flops", "tokens", "steps", "seconds", "parameters", "state_bytes", "accepted_updates", "updates")
 
 
@@ -26,8 +28,14 @@ def judged_by(rows: Sequence[Row]) -> Loss:
     return "test_loss" if all(row["diverged"] or row["test_loss"] is not None for row in rows) else "validation_loss"
 
 
-def summarize(rows: Sequence[Row], reference: str, loss: Loss) -> list[dict[str, Any]]:
-    """An entry a sparsity and method, in the order of the rows; differences are of this loss."""
+def summarize(
+    rows: Sequence[Row], reference: str, loss: Loss, planned: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, Any]]:
+    """An entry a sparsity and method, in the order of the rows; differences are of this loss.
+
+    A planned difference from the reference is decided by its own p, and every other by Holm's adjustment over all of
+    those together, at whichever sparsity.
+    """
     entries = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         groups: dict[str, list[Row]] = {}
@@ -35,16 +43,43 @@ def summarize(rows: Sequence[Row], reference: str, loss: Loss) -> list[dict[str,
             if row["sparsity"] == sparsity:
                 groups.setdefault(row["method"], []).append(row)
         entries += _of_one_sparsity(groups, sparsity, reference, loss)
+    pairs = {frozenset(pair) for pair in planned}
+    for entry in entries:
+        entry["planned"] = frozenset((entry["method"], reference)) in pairs
+    unplanned = [entry["difference"] for entry in entries if entry["difference"] and not entry["planned"]]
+    family = [difference for difference in unplanned if difference["p"] is not None]
+    for difference, adjusted in zip(family, holm([d["p"] for d in family]), strict=True):
+        difference["p_holm"] = adjusted
+    for entry in entries:
+        entry["verdict"] = verdict_of(entry, entry["method"] == reference)
     return entries
 
 
-def conclusions(rows: Sequence[Row], loss: Loss) -> list[dict[str, Any]]:
-    """For each sparsity the method that is better than every other, or None; one that ever diverged is not."""
+def contrasts(rows: Sequence[Row], loss: Loss, planned: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The planned differences, a less b, at each sparsity, each by its own paired test."""
     found = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         losses: dict[str, dict[int, float]] = {}
         for row in rows:
             if row["sparsity"] == sparsity and not row["diverged"]:
+                losses.setdefault(row["method"], {})[row["seed"]] = row[loss]
+        for a, b in planned:
+            difference = paired_difference(losses.get(a, {}), losses.get(b, {}))
+            entry = {"sparsity": sparsity, "a": a, "b": b, "difference": _difference(difference)}
+            found.append(entry | {"verdict": "undecided" if difference is None else difference.verdict})
+    return found
+
+
+def conclusions(rows: Sequence[Row], loss: Loss) -> list[dict[str, Any]]:
+    """For each sparsity the method that is better than every other, or None; one that ever diverged is not.
+
+    Rows under a further match are beside the comparison.
+    """
+    found = []
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+        losses: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row["sparsity"] == sparsity and not row["diverged"] and not row.get("beside"):
                 losses.setdefault(row["method"], {})[row["seed"]] = row[loss]
         failed = {row["method"] for row in rows if row["sparsity"] == sparsity and row["diverged"]}
         best = winner(losses)
@@ -77,16 +112,25 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
                 f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: spent "
                 f"{row['budget_deviation']:+.1%} of its budget of {row['match']}"
             )
-    still = (row for row in results["rows"] if row.get("moves") and not row["updates"])
-    for method, sparsity, steps in dict.fromkeys((row["method"], row["sparsity"], row["steps"]) for row in still):
-        found.append(
-            f"{method} at sparsity {sparsity:g}: no topology update in {steps:,} steps, so it was static "
-            "(set topology.every lower)"
-        )
+    found += _of_few_updates(results["rows"])
     seeds = {row["seed"] for row in results["rows"]}
     if len(seeds) == 1:
         found.append("one seed: there are no intervals, and no method can be called better")
     return found
+
+
+def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
+    """A moving rule that hardly moved is not what its name says."""
+    few = (row for row in rows if row.get("moves") and row["updates"] < FEW_UPDATES)
+    for method, sparsity, steps, updates in dict.fromkeys(
+        (row["method"], row["sparsity"], row["steps"], row["updates"]) for row in few
+    ):
+        made = {0: "no topology update", 1: "one topology update"}.get(updates, f"{updates} topology updates")
+        yield (
+            f"{method} at sparsity {sparsity:g}: {made} in {steps:,} steps, "
+            f"{'so it was static' if not updates else 'too few to call it a moving topology'} (set topology.every "
+            "lower, or cadence: a share of the run)"
+        )
 
 
 def _of_one_sparsity(
@@ -95,8 +139,6 @@ def _of_one_sparsity(
     losses = {name: {r["seed"]: r[loss] for r in rows if not r["diverged"]} for name, rows in groups.items()}
     held_against = losses.get(reference, {})
     differences = {name: paired_difference(mine, held_against) for name, mine in losses.items() if name != reference}
-    tested = {name: d.p for name, d in differences.items() if d is not None and d.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     curve = _mean_curve(groups.get(reference, []))
     entries = []
     for name, rows in groups.items():
@@ -111,29 +153,38 @@ def _of_one_sparsity(
                 "learning_rate": rows[0]["learning_rate"],
                 "settings": rows[0].get("settings", {}),
                 **{key: _mean([row[key] for row in done]) for key in _MEANS},
-                "difference": _difference(difference, adjusted.get(name)),
-                "verdict": _verdict(name == reference, difference, complete=len(done) == len(rows)),
+                "difference": _difference(difference),
                 "equivalent_tokens": _equivalent(curve, difference) if difference else None,
             }
         )
     return entries
 
 
-def _verdict(is_reference: bool, difference: Difference | None, complete: bool) -> Verdict:
-    """Nothing is decided by the runs that are left of a method where others diverged."""
+def verdict_of(entry: Mapping[str, Any], is_reference: bool) -> Verdict:
+    """What an entry's difference says. Nothing is decided by the runs that are left where others diverged."""
+    p = decisive_p(entry)
     if is_reference:
         return "reference"
-    return difference.verdict if difference is not None and complete else "undecided"
+    if p is None or p >= 1.0 - CONFIDENCE or entry["diverged"]:
+        return "undecided"
+    return "better" if entry["difference"]["mean"] < 0 else "worse"
+
+
+def decisive_p(entry: Mapping[str, Any]) -> float | None:
+    """The p value by which an entry's difference is judged; None where there is none."""
+    difference = entry["difference"]
+    p: float | None = difference and difference["p" if entry["planned"] else "p_holm"]
+    return p
 
 
 def _interval(interval: Interval) -> dict[str, Any]:
     return {"n": interval.n, "mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
-def _difference(difference: Difference | None, adjusted: float | None) -> dict[str, Any] | None:
+def _difference(difference: Difference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
-    return {**_interval(difference.interval), "t": difference.t, "p": difference.p, "p_holm": adjusted}
+    return {**_interval(difference.interval), "t": difference.t, "p": difference.p, "p_holm": None}
 
 
 def _equivalent(curve: Sequence[tuple[float, float]], difference: Difference) -> dict[str, Any]:

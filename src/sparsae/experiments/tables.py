@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsae.experiments.summary import FEW_UPDATES, decisive_p
 from sparsae.report.readable import UNKNOWN, compact, percent
 
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
@@ -26,7 +27,7 @@ class Table:
 
     def brief(self) -> Table:
         """What fits a terminal: without the columns that say how a run was, and what it weighs."""
-        left_out = {"learning rate", *self.tuned, "tokens", "parameters", "state", "equivalent tokens"}
+        left_out = {"learning rate", *self.tuned, "tokens", "updates", "parameters", "state", "equivalent tokens"}
         kept = [index for index, column in enumerate(self.columns) if column not in left_out]
         rows = [[row[index] for index in kept] for row in self.rows]
         return Table(self.title, [self.columns[index] for index in kept], rows, self.names)
@@ -60,7 +61,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     seeds = len(plan["seeds"])
     columns = [
         "sparsity", "method", "learning rate", *map(_short, tuned_beside(results)), "steps", "tokens", "FLOPs",
-        "parameters", "state", "loss (nats)", f"less {reference}", "p", "equivalent tokens",
+        "updates", "parameters", "state", "loss (nats)", f"less {reference}", "p (Holm)", "equivalent tokens",
     ]  # fmt: skip
     title = f"{plan['preset']}, matched on {plan['match']}, {seeds} seed{'s' if seeds > 1 else ''}"
     loss = compared_loss(results).replace("_", " ")
@@ -85,6 +86,22 @@ def _short(setting: str) -> str:
 def _tuned(entry: Mapping[str, Any], setting: str) -> str:
     value = entry["settings"].get(setting)
     return UNKNOWN if value is None else f"{value:g}"
+
+
+def contrast_table(results: Mapping[str, Any]) -> Table:
+    """The planned contrasts at each sparsity."""
+    rows = [
+        [
+            percent(entry["sparsity"]),
+            f"{entry['a']} less {entry['b']}",
+            str(entry["difference"]["n"]) if entry["difference"] else UNKNOWN,
+            interval_text(entry["difference"], signed=True) + _mark(entry["verdict"]),
+            _p(entry["difference"] and entry["difference"]["p"]),
+        ]
+        for entry in results["contrasts"]
+    ]
+    title = "Planned contrasts: paired differences in nats, mean ± half of the 95 % interval, p not adjusted."
+    return Table(title, ["sparsity", "contrast", "seeds", "difference", "p"], rows)
 
 
 def rank_table(results: Mapping[str, Any]) -> Table:
@@ -122,11 +139,13 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
                 f"{entry['learning_rate']:g}",
                 *(_tuned(entry, setting) for setting in tuned_beside(results)),
                 f"{entry['steps']:,.0f}" if entry["steps"] is not None else UNKNOWN,
-                *(_compact(entry[key]) for key in ("tokens", "train_flops", "parameters")),
+                *(_compact(entry[key]) for key in ("tokens", "train_flops")),
+                _updates(entry["updates"]),
+                _compact(entry["parameters"]),
                 _compact(entry["state_bytes"], "B"),
                 interval_text(entry[judged_by]),
                 interval_text(difference, signed=True) + _mark(entry["verdict"]),
-                _p(difference),
+                _p(decisive_p(entry)) + (" planned" if entry["planned"] else ""),
                 f"{equivalent['ratio']:.2f} ×" if equivalent and equivalent["ratio"] is not None else UNKNOWN,
             ]
         )
@@ -141,15 +160,27 @@ def interval_text(interval: Mapping[str, Any] | None, signed: bool = False) -> s
     return mean if interval["high"] is None else f"{mean} ± {interval['high'] - interval['mean']:.4f}"
 
 
+def _updates(count: float | None) -> str:
+    """Updates a run; marked where a rule made so few that it hardly moved."""
+    if not count:
+        return UNKNOWN
+    return f"{count:.4g}" + (" (few)" if count < FEW_UPDATES else "")
+
+
+def notes(warnings: Sequence[str]) -> str:
+    """What a reader of a table must know, as Markdown beneath it; empty where there is nothing."""
+    return "".join(["\n", *(f"- Warning: {warning}\n" for warning in warnings)]) if warnings else ""
+
+
 def _mark(verdict: str) -> str:
-    """A star where the interval excludes zero."""
+    """A star where a difference is decided."""
     return " *" if verdict in ("better", "worse") else ""
 
 
-def _p(difference: Mapping[str, Any] | None) -> str:
-    if difference is None or difference["p"] is None:
+def _p(p: float | None) -> str:
+    if p is None:
         return UNKNOWN
-    return f"{difference['p']:.3f}" if difference["p"] >= 0.001 else "< 0.001"
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _compact(value: float | None, unit: str = "") -> str:
