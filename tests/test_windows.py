@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
-from sparsae.core.cadence import Periodic, Window
+from sparsae.core.cadence import Cubic, Periodic, Window
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
@@ -27,6 +27,7 @@ from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig
 from sparsae.rules.parts.drop import SmallestMagnitude
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
 from sparsae.rules.parts.grow import LargestGradient, LargestSampledGradient
+from sparsae.rules.parts.pruning import Pruning
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.surgery import plan
 from sparsae.train.checkpoint import joined, split
@@ -297,6 +298,30 @@ def test_layers_under_several_rules_have_windows_of_their_own() -> None:
         if update := sparsifier.after_step():
             spent[step] = {name: tokens // TOKENS for name, (_, tokens) in update.cost.probed.items()}
     assert spent == {4: {"0": 3}, 6: {"2": 3}, 8: {"0": 3}, 12: {"0": 3, "2": 3}}
+
+
+def test_what_regenerates_in_a_model_that_prunes_has_a_window_too() -> None:
+    rule = Pruning(
+        "pruning",
+        when=Cubic(0.2, 0.8, 5),
+        drop=SmallestMagnitude(),
+        scope="local",
+        fraction=CosineFraction(0.5),
+        grow=LargestGradient("sum", Window(3)),
+    )
+    model = mlp(sparsity=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=STEPS, sparsity=0.8), rule=rule)
+    spent: set[tuple[int, int]] = set()
+    for step in range(1, 20):
+        optimizer.zero_grad()
+        model(torch.randn(TOKENS, 24, generator=generator(5, step))).square().mean().backward()
+        sparsifier.before_step()
+        optimizer.step()
+        if update := sparsifier.after_step():
+            assert update.row["swaps"] > 0
+            spent |= {(step, tokens // TOKENS) for _, tokens in update.cost.probed.values()}
+    assert spent == {(6, 3), (11, 3), (16, 3)}
 
 
 @pytest.mark.parametrize("damage", ["name", "shape", "active", "key"])

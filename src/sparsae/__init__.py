@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsae.core.cadence import Never as Never
     from sparsae.core.cadence import Once as Once
     from sparsae.core.cadence import Periodic as Periodic
+    from sparsae.core.cadence import Window as Window
     from sparsae.core.groups import Groups as Groups
     from sparsae.core.heads import HeadLayout as HeadLayout
     from sparsae.core.observation import LayerView as LayerView
@@ -101,6 +102,7 @@ _HOMES = {
     "TermConfig": "sparsae.config.rules",
     "Topology": "sparsae.core.topology",
     "Trial": "sparsae.score",
+    "Window": "sparsae.core.cadence",
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
     "parameter_groups": "sparsae.optim",
