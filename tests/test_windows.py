@@ -197,7 +197,7 @@ def test_a_gradient_scaler_whose_factor_moves(kind: Kind, fused: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sampled", "sum"])
-@pytest.mark.parametrize("stopped", range(1, 15))
+@pytest.mark.parametrize("stopped", [1, 4, 5, 6, 9, 12, 13])
 def test_a_run_goes_on_bit_for_bit_wherever_it_stopped(stopped: int, kind: Kind) -> None:
     loop, other = Loop(kind, Window(5, 2)), Loop(kind, Window(5, 2))
     bad = {4, 12}
