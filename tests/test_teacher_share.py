@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsae.config import Config
+from sparsae.config import Config, DataConfig
 from sparsae.config.schema import TeacherConfig
 from sparsae.core.randomness import generator
+from sparsae.data import prepare
 from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
+from sparsae.experiments.plan import Plan, read_plan
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.surgery import plan as planned
 from sparsae.train.memory import state_bytes
@@ -301,3 +304,22 @@ def test_wrong_settings_are_one_line(settings: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         small_config(*settings)
     assert "\n" not in str(caught.value)
+
+
+def test_the_benchmark_reads_a_text_as_often_as_it_says(text: Path, tmp_path: Path) -> None:
+    """Its plan names settings that there are, and its texts are the shorter the more passes."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "teacher.py"))
+    plan = read_plan(script["PLAN"], {}, [], Plan)
+    teachers = {name: plan.config(name, 0.9, 0).teacher for name in plan.all_variants}
+    assert {name: teacher.share for name, teacher in teachers.items() if teacher.enabled}["quarter"] == 0.25
+    assert plan.held_against == "none"
+    assert not teachers["none"].enabled
+    tokenizer, texts = script["cut"](str(text), 4000, [1, 8], tmp_path / "out")
+    sizes = {}
+    for passes, path in texts.items():
+        data = DataConfig(source=str(path), validation_source=str(text), tokenizer=str(tokenizer), cache=str(tmp_path))
+        sizes[passes] = len(prepare(data).train)
+    assert sizes[1] == pytest.approx(4000, rel=0.05)
+    assert sizes[8] == pytest.approx(4000 / 8, rel=0.1)
+    with pytest.raises(SystemExit, match="too little text"):
+        script["cut"](str(text), 10**6, [1], tmp_path / "more")
