@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from sparsae.report.data import Candidate, Topology, Train
 from sparsae.report.readable import compact, count, decimal, duration, percent, short_names, tick
-from sparsae.report.svg import POINTS, thinned
+from sparsae.report.svg import POINTS, curve, thinned
 
 NAN = math.nan
 
@@ -85,3 +86,25 @@ def test_the_best_candidate_is_scored() -> None:
     assert isinstance(topology.best, Candidate)
     assert topology.best.proposer == "shift"
     assert Topology.of({"step": 1, "candidates": [{"score": None}]}).best is None
+
+
+@pytest.mark.parametrize(
+    ("values", "marked"),
+    [
+        ([1.0, NAN, 2.0], "all"),
+        ([1.0, NAN] * 40, 40),  # a teacher that is asked at every other row
+        ([1.0, 2.0] * 40, 0),
+        ([1.0, 2.0] * 40 + [NAN, 3.0, NAN], 1),
+    ],
+)
+def test_points_that_nothing_is_joined_to_are_marked(values: list[float], marked: int | str) -> None:
+    ax = Figure().add_subplot()
+    curve(ax, range(len(values)), values, "accent")
+    (line,) = ax.lines
+    if marked == "all":
+        assert (line.get_marker(), line.get_markevery()) == ("o", None)
+    elif marked:
+        assert line.get_marker() == "o"
+        assert int(line.get_markevery().sum()) == marked
+    else:
+        assert line.get_marker() == "None"

@@ -143,10 +143,15 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
 
 
 def curve(ax: Axes, x: Sequence[float], y: Sequence[float], colour: str, **options: Any) -> None:
-    """A line; with few points, they are marked, so that even a single one is seen."""
+    """A line; points are marked where they are few or have no neighbour to be joined to, so that each is seen."""
     xs, ys = thinned(x, y)
-    marker = "o" if np.isfinite(ys).sum() <= 30 else None
-    ax.plot(xs, ys, **{"color": COLOURS[colour], "marker": marker, "markeredgewidth": 0.0, **options})
+    known = np.isfinite(ys)
+    joined = np.pad(known, 1)
+    alone = known & ~joined[:-2] & ~joined[2:]
+    marks: dict[str, Any] = {"marker": "o" if known.sum() <= 30 or alone.any() else None}
+    if known.sum() > 30 and alone.any():
+        marks["markevery"] = alone
+    ax.plot(xs, ys, **{"color": COLOURS[colour], **marks, "markeredgewidth": 0.0, **options})
 
 
 def _inline(figure: Figure, name: str) -> str:
