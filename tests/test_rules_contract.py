@@ -48,7 +48,7 @@ def choices(section: Section) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of each value, but for the default, of every setting of the rule's own that is a choice."""
     for name, setting in type(section).model_fields.items():
         kind, value = setting.annotation, getattr(section, name)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(isinstance(inner, Section) for inner in value.values()):
             for key, inner in value.items():
                 yield from ((f"{name}.{key}.{choice}", {name: {key: given}}) for choice, given in choices(inner))
         elif isinstance(value, Section) and not isinstance(value, BurnInConfig | MicroBatchConfig):
@@ -387,7 +387,7 @@ def test_it_never_chooses_what_is_rejected_or_scored_with_no_number(case: str) -
 
     rejected = [dataclasses.replace(candidate, rejected="bounds") for candidate in proposed]
     assert told(rejected, [None] * len(proposed)).chosen is None
-    if run.rule.micro_batch:
+    if run.rule.micro_batch and all(candidate.is_scored for candidate in proposed):
         assert told(proposed, [nan] * len(proposed)).chosen is None
         best = [*([nan] * (len(proposed) - 1)), dict.fromkeys(names, 0.5)]
         assert told(proposed, [*best]).chosen == len(proposed) - 1

@@ -46,6 +46,11 @@ def check_factors(density: object) -> None:
                 raise ValueError(f"{key}: a factor must be a number from {_LOWEST:g} to {_HIGHEST:g}, not {factor!r}")
 
 
+def patterns_of(key: str) -> tuple[str, ...]:
+    """The patterns that a role has in any family; of a pattern itself."""
+    return tuple(roles[key] for roles in ROLES.values() if key in roles) or (key,)
+
+
 def by_pattern(density: Mapping[str, float | list[float]], family: str) -> dict[str, float | list[float]]:
     """The same factors with patterns in the place of roles.
 

@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from sparsae.rules.granet import GranetConfig as GranetConfig
     from sparsae.rules.gse import GseConfig as GseConfig
     from sparsae.rules.magnitude import MagnitudeConfig as MagnitudeConfig
+    from sparsae.rules.parts.damage import DamageConfig as DamageConfig
     from sparsae.rules.parts.proxy import ProxyConfig as ProxyConfig
     from sparsae.rules.parts.rule import Rule
+    from sparsae.rules.parts.strategy import StrategyConfig as StrategyConfig
     from sparsae.rules.rigl import RiglConfig as RiglConfig
     from sparsae.rules.set import SetConfig as SetConfig
     from sparsae.rules.static import StaticConfig as StaticConfig
 
 _OF_EVOLUTION = {
     "AdaptationConfig": "evolution",
+    "DamageConfig": "parts.damage",
     "ProxyConfig": "parts.proxy",
     "ResetConfig": "evolution",
+    "StrategyConfig": "parts.strategy",
 }
 
 

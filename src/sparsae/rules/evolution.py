@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -25,7 +25,7 @@ from sparsae.config.rules import (
     require_order,
 )
 from sparsae.config.section import Count, Counts, NonNegative, Positive, Section, Share, Shares
-from sparsae.config.span import Span
+from sparsae.config.span import Horizon, Span
 from sparsae.core.cadence import Periodic, Window, decayed
 from sparsae.core.observation import Need, Observation
 from sparsae.core.swap import Swap
@@ -214,7 +214,7 @@ class Evolution(Rule[EvolutionState]):
             return min(round(self.config.sample_ratio * active), inactive)
         return super().probed_units(active, inactive)
 
-    def candidates_scored(self) -> int:
+    def candidates_scored(self, layers: Iterable[str], steps: range, horizon: Horizon) -> int:
         return self.initial_state().candidates
 
     def ask(self, observation: Observation, state: EvolutionState, rng: torch.Generator) -> list[Candidate]:

@@ -17,9 +17,9 @@ takes for whatever is new, and is judged by the size that it has reached a gener
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparsae.config.rules import GradientWindow, RuleConfig, WindowEvery
 from sparsae.config.section import NonNegative, Positive, Share
@@ -27,8 +27,10 @@ from sparsae.config.span import RampSpan, Span
 from sparsae.core.cadence import Periodic, Window
 from sparsae.registry import RULES
 from sparsae.rules.parts.drop import SmallestMagnitude
+from sparsae.rules.parts.evolved import Evolved, genes_of
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
 from sparsae.rules.parts.grow import LargestSampledGradient, RandomGrowth
+from sparsae.rules.parts.strategy import StrategyConfig
 
 
 class GenerationsConfig(RuleConfig):
@@ -60,10 +62,24 @@ class GenerationsConfig(RuleConfig):
     grow_temperature: NonNegative = Field(
         default=0.0, description="Gumbel noise on 2 log|g| of growth by gradients; 0: largest first"
     )
+    strategy: StrategyConfig = StrategyConfig()
+
+    @model_validator(mode="after")
+    def _has_its_genes(self) -> Self:
+        if self.strategy.is_on:
+            genes_of(self.strategy, self)
+        return self
 
 
 @RULES.register("generations", GenerationsConfig)
-def build_generations(config: GenerationsConfig) -> Exchange:
+def build_generations(config: GenerationsConfig) -> Exchange | Evolved:
+    """The rule of fixed numbers, or of ones that evolve."""
+    if config.strategy.is_on:
+        return Evolved(config, config.strategy, config.every, _exchange)
+    return _exchange(config)
+
+
+def _exchange(config: GenerationsConfig) -> Exchange:
     """Magnitude drop, and growth that is random, or guided by a sample's gradients in part."""
     window = Window(config.window, config.window_every)
     guided = LargestSampledGradient(config.sample_ratio, window=window, temperature=config.grow_temperature)

@@ -88,15 +88,22 @@ def chosen(rule: Rule[Any], decision: Any, candidates: Sequence[Candidate]) -> D
     index = decision.chosen
     if index is not None and (index not in range(len(candidates)) or candidates[index].rejected):
         raise InputError(f"rule '{rule.name}' chose candidate {index}, which is none or was rejected")
+    if index is not None and candidates[index].is_probe:
+        raise InputError(f"rule '{rule.name}' chose candidate {index}, which is a probe: one to learn from alone")
+    _refuse_taken(rule, "a note of its decision", decision.notes)
     return decision
 
 
 def in_force(rule: Rule[Any], state: Any, progress: float) -> dict[str, float]:
     """A rule's telemetry. Raises InputError for a name that rows have already."""
     found = rule.telemetry(state, progress)
-    if taken := sorted(found.keys() & _RESERVED):
-        raise InputError(f"rule '{rule.name}': its telemetry cannot be called '{taken[0]}': rows have that already")
+    _refuse_taken(rule, "its telemetry", found)
     return found
+
+
+def _refuse_taken(rule: Rule[Any], what: str, found: Mapping[str, float]) -> None:
+    if taken := sorted(found.keys() & _RESERVED):
+        raise InputError(f"rule '{rule.name}': {what} cannot be called '{taken[0]}': rows have that already")
 
 
 def _plain(value: Any) -> Any:

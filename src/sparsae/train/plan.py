@@ -123,7 +123,6 @@ def _expected_flops(
     start = {name: topology.count for name, topology in topologies.items()}
     block = config.sparsity.unit[0] * config.sparsity.unit[1]
     end = round((1.0 - config.sparsity.sparsity) * sum(units.values()))
-    scored = 1 + rule.candidates_scored() if rule.micro_batch else 0
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
     last: dict[str, int] = {}  # the update before, of each layer
@@ -149,7 +148,9 @@ def _expected_flops(
                     averaged = windows[name].count(step - last.get(name, 0), horizon)
                     probed[name] = (block * own.probed_units(active, units[name] - active), averaged * seen)
                 last[name] = step
-            forwards = scored if rule.compares(range(step, step + 1), horizon) else 0
+            forwards, own_step = 0, range(step, step + 1)
+            if rule.micro_batch and rule.compares(own_step, horizon):
+                forwards = 1 + rule.candidates_scored(moved, own_step, horizon)
             backwards = forwards if "candidate_gradient" in rule.needs else 0
             costs.count_update(flops, SearchCost(forwards, backwards, probed))
             costs.nnz = block * rule.active_units(sum(start.values()), end, step, horizon)

@@ -20,6 +20,8 @@ from sparsae.optim import AdamW, ramp_share
 from sparsae.optimizer_state import parts_of
 from sparsae.surgery import Change
 
+_GROWN = 2**30  # the age of what no ramp, however long, concerns
+
 
 class Ramp:
     """A ramp over `steps` steps (0: none), of the first connections too or of grown ones alone.
@@ -30,23 +32,23 @@ class Ramp:
     def __init__(
         self, steps: int, first: bool, layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
     ) -> None:
-        self.steps, self._first, self._layers = steps, first, layers
+        self.steps, self._first, self._layers, self._optimizer = steps, first, layers, optimizer
         self._before: dict[str, Tensor] = {}
-        counted: set[int] = set()
-        groups: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
-        for part in parts_of(optimizer):
-            for group in part.param_groups:
-                groups |= {id(p): (part, group) for p in group["params"]}
-                if isinstance(part, AdamW) and group["per_weight_step"]:
-                    group["ramp"], group["ramp_first"] = steps, first
-                    counted |= {id(p) for p in group["params"]}
-        self._groups = {name: groups.get(id(layer.values)) for name, layer in layers.items()}
+        counted = {id(p) for group in self._counting() for p in group["params"]}
+        for group in self._counting():
+            group["ramp"], group["ramp_first"] = steps, first
         others = {name: layer for name, layer in layers.items() if id(layer.values) not in counted} if steps else {}
-        age = 0 if first else steps
+        age = 0 if first else _GROWN
         self.ages = {
             name: torch.full((layer.topology.count,), age, dtype=torch.int32, device=layer.values.device)
             for name, layer in others.items()
         }
+
+    def last(self, steps: int) -> None:
+        """From now on over so many steps, of a ramp that there is."""
+        self.steps = steps
+        for group in self._counting():
+            group["ramp"] = steps
 
     def before_step(self) -> None:
         """Between the backward pass and the optimizer's step."""
@@ -82,15 +84,21 @@ class Ramp:
         # Not all keep a mapping that is empty (torch's distributed checkpoints do not).
         require_state("Ramp", state, self.ages)
         for name, own in self.ages.items():
-            if state[name].shape != own.shape:
+            if state[name].shape != (self._layers[name].topology.count,):
                 raise InputError(f"the ages of the connections of {name} are not this model's: load its state first")
-            own.copy_(state[name])
+            self.ages[name] = state[name].to(own, copy=True)
+
+    def _counting(self) -> list[dict[str, Any]]:
+        """The groups whose optimizer counts; looked up each time, since loading an optimizer's state replaces them."""
+        own = (part for part in parts_of(self._optimizer) if isinstance(part, AdamW))
+        return [group for part in own for group in part.param_groups if group["per_weight_step"]]
 
     def _decay(self, name: str) -> float:
         """The share of a layer's values that its optimizer's decoupled weight decay takes in a step."""
-        found = self._groups[name]
-        if found is None:
-            return 0.0
-        optimizer, group = found
-        is_decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-        return float(group["lr"]) * float(group["weight_decay"]) if is_decoupled else 0.0
+        values = self._layers[name].values
+        for part in parts_of(self._optimizer):
+            for group in part.param_groups:
+                if any(p is values for p in group["params"]):
+                    is_decoupled = isinstance(part, AdamW) or group.get("decoupled_weight_decay", False)
+                    return float(group["lr"]) * float(group["weight_decay"]) if is_decoupled else 0.0
+        return 0.0

@@ -194,6 +194,7 @@ class TopologySearch:
             if current is not None
             else None,
             **strategy,
+            **decision.notes,
             **self.telemetry.row(step, changes, self.gradients.norms),
             "skipped": None,
             "seconds": time.perf_counter() - started,
@@ -283,7 +284,8 @@ class TopologySearch:
         views, step = observation.layers, observation.step
         if self.rule.compares(observation.made_up, observation.horizon):
             # The chosen plan is made again, from the same generator.
-            for index, candidate in self._plans(candidates, step):
+            scored = [c if c.is_scored else dataclasses.replace(c, rejected="not scored") for c in candidates]
+            for index, candidate in self._plans(scored, step):
                 found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)
         return found.get(None), [found.get(i) for i in range(len(candidates))]
 

@@ -305,6 +305,7 @@ class Sparsifier:
         tell_if_still(rule, self.config.horizon)
         trained = trained_layers(self._layers, self._optimizer)
         tell_if_rigid(rule, {name: self.search.gradients.groups[name] for name in trained})
+        self._follow_ramp()
         self.search.arm(self.step + 1)
 
     def _before_step(self, scale: Tensor | None, loss_scale: float | None) -> None:
@@ -327,6 +328,8 @@ class Sparsifier:
             self._burn_in.begin({name: change.grown for name, change in update.changes.items()})
             self._ramp.follow(update.changes)
             self._follow_density()
+        if update is not None:
+            self._follow_ramp()
         self.search.arm(self.step + 1)
         return update
 
@@ -381,7 +384,13 @@ class Sparsifier:
             self._layers, self.config, self._layouts, self._initial_densities, self.search.ends
         )
         self._follow_density()
+        self._follow_ramp()
         self.search.arm(self.step + 1)
+
+    def _follow_ramp(self) -> None:
+        steps = self.search.rule.ramp_in_force(self.search.state, self.config.horizon)
+        if steps is not None:
+            self._ramp.last(steps)
 
     def _follow_density(self) -> None:
         if self._parameterization is not None and self._parameterization.dynamic:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -33,11 +33,18 @@ State = TypeVar("State")
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A proposal: which proposer made it, and why it is out of the race (None: it is in)."""
+    """A proposal: which proposer made it, and why it is out of the race (None: it is in).
+
+    is_scored: whether it is scored where the rule's terms are. is_probe: it is scored to learn from, and never chosen.
+    note: what `ask` leaves for `tell`.
+    """
 
     swap: Swap
     proposer: str
     rejected: str | None = None
+    is_scored: bool = True
+    is_probe: bool = False
+    note: Any = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,15 @@ class NoState:
 
 @dataclass(frozen=True)
 class Decision:
-    """The rule's choice (an index, None: stay), and the combined score of each candidate and of the current one."""
+    """The rule's choice (an index, None: stay), and the combined score of each candidate and of the current one.
+
+    notes: what else the metrics shall have of this update.
+    """
 
     chosen: int | None
     scores: tuple[float | None, ...] = ()
     current: float | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 class Rule(ABC, Generic[State]):
@@ -112,6 +123,10 @@ class Rule(ABC, Generic[State]):
         first, second = next(due, horizon.steps), next(due, horizon.steps)
         return updates * max(1, second - first)
 
+    def ramp_in_force(self, state: State, horizon: Horizon) -> int | None:
+        """`ramp_steps` of a rule that moves it, as the state has it; None: it stays."""
+        return None
+
     def concerns(self, layers: Iterable[str], steps: range, horizon: Horizon) -> set[str]:
         """Names of the layers whose connections an update may move, which is that of the steps `steps`.
 
@@ -151,8 +166,11 @@ class Rule(ABC, Generic[State]):
         """Of how many inactive units of a layer an update computes the gradient, at most: for plans."""
         return inactive if "dense_gradient" in self.needs else 0
 
-    def candidates_scored(self) -> int:
-        """How many candidates an update scores beside the current topology, at most, as the state begins: for plans."""
+    def candidates_scored(self, layers: Iterable[str], steps: range, horizon: Horizon) -> int:
+        """How many candidates an update scores beside the current topology, at most, as the state begins: for plans.
+
+        layers, steps, horizon: as `concerns` has them, of an update that compares.
+        """
         return 1
 
     def active_units(self, start: int, end: int, step: int, horizon: Horizon) -> int:
@@ -175,7 +193,8 @@ class Rule(ABC, Generic[State]):
 
         A score is None where none was needed or the candidate is rejected.
         """
-        return Decision(next((i for i, c in enumerate(candidates) if c.rejected is None and c.swap.size), None)), state
+        able = (i for i, c in enumerate(candidates) if c.rejected is None and c.swap.size and not c.is_probe)
+        return Decision(next(able, None)), state
 
     def telemetry(self, state: State, progress: float) -> dict[str, float]:
         """The strategy parameters that are in force, for the metrics."""

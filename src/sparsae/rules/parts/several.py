@@ -88,6 +88,10 @@ class Several(Rule[SeveralState]):
         pairs = zip(self.rules.values(), data["states"], strict=True)
         return SeveralState(tuple(rule.state_from_dict(state) for rule, state in pairs))
 
+    def ramp_in_force(self, state: SeveralState, horizon: Horizon) -> int | None:
+        moved = (rule.ramp_in_force(own, horizon) for rule, own in zip(self.rules.values(), state.states, strict=True))
+        return next((steps for steps in moved if steps is not None), None)
+
     def concerns(self, layers: Iterable[str], steps: range, horizon: Horizon) -> set[str]:
         due = self._due(steps, horizon)
         return {name for name in layers if self._index(name) in due}
@@ -126,8 +130,13 @@ class Several(Rule[SeveralState]):
                 found |= rule.growth(mine, own, progress)
         return found
 
-    def candidates_scored(self) -> int:
-        return max(rule.candidates_scored() for rule in self.rules.values() if rule.terms or not self.terms)
+    def candidates_scored(self, layers: Iterable[str], steps: range, horizon: Horizon) -> int:
+        rules = list(self.rules.values())
+        return max(
+            rule.candidates_scored([name for name in layers if self._index(name) == i], steps, horizon)
+            for i, rule in enumerate(rules)
+            if rule.terms or not self.terms
+        )
 
     def ask(self, observation: Observation, state: SeveralState, rng: torch.Generator) -> list[Candidate]:
         due = self._due(observation.made_up, observation.horizon)
@@ -135,9 +144,10 @@ class Several(Rule[SeveralState]):
             rule.ask(dataclasses.replace(observation, layers=mine), own, rng) if mine and i in due else []
             for i, (rule, mine, own) in enumerate(self._split(observation.layers, state))
         ]
-        # A rule with one proposal has it in every candidate of the one that compares.
+        # A rule with one proposal has it in every candidate of the one that compares, but for its probes.
         width = max(map(len, asked), default=0)
-        return [_merged([found[i % len(found)] for found in asked if found]) for i in range(width)]
+        parts = [[found[i % len(found)] for found in asked if found] for i in range(width)]
+        return [_merged([part for part in mine if part.is_probe] or mine) for mine in parts]
 
     def tell(
         self,
@@ -201,4 +211,6 @@ def _merged(parts: Sequence[Candidate]) -> Candidate:
         grow |= part.swap.grow
     rejected = next((part.rejected for part in parts if part.rejected), None)
     proposer = " + ".join(dict.fromkeys(part.proposer for part in parts))
-    return Candidate(Swap(drop, grow), proposer, rejected)
+    scored = all(part.is_scored for part in parts)
+    note = next((part.note for part in parts if part.note is not None), None)
+    return Candidate(Swap(drop, grow), proposer, rejected, scored, any(part.is_probe for part in parts), note)
