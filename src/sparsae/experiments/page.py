@@ -14,6 +14,7 @@ from sparsae.experiments import figures as draw
 from sparsae.experiments.earlier import of_now
 from sparsae.experiments.equal_loss import equal_loss_table
 from sparsae.experiments.plan import LEARNING_RATE
+from sparsae.experiments.strategy import strategy_section
 from sparsae.experiments.stuck import stuck_table
 from sparsae.experiments.tables import Table, compared_loss, contrast_table, interval_text, rank_table, results_table
 from sparsae.experiments.transfer import page as transfer
@@ -74,6 +75,7 @@ def _body(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
         "curves": ("Curves", _curves(results)),
         "equal-loss": ("Equal loss", _equal_loss(results)),
         "topology": ("Topology", _topology(results, runs)),
+        "strategy": ("Strategy", strategy_section(results, {key: run.path for key, run in runs.items()})),
         "cost": ("Cost", _cost(results)),
         "tuning": ("Tuning", _tuning(results)),
         "settings": ("Settings", _settings(results, runs)),

@@ -1,0 +1,80 @@
+"""What a comparison says of strategy evolution."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.experiments.strategy import strategy_section, verdicts
+
+
+def results_of(losses: dict[str, list[float | None]], **more: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "method": method,
+            "base_method": method,
+            "sparsity": 0.9,
+            "seed": seed,
+            "diverged": loss is None,
+            "validation_loss": loss,
+            "test_loss": None if loss is None else 10.0 - loss,
+        }
+        for method, each in losses.items()
+        for seed, loss in enumerate(each)
+    ]
+    return {"rows": rows, **more}
+
+
+@pytest.mark.parametrize(
+    ("evolved", "placebo", "said"),
+    [
+        ([4.0, 4.1, 4.2], [4.1, 4.2, 4.31], "evolution beats its placebo: sparsae-evolved less sparsae-placebo is -0."),
+        ([4.0, 4.3, 4.2], [4.1, 4.2, 4.3], "evolution does not beat its placebo"),
+        ([4.1, 4.2, 4.31], [4.0, 4.1, 4.2], "evolution is worse than its placebo"),
+        ([4.0], [4.9], "evolution is not shown to beat its placebo: sparsae-evolved less sparsae-placebo is -0.9"),
+        ([4.0, None], [None, 4.0], "nothing says whether evolution beats its placebo"),
+        ([4.0, 4.1], [], "nothing says whether evolution beats its placebo"),
+    ],
+)  # fmt: skip
+def test_it_says_plainly_whether_evolution_beats_its_placebo(
+    evolved: list[float | None], placebo: list[float | None], said: str
+) -> None:
+    results = results_of({"sparsae-evolved": evolved, "sparsae-placebo": placebo})
+    sentences = [sentence for sentence, _ in verdicts(results)]
+    assert len(sentences) == 1
+    assert sentences[0].startswith(f"90 % sparsity: {said}")
+    assert sentences[0].partition("sparsity: ")[2] in strategy_section(results, {})
+
+
+def test_fixed_numbers_are_held_against_it_by_the_loss_that_is_compared() -> None:
+    losses: dict[str, list[float | None]] = {
+        "sparsae-evolved": [4.0, 4.1, 4.2],
+        "sparsae-placebo": [4.1, 4.2, 4.31],
+        "sparsae": [3.9, 4.0, 4.09],
+    }
+    found = dict(verdicts(results_of(losses)))
+    assert [text.split(": ")[1] for text in found] == [
+        "evolution beats its placebo",
+        "evolution is worse than fixed numbers",
+    ]
+    turned = dict(verdicts(results_of(losses, judged_by="test_loss")))
+    assert [text.split(": ")[1] for text in turned] == [
+        "evolution is worse than its placebo",
+        "evolution beats fixed numbers",
+    ]
+
+
+def test_the_section_shows_where_genomes_went_and_is_no_section_of_others(tmp_path: Path) -> None:
+    genes = [{"gene.drop_fraction": x, "gene.density.depth": 1.0} for x in (0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.12, 0.14)]
+    rows = [{"kind": "topology", "step": 2 * i + 2, **genome} for i, genome in enumerate(genes)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [{"kind": "topology", "step": 0}, *rows])
+    )
+    results = results_of({"sparsae-evolved": [4.0, 4.1], "sparsae-placebo": [4.0, 4.1]})
+    page = strategy_section(results, {("sparsae-evolved", 0.9): tmp_path, ("sparsae", 0.9): tmp_path / "none"})
+    assert "0.3 → 0.13" in page
+    assert "density.depth" in page
+    assert strategy_section(results_of({"sparsae": [4.0], "rigl": [4.1]}), {}) == ""
