@@ -74,7 +74,7 @@ def genes_of(config: StrategyConfig, settings: RuleConfig) -> tuple[Gene, ...]:
             raise ValueError(
                 f"strategy.genes: {name} is no number of rule {settings.rule} that can evolve, nor {INTERVAL} or {RAMP}"
             )
-        whole = name == INTERVAL or (name != RAMP and fields[name].annotation is int)
+        whole = name == INTERVAL or (name != RAMP and isinstance(value, int))
         found.append(Gene(name, *ends, whole=whole))
         if name not in (INTERVAL, RAMP):
             for end in ends:
