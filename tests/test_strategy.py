@@ -289,6 +289,7 @@ def test_the_first_genome_of_the_method_is_the_default() -> None:
     assert first["gene.density.attention"] == pytest.approx(1.0)
 
 
+FEWER = "{drop_fraction: [0.1, 0.5], interval: [1, 4], ramp: [1, 4]}"
 RUN = ("training.steps=40", "topology.every=2", "topology.strategy.trial=3", "topology.strategy.reach=5",
        "topology.strategy.damage.every=7", "topology.strategy.sequences=2")  # fmt: skip
 
@@ -298,7 +299,9 @@ def test_a_run_goes_on_where_it_stopped_and_counts_what_was_planned(method: str,
     config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *RUN, method=method)
     summary = start(config, tmp_path / "whole", quiet=True)
     model = untrained(config, 300)
-    assert count_flops(config, model)[0].parts == summary["train_flops_by_part"]
+    planned, counted = count_flops(config, model)[0].parts, summary["train_flops_by_part"]
+    assert 0 < counted["dense_gradients"] < planned["dense_gradients"]  # at most, and for every update
+    assert counted | {"dense_gradients": 0} == planned | {"dense_gradients": 0}
     due, layers = range(2, 30, 2), len(sparse_layers(model))
     cost = RunCosts(model, config, build_rule(config.topology).micro_batch)
     forward = cost.cost.forward(cost.nnz, 2 * config.model.context)
@@ -311,6 +314,42 @@ def test_a_run_goes_on_where_it_stopped_and_counts_what_was_planned(method: str,
     measured = [row["current"]["cross_entropy"] for row in rows(tmp_path / "whole") if row.get("current")]
     assert len(measured) == len(due)
     assert len(set(measured)) == len(due)
+
+
+def test_operations_are_planned_as_they_are_counted(tmp_path: Path) -> None:
+    few = f"topology.strategy.genes={FEWER}"
+    config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *RUN, few, method="sparsae-evolved")
+    summary = start(config, tmp_path / "run", quiet=True)
+    planned = count_flops(config, untrained(config, 300))[0].parts
+    assert planned == summary["train_flops_by_part"]
+    assert planned["search"] > 0
+    assert planned["dense_gradients"] == 0
+
+
+@pytest.mark.parametrize("genes", [{"random_share": (0.0, 1.0)}, {"window": (2.0, 8.0), "sample_ratio": (0.5, 2.0)}])
+def test_growth_by_gradients_evolves(genes: dict[str, tuple[float, float]]) -> None:
+    settings: dict[str, Any] = {"genes": genes, "density": {}, "trial": 2, "reach": 1}
+    made: list[tuple[nn.Module, torch.optim.Optimizer, Sparsifier]] = []
+    for _ in range(2):
+        model, optimizer, _ = parts_of()
+        strategy = StrategyConfig(fitness="progress", **settings)
+        share = 1.0 if "random_share" in genes else 0.5
+        topology = GenerationsConfig(every=6, stop=1.0, window=4, random_share=share, strategy=strategy)
+        config = SparsifierConfig(steps=STEPS, topology=topology)
+        made.append((model, optimizer, Sparsifier(model, optimizer, config, score=score_of(model))))  # type: ignore[arg-type]
+    whole, again = made
+    updates = updates_of(whole, 27)  # in the middle of a window
+    probed = [sum(weights for weights, _ in update.cost.probed.values()) for update in updates]
+    if "random_share" in genes:
+        assert [(weights > 0) for weights in probed] == [update.row["gene.random_share"] < 1 for update in updates]
+        assert probed[0] == 0 < probed[-1]
+    else:
+        assert len(set(probed)) > 1
+        tokens = {next(iter(update.cost.probed.values()))[1] / 8 for update in updates}
+        assert tokens == {min(6, update.row["gene.window"]) for update in updates}
+    for part, state in zip(again, [copy.deepcopy(part.state_dict()) for part in whole], strict=True):
+        part.load_state_dict(state)
+    assert run_steps(*again, 30) == run_steps(*whole, 30)
 
 
 # Density that moves between layers.

@@ -13,6 +13,7 @@ from sparsae.config.density import DEPTH, patterns_of
 from sparsae.config.rules import MicroBatchConfig, RuleConfig
 from sparsae.config.span import Horizon, Span, in_updates, span_steps
 from sparsae.core.budgets import density_factors
+from sparsae.core.cadence import LAST_STEP, Window
 from sparsae.core.observation import Observation
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
@@ -106,14 +107,10 @@ class Evolved(Rule[EvolvedState]):
         first = tuple(gene.place(own.get(gene.name, 1.0)) for gene in genes)
         self.strategy = Strategy(genes, first, config)
         inner = self._inner(self.strategy.begin())
-        corners = [
-            build(_with(settings, {gene.name: end}))
-            for gene in genes
-            if gene.name in self._numbers
-            for end in (gene.value(0.0), gene.value(1.0))
-        ]
+        ends = [(gene.name, gene.value(end)) for gene in genes if gene.name in self._numbers for end in (0.0, 1.0)]
+        self._extremes = [inner, *(build(_with(settings, {name: value})) for name, value in ends)]
         self.when, self.accumulate, self.initialization = inner.when, inner.accumulate, inner.initialization
-        self.needs = frozenset[Any]({"loss"}).union(*(rule.needs for rule in (inner, *corners)))
+        self.needs = frozenset[Any]({"loss"}).union(*(rule.needs for rule in self._extremes))
         self.terms = (TERMS["cross_entropy"].build(TERMS["cross_entropy"].settings()),)
         self.micro_batch = MicroBatchConfig(mode="static", sequences=config.sequences)
 
@@ -145,11 +142,16 @@ class Evolved(Rule[EvolvedState]):
     ) -> Mapping[str, Tensor | Draw]:
         return self._inner(state.strategy).sample(topologies, NoState(), rng) if self._moves(state) else {}
 
+    def windows(self, layers: Iterable[str], state: EvolvedState) -> dict[str, Window]:
+        # A genome that looks at no gradient has a window all the same: it is another one's, and plans count on it.
+        rules = (self._inner(state.strategy), *self._extremes)
+        return dict.fromkeys(layers, next((rule.window for rule in rules if rule.window != LAST_STEP), LAST_STEP))
+
     def growth(self, topologies: Mapping[str, Topology], state: EvolvedState, progress: float) -> dict[str, int]:
         return self._inner(state.strategy).growth(topologies, NoState(), progress) if self._moves(state) else {}
 
     def probed_units(self, active: int, inactive: int) -> int:
-        return self._inner(self.strategy.begin()).probed_units(active, inactive)
+        return max(rule.probed_units(active, inactive) for rule in self._extremes)
 
     def candidates_scored(self, layers: Iterable[str], steps: range, horizon: Horizon) -> int:
         return len(list(layers)) if self._looks(steps, horizon) else 0
