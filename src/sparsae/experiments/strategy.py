@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsae.experiments.statistics import Difference, paired_difference
+from sparsae.experiments.tables import compared_loss
 from sparsae.report import markup
 from sparsae.report.readable import UNKNOWN, percent
 from sparsae.train.rundir import RunDirectory
@@ -43,7 +44,7 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[tuple[str, Difference | Non
 
 def _losses(results: Mapping[str, Any], sparsity: float) -> dict[str, dict[int, float]]:
     """By method and seed; of a method in several variants the first."""
-    loss, found = results.get("judged_by", "validation_loss"), dict[str, dict[int, float]]()
+    loss, found = compared_loss(results), dict[str, dict[int, float]]()
     variants: dict[str, str] = {}
     for row in results["rows"]:
         method = row["base_method"]
