@@ -15,6 +15,7 @@ import pytest
 from sparsae.config import Config
 from sparsae.config.load import resolve
 from sparsae.train.loop import Trainer
+from sparsae.train.passes import Passes
 
 TIME_FIELDS = {"seconds", "tokens_per_second"}
 
@@ -53,15 +54,15 @@ def weights(run: Path) -> bytes:
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
     """Runs inside are sent SIGTERM once so many steps are done."""
-    whole = Trainer.train_step
+    whole = Trainer.stepping
 
-    def train_step(self: Trainer) -> None:
-        whole(self)
+    def stepping(self: Trainer) -> Passes[None]:
+        yield from whole(self)
         if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Trainer, "train_step", train_step)
+        patched.setattr(Trainer, "stepping", stepping)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,10 @@ def test_a_run_that_stops_and_goes_on_is_the_same(
         text, tmp_path, *SUPAR, "parameterization.dynamic=true", "topology.every=3", *grown, method=method
     )
     start(config, tmp_path / "whole", quiet=True)
-    scales, step = [], Trainer.train_step
+    scales, step = [], Trainer.stepping
 
-    def interrupted(self: Trainer) -> None:
-        step(self)
+    def interrupted(self: Trainer) -> Iterator[Any]:
+        yield from step(self)
         scales.append([group["lr_scale"] for group in self.optimizer.param_groups])
         schedule = config.training.warmup, config.training.final_learning_rate
         rate = config.training.learning_rate * cosine_with_warmup(self.step - 1, config.training.steps, *schedule)
@@ -95,7 +96,7 @@ def test_a_run_that_stops_and_goes_on_is_the_same(
         if self.step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(Trainer, "stepping", interrupted)
     assert not start(config, tmp_path / "stopped", quiet=True)["finished"]
     assert resume(tmp_path / "stopped", quiet=True)["finished"]
     assert (scales[0] == scales[-1]) == (method == "rigl")  # the others change layers' densities

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsae.train.loop import Trainer
+from sparsae.train.passes import Passes
 from tests.runs import rows, weights
 
 
@@ -16,16 +17,16 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Trainer], None] | None = None) -> None:
-    whole = Trainer.train_step
+    whole = Trainer.stepping
 
-    def train_step(self: Trainer) -> None:
-        whole(self)
+    def stepping(self: Trainer) -> Passes[None]:
+        yield from whole(self)
         if self.step == step:
             if act is None:
                 raise Killed
             act(self)
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "stepping", stepping)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +69,12 @@ Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time on t
 Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto or local.")]
 
 
+Minutes = Annotated[
+    float | None, typer.Option(metavar="F", help="Save and stop after so long; the same command goes on.")
+]
+STACK = 32
+
+
 def compare(
     given: Given = None,
     *,
@@ -87,6 +94,13 @@ def compare(
     tuning_extensions: Extensions = None,
     jobs: Jobs = 1,
     ray: Ray = None,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Train runs of equal shapes together: for their losses, not for times.")
+    ] = False,
+    stack_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most runs that train together.  (with --stack)")
+    ] = STACK,
+    minutes: Minutes = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compare methods at the same cost: each method, seed and sparsity is a run. Started again, it goes on."""
@@ -95,7 +109,10 @@ def compare(
     )
     if compared is not None:
         options["methods"] = _names(compared)
-    _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
+    if not stack and stack_size != STACK:
+        raise InputError("--stack-size is for runs that train together: give --stack too")
+    size = stack_size if stack else None
+    _run(read(given, settings, options, Plan), out, jobs, ray, json_file, minutes=minutes, stack=size)
 
 
 def ablate(
@@ -287,8 +304,24 @@ def _seeds(text: str) -> float | list[float]:
     return found[0] if found and "," not in text else found
 
 
-def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_file: str | None) -> None:
+def _run(
+    plan: Plan | TransferPlan,
+    out: Path,
+    jobs: int,
+    ray: str | None,
+    json_file: str | None,
+    *,
+    minutes: float | None = None,
+    stack: int | None = None,
+) -> None:
+    """minutes: after which to stop. stack: how many runs train together; None: each for itself."""
     refuse_unwritable("--json", json_file)
+    if stack is not None and (ray is not None or jobs != 1):
+        raise InputError("--stack trains its runs in one process: leave out --jobs and --ray")
+    if minutes is not None and (ray is not None or jobs != 1):
+        raise InputError("--minutes is for runs in one process: leave out --jobs and --ray")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError(f"--minutes: must be above 0, not {minutes:g}")
     if ray is not None and jobs != 1:
         raise InputError("--jobs is for one machine and --ray for a cluster: give one of them")
     if ray is not None and importlib.util.find_spec("ray") is None:
@@ -297,16 +330,28 @@ def _run(plan: Plan | TransferPlan, out: Path, jobs: int, ray: str | None, json_
     with output(json_file) as result:
         from sparsae.experiments.compare import Experiment
         from sparsae.experiments.execution import Executor, InOrder, Workers
+        from sparsae.experiments.stacked import Stacked, refuse
         from sparsae.experiments.transfer.study import Transfer
+        from sparsae.train.stopping import StopRequest
+
+        stop = StopRequest(None if minutes is None else 60 * minutes)
 
         def executor(lock: int) -> Executor:
             if ray is not None:
                 from sparsae.experiments.cluster import Cluster
 
                 return Cluster(ray)
-            return InOrder() if jobs == 1 else Workers(jobs, lock)
+            if stack is not None:
+                return Stacked(stack, stop)
+            return InOrder(stop) if jobs == 1 else Workers(jobs, lock)
 
-        experiment = Transfer(plan, out, quiet) if isinstance(plan, TransferPlan) else Experiment(plan, out, quiet)
+        experiment: Transfer | Experiment
+        if isinstance(plan, TransferPlan):
+            experiment = Transfer(plan, out, quiet)
+        elif stack is not None:
+            experiment = Experiment(plan, out, quiet, refuse)
+        else:
+            experiment = Experiment(plan, out, quiet)
         found: dict[str, Any] | None = experiment.run(executor)
         if found is None:
             typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)

@@ -104,9 +104,14 @@ class Units:
 
 
 class Experiment:
-    """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either."""
+    """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either.
 
-    def __init__(self, plan: Plan, out: Path, quiet: bool = False) -> None:
+    admit: raises InputError for a run that cannot be executed as it shall be.
+    """
+
+    def __init__(
+        self, plan: Plan, out: Path, quiet: bool = False, admit: Callable[[Unit], None] = lambda _: None
+    ) -> None:
         check_place(out, plan)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
@@ -116,11 +121,11 @@ class Experiment:
         self._trials: dict[tuple[str, float, Key], Trial] = {}
         for seed, sparsity, variant in cells(plan):
             # Wrong settings of any run are refused now, not hours later.
-            self.schedule.unit(variant, sparsity, seed, "runs", {})
+            admit(self.schedule.unit(variant, sparsity, seed, "runs", {}))
         for tuned in self._tuned():
             for axis in plan.axes(*tuned):
                 for value in axis.values:
-                    self.schedule.trial(*tuned, {axis.setting: value})
+                    admit(self.schedule.trial(*tuned, {axis.setting: value}))
 
     def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.

@@ -17,7 +17,7 @@ from types import FrameType
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.units import Unit, check_same, outcome, run_unit
-from sparsae.train.stopping import handled
+from sparsae.train.stopping import StopRequest, handled
 
 Ended = Callable[[Unit], None]
 
@@ -52,12 +52,17 @@ def execute(units: Sequence[Unit], out: Path, board: Board, ended: Ended, execut
 class InOrder(Executor):
     """One after the other, in this process."""
 
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
     def run(self, units: Sequence[Unit], out: Path, board: Board, ended: Ended) -> bool:
         """See `Executor`."""
         for unit in units:
+            if self._stop.asked:
+                return False
             board.begin(unit)
             try:
-                finished = run_unit(out / unit.name, unit.config)
+                finished = run_unit(out / unit.name, unit.config, self._stop)
             except InputError as error:
                 raise InputError(f"{unit.name}: {error}") from None
             if not finished:

@@ -119,7 +119,8 @@ def _headline(results: Results) -> list[Tile]:
     tiles.append(Tile("FLOPs of the runs", compact(total), [f"tuning: {compact(spent)}" if trials else ""]))
     seconds = sum(row["seconds"] or 0 for row in rows)
     tried = sum(trial["seconds"] or 0 for group in tuning for trial in group["trials"])
-    tiles.append(Tile("Time of the runs", duration(seconds), [f"tuning: {duration(tried)}" if trials else ""]))
+    if not _stacked(results):
+        tiles.append(Tile("Time of the runs", duration(seconds), [f"tuning: {duration(tried)}" if trials else ""]))
     return tiles
 
 
@@ -168,10 +169,10 @@ def _ranking(results: Results) -> str:
 
 def _curves(results: Results) -> str:
     look, rows = _looks(results), results["rows"]
+    axes: tuple[draw.Against, ...] = ("train_flops", "tokens", "seconds")
+    axes = axes[:2] if _stacked(results) else axes
     blocks = [
-        markup.figures(
-            draw.loss_curves(rows, look, against, sparsity) for against in ("train_flops", "tokens", "seconds")
-        )
+        markup.figures(draw.loss_curves(rows, look, against, sparsity) for against in axes)
         for sparsity in results["plan"]["sparsities"]
     ]
     lead = "Means over seeds; the bands reach from the best to the worst seed. The untrained model is beyond the top."
@@ -216,10 +217,12 @@ def _cost(results: Results) -> str:
     panels = []
     for sparsity in results["plan"]["sparsities"]:
         panels.append(draw.cost_bars(results["rows"], sparsity, "train_flops_by_part", "FLOPs"))
-        panels.append(draw.cost_bars(results["rows"], sparsity, "seconds_by_part", "time"))
-    lead = (
-        "FLOPs are counted analytically, at the sparsity of each moment. Time is what the machine took, with whatever "
-        "else ran on it."
+        if not _stacked(results):
+            panels.append(draw.cost_bars(results["rows"], sparsity, "seconds_by_part", "time"))
+    lead = "FLOPs are counted analytically, at the sparsity of each moment. " + (
+        "These runs trained together, so that no time is any run's own."
+        if _stacked(results)
+        else "Time is what the machine took, with whatever else ran on it."
     )
     return markup.section("cost", "Cost by part", lead, markup.figures(panels))
 
@@ -295,6 +298,11 @@ def _reading(results: Results) -> str:
         "State is what training keeps of all parameters: weights, gradients, Adam's moments, indices and the teacher.",
     ]
     return markup.section("reading", "How to read it", lead, markup.notes(entries))
+
+
+def _stacked(results: Results) -> bool:
+    """Whether runs trained together: then no time is any run's own."""
+    return any(row.get("stacked") for row in results["rows"])
 
 
 def _leaves(config: Config) -> list[tuple[str, str]]:

@@ -17,13 +17,17 @@ from sparsae.experiments.stuck import stuck_counts
 from sparsae.experiments.summary import conclusions, contrasts, judged_by, summarize, warnings
 from sparsae.experiments.tables import contrast_table, notes, results_table
 from sparsae.experiments.tuning import Found, Point, key_of
-from sparsae.experiments.units import Unit, outcome
+from sparsae.experiments.units import Unit, outcome, stacked
 from sparsae.files import to_json, write_atomically
 from sparsae.rules import build_rule
 from sparsae.train.rundir import RunDirectory
 
 # Keys of results.json, at any depth, that a second experiment of the same plan does not repeat.
 TIMING = ("seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes")
+_STACKED = (
+    "runs trained together, as one batched program that multiplies by dense matrices: it measures their quality, which "
+    "is that of runs one by one, and neither their memory nor their time"
+)
 _OTHER_STATE = 16  # bytes of a float32 parameter outside the sparse layers: weight, gradient, two moments
 
 
@@ -66,8 +70,9 @@ def collect(
     plan: Plan, out: Path, cells: Sequence[Cell], searches: Sequence[Search], trial_share: float, complete: bool
 ) -> dict[str, Any]:
     """The content of results.json from the runs that are done; trial_share: length of a trial in terms of a run."""
-    rows = [_row(plan, out, cell) for cell in cells]
-    tuning = [_tuning(out, search) for search in searches] if cells else []
+    together = stacked(out)
+    rows = [_row(plan, out, cell, together) for cell in cells]
+    tuning = [_tuning(out, search, together) for search in searches] if cells else []
     loss = judged_by(rows)
     results: dict[str, Any] = {
         "kind": plan.kind,
@@ -86,7 +91,7 @@ def collect(
     results["contrasts"] = contrasts(rows, loss, plan.planned)
     results["equal_loss"] = equal_loss(rows)
     results["conclusions"] = conclusions(rows, loss)
-    results["warnings"] = warnings(results)
+    results["warnings"] = [*([_STACKED] if any(row["stacked"] for row in rows) else []), *warnings(results)]
     return results
 
 
@@ -98,7 +103,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
 
 
-def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
+def _row(plan: Plan, out: Path, cell: Cell, together: set[str]) -> dict[str, Any]:
     run, config = out / cell.unit.name, cell.unit.config
     found = outcome(run) or {}
     flops = found.get("train_flops")
@@ -121,6 +126,9 @@ def _row(plan: Plan, out: Path, cell: Cell) -> dict[str, Any]:
         "seconds_by_part", "tokens_per_second", "peak_memory_bytes", "study_flops", "device", "torch",
     )  # fmt: skip
     row |= {key: found.get(key) for key in copied}
+    row["stacked"] = cell.unit.name in together
+    if row["stacked"]:
+        row |= dict.fromkeys(TIMING)
     if "train_flops" in row and not diverged:
         others = found["parameters"] - found["nnz"]
         teacher = 4 * others if config.teacher.enabled else 0
@@ -143,7 +151,7 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row[key] for key in keys} for row in rows if row.get("kind") == "validation"]
 
 
-def _tuning(out: Path, search: Search) -> dict[str, Any]:
+def _tuning(out: Path, search: Search, together: set[str]) -> dict[str, Any]:
     trials = {key_of(trial.point): trial for trial in search.trials}
     outcomes = [outcome(out / trial.unit.name) or {} for trial in search.trials]
     config = next((t.unit.config for t in search.trials if t.point == search.found.point), search.trials[0].unit.config)
@@ -175,7 +183,7 @@ def _tuning(out: Path, search: Search) -> dict[str, Any]:
                 "diverged": bool(result.get("diverged")),
                 "steps": result.get("steps"),
                 "train_flops": result.get("train_flops"),
-                "seconds": result.get("seconds"),
+                "seconds": None if trial.unit.name in together else result.get("seconds"),
                 "run": trial.unit.name,
             }
             for trial, result in zip(search.trials, outcomes, strict=True)

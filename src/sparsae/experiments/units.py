@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
@@ -14,7 +14,11 @@ from sparsae.errors import DivergedError, InputError
 from sparsae.files import read_json, to_json, write_atomically
 from sparsae.train.rundir import RunDirectory
 
-_DIVERGED = "diverged.json"
+if TYPE_CHECKING:
+    from sparsae.train.passes import Passes
+    from sparsae.train.stopping import StopRequest
+
+_DIVERGED, _STACKED = "diverged.json", "stacked.json"
 
 
 @dataclass(frozen=True)
@@ -61,26 +65,45 @@ def check_same(directory: Path, config: Config) -> None:
         raise InputError(f"{directory}: holds a run with other settings; give a new --out, or remove that directory")
 
 
-def run_unit(directory: Path, config: Config) -> bool:
+def run_unit(directory: Path, config: Config, stop: StopRequest | None = None) -> bool:
     """Bring a run to its end: True; False where a signal stopped it after it was saved.
 
-    A finished run is left as it is, and one that was begun is gone on with.
+    A finished run is left as it is, and one that was begun is gone on with. stop: what else may stop it.
     """
+    from sparsae.train.passes import alone
+
+    return alone(running(directory, config, stop))
+
+
+def running(directory: Path, config: Config, stop: StopRequest | None = None) -> Passes[bool]:
+    """As `run_unit`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
     if outcome(directory) is not None:
         return True
-    from sparsae.train.run import resume, start
+    from sparsae.train.run import resuming, starting
 
     try:
         if RunDirectory(directory).begun():
-            summary = resume(directory, quiet=True)
+            summary = yield from resuming(directory, quiet=True, stop=stop)
         else:
-            summary = start(config, directory, quiet=True)
+            summary = yield from starting(config, directory, quiet=True, stop=stop)
     except DivergedError as error:
         directory.mkdir(parents=True, exist_ok=True)
         record = {"diverged": True, "steps": error.step, "train_flops": error.train_flops, "message": str(error)}
         write_atomically(directory / _DIVERGED, to_json(record, indent=2) + "\n")
         return True
     return bool(summary["finished"])
+
+
+def mark_stacked(out: Path, unit: Unit) -> None:
+    """Write down that a unit trains together with others: its times are not its own."""
+    names = stacked(out) | {unit.name}
+    write_atomically(out / _STACKED, to_json({"runs": sorted(names)}, indent=1) + "\n")
+
+
+def stacked(out: Path) -> set[str]:
+    """The names of the units of which that was written down."""
+    path = out / _STACKED
+    return set(read_json(path)["runs"]) if path.is_file() else set()
 
 
 def progress(directory: Path) -> int:

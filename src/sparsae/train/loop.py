@@ -20,6 +20,7 @@ from sparsae.train.divergence import diverged
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.objective import Objective
 from sparsae.train.observers import Observer, Standing
+from sparsae.train.passes import Pass, Passes, alone
 from sparsae.train.rows import DivergedRow, ExtendedRow, Row, TopologyRow
 from sparsae.train.sparsifier import Sparsifier
 from sparsae.train.stopping import StopRequest
@@ -53,12 +54,16 @@ class Trainer:
 
         Raises DivergedError where a loss, a gradient or what is to be saved is not finite.
         """
+        return alone(self.running(stop, save))
+
+    def running(self, stop: StopRequest, save: Callable[[], None]) -> Passes[bool]:
+        """As `run`, by whoever answers its passes."""
         try:
             self._begin()
             times = CheckpointTimes(self.settings.checkpoint_every, self.settings.checkpoint_minutes, self.step)
-            while not self.done and stop.signal is None:
+            while not self.done and not stop.asked:
                 with self.account.watch.of("train"):
-                    self.train_step()
+                    yield from self.stepping()
                 if self.validation.due(self.step):
                     self.validate()
                 if times.due(self.step):
@@ -78,12 +83,16 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step, and what follows it: the average, a topology update, a row of the metrics."""
+        alone(self.stepping())
+
+    def stepping(self) -> Passes[None]:
+        """As `train_step`, by whoever answers its passes."""
         rate, alpha = self.rate.set(self.optimizer, self.step), self.objective.alpha(self.step)
         update_due = self.sparsifier is not None and self.sparsifier.update_due
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
         if update_due:
             self.data.prefetch(self.step + 1)
-        taught = self._backward(alpha)
+        taught = yield from self._gradients(alpha)
         self.account.step(taught, self.teacher.nnz if self.teacher and taught else 0)
         if self.sparsifier:
             self.sparsifier.before_step()
@@ -99,15 +108,14 @@ class Trainer:
         if self.done or self.step % self.settings.log_every == 0:
             self._tell(self._averages.row(self.step, self.account, rate, norm, burning_in))
 
-    def _backward(self, alpha: float) -> int:
+    def _gradients(self, alpha: float) -> Passes[int]:
         """The gradient of the mean loss over all batches of the step; returns the tokens that the teacher read."""
         passes, taught_tokens = self.settings.accumulation, 0
         self.objective.begin_step(self.step)
         for index in range(passes):
             batch = self.data.batches.at(self.step * passes + index)
             taught = self.objective.taught(self.step, index, batch.shape[0])
-            parts = self.objective.loss(batch, alpha, taught)
-            (parts.total / passes).backward()
+            parts = yield Pass(self.objective, batch, alpha, taught, passes)
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
             self._require_finite("the loss", loss)
             self._averages.add(loss, cross_entropy, distillation * (taught / batch.shape[0]), passes)

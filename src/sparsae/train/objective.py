@@ -67,16 +67,26 @@ class Objective:
         assert self._warmup is not None
         return self._warmup.taught(step, index, self._settings.accumulation, rows)
 
-    def loss(self, batch: Tensor, alpha: float, taught: int | None = None) -> LossParts:
+    @property
+    def precision(self) -> str:
+        """Of the arithmetic, by autocast."""
+        return self._settings.precision
+
+    def loss(
+        self, batch: Tensor, alpha: float, taught: int | None = None, hidden_TD: Tensor | None = None
+    ) -> LossParts:
         """What is trained, with the KL term at this weight.
 
         taught: how many sequences are, the first ones; None: all. The weight is that of a mean over all sequences: what
-        is left out of it is made up for, so that it is the same over the steps whatever the share.
+        is left out of it is made up for, so that it is the same over the steps whatever the share. hidden_TD: the
+        decoder's hidden states, where they exist already.
         """
         rows = batch.shape[0]
         if taught is not None and self.teacher:
             alpha *= taught / (rows * self.teacher.config.share)
-        return self._parts(self.model, self._trained, batch, alpha=alpha, taught=rows if taught is None else taught)
+        return self._parts(
+            self.model, self._trained, batch, alpha=alpha, taught=rows if taught is None else taught, hidden_TD=hidden_TD
+        )
 
     def score(self, batch: Tensor) -> Tensor:
         """Mean cross entropy, differentiable in the sparse layers: a dense head's gradient is nobody's concern here."""
@@ -116,9 +126,10 @@ class Objective:
         alpha: float = 0.0,
         taught: int = 0,
         head_gradient: bool = True,
+        hidden_TD: Tensor | None = None,
     ) -> LossParts:
         """decoder: the model's, or what it was compiled to. taught: sequences that the teacher reads."""
-        batch = self._on_device(batch)
+        batch = self.on_device(batch)
         inputs, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.precision == "bfloat16"):
             teacher_hidden = teacher_head = None
@@ -127,7 +138,7 @@ class Objective:
                 with torch.no_grad():
                     teacher_hidden = hidden_states(teacher_decoder, inputs[:taught])
             return language_model_loss(
-                hidden_states(decoder, inputs),
+                hidden_states(decoder, inputs) if hidden_TD is None else hidden_TD,
                 decoder_and_head(model)[1],
                 targets,
                 teacher_hidden_TD=teacher_hidden,
@@ -137,7 +148,8 @@ class Objective:
                 head_gradient=head_gradient,
             )
 
-    def _on_device(self, batch: Tensor) -> Tensor:
+    def on_device(self, batch: Tensor) -> Tensor:
+        """A batch where the model is."""
         if self.device.type == "cuda" and batch.device.type == "cpu":
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch

@@ -25,6 +25,7 @@ from sparsae.train.held_out import HeldOut
 from sparsae.train.lock import refuse_ranks
 from sparsae.train.manifest import Manifest
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
+from sparsae.train.passes import Passes, alone
 from sparsae.train.progress import Display
 from sparsae.train.rundir import MetricsWriter, RunDirectory
 from sparsae.train.saving import SavedRun, read_saved, save_run
@@ -54,6 +55,13 @@ def start(config: Config, out: Path, quiet: bool = False, source: Path | None = 
     configuration, the data, the source or the directory; then nothing is left but what was measured, which is why a run
     that diverged keeps its directory (DivergedError).
     """
+    return alone(starting(config, out, quiet, source))
+
+
+def starting(
+    config: Config, out: Path, quiet: bool = False, source: Path | None = None, stop: StopRequest | None = None
+) -> Passes[dict[str, Any]]:
+    """As `start`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
     refuse_ranks()
     _check_threads(config)
     refuse_occupied(out, config)
@@ -67,7 +75,7 @@ def start(config: Config, out: Path, quiet: bool = False, source: Path | None = 
         run, display = RunDirectory(out), Display(quiet)
         try:
             parts = _prepare(config, display, taken)
-            return _train(parts, run, _begin(run, config, parts, taken), display, None)
+            return (yield from _train(parts, run, _begin(run, config, parts, taken), display, None, stop))
         except BaseException:
             claim.undo()
             raise
@@ -81,6 +89,13 @@ def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[st
     hundred of those that were added. Raises InputError where there is no run, where a file of it is damaged or was
     changed, or where the run is finished.
     """
+    return alone(resuming(path, quiet, steps))
+
+
+def resuming(
+    path: Path, quiet: bool = False, steps: int | None = None, stop: StopRequest | None = None
+) -> Passes[dict[str, Any]]:
+    """As `resume`, by whoever answers its passes; stop: as `starting` has it."""
     refuse_ranks()
     run = RunDirectory.open(path)
     _check_steps(run, run.config(), steps)
@@ -107,7 +122,7 @@ def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[st
         assert manifest is not None
         if steps is not None and steps > config.training.steps:
             manifest = manifest.extended(saved.step if saved else 0, steps)
-        return _train(parts, run, manifest, display, saved)
+        return (yield from _train(parts, run, manifest, display, saved, stop))
 
 
 def _check_steps(run: RunDirectory, config: Config, steps: int | None) -> None:
@@ -174,8 +189,13 @@ def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved:
 
 
 def _train(
-    parts: _Parts, run: RunDirectory, manifest: Manifest, display: Display, saved: SavedRun | None
-) -> dict[str, Any]:
+    parts: _Parts,
+    run: RunDirectory,
+    manifest: Manifest,
+    display: Display,
+    saved: SavedRun | None,
+    stop: StopRequest | None,
+) -> Passes[dict[str, Any]]:
     config, began = manifest.config, time.perf_counter()
     unigram = unigram_perplexity(parts.corpus.train_counts, parts.data.validation[:, 1:])
     if saved is not None:
@@ -209,8 +229,8 @@ def _train(
         if saved is None and manifest.started_from:
             save()  # from here on the run needs the other one no more
         try:
-            with StopRequest().listening() as stop, out_of_memory_is_told("training"):
-                trainer.run(stop, save)
+            with (stop or StopRequest()).listening() as request, out_of_memory_is_told("training"):
+                yield from trainer.running(request, save)
         except DivergedError as error:
             diverged = error
         summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position(), diverged)

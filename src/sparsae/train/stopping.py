@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
@@ -27,17 +28,36 @@ class StopRequest:
     """Set by the first stop signal, so that the step in progress ends and is saved.
 
     The same SIGINT or SIGTERM again ends at once; batch systems follow one signal by another, and SIGXCPU comes every
-    second, while a run saves.
+    second, while a run saves. Several runs may share one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
+        """seconds: from now on until it is asked to stop in any case."""
         self.signal: int | None = None
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._listeners, self._handlers = 0, ExitStack()
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.signal is not None or (self._end is not None and time.monotonic() >= self._end)
+
+    def ask(self) -> None:
+        """Stop, as if the time were over."""
+        self._end = time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Take the signals while inside; only the main thread may."""
-        with handled(self._take):
+        """Take the signals while anybody is inside; only the main thread may."""
+        if not self._listeners:
+            self._handlers.enter_context(handled(self._take))
+        self._listeners += 1
+        try:
             yield self
+        finally:
+            self._listeners -= 1
+            if not self._listeners:
+                self._handlers.close()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if number == self.signal and number in (signal.SIGINT, signal.SIGTERM):
