@@ -69,6 +69,9 @@ def cases(steps: int, every: int) -> dict[str, tuple[str, ...]]:
     other = {
         "dense": ("dense", "sparsity.sparsity=0"),
         "taught": ("sparsae", often, *TAUGHT),
+        "taught-in-part": ("sparsae-guided", often, *TAUGHT, "teacher.share=0.5", "teacher.every=2"),
+        "averaged": ("sparsae", often, "topology.random_share=0.5", "topology.window=2"),
+        "averaged-dense": ("rigl", often, "topology.window=3"),
         "passes": ("rigl", often, "training.accumulation=2", "topology.accumulate=sum"),
         "last-pass": ("rigl", often, "training.accumulation=2"),
         "blocks": ("gse", often, "sparsity.unit=[4,4]", "sparsity.sparsity=0.8"),

@@ -85,7 +85,12 @@ class Objective:
         if taught is not None and self.teacher:
             alpha *= taught / (rows * self.teacher.config.share)
         return self._parts(
-            self.model, self._trained, batch, alpha=alpha, taught=rows if taught is None else taught, hidden_TD=hidden_TD
+            self.model,
+            self._trained,
+            batch,
+            alpha=alpha,
+            taught=rows if taught is None else taught,
+            hidden_TD=hidden_TD,
         )
 
     def score(self, batch: Tensor) -> Tensor:
