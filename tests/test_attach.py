@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 
 from sparsae.config.rules import RuleConfig
 from sparsae.config.schema import TeacherConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig, SetConfig
 from sparsae.train.search import Update
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, score_of
 
 RULES: dict[str, RuleConfig] = {

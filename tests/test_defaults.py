@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import sparsae
 from sparsae.config import RuleConfig, TeacherConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.kernels.reference import SCRATCH
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import EvolutionConfig, GmpConfig, GseConfig, RiglConfig, SetConfig
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 
 SOURCES = Path(sparsae.__file__).parent
 RULES: dict[str, RuleConfig] = {

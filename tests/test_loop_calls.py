@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
@@ -25,7 +26,7 @@ from sparsae.nn.sparsify import sparsify
 from sparsae.rules import EvolutionConfig, RiglConfig, StaticConfig
 from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.rule import Candidate
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import mlp, score_of
 from tests.sections import SECTIONS, backward, made
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from sparsae.config.schema import TeacherConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
@@ -24,7 +25,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.optim import AdamW
 from sparsae.rules import GmpConfig, RiglConfig, SetConfig
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.optimizers import STEPS, TORCH, UNITS, VARIANTS
 
 MADE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, sample_distinct
@@ -19,7 +20,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.rules import RiglConfig, SetConfig, StaticConfig
 from sparsae.surgery import plan
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.optimizers import REFUSED, STEPS, TORCH, UNITS, VARIANTS, WEIGHT_COPIES
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

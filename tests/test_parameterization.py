@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsae.config import ModelConfig, ParameterizationConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
@@ -26,7 +27,7 @@ from sparsae.parameterization import Parameterization, Role, initialize
 from sparsae.rules import EvolutionConfig
 from sparsae.surgery import plan
 from sparsae.train.assemble import optimizer_of
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import LLAMA, SUPAR, built, config_of, mlp
 
 # (name, role, density): (initial std, factor on the learning rate, factor on epsilon)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from sparsae.config import Config, ParameterizationConfig
 from sparsae.config.load import resolve
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import cosine_with_warmup
 from sparsae.core.randomness import generator
 from sparsae.distill import Teacher
@@ -28,7 +29,7 @@ from sparsae.nn.sparsify import densify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.parameterization import Parameterization
 from sparsae.rules import EvolutionConfig
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import LLAMA, SUPAR, built, config_of, mlp
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import Periodic
 from sparsae.core.observation import Observation, PastValues
 from sparsae.core.randomness import generator
@@ -19,7 +20,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.surgery import plan
 from sparsae.train.checkpoint import joined, split
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import mlp
 
 STEPS, EVERY = 24, 6

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsae.config import BurnInConfig, MicroBatchConfig, ParameterizationConfig, RuleConfig, Section, TeacherConfig
 from sparsae.config.load import about, methods, resolve
 from sparsae.config.span import Horizon
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import Captured, Observation, PastValues
 from sparsae.core.randomness import generator
@@ -35,7 +36,7 @@ from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score
 from sparsae.train.plan import count_flops, untrained
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, config_of, frequent, run_steps, score_of
 
 STEPS, EVERY = 40, 4

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsae.config import RuleConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.budgets import allocate, relative_density
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
@@ -19,7 +20,7 @@ from sparsae.rules import GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, R
 from sparsae.rules.gse import build_gse
 from sparsae.rules.mest import MestConfig
 from sparsae.rules.parts.rule import NoState
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 
 # Loss y1 - y2 of y = W2 W1 x with x = (1, 2, 3): dy = (1, -1). Unit numbers run down the columns: 2 * column + row.
 #

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsae.config import RuleConfig
 from sparsae.config.schema import TeacherConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
@@ -24,7 +25,7 @@ from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, RiglConfig, SetConfig
 from sparsae.surgery import plan
 from sparsae.train.memory import state_bytes
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, run_steps
 from tests.test_topology import assert_valid
 

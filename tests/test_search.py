@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.kernels.probe import SampledGradients, open_probe
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, ProxyConfig
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from sparsae.train.telemetry import TopologyTelemetry
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 

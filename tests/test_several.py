@@ -12,6 +12,7 @@ import torch
 
 from sparsae.config.load import dump, resolve
 from sparsae.config.rules import AnyRule, MicroBatchConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import Periodic
 from sparsae.core.observation import Observation
 from sparsae.core.swap import Swap
@@ -23,7 +24,7 @@ from sparsae.rules.parts.several import Several
 from sparsae.terms.cross_entropy import CrossEntropy, CrossEntropyConfig
 from sparsae.train.plan import count_flops, plan, untrained
 from sparsae.train.run import resume, start
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import mlp, run_steps, score_of
 from tests.runs import config_of, rows, stopped_at, weights, write_text
 

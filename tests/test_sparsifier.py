@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsae.config.schema import TeacherConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.reference import SCRATCH
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, StaticConfig
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 from tests.test_topology import assert_valid
 

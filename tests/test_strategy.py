@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsae.config.load import dump, resolve
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.observation import LayerView
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
@@ -39,7 +40,7 @@ from sparsae.train.guests import chosen
 from sparsae.train.plan import count_flops, untrained
 from sparsae.train.run import resume, start
 from sparsae.train.search import Update
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, run_steps, score_of
 from tests.runs import config_of, rows, stopped_at, weights, write_text
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsae.config.load import dump, json_schema, resolve
 from sparsae.config.rules import TermConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, PastValues
 from sparsae.core.randomness import generator
@@ -33,7 +34,7 @@ from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.proxy import ProxyConfig
 from sparsae.score import Running, Score, Term, Trial, combine
 from sparsae.surgery import Change, plan
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from tests.loops import mlp, score_of
 from tests.runs import config_of, rows, write_text
 

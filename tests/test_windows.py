@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import Cubic, Periodic, Window
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
@@ -31,7 +32,7 @@ from sparsae.rules.parts.pruning import Pruning
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.surgery import plan
 from sparsae.train.checkpoint import joined, split
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 from sparsae.train.windows import Upcoming
 from tests.loops import mlp
 

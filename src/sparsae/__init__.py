@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparsae.config.rules import RuleConfig as RuleConfig
     from sparsae.config.rules import TermConfig as TermConfig
     from sparsae.config.span import Span as Span
+    from sparsae.config.sparsifier import SparsifierConfig as SparsifierConfig
     from sparsae.core.cadence import Cadence as Cadence
     from sparsae.core.cadence import Cubic as Cubic
     from sparsae.core.cadence import Never as Never
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from sparsae.score import Term as Term
     from sparsae.score import Trial as Trial
     from sparsae.train.sparsifier import Sparsifier as Sparsifier
-    from sparsae.train.sparsifier import SparsifierConfig as SparsifierConfig
 
 __version__ = "0.1.0"
 
@@ -95,7 +95,7 @@ _HOMES = {
     "Span": "sparsae.config.span",
     "SparseLinear": "sparsae.nn.linear",
     "Sparsifier": "sparsae.train.sparsifier",
-    "SparsifierConfig": "sparsae.train.sparsifier",
+    "SparsifierConfig": "sparsae.config.sparsifier",
     "Swap": "sparsae.core.swap",
     "TERMS": "sparsae.registry",
     "Term": "sparsae.score",

@@ -132,7 +132,7 @@ def plan(
     unit is not active, and where a grown one is.
     """
     dropped, grown = swap.size, sum(units.numel() for units in swap.grow.values())
-    if dropped - grown != swap.shrinks or swap.shrinks < 0:
+    if dropped - grown != swap.shrinks:
         raise ValueError(
             f"a swap drops {dropped} units and grows {grown}, but says that the model shrinks by {swap.shrinks}: "
             "its nnz would change"

@@ -369,6 +369,9 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
         at_bound = " (at a bound)" if layer["density_cut"] else ""
         layers.append([*row, f"{layer['density_factor']:g}{at_bound}"] if has_factors else row)
     show_table("Sparsified layers", [*columns, "factor"] if has_factors else columns, layers)
+    if plan["density_steps"]:
+        rows = [[each["step"], readable(each["nnz"]), f"{each['density']:.4f}"] for each in plan["density_steps"]]
+        show_table("Density over the run", ["after step", "nnz", "density"], rows)
     costs = []
     for name, here, dense in (
         ("parameters", "parameters", "parameters_dense"),

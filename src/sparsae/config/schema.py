@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from sparsae.config.density import Density, by_pattern
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
+from sparsae.config.schedule import ScheduleConfig
 from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, ShareOfMean, Text
 
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
@@ -112,6 +113,7 @@ class SparsityConfig(Section):
         description="factors on the budget's densities, at the same total, by name (glob), role (attention, mlp, head, "
         "query, key, value, output, up, gate, down) or depth: {mlp: 0.8, depth: [1.5, 1.0, 0.5]}",
     )
+    schedule: ScheduleConfig = ScheduleConfig()
     include: list[Text] = Field(
         default=[], description="names (globs) of layers to sparsify; empty: every linear layer"
     )
@@ -131,6 +133,20 @@ class SparsityConfig(Section):
         if self.head_min_density > density + TOLERANCE:
             raise ValueError(
                 f"head_min_density {self.head_min_density:g} must be at most the model's density {density:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_has_room(self) -> Self:
+        kind, first = self.schedule.kind, self.schedule.first_factor * (1.0 - self.sparsity)
+        if kind != "constant" and self.sparsity == 0.0:
+            raise ValueError(
+                f"schedule.kind {kind} moves density around that of a sparse model: sparsity must not be 0"
+            )
+        if first > 1.0 + TOLERANCE:
+            raise ValueError(
+                f"schedule.factor {self.schedule.first_factor:g} times density {1.0 - self.sparsity:g} is more than a "
+                f"dense model: it must be at most {1.0 / (1.0 - self.sparsity):g}"
             )
         return self
 
@@ -275,6 +291,11 @@ class Config(Section):
         start, end = self.topology.first_sparsity, self.sparsity.sparsity
         if start is None:
             return self
+        if self.sparsity.schedule.moves:
+            raise ValueError(
+                f"sparsity.schedule.kind {self.sparsity.schedule.kind} is for rules that keep the density: rule "
+                f"{self.topology.rule} prunes by a schedule of its own"
+            )
         if start >= end:
             raise ValueError(f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}")
         return self
@@ -297,6 +318,8 @@ class Config(Section):
 
     @property
     def initial_sparsity(self) -> float:
-        """Sparsity of the untrained model: that of the whole run, but where the rule prunes."""
-        start = self.topology.first_sparsity
+        """Sparsity of the untrained model: that of the whole run, but where the rule prunes or density has a bump."""
+        start, schedule = self.topology.first_sparsity, self.sparsity.schedule
+        if schedule.kind == "bump":
+            return max(0.0, 1.0 - schedule.first_factor * (1.0 - self.sparsity.sparsity))
         return self.sparsity.sparsity if start is None else start

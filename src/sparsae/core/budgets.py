@@ -104,6 +104,11 @@ def allocate(relative: Sequence[float], bounds: Sequence[tuple[int, int]], units
     return counts
 
 
+def shrunk(start: int, end: int, left: float) -> int:
+    """Units of a model, or of a layer, `left` of whose way from `start` to `end` remains."""
+    return end + round(left * (start - end))
+
+
 def density_bounds(units: int, low: float, high: float) -> tuple[int, int]:
     """(k_min, k_max) in units of a layer for densities [low, high]; at least one unit."""
     k_min = max(1, math.ceil(low * units - 1e-9))

@@ -118,18 +118,25 @@ class Cubic(Cadence):
 
     def due(self, step: int, horizon: Horizon) -> bool:
         """Whether it moves after `step`."""
-        first, last = self._span(horizon.steps)
+        first, last = self.span(horizon)
         every = span_steps(self.every, horizon)
         return first <= step <= last and ((step - first) % every == 0 or step == last)
 
     def left(self, step: int, horizon: Horizon) -> float:
         """(1 - (t - t_0) / (t_1 - t_0))^3, exactly 1 before and 0 after."""
-        first, last = self._span(horizon.steps)
+        first, last = self.span(horizon)
         if step >= last:
             return 0.0
         return (1.0 - max(0, step - first) / (last - first)) ** 3
 
-    def _span(self, steps: int) -> tuple[int, int]:
+    def begun(self, step: int, horizon: Horizon) -> bool:
+        """Whether anything of the way is over after `step`."""
+        first, last = self.span(horizon)
+        return step > first or step >= last
+
+    def span(self, horizon: Horizon) -> tuple[int, int]:
+        """The steps after which it begins and ends to move."""
+        steps = horizon.steps
         # The last one comes before the last step, so that no model ends untrained at its final sparsity.
         last = max(1, min(math.floor(self.stop * steps), steps - 1))
         # From a start of 0 the first one comes after `every` steps, not at once: nothing has been learned yet.

@@ -15,7 +15,7 @@ class Swap:
     """A proposed change over the whole model: flat unit numbers to drop and to grow, by layer.
 
     As many units are grown as are dropped, but for `shrinks`: that many more are dropped, and the model is smaller
-    afterwards.
+    afterwards (larger, where it is negative).
     """
 
     drop: Mapping[str, Tensor]

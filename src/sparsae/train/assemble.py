@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsae.config.schema import Config
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.data.batches import Batches
 from sparsae.distill import Teacher
 from sparsae.models import parameterized
@@ -23,7 +24,7 @@ from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Extension
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
 from sparsae.train.observers import Observer
-from sparsae.train.sparsifier import Sparsifier, SparsifierConfig
+from sparsae.train.sparsifier import Sparsifier
 
 
 def epoch_steps(config: Config, batches: Batches) -> int:
@@ -85,6 +86,7 @@ def sparsifier_of(
 ) -> Sparsifier:
     """The search over the sparse layers of the objective's model; a study's time is booked on the account."""
     rule, sparsity = build_rule(config.topology, config.rules), config.sparsity
+    falls = rule.prunes or sparsity.schedule.kind == "bump"
     studies = rule.micro_batch is not None and rule.micro_batch.study
     return Sparsifier(
         objective.model,
@@ -101,9 +103,10 @@ def sparsifier_of(
             head_min_density=sparsity.head_min_density,
             fan_in=sparsity.fan_in,
             fan_out=sparsity.fan_out,
-            sparsity=sparsity.sparsity if rule.prunes else None,
+            sparsity=sparsity.sparsity if falls else None,
+            schedule=sparsity.schedule,
             budget=sparsity.budget,
-            density=density_of(config) if rule.prunes else {},
+            density=density_of(config) if falls else {},
         ),
         score=HeldOutScore(objective, data.micro_batches) if data.micro_batches else None,
         study=HeldOutStudy(objective, data.validation, account.watch) if studies else None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sparsae.config.span import Horizon
 from sparsae.core.budgets import density_bounds, density_factors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
+from sparsae.core.schedule import Schedule
 from sparsae.errors import InputError
 from sparsae.nn.limits import Limits, is_rigid
 from sparsae.nn.linear import SparseLinear
@@ -16,50 +18,81 @@ from sparsae.nn.sparsify import layer_counts
 from sparsae.rules.parts.rule import Rule
 
 if TYPE_CHECKING:
-    from sparsae.train.sparsifier import SparsifierConfig
+    from sparsae.config.sparsifier import SparsifierConfig
 
 log = logging.getLogger(__name__)
 
 Layers = Mapping[str, SparseLinear]
 
 
-def layer_bounds(layers: Layers, config: SparsifierConfig) -> dict[str, tuple[int, int]]:
-    """(k_min, k_max) of each layer in units; one that starts outside its bounds widens them to where it is."""
+def layer_bounds(
+    layers: Layers, config: SparsifierConfig, ends: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """(k_min, k_max) of each layer in units; one that starts outside its bounds widens them to where it is.
+
+    ends: between what a schedule moves each layer, or a rule prunes it; there it may be.
+    """
     topologies = {name: layer.topology for name, layer in layers.items()}
     density = sum(t.count for t in topologies.values()) / sum(t.units for t in topologies.values())
     low, high = _densities(config, density if config.sparsity is None else 1.0 - config.sparsity)
     bounds = {}
     for name, topology in topologies.items():
         k_min, k_max = density_bounds(topology.units, low, high)
-        bounds[name] = (min(k_min, topology.count), max(k_max, topology.count))
+        reached = topology.count, *ends.get(name, ())
+        bounds[name] = (min(k_min, *reached), max(k_max, *reached))
     return bounds
 
 
-def layer_ends(
-    rule: Rule[Any], layers: Layers, trained: Layers, config: SparsifierConfig
-) -> dict[str, tuple[int, int]]:
-    """Each trained layer's units now and at the end, of a rule that prunes; else nothing.
-
-    Raises InputError where rule and `config.sparsity` do not fit, and where the model is sparser already.
-    """
-    if rule.prunes == (config.sparsity is None):
+def refuse_windows(rule: Rule[Any], schedule: Schedule, layers: Iterable[str], horizon: Horizon) -> None:
+    """Raise InputError for a rule that averages gradients over steps in which a schedule may move connections."""
+    windows = rule.windows(layers, rule.initial_state()).values()
+    if schedule.moves and any(window.length(horizon) > 1 for window in windows):
         raise InputError(
-            f"rule '{rule.name}' prunes: set the sparsity where it ends"
-            if rule.prunes
+            f"rule '{rule.name}' averages gradients over steps in which a density schedule moves connections: "
+            "set window 1, or schedule.kind constant"
+        )
+
+
+def layer_ends(
+    rule: Rule[Any], schedule: Schedule, layers: Layers, trained: Layers, config: SparsifierConfig
+) -> dict[str, tuple[int, int]]:
+    """Each trained layer's units now and at the end, of a rule that prunes; or between what the schedule moves it.
+
+    Raises InputError where rule, schedule and `config.sparsity` do not fit, and where the model is sparser already.
+    """
+    refuse_windows(rule, schedule, layers, config.horizon)
+    falls = rule.prunes or config.schedule.kind == "bump"
+    what = f"rule '{rule.name}' prunes" if rule.prunes else "schedule bump falls"
+    if rule.prunes and schedule.moves:
+        raise InputError(
+            f"rule '{rule.name}' prunes by a schedule of its own: leave out schedule {config.schedule.kind}"
+        )
+    if falls and config.sparsity is None:
+        raise InputError(f"{what}: set the sparsity where it ends")
+    if not falls and config.sparsity is not None:
+        raise InputError(
+            f"schedule restore ends at the sparsity that the model has: leave out sparsity {config.sparsity:g}"
+            if schedule.moves
             else f"rule '{rule.name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}"
         )
+    now = {name: layer.topology.count for name, layer in trained.items()}
     if config.sparsity is None:
         if config.density:
             raise InputError(f"rule '{rule.name}' keeps the layers' densities: give density to sparsify() alone")
-        return {}
+        return schedule.ends(now, now)
     shapes, unit = {name: layer.topology.shape for name, layer in trained.items()}, next(iter(trained.values())).unit
-    now = {name: layer.topology.count for name, layer in trained.items()}
     # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.
     if sum(now.values()) < round((1.0 - config.sparsity) * sum(layer.topology.units for layer in trained.values())):
-        raise InputError(f"rule '{rule.name}' prunes to sparsity {config.sparsity:g}: the model is sparser already")
+        raise InputError(f"{what} to sparsity {config.sparsity:g}: the model is sparser already")
     densities = _densities(config, 1.0 - config.sparsity)
     factors = density_factors(config.density, list(layers))
     last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, factors, now)
+    if schedule.moves and sum(now.values()) > config.schedule.first_factor * sum(last.values()) + len(now):
+        raise InputError(
+            f"schedule bump begins at {config.schedule.first_factor:g} times the density of sparsity "
+            f"{config.sparsity:g}: the model is denser (sparsify it to "
+            f"{max(0.0, 1.0 - config.schedule.first_factor * (1.0 - config.sparsity)):g})"
+        )
     return {name: (now[name], last[name]) for name in trained}
 
 

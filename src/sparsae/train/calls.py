@@ -22,10 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class LoopCalls:
-    """Follows `before_step` and `after_step` of one loop, for a rule that moves connections."""
+    """Follows `before_step` and `after_step` of one loop in which connections move, by a rule or a density schedule."""
 
-    def __init__(self, rule: Rule[Any], layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> None:
-        self._rule, self._layers, self._optimizer = rule, layers, optimizer
+    def __init__(
+        self, rule: Rule[Any], layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer, moves: bool
+    ) -> None:
+        """moves: whether any connection does."""
+        self._rule, self._layers, self._optimizer, self._is_moved = rule, layers, optimizer, moves
         self._wants_gradients = bool(rule.needs & {"gradient", "gradient_at", "dense_gradient"})
         self._between = False  # before_step() was called, and after_step() was not yet
         self._before: tuple[str, Tensor] | None = None
@@ -35,7 +38,7 @@ class LoopCalls:
 
     def before_step(self, due: bool, is_hooked: bool = False) -> None:
         """due: whether an update follows the coming optimizer step. is_hooked: whether its hooks make the calls."""
-        if not self._rule.moves:
+        if not self._is_moved:
             return
         refuse_ranks(self._rule)
         if self._between and not is_hooked:
@@ -60,7 +63,7 @@ class LoopCalls:
 
     def watch(self, due: bool) -> None:
         """Once nobody else takes a gradient away before the step: remember values that it has to change."""
-        if not self._rule.moves:
+        if not self._is_moved:
             return
         learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
         moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
@@ -70,7 +73,7 @@ class LoopCalls:
 
     def after_step(self) -> None:
         """Raises InputError for an optimizer whose state cannot follow connections that move."""
-        if not self._rule.moves:
+        if not self._is_moved:
             return
         refuse_ranks(self._rule)
         if not self._between:
@@ -151,8 +154,8 @@ def refuse_tied(layers: Mapping[str, SparseLinear]) -> None:
 
 
 def refuse_ranks(rule: Rule[Any]) -> None:
-    """Raise InputError for a rule that moves connections where the process group has more than one rank."""
-    if not rule.moves or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    """Raise InputError where the process group has more than one rank, for the rule of connections that move."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     ranks = torch.distributed.get_world_size()
     if ranks > 1:

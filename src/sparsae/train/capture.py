@@ -61,13 +61,16 @@ class GradientCapture:
         self.views: dict[str, LayerView] | None = None
         self.not_finite: str | None = None
 
-    def arm(self, rule: Rule[Any], state: Any, steps: range, ends: Mapping[str, tuple[int, int]]) -> None:
+    def arm(
+        self, rule: Rule[Any], state: Any, steps: range, ends: Mapping[str, tuple[int, int]], *, asks: bool = True
+    ) -> None:
         """Before the backward pass of a step (counted from 1), which an update follows: probe what the rule wants.
 
-        steps: that step, the last, after those that the update has waited through since it was due.
+        steps: that step, the last, after those that the update has waited through since it was due. asks: whether the
+        rule is asked then, which else wants nothing.
         What trains now takes part in that update, and nothing else. Raises InputError for a layer that trains while
         the optimizer does not have it or that is no longer in the model, for two layers with the same values, and where
-        layers were frozen or not while a rule prunes that counted otherwise.
+        layers were frozen or not while a rule prunes, or a schedule moves density, that counted otherwise.
         """
         step = steps[-1]
         self.trained = trained_layers(self._layers, self._optimizer)
@@ -76,13 +79,14 @@ class GradientCapture:
         if ends and (other := sorted(set(self.trained) ^ set(ends))):
             raise InputError(
                 f"layer {other[0]} was frozen or unfrozen since pruning began, which counts on the layers that trained "
-                "then: keep requires_grad as it was until pruning is over"
+                "then: keep requires_grad as it was until pruning, or the density schedule, is over"
             )
         if not self.trained:
             log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
             return
-        self._due, self._moved = True, rule.concerns(self.trained, steps, self._horizon)
-        self._probe(rule, state, steps)
+        self._due, self._moved = True, rule.concerns(self.trained, steps, self._horizon) if asks else set()
+        if asks:
+            self._probe(rule, state, steps)
 
     def gather(self, rule: Rule[Any], state: Any, step: int) -> None:
         """Before the backward pass of a step that no update follows: probe what is averaged for one to come."""

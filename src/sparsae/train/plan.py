@@ -15,12 +15,14 @@ from sparsae.config.schema import Config
 from sparsae.config.span import Horizon
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
 from sparsae.core.budgets import density_factors
+from sparsae.core.schedule import Schedule, counts_at
+from sparsae.core.topology import Topology
 from sparsae.data import load_tokenizer
 from sparsae.distill import WarmUp
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.sparsify import cut_short
+from sparsae.nn.sparsify import cut_short, layer_counts
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.build import build, check, choose_device, density_of, initial_bounds
@@ -31,8 +33,8 @@ from sparsae.train.search import SearchCost
 def plan(config: Config) -> dict[str, Any]:
     """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
 
-    Operations are those of `count_flops`; layers and bytes are those of the start. The time is that of the dense
-    products of all parts at the rate of a short measurement on this machine.
+    Operations are those of `count_flops`; layers and bytes are those of the start, than which no later moment of a run
+    has more. The time is that of the dense products of all parts at the rate of a short measurement on this machine.
     """
     check(config)
     model = untrained(config)
@@ -67,6 +69,7 @@ def plan(config: Config) -> dict[str, Any]:
             }
             for name, layer in layers.items()
         ],
+        "density_steps": _density_steps(config, layers, rule),
         "train_flops_per_step": costs.cost.training(nnz, tokens),
         "train_flops": dict(flops.parts),
         "train_flops_dense_equivalent": flops.dense_equivalent,
@@ -118,11 +121,13 @@ def _expected_flops(
     horizon = Horizon(training.steps)
     steps, micro_tokens = training.steps, training.batch_size * config.model.context
     tokens = micro_tokens * training.accumulation
-    topologies = {name: layer.topology for name, layer in layers.items()}
+    topologies = first = {name: layer.topology for name, layer in layers.items()}
     units = {name: topology.units for name, topology in topologies.items()}
     start = {name: topology.count for name, topology in topologies.items()}
     block = config.sparsity.unit[0] * config.sparsity.unit[1]
     end = round((1.0 - config.sparsity.sparsity) * sum(units.values()))
+    schedule, level = Schedule.of(config.sparsity.schedule, rule.moves), 1.0
+    active, ends = dict(start), schedule.ends(start, _last(config, topologies)) if schedule.moves else {}
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
     last: dict[str, int] = {}  # the update before, of each layer
@@ -134,26 +139,37 @@ def _expected_flops(
         teacher_nnz = costs.cost.sparse_weights if config.teacher.storage == "dense" else costs.nnz
         costs.count_step(flops, tokens, taught, teacher_nnz)
         costs.count_step(dense, tokens, taught, costs.cost.sparse_weights)
-        if rule.due(step, horizon):
-            left = costs.nnz / (block * sum(start.values()))
-            moved = {name: topologies[name] for name in rule.concerns(topologies, range(step, step + 1), horizon)}
+        updates = rule.due(step, horizon)
+        if updates:
+            concerned = rule.concerns(topologies, range(step, step + 1), horizon)
+            # In the layers' order, by which a rule may round.
+            moved = {name: topology for name, topology in topologies.items() if name in concerned}
             growth = rule.growth(moved, rule.initial_state(), step / steps)
             windows = rule.windows(moved, rule.initial_state())
             probed = {}
             for name in moved:
-                own, active = rule.of(name), round(left * start[name])
+                own, count = rule.of(name), active[name]
                 is_dense = "dense_gradient" in own.needs
                 if growth.get(name) or not is_dense:
                     seen = micro_tokens if is_dense and own.accumulate == "last" else tokens
                     averaged = windows[name].count(step - last.get(name, 0), horizon)
-                    probed[name] = (block * own.probed_units(active, units[name] - active), averaged * seen)
+                    probed[name] = (block * own.probed_units(count, units[name] - count), averaged * seen)
                 last[name] = step
             forwards, own_step = 0, range(step, step + 1)
             if rule.micro_batch and rule.compares(own_step, horizon):
                 forwards = 1 + rule.candidates_scored(moved, own_step, horizon)
             backwards = forwards if "candidate_gradient" in rule.needs else 0
             costs.count_update(flops, SearchCost(forwards, backwards, probed))
-            costs.nnz = block * rule.active_units(sum(start.values()), end, step, horizon)
+        if schedule.due(step, horizon, updates):
+            level = schedule.level(step, horizon, level)
+            active = counts_at(ends, level)
+            costs.nnz = block * sum(active.values())
+            # Which units there will be is not known; the first ones stand for as many.
+            topologies = {n: Topology(t.shape, t.indices[: active[n]], t.unit) for n, t in first.items()}
+        elif updates and not schedule.moves:
+            total = rule.active_units(sum(start.values()), end, step, horizon)
+            active = {name: round(total / sum(start.values()) * count) for name, count in start.items()}
+            costs.nnz = block * total
     return flops, dense
 
 
@@ -172,6 +188,36 @@ def _window_bytes(rule: Rule[Any], layers: Mapping[str, SparseLinear], horizon: 
         held = 4 * min(window.count(gaps[id(own)], horizon), 2) * math.prod(topology.unit)
         total += looked * (held if is_dense or not held else held + topology.indices.itemsize)
     return total
+
+
+def _density_steps(config: Config, layers: Mapping[str, SparseLinear], rule: Rule[Any]) -> list[dict[str, Any]]:
+    """The active weights at the start, and after each step at which a density schedule begins or ends to move them."""
+    schedule, horizon = Schedule.of(config.sparsity.schedule, rule.moves), Horizon(config.training.steps)
+    if not schedule.moves:
+        return []
+    topologies = {name: layer.topology for name, layer in layers.items()}
+    start, units = ({n: getattr(t, what) for n, t in topologies.items()} for what in ("count", "units"))
+    ends, block = schedule.ends(start, _last(config, topologies)), config.sparsity.unit[0] * config.sparsity.unit[1]
+    found, level = [], 1.0
+    for step in [0, *schedule.moments(horizon)]:
+        level = schedule.level(step, horizon, level)
+        count = sum(counts_at(ends, level).values())
+        found.append({"step": step, "nnz": block * count, "density": count / sum(units.values())})
+    return found
+
+
+def _last(config: Config, topologies: Mapping[str, Topology]) -> dict[str, int]:
+    """Each layer's units at the end of a run whose rule keeps what the schedule gives it."""
+    sparsity, factors = config.sparsity, density_factors(density_of(config), list(topologies))
+    return layer_counts(
+        {name: topology.shape for name, topology in topologies.items()},
+        sparsity.sparsity,
+        sparsity.budget,
+        sparsity.unit,
+        sparsity.density_bounds,
+        factors,
+        {name: topology.count for name, topology in topologies.items()},
+    )
 
 
 def _index_bytes(config: Config, layers: Mapping[str, SparseLinear]) -> int:

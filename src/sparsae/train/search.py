@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
-from sparsae.core.observation import Observation
+from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
+from sparsae.core.schedule import Schedule, counts_at
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import average_gradient
-from sparsae.rules.parts.rule import Candidate, Rule
+from sparsae.rules.parts.rule import Candidate, Decision, Rule
+from sparsae.rules.parts.scheduled import on_schedule
 from sparsae.score import Score
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
 from sparsae.train.capture import GradientCapture
@@ -70,6 +72,7 @@ class TopologySearch:
         model: nn.Module,
         layers: Mapping[str, SparseLinear],
         rule: Rule[Any],
+        schedule: Schedule,
         *,
         optimizer: torch.optim.Optimizer,
         teacher: Mapping[str, TeacherLayer] | None,
@@ -84,7 +87,8 @@ class TopologySearch:
         passes: int,
         seed: int,
     ) -> None:
-        """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes (else empty).
+        """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes, or those between
+        which the schedule moves it (else empty).
 
         groups: of its heads and neurons that have limits. passes: backward passes an optimizer step. initial_std: as
         `surgery.plan` has it.
@@ -96,17 +100,20 @@ class TopologySearch:
         self.gradients = GradientCapture(model, layers, optimizer, heads, horizon=horizon, passes=passes, seed=seed)
         self._past = PastCapture(layers, horizon)
         self._told = False
-        self.use(rule, bounds, ends, groups)
+        self.use(rule, schedule, bounds, ends, groups)
 
     def use(
         self,
         rule: Rule[Any],
+        schedule: Schedule,
         bounds: Mapping[str, tuple[int, int]],
         ends: Mapping[str, tuple[int, int]],
         groups: Mapping[str, tuple[Groups, ...]],
+        level: float = 1.0,
     ) -> None:
-        """Begin with a rule: an update that another one waited for is given up."""
+        """Begin with a rule, at this level of the schedule: an update that another one waited for is given up."""
         self.rule, self.state = rule, rule.initial_state()
+        self.schedule, self.level = schedule, level
         self.bounds, self.ends, self.gradients.groups = dict(bounds), dict(ends), groups
         self._since = 0
         self.gradients.clear()
@@ -126,7 +133,8 @@ class TopologySearch:
 
     def due(self, step: int) -> bool:
         """Whether an update follows optimizer step `step`, counted from 1."""
-        return self.waiting or self.rule.due(step, self._horizon)
+        updates = self.rule.due(step, self._horizon)
+        return self.waiting or updates or self.schedule.due(step, self._horizon, updates)
 
     def arm(self, step: int) -> None:
         """Before the backward pass of `step` (counted from 1): probe it if an update wants its gradients.
@@ -136,7 +144,8 @@ class TopologySearch:
         self.gradients.clear()
         self._past.follow(self.rule, step - 1, waiting=self.waiting)
         if self.due(step):
-            self.gradients.arm(self.rule, self.state, range(self._since or step, step + 1), self.ends)
+            steps = range(self._since or step, step + 1)
+            self.gradients.arm(self.rule, self.state, steps, self.ends, asks=self._asks(steps))
         else:
             self.gradients.gather(self.rule, self.state, step)
 
@@ -146,7 +155,7 @@ class TopologySearch:
         scale, loss_scale: as `GradientCapture.take` has them.
         """
         if self.due(step) or self.gradients.probes:
-            self.gradients.take(self.rule, self.bounds, self.ends, scale, loss_scale)
+            self.gradients.take(self.rule, self.bounds, self.ends if self.rule.prunes else {}, scale, loss_scale)
 
     def update(self, step: int) -> Update | None:
         """After the optimizer's step: one update of the topology, if it is due."""
@@ -161,31 +170,43 @@ class TopologySearch:
         moments = self._moments()
         views = {
             name: dataclasses.replace(
-                view, values=self._layers[name].values.data, moment=moments.get(name), past=self._past.of(name)
+                view,
+                values=self._layers[name].values.data,
+                moment=moments.get(name),
+                past=self._past.of(name),
+                groups=self._groups_now(view),
             )
             for name, view in seen.items()
         }
         observation = Observation(views, step, self._horizon.steps, self._horizon.epoch, self._since)
         self._since = 0
-        with named(self.rule, step):
-            asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-        candidates = checked(self.rule, asked, views)
         strategy = in_force(self.rule, self.state, observation.progress)
-        current, scores = self._scored(candidates, observation)
-        study = {} if current is None else self._scoring.study(self._plans(candidates, step))
-        with named(self.rule, step):
-            decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
-        decision, self.state = chosen(self.rule, decision, candidates), state
+        candidates: list[Candidate] = []
+        current: Score | None = None
+        scores: list[Score | None] = []
+        study: dict[int | None, dict[str, Any]] = {}
+        decision = Decision(None)
+        if self._asks(observation.made_up):
+            with named(self.rule, step):
+                asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
+            candidates = checked(self.rule, asked, views)
+            current, scores = self._scored(candidates, observation)
+            study = {} if current is None else self._scoring.study(self._plans(candidates, step))
+            with named(self.rule, step):
+                decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
+            decision, self.state = chosen(self.rule, decision, candidates), state
+        swap = None if decision.chosen is None else candidates[decision.chosen].swap
+        swap = self._on_schedule(swap, observation)
         changes: Mapping[str, Change] = {}
-        if decision.chosen is not None:
-            plan_ = self._plan(candidates[decision.chosen].swap, step, decision.chosen)
+        if swap is not None:
+            plan_ = self._plan(swap, step, decision.chosen or 0)
             plan_.commit(self._optimizer, self._teacher)
             changes = plan_.changes
         cost = self._cost()
         row = {
             "kind": "topology",
             "step": step,
-            "accepted": decision.chosen is not None,
+            "accepted": swap is not None,
             "chosen": decision.chosen,
             "candidates": [
                 row | study.get(i, {}) for i, row in enumerate(candidate_rows(self.rule, candidates, scores, decision))
@@ -211,6 +232,7 @@ class TopologySearch:
         return {
             "rule": saved(self.state),
             "waiting": self._since,
+            "level": self.level,
             "bounds": {name: list(bounds) for name, bounds in self.bounds.items()},
             "ends": {name: list(ends) for name, ends in self.ends.items()},
             "telemetry": self.telemetry.state_dict(),
@@ -222,13 +244,13 @@ class TopologySearch:
         """From `state_dict`, of the same rule and the layers as they are. Raises InputError for anything else."""
         # Not all keep a mapping that is empty (torch's distributed checkpoints do not).
         own = self.state_dict() | {"past": {}, "windows": {}}
-        require_state("TopologySearch", state, [key for key, value in own.items() if value != {}])
+        require_state("TopologySearch", state, [key for key, value in own.items() if key != "level" and value != {}])
         try:
             self.telemetry.load_state_dict(state["telemetry"])
             self._past.load_state_dict(state.get("past", {}))
             self.gradients.windows.load_state_dict(state.get("windows", {}))
             self.state = self.rule.state_from_dict(state.get("rule", {}))
-            self._since = int(state["waiting"])
+            self._since, self.level = int(state["waiting"]), float(state.get("level", 1.0))
             self.bounds = {name: (low, high) for name, (low, high) in state["bounds"].items()}
             self.ends = {name: (first, last) for name, (first, last) in state.get("ends", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -261,6 +283,26 @@ class TopologySearch:
         row = self._unchanged(step) | {"skipped": "gradient", "seconds": time.perf_counter() - started}
         self.gradients.clear()
         return Update(row, {}, cost)
+
+    def _asks(self, steps: range) -> bool:
+        """Whether the rule is asked at the update of these steps; else it is the schedule's alone."""
+        return not self.schedule.moves or any(self.rule.due(step, self._horizon) for step in steps)
+
+    def _groups_now(self, view: LayerView) -> tuple[Groups, ...]:
+        """A layer's groups with the limits that they have for its present number of units, which a schedule moves."""
+        return tuple(part.at(view.topology.count) for part in view.groups) if self.schedule.moves else view.groups
+
+    def _on_schedule(self, swap: Swap | None, observation: Observation) -> Swap | None:
+        """What the rule has chosen (None: nothing), and what the schedule wants besides."""
+        updates = (step for step in observation.made_up if self.schedule.moves)
+        if not any(self.schedule.due(s, self._horizon, self.rule.due(s, self._horizon)) for s in updates):
+            return swap
+        before, step = self.level, observation.step
+        self.level = self.schedule.level(step, self._horizon, before)
+        if counts_at(self.ends, self.level) == counts_at(self.ends, before):
+            return swap
+        rng = generator(self._seed, "schedule", step)
+        return on_schedule(observation.layers, swap or Swap({}, {}), self.ends, (before, self.level), rng)
 
     def _plan(self, swap: Swap, step: int, index: int) -> Plan:
         rng = generator(self._seed, "grown values", step, index)

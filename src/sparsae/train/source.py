@@ -28,6 +28,7 @@ _FREE = {
     "fan_out",
     "budget",
     "density",
+    "schedule",
 }
 
 

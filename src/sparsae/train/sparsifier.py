@@ -16,19 +16,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sparsae.config.density import Density
-from sparsae.config.rules import AnyRule, RuleConfig, default_rule
-from sparsae.config.schema import TeacherConfig
-from sparsae.config.section import Count, Section, Share, ShareOfMean
-from sparsae.config.span import Horizon
+from sparsae.config.rules import RuleConfig
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
+from sparsae.core.schedule import Schedule
 from sparsae.core.topology import Topology
 from sparsae.distill import Teacher
 from sparsae.errors import InputError, require_state
@@ -37,7 +35,6 @@ from sparsae.nn.sparsify import check_heads
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import parts_of, refuse_unsupported
 from sparsae.parameterization import Parameterization
-from sparsae.registry import RULES
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.train.attach import StepHooks
@@ -50,49 +47,6 @@ from sparsae.train.scoring import ScoreFunction, StudyFunction
 from sparsae.train.search import TopologySearch, Update
 
 log = logging.getLogger(__name__)
-
-
-class SparsifierConfig(Section):
-    """What a Sparsifier does. The defaults are the method `sparsae` without a teacher."""
-
-    steps: Annotated[int, Field(ge=1)] = Field(description="optimizer steps of the whole training: schedules end there")
-    topology: AnyRule = Field(default_factory=default_rule)
-    rules: dict[str, AnyRule] = Field({}, description="other rules for layers whose names match these patterns")
-    teacher: TeacherConfig = TeacherConfig(enabled=False)
-    min_density: Share | None = Field(None, description="k_min of every layer; null: a quarter of the model's density")
-    max_density: Share | None = Field(None, description="k_max of every layer; null: 4 times the model's density")
-    head_min_density: Share = Field(0.0, description="floor of every attention head's density")
-    fan_in: ShareOfMean | None = Field(
-        None, description="least and most of a neuron's inputs by its layer's first mean"
-    )
-    fan_out: ShareOfMean | None = Field(None, description="least and most of an input's outputs, likewise")
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
-        None, description="where a rule that prunes ends; null: the rule keeps the model's sparsity"
-    )
-    budget: Literal["uniform", "er", "erk"] = Field(
-        "erk", description="how density spreads over layers at the end of a rule that prunes layer by layer"
-    )
-    density: Density = Field({}, description="factors on what that budget gives, by name (glob) or depth")
-    accumulation: Count = Field(1, description="backward passes an optimizer step")
-    steps_per_epoch: Count | None = Field(
-        None, description="optimizer steps of a pass over the data, for rules that count in epochs"
-    )
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def horizon(self) -> Horizon:
-        """How long the training is."""
-        return Horizon(self.steps, self.steps_per_epoch)
-
-    @field_validator("topology", mode="before")
-    @classmethod
-    def _a_name_is_no_rule(cls, topology: object) -> object:
-        if isinstance(topology, str):
-            example = topology if topology in RULES else "rigl"
-            raise InputError(
-                f"topology: must be the settings of a rule, such as {example.capitalize()}Config(), not '{topology}'"
-            )
-        return topology
 
 
 class Sparsifier:
@@ -138,7 +92,7 @@ class Sparsifier:
         if rule is not None and config.rules:
             raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
         made = build_rule(config.topology, config.rules) if rule is None else as_rule(rule)
-        rule, ends = self._admitted(made, config)
+        rule, schedule, ends = self._admitted(made, config)
         heads = check_heads(heads, config.head_min_density, self._layers)
         if teacher is None and config.teacher.enabled:
             teacher = Teacher(model, config.teacher, config.steps)
@@ -151,9 +105,10 @@ class Sparsifier:
             model,
             self._layers,
             rule,
+            schedule,
             optimizer=optimizer,
             teacher=self.teacher.layers if self.teacher else None,
-            bounds=layer_bounds(self._layers, config),
+            bounds=layer_bounds(self._layers, config, ends),
             ends=ends,
             heads=whole_heads(self._layers, heads),
             groups=groups,
@@ -198,14 +153,17 @@ class Sparsifier:
         """Search by another rule from the next step on; call it between two steps, before the backward pass.
 
         The rule begins with its first state, and with bounds around the densities that layers have now. Steps,
-        telemetry and teacher go on; a burn-in, and an update that waits for finite gradients, are given up. sparsity:
-        where a rule that prunes ends; None: the rule keeps the model's.
+        telemetry, teacher and density schedule go on; a burn-in, and an update that waits for finite gradients, are
+        given up. sparsity: where a rule that prunes ends; None: the rule keeps the model's.
 
         Raises InputError as the constructor does; then nothing has changed.
         """
         self._refuse_closed("set_rule")
-        density = {} if sparsity is None else self.config.density
-        changes: dict[str, Any] = {"rules": {}, "sparsity": sparsity, "density": density}
+        changes: dict[str, Any] = {"rules": {}}
+        if not self.config.schedule.moves:
+            changes |= {"sparsity": sparsity, "density": {} if sparsity is None else self.config.density}
+        elif sparsity is not None:
+            raise InputError(f"the schedule {self.config.schedule.kind} goes on: leave out sparsity {sparsity:g}")
         made = as_rule(rule)
         if isinstance(rule, RuleConfig):
             changes["topology"] = rule
@@ -214,10 +172,11 @@ class Sparsifier:
         except ValidationError as errors:
             first = errors.errors(include_url=False)[0]
             raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from None
-        admitted, ends = self._admitted(made, config)
+        admitted, schedule, ends = self._admitted(made, config)
+        ends, level = (self.search.ends, self.search.level) if schedule.moves else (ends, 1.0)
         groups = layer_groups(self._layers, config, self._layouts, self._initial_densities, ends)
         self.config = config
-        self.search.use(admitted, layer_bounds(self._layers, config), ends, groups)
+        self.search.use(admitted, schedule, layer_bounds(self._layers, config, ends), ends, groups, level)
         self._begin(admitted)
 
     def attach(
@@ -276,30 +235,36 @@ class Sparsifier:
                 f"{call}() of a Sparsifier that is attached: optimizer.step() makes its calls, so leave yours out"
             )
 
-    def _admitted(self, rule: Rule[Any], config: SparsifierConfig) -> tuple[Rule[Any], dict[str, tuple[int, int]]]:
-        """The rule as it can serve here, and where its layers end. Raises InputError for one that cannot."""
+    def _admitted(
+        self, rule: Rule[Any], config: SparsifierConfig
+    ) -> tuple[Rule[Any], Schedule, dict[str, tuple[int, int]]]:
+        """The rule as it can serve here, its schedule, and where its layers end. Raises InputError for what cannot."""
         trained = trained_layers(self._layers, self._optimizer)
         rule.refuse_layers(self._layers)
-        if not trained and rule.moves:
+        schedule = Schedule.of(config.schedule, rule.moves)
+        moves = rule.moves or schedule.moves
+        if not trained and moves:
             raise InputError(
                 "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
                 "unfreeze one, or take StaticConfig() as topology"
             )
         rule = rule if self._has_score else rule.without_scores()
         refuse_unfit(rule, self._has_score)
-        refuse_ranks(rule)
+        if moves:
+            refuse_ranks(rule)
         refuse_lost(self._model, self._layers)
-        if rule.moves:
+        if moves:
             refuse_tied(self._layers)
             refuse_unsupported(self._optimizer, {name: layer.values for name, layer in trained.items()})
-        ends = layer_ends(rule, self._layers, trained, config)
+        ends = layer_ends(rule, schedule, self._layers, trained, config)
         if rule.initialization == "normal" and self._parameterization is None:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
-        return rule, ends
+        return rule, schedule, ends
 
     def _begin(self, rule: Rule[Any]) -> None:
         """With a rule that was admitted, before the backward pass of the next step."""
-        self._calls = LoopCalls(rule, self._layers, self._optimizer)
+        moves = rule.moves or self.search.schedule.moves
+        self._calls = LoopCalls(rule, self._layers, self._optimizer, moves)
         self._burn_in = BurnIn(rule.burn_in, self._layers)
         self._ramp = Ramp(rule.ramp_steps(self.config.horizon), rule.ramp_first, self._layers, self._optimizer)
         tell_if_still(rule, self.config.horizon)

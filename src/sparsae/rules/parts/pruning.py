@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from sparsae.core.budgets import shrunk
 from sparsae.core.cadence import Cadence
 from sparsae.core.observation import LayerView, Observation
 from sparsae.rules.parts.drop import Drop
@@ -129,11 +130,6 @@ def smallest_overall(
     borders = torch.tensor(sizes, dtype=torch.int64, device=chosen.device).cumsum(0)
     ends = torch.searchsorted(chosen, borders).tolist()
     return {name: end - start for name, start, end in zip(scores, [0, *ends], ends, strict=False)}
-
-
-def shrunk(start: int, end: int, left: float) -> int:
-    """Units of a model, or of a layer, `left` of whose way from `start` to `end` remains."""
-    return end + round(left * (start - end))
 
 
 def _ends(view: LayerView) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from sparsae.config.rules import BurnInConfig, MicroBatchConfig
 from sparsae.config.span import Horizon, in_updates, span_steps
+from sparsae.core.budgets import shrunk
 from sparsae.core.cadence import LAST_STEP, Cadence, Never, Window
 from sparsae.core.observation import Need, Observation
 from sparsae.core.swap import Swap
@@ -175,7 +176,7 @@ class Rule(ABC, Generic[State]):
 
     def active_units(self, start: int, end: int, step: int, horizon: Horizon) -> int:
         """Active units of a model after `step`, of one that starts with `start` and has `end` by its settings."""
-        return end + round(self.when.left(step, horizon) * (start - end)) if self.prunes else start
+        return shrunk(start, end, self.when.left(step, horizon)) if self.prunes else start
 
     @abstractmethod
     def ask(self, observation: Observation, state: State, rng: torch.Generator) -> list[Candidate]:
