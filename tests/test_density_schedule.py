@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,12 +24,14 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule, counts_at
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
+from sparsae.experiments.matching import Budget, Cost
+from sparsae.experiments.plan import Plan, parse_plan
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.parameterization import Parameterization, ParameterizationConfig
 from sparsae.registry import RULES
 from sparsae.rules import GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
-from sparsae.train.plan import plan
+from sparsae.train.plan import plan, untrained
 from sparsae.train.run import resume, start
 from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, frequent, run_steps, score_of
@@ -291,6 +296,31 @@ def test_a_run_costs_what_was_planned(
     student = planned["train_flops"]["student"] / constant["train_flops"]["student"]
     # Embeddings and attention are most of so small a model, and cost the same.
     assert (student > 1.02) if kind == "bump" else (student < 0.98)
+
+
+def test_the_plan_in_the_docs_compares_densities_at_one_number_of_connections() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "comparison.md").read_text("utf-8")
+    (block,) = [block for block in re.findall(r"(?:^    .*\n)+", page, re.M) if "static-roles" in block]
+    compared = parse_plan(yaml.safe_load(textwrap.dedent(block)), "comparison.md", Plan)
+    layers: dict[str, list[tuple[str, int]]] = {}
+    for variant in compared.all_variants:
+        model = untrained(compared.config(variant, 0.9, 0), 300)
+        layers[variant] = [(name, layer.topology.count) for name, layer in sparse_layers(model).items()]
+    totals = {variant: sum(count for _, count in counted) for variant, counted in layers.items()}
+    assert {totals[variant] for variant in totals if not variant.endswith("-bump")} == {totals["static"]}
+    for what in ("roles", "depth", "bump"):
+        assert layers[f"static-{what}"] == layers[f"rigl-{what}"] == layers[f"sparsae-{what}"] != layers["static"]
+
+
+def test_a_bump_pays_for_its_beginning_with_steps() -> None:
+    configs = [
+        resolve(None, "demo", "set", ["topology.every=2%", *more]) for more in ([], ["sparsity.schedule.kind=bump"])
+    ]
+    plain, bump = (Cost(config, 300) for config in configs)
+    budget = Budget("flops", plain.flops(250))
+    steps = bump.steps(budget, "bump")
+    assert steps < 250
+    assert bump.flops(steps) == pytest.approx(budget.amount, rel=0.005)
 
 
 @every_kind

@@ -5,6 +5,7 @@ The settings of a topology rule are in the rule's own file: `from sparsae.rules 
 
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import BurnInConfig, MicroBatchConfig, RuleConfig
+from sparsae.config.schedule import ScheduleConfig
 from sparsae.config.schema import (
     Config,
     DataConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "ParameterizationConfig",
     "RuleConfig",
+    "ScheduleConfig",
     "Section",
     "Span",
     "SparsityConfig",
