@@ -31,7 +31,8 @@ class SparsifierConfig(Section):
     )
     fan_out: ShareOfMean | None = Field(None, description="least and most of an input's outputs, likewise")
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
-        None, description="where a rule that prunes, or a bump, ends; null: at the model's sparsity"
+        None,
+        description="where a rule that prunes, or a schedule, ends; null: the model keeps its sparsity",
     )
     schedule: ScheduleConfig = ScheduleConfig()
     budget: Literal["uniform", "er", "erk"] = Field(

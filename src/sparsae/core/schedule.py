@@ -85,6 +85,9 @@ class Schedule:
         return {name: (last[name], max(1, round(self.factor * last[name]))) for name in first}
 
 
+CONSTANT = Schedule()
+
+
 def counts_at(ends: Ends, level: float) -> dict[str, int]:
     """Units of each layer at a level."""
     return {name: shrunk(first, last, level) for name, (first, last) in ends.items()}

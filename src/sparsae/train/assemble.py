@@ -86,7 +86,7 @@ def sparsifier_of(
 ) -> Sparsifier:
     """The search over the sparse layers of the objective's model; a study's time is booked on the account."""
     rule, sparsity = build_rule(config.topology, config.rules), config.sparsity
-    falls = rule.prunes or sparsity.schedule.kind == "bump"
+    moves = rule.prunes or sparsity.schedule.moves
     studies = rule.micro_batch is not None and rule.micro_batch.study
     return Sparsifier(
         objective.model,
@@ -103,10 +103,10 @@ def sparsifier_of(
             head_min_density=sparsity.head_min_density,
             fan_in=sparsity.fan_in,
             fan_out=sparsity.fan_out,
-            sparsity=sparsity.sparsity if falls else None,
+            sparsity=sparsity.sparsity if moves else None,
             schedule=sparsity.schedule,
             budget=sparsity.budget,
-            density=density_of(config) if falls else {},
+            density=density_of(config) if moves else {},
         ),
         score=HeldOutScore(objective, data.micro_batches) if data.micro_batches else None,
         study=HeldOutStudy(objective, data.validation, account.watch) if studies else None,

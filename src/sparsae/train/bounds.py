@@ -58,42 +58,39 @@ def layer_ends(
 ) -> dict[str, tuple[int, int]]:
     """Each trained layer's units now and at the end, of a rule that prunes; or between what the schedule moves it.
 
-    Raises InputError where rule, schedule and `config.sparsity` do not fit, and where the model is sparser already.
+    Raises InputError where rule, schedule and `config.sparsity` do not fit, and where the model is sparser already than
+    it shall be, or denser than a schedule begins.
     """
     refuse_windows(rule, schedule, layers, config.horizon)
-    falls = rule.prunes or config.schedule.kind == "bump"
-    what = f"rule '{rule.name}' prunes" if rule.prunes else "schedule bump falls"
+    kind = config.schedule.kind
+    what = f"rule '{rule.name}' prunes" if rule.prunes else f"schedule {kind} moves density"
     if rule.prunes and schedule.moves:
-        raise InputError(
-            f"rule '{rule.name}' prunes by a schedule of its own: leave out schedule {config.schedule.kind}"
-        )
-    if falls and config.sparsity is None:
-        raise InputError(f"{what}: set the sparsity where it ends")
-    if not falls and config.sparsity is not None:
-        raise InputError(
-            f"schedule restore ends at the sparsity that the model has: leave out sparsity {config.sparsity:g}"
-            if schedule.moves
-            else f"rule '{rule.name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}"
-        )
-    now = {name: layer.topology.count for name, layer in trained.items()}
-    if config.sparsity is None:
+        raise InputError(f"rule '{rule.name}' prunes by a schedule of its own: leave out schedule {kind}")
+    if not rule.prunes and not schedule.moves:
+        if config.sparsity is not None:
+            raise InputError(f"rule '{rule.name}' keeps the model's sparsity: leave out sparsity {config.sparsity:g}")
         if config.density:
             raise InputError(f"rule '{rule.name}' keeps the layers' densities: give density to sparsify() alone")
-        return schedule.ends(now, now)
+        return {}
+    if config.sparsity is None:
+        raise InputError(f"{what}: set the sparsity where it ends")
     shapes, unit = {name: layer.topology.shape for name, layer in trained.items()}, next(iter(trained.values())).unit
-    # As few as it shall have at the end is no error: so a run begins that is resumed after its last pruning.
-    if sum(now.values()) < round((1.0 - config.sparsity) * sum(layer.topology.units for layer in trained.values())):
+    now = {name: layer.topology.count for name, layer in trained.items()}
+    end = round((1.0 - config.sparsity) * sum(layer.topology.units for layer in trained.values()))
+    # As few as it ever shall have is no error: so a run begins that is resumed after its last pruning.
+    if sum(now.values()) < (end if kind != "restore" else round(schedule.factor * end) - len(now)):
         raise InputError(f"{what} to sparsity {config.sparsity:g}: the model is sparser already")
+    first = config.schedule.first_factor
+    if schedule.moves and sum(now.values()) > first * end + len(now):
+        raise InputError(
+            f"schedule {kind} begins at {first:g} times the density of sparsity {config.sparsity:g}: the model is "
+            f"denser (sparsify it to {max(0.0, 1.0 - first * (1.0 - config.sparsity)):g})"
+        )
     densities = _densities(config, 1.0 - config.sparsity)
     factors = density_factors(config.density, list(layers))
-    last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, factors, now)
-    if schedule.moves and sum(now.values()) > config.schedule.first_factor * sum(last.values()) + len(now):
-        raise InputError(
-            f"schedule bump begins at {config.schedule.first_factor:g} times the density of sparsity "
-            f"{config.sparsity:g}: the model is denser (sparsify it to "
-            f"{max(0.0, 1.0 - config.schedule.first_factor * (1.0 - config.sparsity)):g})"
-        )
-    return {name: (now[name], last[name]) for name in trained}
+    at_most = None if kind == "restore" else now
+    last = layer_counts(shapes, config.sparsity, config.budget, unit, densities, factors, at_most)
+    return schedule.ends(now, last) if schedule.moves else {name: (now[name], last[name]) for name in trained}
 
 
 def layer_groups(

@@ -17,7 +17,7 @@ from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
-from sparsae.core.schedule import Schedule, counts_at
+from sparsae.core.schedule import CONSTANT, Schedule, counts_at
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
@@ -72,7 +72,6 @@ class TopologySearch:
         model: nn.Module,
         layers: Mapping[str, SparseLinear],
         rule: Rule[Any],
-        schedule: Schedule,
         *,
         optimizer: torch.optim.Optimizer,
         teacher: Mapping[str, TeacherLayer] | None,
@@ -86,6 +85,7 @@ class TopologySearch:
         horizon: Horizon,
         passes: int,
         seed: int,
+        schedule: Schedule = CONSTANT,
     ) -> None:
         """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes, or those between
         which the schedule moves it (else empty).
@@ -100,15 +100,15 @@ class TopologySearch:
         self.gradients = GradientCapture(model, layers, optimizer, heads, horizon=horizon, passes=passes, seed=seed)
         self._past = PastCapture(layers, horizon)
         self._told = False
-        self.use(rule, schedule, bounds, ends, groups)
+        self.use(rule, bounds, ends, groups, schedule)
 
     def use(
         self,
         rule: Rule[Any],
-        schedule: Schedule,
         bounds: Mapping[str, tuple[int, int]],
         ends: Mapping[str, tuple[int, int]],
         groups: Mapping[str, tuple[Groups, ...]],
+        schedule: Schedule = CONSTANT,
         level: float = 1.0,
     ) -> None:
         """Begin with a rule, at this level of the schedule: an update that another one waited for is given up."""

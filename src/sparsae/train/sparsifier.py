@@ -105,7 +105,7 @@ class Sparsifier:
             model,
             self._layers,
             rule,
-            schedule,
+            schedule=schedule,
             optimizer=optimizer,
             teacher=self.teacher.layers if self.teacher else None,
             bounds=layer_bounds(self._layers, config, ends),
@@ -176,7 +176,7 @@ class Sparsifier:
         ends, level = (self.search.ends, self.search.level) if schedule.moves else (ends, 1.0)
         groups = layer_groups(self._layers, config, self._layouts, self._initial_densities, ends)
         self.config = config
-        self.search.use(admitted, schedule, layer_bounds(self._layers, config, ends), ends, groups, level)
+        self.search.use(admitted, layer_bounds(self._layers, config, ends), ends, groups, schedule, level)
         self._begin(admitted)
 
     def attach(

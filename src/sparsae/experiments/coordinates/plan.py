@@ -94,6 +94,6 @@ class CoordinatesPlan(GridPlan):
                         if config.initial_sparsity != config.sparsity.sparsity:
                             raise InputError(
                                 f"method {self.method} starts at sparsity {config.initial_sparsity:g} everywhere: "
-                                "its first steps say nothing of density; use a method that keeps the sparsity"
+                                "its first steps say nothing of density; use one that keeps it, and no schedule"
                             )
                         yield Case(name, width, sparsity, seed), config
