@@ -250,3 +250,22 @@ def test_books_with_the_tokenizer_of_gpt2(tmp_path):
     assert 0.01 < corpus.validation_tokens / (corpus.validation_tokens + len(corpus.train)) < 0.025
     assert corpus.held_out.endswith("% of all: the ends of 2 long documents")
     assert 3 < corpus.validation_bytes / corpus.validation_tokens < 5
+
+
+def test_prepared_text_is_a_source_wherever_it_is_carried(config, tmp_path):
+    corpus = prepare(config)
+    carried = tmp_path / "elsewhere"
+    shutil.copytree(corpus.directory, carried)
+    shutil.rmtree(config.source)
+    found = prepare(DataConfig(source=str(carried), cache=str(tmp_path / "other")))
+    assert found.digest == corpus.digest
+    assert not (tmp_path / "other").exists()
+    same = prepare(DataConfig(source=str(carried), tokenizer=str(carried / "tokenizer")))
+    assert same.digest == corpus.digest
+    train_tokenizer(["other words"], 300).save(tmp_path / "other")
+    for key, value in {"tokenizer": str(tmp_path / "other"), "validation_source": "y.txt", "max_documents": 3}.items():
+        with pytest.raises(InputError, match="is prepared text"):
+            prepare(DataConfig(source=str(carried), **{key: value}))
+    (carried / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="damaged"):
+        prepare(DataConfig(source=str(carried)))

@@ -91,10 +91,13 @@ class Corpus:
 def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
     """The corpus that `config` describes, from the cache or made now.
 
-    `max_documents` holds for each of the two sources. Raises InputError for a source or a tokenizer that cannot be
-    read, for too little text, and for a cache that cannot be written.
+    `max_documents` holds for each of the two sources. A source that is prepared text is taken as it is. Raises
+    InputError for a source or a tokenizer that cannot be read, for too little text, for a cache that cannot be written,
+    and for prepared text beside settings that would prepare it otherwise.
     """
     report = progress or _silent
+    if is_prepared(config.source):
+        return _as_prepared(config)
     given = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     made_from = _made_from(config, given)
     root = cache_root(config.cache)
@@ -127,6 +130,24 @@ def open_corpus(directory: Path) -> Corpus | None:
     except (OSError, InputError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Corpus(directory, manifest, tokenizer, train, validation, counts)
+
+
+def is_prepared(source: str) -> bool:
+    """Whether a source is a directory of prepared text, such as `prepare` leaves in the cache, and not text."""
+    return (Path(os.path.expanduser(source)) / "manifest.json").is_file()
+
+
+def _as_prepared(config: DataConfig) -> Corpus:
+    found = open_corpus(Path(os.path.expanduser(config.source)))
+    if found is None:
+        raise InputError(f"{config.source}: prepared text that is damaged, or of another version: prepare it again")
+    is_other = config.tokenizer != "train" and load_tokenizer(config.tokenizer).hash != found.tokenizer.hash
+    if is_other or config.validation_source is not None or config.max_documents is not None:
+        raise InputError(
+            f"{config.source}: is prepared text, with its tokenizer and its held-out part: leave out data.tokenizer, "
+            "data.validation_source and data.max_documents"
+        )
+    return found
 
 
 def cache_root(cache: str | None) -> Path:
