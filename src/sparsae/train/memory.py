@@ -56,7 +56,7 @@ def state_bytes(
             value
             for layer in layers.values()
             for value in optimizer.state.get(layer.values, {}).values()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and value.dim()  # counters of a whole layer are left out as well
         ],
         "indices": [tensor for layer in layers.values() for tensor in layer.index_tensors],
         "teacher": list(_teacher_tensors(teacher or {})),
