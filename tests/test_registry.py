@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def test_a_file_that_no_package_has_is_named_by_a_variable(tmp_path: Path) -> No
         command = [sys.executable, "-m", "sparsae", "methods"]
         return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
-    assert "local            Local things move." in listed(rule).stdout
+    assert re.search(r"^ *local +Local things move\.", listed(rule).stdout, re.MULTILINE)
     for file, message in {"broken.py": "ZeroDivisionError", "absent.py": "no Python file"}.items():
         done = listed(tmp_path / file)
         assert done.returncode == 2

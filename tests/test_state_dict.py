@@ -220,7 +220,7 @@ def test_another_rules_state_is_refused() -> None:
 def test_a_state_of_other_layers_is_refused() -> None:
     model = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24), nn.Linear(24, 24))
     sparsify(model, 0.8)
-    other = Sparsifier(model, OPTIMIZERS["sgd"](model), SparsifierConfig(steps=40))
+    other = Sparsifier(model, OPTIMIZERS["sgd"](model), SparsifierConfig(steps=40, topology=EvolutionConfig()))
     with pytest.raises(InputError, match="other sparse layers: 3 is in only one of state and model"):
         other.load_state_dict(made(EvolutionConfig(), None)[2].state_dict())
     assert set(sparse_layers(model)) == {"0", "2", "3"}
