@@ -163,9 +163,9 @@ def test_baselines_have_neither_search_nor_teacher(method: str) -> None:
     [
         ("set", SetConfig(every=100, stop=0.75, drop_fraction=0.3)),
         ("rigl", RiglConfig(every=100, stop=0.75, drop_fraction=0.3, accumulate="last")),
-        ("gse", GseConfig(every=1000, stop=0.75, drop_fraction=0.2, sampling="uniform", sample_ratio=1.0)),
+        ("gse", GseConfig(every=1000, stop=0.6, drop_fraction=0.2, sampling="uniform", sample_ratio=1.0)),
         ("gmp", GmpConfig(start_sparsity=0.0, every=100, start=0.25, stop=0.75)),
-        ("granet", GranetConfig(start_sparsity=0.5, every=100, start=0.25, stop=0.75, regeneration=0.5)),
+        ("granet", GranetConfig(start_sparsity=0.5, every=100, start=0.0, stop=0.5, regeneration=0.5)),
         ("magnitude", MagnitudeConfig(start_sparsity=0.0, at=0.5)),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_twin_differs_in_its_ramp(rule: str) -> None:
         (EvolutionConfig, {"start": 0.9}, "must come before stop"),
         (EvolutionConfig, {"reset": {"reshuffle": (0.2, 0.1)}}, "lowest first"),
         (GmpConfig, {"start": 0.8}, "start 0.8 must come before stop 0.75"),
-        (GranetConfig, {"stop": 0.1}, "must come before stop"),
+        (GranetConfig, {"start": 0.6}, "must come before stop"),
         (MagnitudeConfig, {"at": 1.0}, "less than 1"),
         (RiglConfig, {"stop": 0.0}, "greater than 0"),
         (Config, {"topology": {"rule": "granet", "start_sparsity": 0.9}}, "must be less than sparsity.sparsity 0.9"),
