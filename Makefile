@@ -23,8 +23,10 @@ demo: $(VENV)/.installed
 	$(BIN)/sparsae generate "$(OUT)" --prompt "def __init__(self, " --tokens 60
 	@echo; echo "Look at $(OUT)/report.html"
 
+# Files of tests go to as many processes; make test WORKERS=0: one after the other, in this process.
+WORKERS ?= 2
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # The tests alone, on the newest versions, in an environment of its own. PYTEST: arguments for pytest.
 NEWEST := $(VENV)-newest
