@@ -28,6 +28,7 @@ SUMMARY = {
     "finished": True,
 }
 PLAN = {
+    "density_steps": [],
     "parameters_dense": 1000,
     "parameters": 190,
     "layers": [

@@ -25,7 +25,7 @@ def results_of(losses: dict[str, list[float | None]], **more: Any) -> dict[str, 
         for method, each in losses.items()
         for seed, loss in enumerate(each)
     ]
-    return {"rows": rows, **more}
+    return {"rows": rows, "judged_by": "validation_loss", **more}
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def observed(seed: int, dense: bool, unit: tuple[int, int] = (1, 1)) -> Observat
         topology = Topology.random(shape, grid // 5, rng, unit)
         count = topology.units - topology.count if dense else topology.count
         sample = topology.sample_inactive(count, rng)
-        gradient = (1 + torch.randperm(count, generator=rng).double()) * (1 if dense else -1)
+        gradient = (1 + torch.randperm(count, generator=rng).double() + len(views) / 2) * (1 if dense else -1)
         views[name] = LayerView(
             topology,
             torch.randn(topology.count, generator=rng),

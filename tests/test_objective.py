@@ -108,4 +108,4 @@ def test_no_other_module_computes_a_language_models_loss() -> None:
         and isinstance(node.func, ast.Name)
         and node.func.id in ("language_model_loss", "hidden_states")
     }
-    assert callers == {"train/objective.py"}
+    assert callers == {"train/objective.py", "stack/program.py"}  # the latter for the former, of many runs at once

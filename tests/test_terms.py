@@ -137,7 +137,7 @@ def test_a_term_is_explained_and_set_by_its_name(name: str) -> None:
         assert field.description, key
         assert "\n" not in field.description
     keys = [f"topology.proxy.terms.{name}.weight=0.25", "topology.proxy.terms.diversity=null"]
-    config = resolve(None, None, "sparsae", keys[: 1 if name == "diversity" else 2])
+    config = resolve(None, None, "sparsae-guided", keys[: 1 if name == "diversity" else 2])
     assert isinstance(config.topology, EvolutionConfig)
     chosen = config.topology.proxy.terms[name]
     assert chosen is not None
@@ -342,7 +342,8 @@ def test_the_term_of_the_page_is_trained_with_and_reported_once_it_is_installed(
         return done.stdout
 
     added = "topology.proxy.terms.dead_outputs.weight=0.1"
-    assert "weight of the share of dead outputs" in run("train", "--print-config", "--set", added)
+    printed = run("train", "--method", "sparsae-guided", "--print-config", "--set", added)
+    assert "weight of the share of dead outputs" in printed
     config = config_of(write_text(tmp_path / "text"), tmp_path / "cache")
     (tmp_path / "settings.yaml").write_text(dump(config), "utf-8")
     out = tmp_path / "run"

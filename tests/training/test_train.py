@@ -114,7 +114,7 @@ def test_the_test_is_read_once_at_the_end_and_by_nothing_else(
             return old(self, rows, *rest)
 
         monkeypatch.setattr(Objective, name, partialmethod(recorded, old=getattr(Objective, name)))
-    config = small("topology.every=4", "training.test_sequences=5", method="sparsae")
+    config = small("topology.every=4", "training.test_sequences=5", method="sparsae-guided")
     summary = start(config, tmp_path / "run", quiet=True)
     name, test = read.pop()
     assert (name, len(test)) == ("mean", 5)
@@ -337,8 +337,9 @@ def test_a_run_that_prunes_costs_less_as_it_goes_and_ends_at_its_target(
     rows = [row for row in metrics(tmp_path / "run") if row["kind"] == "train"]
     assert rows[0]["density"] == (0.5 if method == "granet" else 1.0)
     assert rows[-1]["nnz"] == summary["nnz"]
-    spent = [two["train_flops"] - one["train_flops"] for one, two in itertools.pairwise(rows)]
-    # Three products a token with each weight that is gone; the steps of both ends take no dense gradient.
+    # The step before the first update, and the last one: neither takes a dense gradient.
+    spent = [two["train_flops"] - one["train_flops"] for one, two in itertools.pairwise([{"train_flops": 0}, *rows])]
+    # Three products a token with each weight that is gone.
     assert spent[0] - spent[-1] == 6 * 4 * 32 * (rows[0]["nnz"] - rows[-1]["nnz"])
     student = summary["train_flops_by_part"]["student"]
     # To within the rounding of layers, and of which layers a global ranking prunes.

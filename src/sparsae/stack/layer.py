@@ -27,7 +27,7 @@ class StackedLinear(nn.Module):
         self._layers: Sequence[SparseLinear] = ()
         self._indices: list[Tensor] = []
         self._keys: list[Tensor] = []
-        self._places = torch.empty(0, dtype=torch.int64)
+        self._places = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def take(self, layers: Sequence[SparseLinear]) -> None:
         """The runs' layers of the coming pass, in the order of the runs; their shapes and units are equal."""
