@@ -71,6 +71,7 @@ def cases(steps: int, every: int) -> dict[str, tuple[str, ...]]:
         "taught": ("sparsae", often, *TAUGHT),
         "taught-in-part": ("sparsae-guided", often, *TAUGHT, "teacher.share=0.5", "teacher.every=2"),
         "averaged": ("sparsae", often, "topology.random_share=0.5", "topology.window=2"),
+        "bump": ("sparsae", often, "sparsity.schedule.kind=bump"),
         "averaged-dense": ("rigl", often, "topology.window=3"),
         "passes": ("rigl", often, "training.accumulation=2", "topology.accumulate=sum"),
         "last-pass": ("rigl", often, "training.accumulation=2"),
