@@ -15,6 +15,7 @@ from sparsae import AdamW, Sparsifier, SparsifierConfig, sparse_layers, sparsify
 from sparsae.config.load import resolve
 from sparsae.config.span import Horizon
 from sparsae.errors import InputError
+from sparsae.registry import RULES
 from sparsae.rules import GenerationsConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
 
 OPTIMIZERS = {
@@ -110,6 +111,12 @@ def test_lengths_in_updates_follow_the_rule() -> None:
     assert build_rule(GenerationsConfig()).ramp_steps(horizon) == 20
     assert build_rule(RiglConfig(ramp="3%")).ramp_steps(horizon) == 30
     assert build_rule(SetConfig()).ramp_steps(horizon) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in RULES.own_names() if build_rule(RULES[name].settings()).grows])
+def test_a_rule_without_scores_keeps_its_ramp(name: str) -> None:
+    rule = build_rule(RULES[name].settings(ramp=7, ramp_first=True)).without_scores()
+    assert (rule.ramp, rule.ramp_first) == (7, True)
 
 
 @pytest.mark.parametrize("ramp", [-1, 2.5, True, "0 updates", "two updates", "110%", ""])

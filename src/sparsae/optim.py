@@ -18,6 +18,8 @@ from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.parameterization import Parameterization, Scale
 
+STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
+
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).

@@ -213,7 +213,7 @@ class TrainingConfig(Section):
     learning_rate: Positive = Field(default=2e-3, description="peak learning rate")
     sparse_learning_rate: Positive | None = Field(
         default=None,
-        description="peak learning rate of the sparse layers' values where it is their own; null: learning_rate",
+        description="peak learning rate of the sparse layers' values (dense models have none); null: learning_rate",
     )
     final_learning_rate: Share = Field(default=0.1, description="last learning rate as a share of the peak")
     warmup: Share = Field(default=0.1, description="share of the steps over which the learning rate rises")

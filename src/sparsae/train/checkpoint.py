@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sparsae.errors import InputError
 from sparsae.files import named, open_as_directory, read_sealed, sealed, sha256_of, sync, temporary_name
+from sparsae.optim import STATE
 from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
 
 
@@ -185,9 +186,8 @@ def load_optimizer(
     Raises InputError, which names `origin` and a tensor, for state of no parameter or of another shape.
     """
     parameters = dict(model.named_parameters())
-    keys = {name.rpartition(":")[2] for name in tensors} - {"total"}  # of sparse values alone, under a ramp
     for owner in {name.rpartition(":")[0] for name in tensors}:
-        missing = next((key for key in sorted(keys) if f"{owner}:{key}" not in tensors), None)
+        missing = next((key for key in STATE if f"{owner}:{key}" not in tensors), None)
         if owner not in parameters or missing is not None:
             raise InputError(f"{origin} does not fit the optimizer: {owner}:{missing or '*'} is in only one of them")
     for name, tensor in tensors.items():
