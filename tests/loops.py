@@ -14,8 +14,8 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.registry import RULES
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.build import build
-from sparsae.train.sparsifier import Sparsifier
 
 
 def mlp(width: int = 24, sparsity: float = 0.8, unit: tuple[int, int] = (1, 1)) -> nn.Module:

@@ -12,7 +12,7 @@ from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.registry import RULES
 from sparsae.rules import build_rule
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 from tests.loops import frequent, mlp, score_of
 
 SECTIONS: dict[str, dict[str, Any]] = {

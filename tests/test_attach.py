@@ -20,8 +20,8 @@ from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig, SetConfig
-from sparsae.train.search import Update
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.updates import Update
 from tests.loops import OPTIMIZERS, mlp, score_of
 
 RULES: dict[str, RuleConfig] = {

@@ -20,7 +20,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import EvolutionConfig, GmpConfig, GseConfig, RiglConfig, SetConfig
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 
 SOURCES = Path(sparsae.__file__).parent
 RULES: dict[str, RuleConfig] = {

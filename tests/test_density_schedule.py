@@ -31,9 +31,9 @@ from sparsae.nn.sparsify import sparsify
 from sparsae.parameterization import Parameterization, ParameterizationConfig
 from sparsae.registry import RULES
 from sparsae.rules import GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.plan import plan, untrained
 from sparsae.train.run import resume, start
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, frequent, run_steps, score_of
 from tests.runs import config_of, rows, stopped_at, weights, write_text
 

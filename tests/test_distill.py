@@ -13,10 +13,10 @@ from sparsae.config.schema import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import sample_distinct
-from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
+from sparsae.search.teacher import Teacher, WarmUp
 from sparsae.surgery import plan
 
 

@@ -26,7 +26,7 @@ from sparsae.nn.sparsify import sparsify
 from sparsae.rules import EvolutionConfig, RiglConfig, StaticConfig
 from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.rule import Candidate
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 from tests.loops import mlp, score_of
 from tests.sections import SECTIONS, backward, made
 

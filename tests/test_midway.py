@@ -25,7 +25,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.optim import AdamW
 from sparsae.rules import GmpConfig, RiglConfig, SetConfig
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 from tests.optimizers import STEPS, TORCH, UNITS, VARIANTS
 
 MADE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {

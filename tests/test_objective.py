@@ -14,10 +14,10 @@ from torch.nn import functional
 import sparsae
 from sparsae.config import Config
 from sparsae.core.randomness import generator
-from sparsae.distill import Teacher
 from sparsae.losses import distillation_loss
 from sparsae.models import decoder_and_head
 from sparsae.nn.linear import sparse_layers
+from sparsae.search.teacher import Teacher
 from sparsae.train.objective import HeldOutStudy, Objective
 from sparsae.train.stopwatch import Stopwatch
 from tests.loops import built, config_of

@@ -19,8 +19,8 @@ from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.rules import RiglConfig, SetConfig, StaticConfig
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import plan
-from sparsae.train.sparsifier import Sparsifier
 from tests.optimizers import REFUSED, STEPS, TORCH, UNITS, VARIANTS, WEIGHT_COPIES
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -25,9 +25,9 @@ from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, follow_density, parameter_groups
 from sparsae.parameterization import Parameterization, Role, initialize
 from sparsae.rules import EvolutionConfig
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import plan
 from sparsae.train.assemble import optimizer_of
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import LLAMA, SUPAR, built, config_of, mlp
 
 # (name, role, density): (initial std, factor on the learning rate, factor on epsilon)

@@ -18,7 +18,6 @@ from sparsae.config.load import resolve
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import cosine_with_warmup
 from sparsae.core.randomness import generator
-from sparsae.distill import Teacher
 from sparsae.evaluate.decoding import FastDecoder, open_decoder
 from sparsae.evaluate.export import export_run
 from sparsae.evaluate.loading import load_run
@@ -29,7 +28,8 @@ from sparsae.nn.sparsify import densify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.parameterization import Parameterization
 from sparsae.rules import EvolutionConfig
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.teacher import Teacher
 from tests.loops import LLAMA, SUPAR, built, config_of, mlp
 
 

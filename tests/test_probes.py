@@ -18,7 +18,7 @@ from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 
 WIDTH, HIDDEN = 24, 48
 

@@ -14,7 +14,7 @@ from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.nn.sparsify import sparsify
 from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 from tests.sections import backward, made
 
 # Every registered rule that moves connections, from the first steps on, and some with other settings.

@@ -35,8 +35,8 @@ from sparsae.registry import RULES
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.plan import count_flops, untrained
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, config_of, frequent, run_steps, score_of
 
 STEPS, EVERY = 40, 4

@@ -20,7 +20,7 @@ from sparsae.rules import GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, R
 from sparsae.rules.gse import build_gse
 from sparsae.rules.mest import MestConfig
 from sparsae.rules.parts.rule import NoState
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 
 # Loss y1 - y2 of y = W2 W1 x with x = (1, 2, 3): dy = (1, -1). Unit numbers run down the columns: 2 * column + row.
 #

@@ -23,9 +23,9 @@ from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, RiglConfig, SetConfig
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import plan
 from sparsae.train.memory import state_bytes
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, run_steps
 from tests.test_topology import assert_valid
 

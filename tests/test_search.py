@@ -17,8 +17,8 @@ from sparsae.kernels.probe import SampledGradients, open_probe
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, ProxyConfig
-from sparsae.train.sparsifier import Sparsifier
-from sparsae.train.telemetry import TopologyTelemetry
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.telemetry import TopologyTelemetry
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 
 

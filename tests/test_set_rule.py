@@ -23,7 +23,7 @@ from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, Sta
 from sparsae.rules.parts.drop import SmallestMagnitude
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
 from sparsae.rules.parts.grow import RandomGrowth
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 from tests.test_state_dict import assert_same
 

@@ -21,10 +21,10 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.rules import EvolutionConfig, GmpConfig, MestConfig, RiglConfig, SetConfig, StaticConfig, build_rule
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.terms.cross_entropy import CrossEntropy, CrossEntropyConfig
 from sparsae.train.plan import count_flops, plan, untrained
 from sparsae.train.run import resume, start
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import mlp, run_steps, score_of
 from tests.runs import config_of, rows, stopped_at, weights, write_text
 

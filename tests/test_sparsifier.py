@@ -18,7 +18,7 @@ from sparsae.kernels.reference import SCRATCH
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, StaticConfig
-from sparsae.train.sparsifier import Sparsifier
+from sparsae.search.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 from tests.test_topology import assert_valid
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from sparsae.config import RuleConfig
 from sparsae.config.schema import TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
-from sparsae.distill import Teacher
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.nn.tensors import model_tensors
 from sparsae.rules import EvolutionConfig, RiglConfig, SetConfig
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.teacher import Teacher
 from sparsae.train.checkpoint import joined, split
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 
 # After 17 steps: an update was accepted at 16, burn-in runs, counts of layers have changed, a teacher remembers.

@@ -33,12 +33,12 @@ from sparsae.rules.parts.rule import Candidate, Decision
 from sparsae.rules.parts.several import Several
 from sparsae.rules.parts.shift import shifted
 from sparsae.rules.parts.strategy import Gene
+from sparsae.search.guests import chosen
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.updates import Update
 from sparsae.train.costs import RunCosts
-from sparsae.train.guests import chosen
 from sparsae.train.plan import count_flops, untrained
 from sparsae.train.run import resume, start
-from sparsae.train.search import Update
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import OPTIMIZERS, run_steps, score_of
 from tests.runs import config_of, rows, stopped_at, weights, write_text
 from tests.test_strategy_numbers import (

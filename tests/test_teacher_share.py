@@ -15,11 +15,11 @@ from sparsae.config import Config, DataConfig
 from sparsae.config.schema import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.data import prepare
-from sparsae.distill import Teacher, WarmUp
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.experiments.plan import Plan, read_plan
 from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.search.teacher import Teacher, WarmUp
 from sparsae.surgery import plan as planned
 from sparsae.train.memory import state_bytes
 from sparsae.train.objective import Objective

@@ -33,8 +33,8 @@ from sparsae.rules import EvolutionConfig
 from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.proxy import ProxyConfig
 from sparsae.score import Running, Score, Term, Trial, combine
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import Change, plan
-from sparsae.train.sparsifier import Sparsifier
 from tests.loops import mlp, score_of
 from tests.runs import config_of, rows, write_text
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from sparsae.rules.parts.rule import Rule as Rule
     from sparsae.score import Term as Term
     from sparsae.score import Trial as Trial
-    from sparsae.train.sparsifier import Sparsifier as Sparsifier
+    from sparsae.search.sparsifier import Sparsifier as Sparsifier
 
 __version__ = "0.1.0"
 
@@ -94,7 +94,7 @@ _HOMES = {
     "SmallestMagnitude": "sparsae.rules.parts.drop",
     "Span": "sparsae.config.span",
     "SparseLinear": "sparsae.nn.linear",
-    "Sparsifier": "sparsae.train.sparsifier",
+    "Sparsifier": "sparsae.search.sparsifier",
     "SparsifierConfig": "sparsae.config.sparsifier",
     "Swap": "sparsae.core.swap",
     "TERMS": "sparsae.registry",

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from sparsae.core.accounting import FlopCounter
-from sparsae.distill import Teacher
 from sparsae.nn.linear import sparse_layers
+from sparsae.search.teacher import Teacher
+from sparsae.search.updates import Update
 from sparsae.train.costs import RunCosts
 from sparsae.train.memory import state_bytes
-from sparsae.train.search import Update
 from sparsae.train.stopwatch import Stopwatch
 
 

@@ -10,11 +10,12 @@ from torch import nn
 from sparsae.config.schema import Config
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.data.batches import Batches
-from sparsae.distill import Teacher
 from sparsae.models import parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.teacher import Teacher
 from sparsae.train.account import Account
 from sparsae.train.build import density_of, head_layouts
 from sparsae.train.costs import RunCosts
@@ -24,7 +25,6 @@ from sparsae.train.loop import Trainer
 from sparsae.train.manifest import Extension
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
 from sparsae.train.observers import Observer
-from sparsae.train.sparsifier import Sparsifier
 
 
 def epoch_steps(config: Config, batches: Batches) -> int:

@@ -23,7 +23,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import Initializer, check_heads, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
-from sparsae.train.bounds import refuse_windows
+from sparsae.search.bounds import refuse_windows
 
 
 def check(config: Config) -> None:

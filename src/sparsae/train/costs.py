@@ -12,7 +12,7 @@ from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
 from sparsae.models import decoder_and_head
 from sparsae.nn.choice import linear_layers, weight_shape
 from sparsae.nn.linear import sparse_layers
-from sparsae.train.search import SearchCost
+from sparsae.search.updates import SearchCost
 
 
 class RunCosts:

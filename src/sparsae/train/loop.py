@@ -12,6 +12,7 @@ import torch
 from sparsae.config.schema import TrainingConfig
 from sparsae.errors import DivergedError
 from sparsae.optim import clip_gradients
+from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.account import Account
 from sparsae.train.averages import Averages
 from sparsae.train.checkpoint import CheckpointTimes
@@ -22,7 +23,6 @@ from sparsae.train.objective import Objective
 from sparsae.train.observers import Observer, Standing
 from sparsae.train.passes import Pass, Passes, alone
 from sparsae.train.rows import DivergedRow, ExtendedRow, Row, TopologyRow
-from sparsae.train.sparsifier import Sparsifier
 from sparsae.train.stopping import StopRequest
 from sparsae.train.validation import Validation
 

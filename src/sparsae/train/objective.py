@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from sparsae.config.schema import TrainingConfig
 from sparsae.core.randomness import derive_seed
-from sparsae.distill import Teacher, WarmUp
 from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear
+from sparsae.search.teacher import Teacher, WarmUp
 from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.stopwatch import Stopwatch
 

@@ -18,16 +18,16 @@ from sparsae.core.budgets import density_factors
 from sparsae.core.schedule import Schedule, counts_at
 from sparsae.core.topology import Topology
 from sparsae.data import load_tokenizer
-from sparsae.distill import WarmUp
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import cut_short, layer_counts
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
+from sparsae.search.teacher import WarmUp
+from sparsae.search.updates import SearchCost
 from sparsae.train.build import build, check, choose_device, density_of, initial_bounds
 from sparsae.train.costs import RunCosts
-from sparsae.train.search import SearchCost
 
 
 def plan(config: Config) -> dict[str, Any]:

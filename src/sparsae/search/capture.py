@@ -19,8 +19,8 @@ from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Rule
-from sparsae.train.calls import refuse_lost, refuse_tied, trained_layers
-from sparsae.train.windows import GradientWindows, averaged
+from sparsae.search.calls import refuse_lost, refuse_tied, trained_layers
+from sparsae.search.windows import GradientWindows, averaged
 
 if TYPE_CHECKING:
     from sparsae.kernels.probe import Draw

@@ -28,7 +28,6 @@ from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule
 from sparsae.core.topology import Topology
-from sparsae.distill import Teacher
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import check_heads
@@ -37,14 +36,15 @@ from sparsae.optimizer_state import parts_of, refuse_unsupported
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
-from sparsae.train.attach import StepHooks
-from sparsae.train.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
-from sparsae.train.burn_in import BurnIn
-from sparsae.train.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
-from sparsae.train.guests import as_rule, refuse_unfit
-from sparsae.train.ramp import Ramp
-from sparsae.train.scoring import ScoreFunction, StudyFunction
-from sparsae.train.search import TopologySearch, Update
+from sparsae.search.attach import StepHooks
+from sparsae.search.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
+from sparsae.search.burn_in import BurnIn
+from sparsae.search.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
+from sparsae.search.guests import as_rule, refuse_unfit
+from sparsae.search.ramp import Ramp
+from sparsae.search.scoring import ScoreFunction, StudyFunction
+from sparsae.search.teacher import Teacher
+from sparsae.search.updates import TopologySearch, Update
 
 log = logging.getLogger(__name__)
 

@@ -25,12 +25,12 @@ from sparsae.optimizer_state import average_gradient
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.rules.parts.scheduled import on_schedule
 from sparsae.score import Score
+from sparsae.search.capture import GradientCapture
+from sparsae.search.guests import checked, chosen, in_force, named, saved
+from sparsae.search.past import PastCapture
+from sparsae.search.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
+from sparsae.search.telemetry import TopologyTelemetry
 from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
-from sparsae.train.capture import GradientCapture
-from sparsae.train.guests import checked, chosen, in_force, named, saved
-from sparsae.train.past import PastCapture
-from sparsae.train.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
-from sparsae.train.telemetry import TopologyTelemetry
 
 log = logging.getLogger(__name__)
 
