@@ -232,7 +232,7 @@ def checked_out(commit: str, folder: Path) -> Iterator[Path]:
     tree = folder / "tree"
     git("worktree", "add", "--quiet", "--detach", str(tree), commit)
     try:
-        kernels = Path("src/sparsae/kernels")
+        kernels = Path("src/sparsae/kernels/cpu")
         if git("diff", "--quiet", commit, "--", str(kernels / "csrc"), "CMakeLists.txt", check=False) == 0:
             for library in (ROOT / kernels).glob("_native.*"):
                 shutil.copy(library, tree / kernels)

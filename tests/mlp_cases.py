@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
-from sparsae.kernels import native
 from sparsae.kernels.backend import Layout
+from sparsae.kernels.cpu import native
 from sparsae.kernels.mlp import ACTIVATIONS
 from sparsae.kernels.reference import Reference
 

@@ -21,7 +21,7 @@ from sparsae.bench.topology import UPDATES, Subject, slopes
 from sparsae.cli import main
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
-from sparsae.kernels import native
+from sparsae.kernels.cpu import native
 
 ROOT = Path(__file__).parents[1]
 needs_kernels = pytest.mark.skipif(native.absence() is not None, reason="the native kernels were not compiled")

@@ -71,7 +71,7 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(install, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("no C++ compiler") == 1
-    kernels = site / "sparsae" / "kernels"
+    kernels = site / "sparsae" / "kernels" / "cpu"
     assert (kernels / "native.py").exists()
     assert not (kernels / "_native.so").exists()
     assert not (kernels / "csrc").exists()

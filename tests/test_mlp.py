@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
-from sparsae.kernels import breakeven, native
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.cpu import is_native
+from sparsae.kernels.cpu import breakeven, native
+from sparsae.kernels.cpu.backend import is_native
 from sparsae.kernels.mlp import ACTIVATIONS, composed_backward, sparse_mlp
 from sparsae.kernels.probe import SampledGradients, new_key
 from sparsae.nn import mlp

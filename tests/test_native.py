@@ -16,8 +16,9 @@ from torch import Tensor
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.kernels import library, native, registry
+from sparsae.kernels import registry
 from sparsae.kernels.backend import Gradients, Layout, Needs
+from sparsae.kernels.cpu import library, native
 from sparsae.kernels.reference import Reference
 from sparsae.nn.linear import SparseLinear
 from tests.strategies import topologies
@@ -274,7 +275,7 @@ def test_without_the_library_auto_says_so_once(
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
 def test_one_openmp_runtime_is_shared_with_torch() -> None:
     # In a process of its own: other libraries bring runtimes of their own.
-    program = "from sparsae.kernels import native; native.isa(); print(open('/proc/self/maps').read())"
+    program = "from sparsae.kernels.cpu import native; native.isa(); print(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "_native" in done.stdout
     assert len({line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}) <= 1

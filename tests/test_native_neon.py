@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SELFTEST = ROOT / "src/sparsae/kernels/csrc/selftest.cpp"
+SELFTEST = ROOT / "src/sparsae/kernels/cpu/csrc/selftest.cpp"
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 SYSROOT = Path("/usr/aarch64-linux-gnu")

@@ -18,7 +18,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.kernels import native
+from sparsae.kernels.cpu import native
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify

@@ -13,7 +13,7 @@ import torch
 
 from sparsae.bench.rows import Column, Row
 from sparsae.errors import InputError
-from sparsae.kernels import native
+from sparsae.kernels.cpu import native
 
 COLUMNS = (
     Column("processor", "processor", width=24),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsae.kernels import native
+from sparsae.kernels.cpu import native
 from sparsae.models import attention_modules, decoder_and_head
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.mlp import hooked

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsae.kernels import native
+from sparsae.kernels.cpu import native
 from sparsae.kernels.function import sparse_linear_backward
 from sparsae.kernels.probe import note_forward, open_probe
 from sparsae.kernels.structures import key_and_layout, seen_with

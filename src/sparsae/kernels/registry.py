@@ -7,9 +7,9 @@ import logging
 import torch
 
 from sparsae.errors import InputError
-from sparsae.kernels import native
 from sparsae.kernels.backend import Backend, Layout
-from sparsae.kernels.cpu import Cpu
+from sparsae.kernels.cpu import native
+from sparsae.kernels.cpu.backend import Cpu
 from sparsae.kernels.reference import Reference
 
 log = logging.getLogger(__name__)

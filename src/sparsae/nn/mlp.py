@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sparsae.kernels import breakeven, native
-from sparsae.kernels.cpu import is_native
+from sparsae.kernels.cpu import breakeven, native
+from sparsae.kernels.cpu.backend import is_native
 from sparsae.kernels.mlp import sparse_mlp
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.tracing import by_operators, in_autocast

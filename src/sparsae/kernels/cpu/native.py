@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsae.kernels.backend import Gradients, Layout
-from sparsae.kernels.library import Mlp, Problem, absence, isa, library, select_isa
+from sparsae.kernels.cpu.library import Mlp, Problem, absence, isa, library, select_isa
 
 __all__ = ["absence", "isa", "select_isa"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsae.core.topology import Topology
-from sparsae.kernels import breakeven, native
 from sparsae.kernels.backend import Backend, Gradients, Layout, Needs
+from sparsae.kernels.cpu import breakeven, native
 from sparsae.kernels.reference import Reference
 
 
