@@ -18,8 +18,8 @@ import torch
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.report.data import read_run
+from sparsae.runs.directory import describe
 from sparsae.train.run import resume
-from sparsae.train.rundir import describe
 from tests.runs import rows, weights
 
 UNREAD = ("report.html", ".lock")  # nothing of ours reads them

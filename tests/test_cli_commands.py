@@ -18,7 +18,7 @@ from sparsae.cli.experiments import read
 from sparsae.config import Config
 from sparsae.config.load import dump, resolve
 from sparsae.experiments.plan import Plan
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.directory import RunDirectory
 
 SUMMARY = {
     "preset": "demo",

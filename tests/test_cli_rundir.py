@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
 from sparsae.files import sealed, to_json, write_atomically
-from sparsae.train.claim import claimed, refuse_occupied
-from sparsae.train.manifest import Manifest
-from sparsae.train.rundir import CHECKPOINT_FORMAT, MetricsWriter, RunDirectory, describe
+from sparsae.runs.claim import claimed, refuse_occupied
+from sparsae.runs.directory import CHECKPOINT_FORMAT, RunDirectory, describe
+from sparsae.runs.manifest import Manifest
+from sparsae.runs.metrics import MetricsWriter
 
 
 def append(run: RunDirectory, row: dict[str, object]) -> None:

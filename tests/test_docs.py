@@ -123,7 +123,7 @@ def test_the_summary_table_is_the_summary() -> None:
 
 
 def test_the_fields_of_every_row_of_the_metrics_are_explained() -> None:
-    from sparsae.train.rows import Row, TopologyRow
+    from sparsae.runs.rows import Row, TopologyRow
 
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     section = text.partition("## Rows of metrics.jsonl")[2].partition("\n## ")[0]

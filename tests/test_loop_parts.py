@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from sparsae.config import Config
 from sparsae.core.randomness import generator
 from sparsae.errors import DivergedError
+from sparsae.runs.checkpoint import CheckpointTimes
+from sparsae.runs.manifest import Extension
+from sparsae.runs.rows import Row, TrainRow
 from sparsae.train import assemble, loop
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.averages import Averages
-from sparsae.train.checkpoint import CheckpointTimes
 from sparsae.train.data import TrainData
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
-from sparsae.train.manifest import Extension
 from sparsae.train.observers import Observer, Standing
-from sparsae.train.rows import Row, TrainRow
 from sparsae.train.stopping import StopRequest
 from sparsae.train.stopwatch import Stopwatch
 from tests.loops import built, config_of
@@ -126,7 +126,7 @@ def test_a_group_gets_its_share_of_the_rate(step: int, scale: float) -> None:
 
 def test_a_checkpoint_is_due_by_steps_or_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("sparsae.train.checkpoint.time.monotonic", lambda: now)
+    monkeypatch.setattr("sparsae.runs.checkpoint.time.monotonic", lambda: now)
     times = CheckpointTimes(every=5, minutes=1.0, step=3)
     assert [step for step in range(4, 12) if times.due(step)] == [5, 10]
     now = 59.9
@@ -184,5 +184,5 @@ def test_the_loop_knows_no_observer() -> None:
     imported = {
         node.module for node in ast.walk(ast.parse(inspect.getsource(loop))) if isinstance(node, ast.ImportFrom)
     }
-    assert not imported & {"sparsae.train.progress", "sparsae.train.trackers", "sparsae.train.rundir"}
+    assert not imported & {"sparsae.train.progress", "sparsae.train.trackers", "sparsae.runs.metrics"}
     assert "sparsae.config.schema" in imported

@@ -18,9 +18,9 @@ from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
+from sparsae.runs.checkpoint import joined, split
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import plan
-from sparsae.train.checkpoint import joined, split
 from tests.loops import mlp
 
 STEPS, EVERY = 24, 6

@@ -7,10 +7,10 @@ import math
 import pytest
 
 from sparsae.config.schema import TrainingConfig
+from sparsae.runs.rows import TopologyRow, TrainRow, ValidationRow
 from sparsae.train.divergence import diverged
 from sparsae.train.observers import Standing
 from sparsae.train.progress import Display
-from sparsae.train.rows import TopologyRow, TrainRow, ValidationRow
 
 
 def test_a_stage_that_lasts_shows_that_it_goes_on(

@@ -22,9 +22,9 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.nn.tensors import model_tensors
 from sparsae.rules import EvolutionConfig, RiglConfig, SetConfig
+from sparsae.runs.checkpoint import joined, split
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import Teacher
-from sparsae.train.checkpoint import joined, split
 from tests.loops import OPTIMIZERS, mlp, run_steps, score_of
 
 # After 17 steps: an update was accepted at 16, burn-in runs, counts of layers have changed, a teacher remembers.

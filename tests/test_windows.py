@@ -30,10 +30,10 @@ from sparsae.rules.parts.exchange import CosineFraction, Exchange
 from sparsae.rules.parts.grow import LargestGradient, LargestSampledGradient
 from sparsae.rules.parts.pruning import Pruning
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
+from sparsae.runs.checkpoint import joined, split
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.windows import Upcoming
 from sparsae.surgery import plan
-from sparsae.train.checkpoint import joined, split
 from tests.loops import mlp
 
 STEPS, EVERY, TOKENS = 26, 6, 8

@@ -19,9 +19,10 @@ from sparsae.evaluate.generation import generate_text
 from sparsae.evaluate.loading import load_run
 from sparsae.files import read_json, sealed, sha256_of, write_atomically
 from sparsae.report.page import write_report
+from sparsae.runs.directory import RunDirectory, describe
+from sparsae.runs.metrics import MetricsWriter
 from sparsae.train import run as run_module
 from sparsae.train.run import resume, start
-from sparsae.train.rundir import RunDirectory, describe
 from tests.faults import damage, failing_disk, in_child, seen
 from tests.rundir.conftest import Make
 from tests.rundir.helpers import assert_same_run
@@ -72,7 +73,7 @@ class TestWhatIsNotOurs:
         run.metrics.rename(tmp_path / "metrics")
         run.metrics.symlink_to(victim)
         with pytest.raises(OSError, match=r"metrics\.jsonl"):
-            run_module.MetricsWriter(run.metrics)
+            MetricsWriter(run.metrics)
         assert victim.read_text() == "precious"
 
     def test_a_checkpoint_of_another_run_in_the_way_is_put_aside(
@@ -87,7 +88,7 @@ class TestWhatIsNotOurs:
         with pytest.raises(InputError, match="another run"):
             load_run(finished)
         before = contents(theirs)
-        from sparsae.train.checkpoint import save_checkpoint
+        from sparsae.runs.checkpoint import save_checkpoint
 
         save_checkpoint(theirs, {}, {"run": "ours"})
         (aside,) = theirs.parent.glob("step-00000012-found-*")

@@ -11,8 +11,8 @@ from sparsae.cli import main
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
 from sparsae.files import read_json
+from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import resume, start
-from sparsae.train.rundir import RunDirectory
 from tests.rundir.conftest import Make
 from tests.rundir.helpers import Killed, assert_same_run, killed_at
 from tests.runs import rows
@@ -65,7 +65,7 @@ class TestLonger:
     def test_a_crash_while_a_run_is_extended_leaves_one_that_goes_on(
         self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from sparsae.train.manifest import Manifest
+        from sparsae.runs.manifest import Manifest
 
         def die(*arguments: object) -> None:
             raise Killed

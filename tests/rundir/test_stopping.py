@@ -15,11 +15,11 @@ from sparsae.config.load import dump, resolve
 from sparsae.errors import DivergedError, InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.report.page import write_report
-from sparsae.train.claim import claimed
-from sparsae.train.lock import locked
+from sparsae.runs.claim import claimed
+from sparsae.runs.directory import RunDirectory, describe
+from sparsae.runs.lock import locked
 from sparsae.train.loop import Trainer
 from sparsae.train.run import resume, start
-from sparsae.train.rundir import RunDirectory, describe
 from tests.rundir.conftest import Make
 from tests.rundir.helpers import Killed, assert_same_run, killed_at
 from tests.runs import contents, rows
@@ -119,7 +119,7 @@ class TestKilled:
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
     ) -> None:
         from sparsae.data import Tokenizer
-        from sparsae.train.manifest import Manifest
+        from sparsae.runs.manifest import Manifest
 
         owner, name = {
             "manifest": (Manifest, "write_config"),

@@ -16,8 +16,8 @@ from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.evaluate.generation import write_sample
 from sparsae.report.page import write_report
+from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import resume, start
-from sparsae.train.rundir import RunDirectory
 from sparsae.train.stopping import STOP_SIGNALS
 from tests.faults import assert_found_or_without_effect, damage, failing_disk, in_child, seen
 from tests.runs import config_of, contents, rows, weights, write_text

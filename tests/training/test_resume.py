@@ -124,7 +124,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparsae.train.checkpoint.save_file", full)
+    monkeypatch.setattr("sparsae.runs.checkpoint.save_file", full)
     with pytest.raises(InputError, match=r"cannot be written.*No space left"):
         start(small(), tmp_path / "run", quiet=True)
     monkeypatch.undo()

@@ -25,10 +25,10 @@ from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.files import read_json
 from sparsae.nn.linear import sparse_layers
+from sparsae.runs.directory import RunDirectory
 from sparsae.train.objective import Objective
 from sparsae.train.plan import plan
 from sparsae.train.run import resume, start
-from sparsae.train.rundir import RunDirectory
 from tests.runs import stopped_at
 from tests.training.helpers import ISSUE_KEYS, metrics
 

@@ -42,9 +42,9 @@ from sparsae.errors import DivergedError, InputError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
 from sparsae.registry import import_files
-from sparsae.train.claim import refuse_occupied
-from sparsae.train.lock import refuse_ranks
-from sparsae.train.rundir import RunDirectory, describe
+from sparsae.runs.claim import refuse_occupied
+from sparsae.runs.directory import RunDirectory, describe
+from sparsae.runs.lock import refuse_ranks
 
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__

@@ -11,7 +11,7 @@ from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Pre
 from sparsae.cli.output import output, show_table
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.files import refuse_unwritable
-from sparsae.train.claim import refuse_occupied
+from sparsae.runs.claim import refuse_occupied
 
 check = typer.Typer()
 

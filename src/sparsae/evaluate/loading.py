@@ -14,9 +14,9 @@ from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
 from sparsae.nn.sparsify import densify
 from sparsae.nn.tensors import load_model
+from sparsae.runs.checkpoint import load_checkpoint
+from sparsae.runs.directory import RunDirectory, read_state
 from sparsae.train.build import build, choose_device
-from sparsae.train.checkpoint import load_checkpoint
-from sparsae.train.rundir import RunDirectory, read_state
 
 
 @dataclass(frozen=True, eq=False)

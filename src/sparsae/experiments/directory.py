@@ -15,8 +15,8 @@ from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Plan, parse_plan
 from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.files import write_atomically
-from sparsae.train.claim import refuse_occupied
-from sparsae.train.lock import locked
+from sparsae.runs.claim import refuse_occupied
+from sparsae.runs.lock import locked
 
 _PATIENCE = 30.0  # seconds in which the workers of a killed experiment save and end
 

@@ -20,7 +20,7 @@ from sparsae.experiments.tuning import Found, Point, key_of
 from sparsae.experiments.units import Unit, outcome, stacked
 from sparsae.files import to_json, write_atomically
 from sparsae.rules import build_rule
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.directory import RunDirectory
 
 # Keys of results.json, at any depth, that a second experiment of the same plan does not repeat.
 TIMING = ("seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes")

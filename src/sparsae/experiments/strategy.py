@@ -10,7 +10,7 @@ from sparsae.experiments.statistics import Difference, paired_difference
 from sparsae.experiments.tables import compared_loss
 from sparsae.report import markup
 from sparsae.report.readable import UNKNOWN, percent
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.directory import RunDirectory
 
 EVOLVED, PLACEBO, FIXED = "sparsae-evolved", "sparsae-placebo", "sparsae"
 _GENE = "gene."

@@ -12,7 +12,7 @@ from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
 from sparsae.errors import DivergedError, InputError
 from sparsae.files import read_json, to_json, write_atomically
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from sparsae.train.passes import Passes

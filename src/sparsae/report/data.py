@@ -18,7 +18,7 @@ from sparsae.errors import InputError
 from sparsae.registry import TERMS
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.directory import RunDirectory
 
 Row = Mapping[str, Any]
 

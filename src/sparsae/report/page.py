@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsae.errors import InputError
 from sparsae.files import write_atomically
 from sparsae.report.data import RunData, read_run
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.directory import RunDirectory
 
 
 def write_report(run: Path) -> Path:

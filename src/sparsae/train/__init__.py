@@ -1,1 +1,1 @@
-"""Training: the program around the search: objective, loop, observers, and the directory of a run."""
+"""Training: the program around the search: objective, loop, observers, and how a run is put together."""

@@ -14,6 +14,7 @@ from sparsae.models import parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
+from sparsae.runs.manifest import Extension
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import Teacher
 from sparsae.train.account import Account
@@ -22,7 +23,6 @@ from sparsae.train.costs import RunCosts
 from sparsae.train.data import TrainData
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
-from sparsae.train.manifest import Extension
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
 from sparsae.train.observers import Observer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from sparsae.runs.rows import TrainRow
 from sparsae.train.account import Account
-from sparsae.train.rows import TrainRow
 
 _NAMES = ("loss", "cross_entropy", "distillation", "steps", "taught_steps")
 

@@ -8,7 +8,7 @@ import torch
 
 from sparsae.config.schema import TrainingConfig
 from sparsae.core.cadence import cosine_with_warmup
-from sparsae.train.manifest import Extension
+from sparsae.runs.manifest import Extension
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ import torch
 from sparsae.config.schema import TrainingConfig
 from sparsae.errors import DivergedError
 from sparsae.optim import clip_gradients
+from sparsae.runs.checkpoint import CheckpointTimes
+from sparsae.runs.rows import DivergedRow, ExtendedRow, Row, TopologyRow
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.account import Account
 from sparsae.train.averages import Averages
-from sparsae.train.checkpoint import CheckpointTimes
 from sparsae.train.data import TrainData
 from sparsae.train.divergence import diverged
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.objective import Objective
 from sparsae.train.observers import Observer, Standing
 from sparsae.train.passes import Pass, Passes, alone
-from sparsae.train.rows import DivergedRow, ExtendedRow, Row, TopologyRow
 from sparsae.train.stopping import StopRequest
 from sparsae.train.validation import Validation
 

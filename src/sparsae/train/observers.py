@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from sparsae.train.rows import Row
+from sparsae.runs.rows import Row
 
 
 @dataclass(frozen=True)

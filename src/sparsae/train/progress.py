@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sparsae.runs.rows import Row, TopologyRow, TrainRow, ValidationRow
 from sparsae.train.observers import Observer, Standing
-from sparsae.train.rows import Row, TopologyRow, TrainRow, ValidationRow
 
 _STAGES = {  # name of a stage -> (what it does, what it counts)
     "read": ("reading", "bytes"),

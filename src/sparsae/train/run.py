@@ -17,17 +17,20 @@ from sparsae.config.schema import Config
 from sparsae.data import Corpus, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
 from sparsae.optim import AdamW
+from sparsae.runs.claim import claimed, refuse_occupied
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.lock import refuse_ranks
+from sparsae.runs.manifest import Manifest
+from sparsae.runs.metrics import MetricsWriter
+from sparsae.runs.rows import Row
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.build import build, check, choose_device
-from sparsae.train.claim import claimed, refuse_occupied
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
-from sparsae.train.lock import refuse_ranks
-from sparsae.train.manifest import Manifest
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
+from sparsae.train.observers import Observer
 from sparsae.train.passes import Passes, alone
 from sparsae.train.progress import Display
-from sparsae.train.rundir import MetricsWriter, RunDirectory
 from sparsae.train.saving import SavedRun, read_saved, save_run
 from sparsae.train.source import Source, read_source
 from sparsae.train.stopping import StopRequest
@@ -46,6 +49,16 @@ class _Parts:
     model: nn.Module
     optimizer: AdamW
     data: TrainData
+
+
+class _Recorder(Observer):
+    """Writes the rows down."""
+
+    def __init__(self, metrics: MetricsWriter) -> None:
+        self._metrics = metrics
+
+    def observe(self, row: Row) -> None:
+        self._metrics.write(row.to_dict())
 
 
 def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
@@ -210,7 +223,7 @@ def _train(
             parts.optimizer,
             parts.data,
             parts.device,
-            observers=(metrics, trackers, display),
+            observers=(_Recorder(metrics), trackers, display),
             extension=manifest.extensions[-1] if manifest.extensions else None,
         )
         if saved is not None:

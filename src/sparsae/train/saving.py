@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsae.errors import InputError
 from sparsae.nn.tensors import load_model, model_tensors
-from sparsae.train.checkpoint import (
+from sparsae.runs.checkpoint import (
     joined,
     keep_newest,
     load_checkpoint,
@@ -21,9 +21,10 @@ from sparsae.train.checkpoint import (
     save_checkpoint,
     split,
 )
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.manifest import Manifest
+from sparsae.runs.metrics import MetricsWriter
 from sparsae.train.loop import Trainer
-from sparsae.train.manifest import Manifest
-from sparsae.train.rundir import MetricsWriter, RunDirectory
 
 
 @dataclass(frozen=True, eq=False)

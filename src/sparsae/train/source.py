@@ -14,8 +14,8 @@ from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model
-from sparsae.train.checkpoint import load_checkpoint
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs.checkpoint import load_checkpoint
+from sparsae.runs.directory import RunDirectory
 
 _SAME = ("model", "parameterization", "sparsity")
 _FREE = {

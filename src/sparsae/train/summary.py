@@ -12,11 +12,11 @@ from sparsae.config.schema import Config
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
 from sparsae.errors import DivergedError
 from sparsae.nn.linear import sparse_layers
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.manifest import Manifest
 from sparsae.train.loop import Trainer
-from sparsae.train.manifest import Manifest
 from sparsae.train.memory import peak_bytes
 from sparsae.train.progress import readable_perplexity
-from sparsae.train.rundir import RunDirectory
 from sparsae.train.validation import perplexity
 
 

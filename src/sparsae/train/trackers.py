@@ -10,8 +10,8 @@ from typing import Any
 
 from sparsae.config.schema import TrackingConfig
 from sparsae.errors import InputError
+from sparsae.runs.rows import Row
 from sparsae.train.observers import Observer
-from sparsae.train.rows import Row
 
 Sink = Callable[[dict[str, float], int], None]
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sparsae.config.schema import TrainingConfig
+from sparsae.runs.rows import ValidationRow
 from sparsae.train.account import Account
 from sparsae.train.objective import Objective
-from sparsae.train.rows import ValidationRow
 
 
 class Validation:

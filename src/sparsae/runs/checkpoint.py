@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparsae.errors import InputError
 from sparsae.files import named, open_as_directory, read_sealed, sealed, sha256_of, sync, temporary_name
 from sparsae.optim import STATE
-from sparsae.train.rundir import CHECKPOINT_FORMAT, read_state
+from sparsae.runs.directory import CHECKPOINT_FORMAT, read_state
 
 
 class CheckpointTimes:

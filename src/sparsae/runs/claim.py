@@ -13,9 +13,9 @@ from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
 from sparsae.errors import InputError
 from sparsae.files import is_temporary
-from sparsae.train import manifest
-from sparsae.train.lock import LOCK, locked
-from sparsae.train.rundir import RunDirectory
+from sparsae.runs import manifest
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.lock import LOCK, locked
 
 
 @dataclass(frozen=True)

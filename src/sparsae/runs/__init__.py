@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its directory, manifest, checkpoints and the rows of its metrics."""
