@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
-from sparsae.kernels.backend import Layout
+from sparsae.kernels.backend import Layout, MlpGradients, Weight
 from sparsae.kernels.cpu import native
 from sparsae.kernels.mlp import ACTIVATIONS
 from sparsae.kernels.reference import Reference
@@ -40,7 +40,7 @@ class Case:
             layout = Layout(shape, unit, topology.indices)
             values = torch.randn(topology.values_shape, generator=rng) / shape[1] ** 0.5
             bias = torch.randn(shape[0], generator=rng) if biased else None
-            self.weights.append(native.Weight(values, bias, layout._replace(derived=list(native.make_index(layout)))))
+            self.weights.append(Weight(values, bias, layout._replace(derived=list(native.make_index(layout)))))
         self.x = torch.randn(tokens, in_, generator=rng)
         self.dy = torch.randn(tokens, out, generator=rng)
 
@@ -49,7 +49,7 @@ class Case:
         return [y, *self.flat(native.mlp_backward(self.weights, self.dy, self.x, self.activation))]
 
     @staticmethod
-    def flat(gradients: native.MlpGradients) -> list[Tensor]:
+    def flat(gradients: MlpGradients) -> list[Tensor]:
         return [gradients.x, *gradients.values, *(b for b in gradients.biases if b is not None)]
 
     def exact(self) -> list[Tensor]:

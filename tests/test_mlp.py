@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
-from sparsae.kernels.backend import Layout
+from sparsae.kernels.backend import Layout, Weight
 from sparsae.kernels.cpu import breakeven, native
-from sparsae.kernels.cpu.backend import is_native
+from sparsae.kernels.cpu.backend import BACKEND, is_native
 from sparsae.kernels.mlp import ACTIVATIONS, composed_backward, sparse_mlp
 from sparsae.kernels.probe import SampledGradients, new_key
 from sparsae.nn import mlp
@@ -78,7 +78,8 @@ def test_against_float64(isa: str, case: Case) -> None:
 
 @given(cases)
 def test_the_composed_backward_is_the_same(case: Case) -> None:
-    composed = composed_backward(case.weights, [new_key() for _ in case.weights], case.dy, case.x, case.activation)
+    keys = [new_key() for _ in case.weights]
+    composed = composed_backward(BACKEND, case.weights, keys, case.dy, case.x, case.activation)
     close(Case.flat(composed), case.exact()[1:], 2e-5)
 
 
@@ -110,7 +111,7 @@ def test_the_ends_of_float32(isa: str) -> None:
     one = Topology((1, 1), torch.zeros(1, dtype=torch.int32))
     layout = Layout((1, 1), (1, 1), one.indices)
     layout = layout._replace(derived=list(native.make_index(layout)))
-    weight = native.Weight(torch.ones(1), None, layout)
+    weight = Weight(torch.ones(1), None, layout)
     for name, function in ACTIVATIONS.items():
         x = z[:, None].clone().requires_grad_()
         want = function(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsae.bench.clock import Phases, Timing, geometric_mean, interleaved, using_threads
 from sparsae.bench.rivals import RIVALS
-from sparsae.bench.roofline import peak_flops
+from sparsae.bench.roofline import limits
 from sparsae.bench.rows import Column, Row, groups
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size
@@ -21,6 +21,7 @@ from sparsae.nn.linear import SparseLinear
 from sparsae.train.memory import keep_freed_memory
 
 FORWARD, BOTH = "forward", "forward+backward"
+_PEAK_SECONDS = 0.2
 
 COLUMNS = (
     Column("backend", "backend", width=10),
@@ -104,10 +105,11 @@ class Kernels:
         """The rows of one case after the other: one a pass and backend."""
         keep_freed_memory(torch.device("cpu"))  # as a training run does
         peaks: dict[int, float | None] = {}
+        found = limits()
         for threads, dtype, tokens, unit, sparsity, shape in self._cases():
             with using_threads(threads):
                 if threads not in peaks:
-                    peaks[threads] = peak_flops(threads)
+                    peaks[threads] = None if isinstance(found, str) else found.flops(threads, _PEAK_SECONDS)
                 yield self._rows(threads, dtype, tokens, unit, sparsity, shape, peaks[threads])
 
     def _cases(self) -> Iterator[tuple[int, str, int, tuple[int, int], float, tuple[int, int]]]:

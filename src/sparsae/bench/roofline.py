@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import torch
 
 from sparsae.bench.rows import Column, Row
 from sparsae.errors import InputError
-from sparsae.kernels.cpu import native
+from sparsae.kernels.backend import Limits
+from sparsae.kernels.registry import BACKENDS
 
 COLUMNS = (
     Column("processor", "processor", width=24),
@@ -23,55 +23,45 @@ COLUMNS = (
     Column("GB/s", lambda row: row["bytes_per_second"] / 1e9, ".1f"),
     Column("FLOP/byte at the ridge", "ridge_flops_per_byte", ".1f", 22),
 )
-_ROUNDS = 1_000_000
-_FLOATS = 2**25  # 128 MiB an array: three of them are more than any level-3 cache that one is lent
 
 
-def peak_flops(threads: int, seconds: float = 0.2) -> float | None:
-    """float32 operations a second of multiply-adds in registers, the best of repeated runs; None without kernels."""
-    if native.absence() is not None:
-        return None
-    native.multiply_add(_ROUNDS // 10, threads)
-    return _best(lambda: native.multiply_add(_ROUNDS, threads), seconds)
-
-
-def bandwidth(threads: int, seconds: float = 0.5, floats: int = _FLOATS) -> float:
-    """Bytes a second of a = b + 3 c, 12 bytes an element (STREAM's triad), the best of repeated runs."""
-    a, b, c = (torch.full((floats,), float(i), dtype=torch.float32, device="cpu") for i in range(3))
-
-    def move() -> float:
-        native.triad(a, b, c, threads)
-        return 12.0 * floats
-
-    move()
-    return _best(move, seconds)
+def limits() -> Limits | str:
+    """What a CPU does at most, by the first backend that can tell, or why none can."""
+    reasons = []
+    for backend in BACKENDS.values():
+        answer = backend.limits(torch.device("cpu"))
+        if isinstance(answer, Limits):
+            return answer
+        reasons.append(answer)
+    return "; ".join(reasons)
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What is measured. Raises InputError where there are no native kernels."""
+    """What is measured. Raises InputError where no backend can."""
 
     threads: Sequence[int]
     seconds: float
 
     def __post_init__(self) -> None:
-        absence = native.absence()
-        if absence is not None:
-            raise InputError(f"the roofline is measured by the native kernels: {absence}")
+        found = limits()
+        if isinstance(found, str):
+            raise InputError(f"the roofline cannot be measured: {found}")
 
     def __len__(self) -> int:
         return len(self.threads)
 
     def measure(self) -> Iterator[list[Row]]:
         """A row for each number of threads."""
+        found = limits()
+        assert isinstance(found, Limits)
         for count in self.threads:
-            flops, moved = peak_flops(count, self.seconds), bandwidth(count, self.seconds)
-            assert flops is not None
+            flops, moved = found.flops(count, self.seconds), found.bandwidth(count, self.seconds)
             yield [
                 {
                     "processor": _processor(),
                     "torch": torch.__version__,
-                    "isa": native.isa(),
+                    "isa": found.instructions,
                     "threads": count,
                     "flops_per_second": flops,
                     "bytes_per_second": moved,
@@ -86,12 +76,3 @@ def _processor() -> str:
     text = information.read_text(errors="replace") if information.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def _best(work: Callable[[], float], seconds: float) -> float:
-    best, began = 0.0, time.perf_counter()
-    while True:
-        start = time.perf_counter()
-        best = max(best, work() / (time.perf_counter() - start))
-        if time.perf_counter() - began >= seconds:
-            return best

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsae.kernels.cpu import native
+from sparsae.kernels.registry import BACKENDS
 from sparsae.models import attention_modules, decoder_and_head
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.mlp import hooked
@@ -201,9 +201,11 @@ class _Llama:
 
 
 def product(layer: nn.Module) -> _Function:
-    """x (1, in) to W x + b (1, out): prepared where the native kernels serve a layer, else the layer itself."""
-    if isinstance(layer, SparseLinear) and layer.kernel == "cpu" and layer.values.dtype == torch.float32:
-        return native.Product(layer.values.detach(), layer.layout, native.Index(*layer.layout.derived), layer.bias)
+    """x (1, in) to W x + b (1, out): prepared where a layer's backend does that, else the layer itself."""
+    if isinstance(layer, SparseLinear):
+        backend = BACKENDS[layer.kernel]
+        if backend.token_refusal(layer.layout, layer.values.dtype) is None:
+            return backend.token_product(layer.values.detach(), layer.layout, layer.bias)
     return layer
 
 

@@ -5,12 +5,16 @@ Everything numerical in a sparse layer is one of three products; X is (tokens, i
     spmm(values, layout, X)    -> Y  (tokens, out)     forward
     spmm_t(values, layout, dY) -> dX (tokens, in)      backward to the input
     sddmm(dY, X, layout)       -> the gradient at any set of units: the active ones, or a sampled few
+
+A backend may have two more, and says why where it has not: a whole MLP at once (`mlp_refusal`), and a product that is
+prepared once for many single tokens (`token_refusal`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -55,10 +59,45 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Weight(NamedTuple):
+    """One of an MLP's weights, as in `Backend.spmm`."""
+
+    values: Tensor
+    bias: Tensor | None
+    layout: Layout
+
+
+class MlpGradients(NamedTuple):
+    """dX (tokens, in), then dW and db of each weight, in the order of the weights, float32 or as the weights are.
+
+    The output's bias has None, as a weight without a bias has: its gradient is the sum of dY.
+    """
+
+    x: Tensor
+    values: list[Tensor]
+    biases: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device does at most, measured: each function takes a number of threads and the seconds to measure for.
+
+    flops: float32 operations a second, of multiply-adds in registers. bandwidth: bytes a second, of a = b + 3 c.
+    """
+
+    instructions: str
+    flops: Callable[[int, float], float]
+    bandwidth: Callable[[int, float], float]
+
+
 class Backend(ABC):
     """Computes the three primitives for the units, devices and dtypes that it does not refuse."""
 
     name: str
+
+    def missing(self, device: torch.device) -> str | None:
+        """What this installation lacks for this backend to serve a device that it is made for; None where nothing."""
+        return None
 
     @abstractmethod
     def refusal(self, unit: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -91,3 +130,35 @@ class Backend(ABC):
             self.sddmm(dy_TO, x_TI, layout) if needs.values else None,
             dy_TO.sum(0) if needs.bias else None,
         )
+
+    def mlp_refusal(self, layouts: Sequence[Layout], activation: str, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot compute such an MLP at once; None where it can.
+
+        layouts: of layers that it serves: up, down and, where gated, gate. activation: one of kernels/mlp.py. dtype:
+        that of the activations.
+        """
+        return "it computes MLPs layer by layer"
+
+    def mlp_pays(self, layouts: Sequence[Layout]) -> bool:
+        """Whether an MLP takes less time at once than layer by layer. Asked where it is not refused."""
+        return True
+
+    def mlp_forward(self, weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
+        """Y = f(X Wu^T + bu) Wd^T + bd or, gated, (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd, a new (tokens, out)."""
+        raise NotImplementedError(self.name)
+
+    def mlp_backward(self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
+        """All gradients of `mlp_forward` but that of the output's bias."""
+        raise NotImplementedError(self.name)
+
+    def token_refusal(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot prepare the product of such a layer, one that it serves, for single tokens."""
+        return "it has no product for single tokens"
+
+    def token_product(self, values: Tensor, layout: Layout, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """`spmm` of x (1, in), for as long as these tensors stay as they are; may return one buffer each time."""
+        raise NotImplementedError(self.name)
+
+    def limits(self, device: torch.device) -> Limits | str:
+        """What a device does at most, or why this backend cannot tell."""
+        return f"backend '{self.name}' does not measure what {device.type} does at most"

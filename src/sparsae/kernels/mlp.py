@@ -1,4 +1,4 @@
-"""A whole sparse MLP as one differentiable operator: up, activation (gated or not) and down, by the native kernels.
+"""A whole sparse MLP as one differentiable operator: up, activation (gated or not) and down, by a backend that has it.
 
     Y = f(X Wu^T + bu) Wd^T + bd        or        Y = (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsae.kernels.cpu import native
+from sparsae.kernels.backend import Backend, MlpGradients, Weight
 from sparsae.kernels.function import sparse_linear_backward
 from sparsae.kernels.probe import note_forward, open_probe
+from sparsae.kernels.registry import BACKENDS
 from sparsae.kernels.structures import key_and_layout, seen_with
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,20 +46,23 @@ def sparse_mlp(
     hidden_features: int,
     out_features: int,
     activation: str,
+    backend: str,
     trains: bool,
 ) -> Tensor:
     """x: (..., in) float32 or bfloat16 to (..., out). Lists go by weight: up, down and, where gated, gate.
 
     values: in x's dtype. biases: (0,) for none. indices: as the layers have them. structures: for each weight those of
-    kernels/structures.py, with the four of `native.Index`. trains: see `Probe.called`. Raises InputError where they are
-    of other indices.
+    kernels/structures.py. trains: see `Probe.called`. Raises InputError where they are of other indices.
     """
     x_TI = x.reshape(-1, x.shape[-1])
     keys, weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
-    for key, weight, own in zip(keys, weights, indices, strict=True):
+    for key in keys:
         note_forward(key, trains)
-        seen_with(weight.values, own, weight.layout)
-    return native.mlp_forward(weights, x_TI, activation).view(*x.shape[:-1], out_features)
+    weights = [
+        weight._replace(values=seen_with(weight.values, own, weight.layout))
+        for weight, own in zip(weights, indices, strict=True)
+    ]
+    return BACKENDS[backend].mlp_forward(weights, x_TI, activation).view(*x.shape[:-1], out_features)
 
 
 @sparse_mlp.register_fake
@@ -71,6 +75,7 @@ def _(
     hidden_features: int,
     out_features: int,
     activation: str,
+    backend: str,
     trains: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
@@ -86,14 +91,15 @@ def sparse_mlp_backward(
     hidden_features: int,
     out_features: int,
     activation: str,
+    backend: str,
 ) -> list[Tensor]:
     """dX, then the gradients of the values, then of the biases ((0,) for none)."""
     dy_TO, x_TI = dy.reshape(-1, out_features), x.reshape(-1, x.shape[-1])
     keys, weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
     if any(open_probe(key) is not None for key in keys):
-        gradients = composed_backward(weights, keys, dy_TO, x_TI, activation)
+        gradients = composed_backward(BACKENDS[backend], weights, keys, dy_TO, x_TI, activation)
     else:
-        gradients = native.mlp_backward(weights, dy_TO, x_TI, activation)
+        gradients = BACKENDS[backend].mlp_backward(weights, dy_TO, x_TI, activation)
     if biases[1].numel():
         gradients.biases[1] = dy_TO.sum(0)
     return [
@@ -113,54 +119,52 @@ def _(
     hidden_features: int,
     out_features: int,
     activation: str,
+    backend: str,
 ) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in (x, *values, *biases)]
 
 
 def composed_backward(
-    weights: Sequence[native.Weight], keys: Sequence[Tensor], dy_TO: Tensor, x_TI: Tensor, activation: str
-) -> native.MlpGradients:
-    """As `native.mlp_backward`, from the single layers' operators, which answer the probes of the layers' keys."""
+    backend: Backend, weights: Sequence[Weight], keys: Sequence[Tensor], dy_TO: Tensor, x_TI: Tensor, activation: str
+) -> MlpGradients:
+    """As `Backend.mlp_backward`, from the single layers' operators, which answer the probes of the layers' keys."""
     (up, down, *gate), (up_key, down_key, *gate_key) = weights, keys
-    z_up = _product(up, x_TI)
+
+    def product(weight: Weight) -> Tensor:
+        return backend.spmm(weight.values, weight.layout, x_TI, weight.bias)
+
+    def backward_of(weight: Weight, key: Tensor, dy_TO: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+        structures = [key, weight.layout.indices, *weight.layout.derived]
+        dx_TI, dvalues, _ = sparse_linear_backward(
+            dy_TO, x_TI, weight.values, structures, *weight.layout.shape, backend.name, True, True, False
+        )
+        return dx_TI, dvalues
+
+    z_up = product(up)
     if not gate:
-        dhidden, ddown = _backward_of(down, down_key, dy_TO, ACTIVATIONS[activation](z_up))
+        dhidden, ddown = backward_of(down, down_key, dy_TO, ACTIVATIONS[activation](z_up))
         dz = [_DERIVATIVES[activation](dhidden, z_up)]
     else:
-        z_gate = _product(gate[0], x_TI)
+        z_gate = product(gate[0])
         factor = ACTIVATIONS[activation](z_gate)
-        dhidden, ddown = _backward_of(down, down_key, dy_TO, factor * z_up)
+        dhidden, ddown = backward_of(down, down_key, dy_TO, factor * z_up)
         dz = [dhidden * factor, _DERIVATIVES[activation](dhidden * z_up, z_gate)]
-    parts = [_backward_of(w, key, d, x_TI) for w, key, d in zip((up, *gate), (up_key, *gate_key), dz, strict=True)]
+    parts = [backward_of(w, key, d, x_TI) for w, key, d in zip((up, *gate), (up_key, *gate_key), dz, strict=True)]
     dx = parts[0][0] if not gate else parts[0][0] + parts[1][0]
     sums = [None if w.bias is None else d.sum(0) for w, d in zip((up, *gate), dz, strict=True)]
-    return native.MlpGradients(dx, [parts[0][1], ddown, *(p[1] for p in parts[1:])], [sums[0], None, *sums[1:]])
-
-
-def _product(weight: native.Weight, x_TI: Tensor) -> Tensor:
-    return native.forward(weight.values, weight.layout, native.Index(*weight.layout.derived), x_TI, weight.bias)
-
-
-def _backward_of(weight: native.Weight, key: Tensor, dy_TO: Tensor, x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    structures = [key, weight.layout.indices, *weight.layout.derived]
-    dx_TI, dvalues, _ = sparse_linear_backward(
-        dy_TO, x_TI, weight.values, structures, *weight.layout.shape, "cpu", True, True, False
-    )
-    return dx_TI, dvalues
+    return MlpGradients(dx, [parts[0][1], ddown, *(p[1] for p in parts[1:])], [sums[0], None, *sums[1:]])
 
 
 def _weights(
     values: list[Tensor], biases: list[Tensor], structures: list[Tensor], in_features: int, hidden: int, out: int
-) -> tuple[list[Tensor], list[native.Weight]]:
+) -> tuple[list[Tensor], list[Weight]]:
     shapes = [(hidden, in_features), (out, hidden), (hidden, in_features)]
+    each = len(structures) // len(values)
     keys, weights = [], []
     for number, (value, bias) in enumerate(zip(values, biases, strict=True)):
-        value = value.data
-        key, layout = key_and_layout(value, structures[6 * number : 6 * number + 6], *shapes[number])
+        key, layout = key_and_layout(value, structures[each * number : each * (number + 1)], *shapes[number])
         keys.append(key)
-        weights.append(
-            native.Weight(value.float().contiguous(), bias.float().contiguous() if bias.numel() else None, layout)
-        )
+        weights.append(Weight(value.data, bias if bias.numel() else None, layout))
     return keys, weights
 
 
@@ -177,7 +181,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx, *gradients = torch.ops.sparsae.fused_mlp_backward(dy, x, values, biases, structures, *ctx.settings)
     dbiases = [g if b.numel() else None for g, b in zip(gradients[ctx.count :], biases, strict=True)]
     none = [None] * ctx.count
-    return dx, gradients[: ctx.count], dbiases, none, [None] * len(structures), None, None, None, None
+    return dx, gradients[: ctx.count], dbiases, none, [None] * len(structures), None, None, None, None, None
 
 
 sparse_mlp.register_autograd(_backward, setup_context=_setup_context)

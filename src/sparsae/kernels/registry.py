@@ -1,36 +1,62 @@
-"""The backends there are, and which of them serves a layer."""
+"""The backends there are, and which of them serves a layer.
+
+A folder here is a backend: it owns all that belongs to a device, and its backend.py holds the backend as `BACKEND`. A
+guest's, in a package or program of its own, comes in by `register_backend`.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Backend, Layout
-from sparsae.kernels.cpu import native
-from sparsae.kernels.cpu.backend import Cpu
 from sparsae.kernels.reference import Reference
 
 log = logging.getLogger(__name__)
 
-_reference = Reference()
+
+def _of_folders() -> Iterator[Backend]:
+    for file in sorted(Path(__file__).parent.glob("*/backend.py")):
+        yield import_module(f"{__package__}.{file.parent.name}.backend").BACKEND
+
 
 # In the order in which `auto` prefers them. The last one takes everything.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(_reference), _reference)}
+_OWN = (*_of_folders(), Reference())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _OWN}
 
 _logged: set[tuple[object, ...]] = set()
 
 
+def register_backend(backend: Backend) -> Backend:
+    """Make a guest's backend known, for layers that name it: `backend="its name"`, or `sparsity.backend` in settings.
+
+    `auto` never takes one, so that a run computes with what its settings say, whatever else is imported. Returns it.
+    Raises InputError for what is no Backend, and for a name that is taken.
+    """
+    name = getattr(backend, "name", None)
+    if not isinstance(backend, Backend) or not isinstance(name, str) or not name:
+        raise InputError(f"a backend is an instance of a class that inherits Backend and has a name, not {backend!r}")
+    known = BACKENDS.get(name)
+    if name == "auto" or known in _OWN or (known is not None and _place(known) != _place(backend)):
+        raise InputError(f"backend '{name}' is there already: give {_place(backend)} another name")
+    BACKENDS[name] = backend
+    return backend
+
+
 def choose_backend(name: str, layout: Layout, dtype: torch.dtype) -> Backend:
-    """The backend of that name, or for `auto` the first one that accepts the layer and pays at its density.
+    """The backend of that name, or for `auto` the first of this package that accepts the layer and pays at its density.
 
     dtype: that of the values. The choice of `auto` is logged once a layer shape. Raises InputError for an unknown name,
     and with the backend's reason where one that was named refuses.
     """
     shape, unit, device = layout.shape, layout.unit, layout.indices.device
     if name == "auto":
-        chosen = next(b for b in BACKENDS.values() if b.refusal(unit, device, dtype) is None and b.pays(layout, dtype))
+        chosen = next(b for b in _OWN if b.refusal(unit, device, dtype) is None and b.pays(layout, dtype))
         key = (chosen.name, shape, unit, device.type, dtype)
         if key not in _logged:
             _logged.add(key)
@@ -45,9 +71,14 @@ def choose_backend(name: str, layout: Layout, dtype: torch.dtype) -> Backend:
     return BACKENDS[name]
 
 
+def _place(backend: Backend) -> str:
+    return f"{type(backend).__module__}.{type(backend).__qualname__}"
+
+
 def _say_what_is_missing(device: torch.device) -> None:
-    """Warn once where a CPU has to do without native kernels."""
-    absence = native.absence()
-    if device.type == "cpu" and absence is not None and ("absence",) not in _logged:
-        _logged.add(("absence",))
-        log.warning("sparse layers cost what dense ones do: %s", absence)
+    """Warn once where a device has to do without its own backend."""
+    for backend in _OWN:
+        missing = backend.missing(device)
+        if missing is not None and ("missing", backend.name) not in _logged:
+            _logged.add(("missing", backend.name))
+            log.warning("sparse layers cost what dense ones do: %s", missing)

@@ -1,4 +1,4 @@
-"""The MLPs of GPT-2 and Llama over sparse layers: one fused operator where the native kernels serve them."""
+"""The MLPs of GPT-2 and Llama over sparse layers: one fused operator where their backend has it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sparsae.kernels.cpu import breakeven, native
-from sparsae.kernels.cpu.backend import is_native
 from sparsae.kernels.mlp import sparse_mlp
+from sparsae.kernels.registry import BACKENDS
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.tracing import by_operators, in_autocast
 
@@ -58,7 +57,7 @@ class FusedMLP(nn.Module):
         """x: (..., in) to (..., out)."""
         layers: list[Any] = [self._modules[name] for name in self._names]
         activation = _kernel_of(self._modules[self._activation])
-        if activation is None or not self._fuses(layers, x):
+        if activation is None or not self._fuses(layers, x, activation):
             return self.original(x)
         if torch.compiler.is_compiling():
             return self._fused(layers, x, activation)
@@ -74,11 +73,12 @@ class FusedMLP(nn.Module):
         biases = [values[0].new_empty(0) if layer.bias is None else in_autocast(layer.bias) for layer in layers]
         up, down = layers[:2]
         trains = self.training or torch.is_grad_enabled()
-        y = sparse_mlp(x, values, biases, indices, structures, up.out_features, down.out_features, activation, trains)
+        sizes = up.out_features, down.out_features
+        y = sparse_mlp(x, values, biases, indices, structures, *sizes, activation, up.kernel, trains)
         dropout = self._modules.get("dropout")
         return y if dropout is None else dropout(y)
 
-    def _fuses(self, layers: list[Any], x: Tensor) -> bool:
+    def _fuses(self, layers: list[Any], x: Tensor, activation: str) -> bool:
         if any(type(layer) is not SparseLinear for layer in layers):
             return False
         # A hook wants to see what goes through; for a token or two the single layers are faster; and of an x that does
@@ -90,10 +90,11 @@ class FusedMLP(nn.Module):
         # The operator computes all gradients.
         if torch.is_grad_enabled() and not all(layer.values.requires_grad for layer in layers):
             return False
-        if any(layer.kernel != "cpu" for layer in layers) or not is_native(in_autocast(x[:0]).dtype):
+        if any(layer.kernel != layers[0].kernel for layer in layers):
             return False
-        layouts = [layer.layout for layer in layers]
-        return native.mlp_refusal(layouts) is None and breakeven.fusing_pays(layouts)
+        backend, layouts = BACKENDS[layers[0].kernel], [layer.layout for layer in layers]
+        refusal = backend.mlp_refusal(layouts, activation, in_autocast(x[:0]).dtype)
+        return refusal is None and backend.mlp_pays(layouts)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -6,12 +6,14 @@ products are computed. float32, or bfloat16 with float32 sums; other dtypes are 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from sparsae.core.topology import Topology
-from sparsae.kernels.backend import Backend, Gradients, Layout, Needs
-from sparsae.kernels.cpu import breakeven, native
+from sparsae.kernels.backend import Backend, Gradients, Layout, Limits, MlpGradients, Needs, Weight
+from sparsae.kernels.cpu import breakeven, native, roofline
 from sparsae.kernels.reference import Reference
 
 
@@ -20,8 +22,11 @@ class Cpu(Backend):
 
     name = "cpu"
 
-    def __init__(self, dense: Reference) -> None:
-        self._dense = dense
+    def __init__(self) -> None:
+        self._dense = Reference()
+
+    def missing(self, device: torch.device) -> str | None:
+        return native.absence() if device.type == "cpu" else None
 
     def refusal(self, unit: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -76,10 +81,45 @@ class Cpu(Backend):
             None if dbias is None else dbias.to(dy_TO.dtype),
         )
 
+    def mlp_refusal(self, layouts: Sequence[Layout], activation: str, dtype: torch.dtype) -> str | None:
+        if not is_native(dtype):
+            return f"it multiplies {str(dtype).removeprefix('torch.')} densely here"
+        if activation not in native.ACTIVATIONS:
+            return f"its activation is {activation}"
+        return native.mlp_refusal(layouts)
+
+    def mlp_pays(self, layouts: Sequence[Layout]) -> bool:
+        return breakeven.fusing_pays(layouts)
+
+    def mlp_forward(self, weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
+        return native.mlp_forward([_in_float32(weight) for weight in weights], x_TI, activation)
+
+    def mlp_backward(self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
+        return native.mlp_backward([_in_float32(weight) for weight in weights], dy_TO, x_TI, activation)
+
+    def token_refusal(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        return None if dtype == torch.float32 else "it multiplies single tokens in float32"
+
+    def token_product(self, values: Tensor, layout: Layout, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return native.Product(values, layout, _index(layout), bias)
+
+    def limits(self, device: torch.device) -> Limits | str:
+        if device.type != "cpu":
+            return super().limits(device)
+        return native.absence() or Limits(native.isa(), roofline.flops, roofline.bandwidth)
+
+
+BACKEND = Cpu()
+
 
 def is_native(dtype: torch.dtype) -> bool:
     """Whether products of this dtype go to the kernels; under autocast it is not the values' own."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not breakeven.multiplies_bfloat16())
+
+
+def _in_float32(weight: Weight) -> Weight:
+    bias = None if weight.bias is None else weight.bias.float().contiguous()
+    return Weight(weight.values.float().contiguous(), bias, weight.layout)
 
 
 def _index(layout: Layout) -> native.Index:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsae.kernels.backend import Gradients, Layout
+from sparsae.kernels.backend import Gradients, Layout, MlpGradients, Weight
 from sparsae.kernels.cpu.library import Mlp, Problem, absence, isa, library, select_isa
 
 __all__ = ["absence", "isa", "select_isa"]
@@ -41,25 +41,6 @@ class Index(NamedTuple):
     row_ptr: Tensor
     columns: Tensor
     source: Tensor
-
-
-class Weight(NamedTuple):
-    """A weight of an MLP. values and bias: float32; the layout's derived tensors are its `Index`."""
-
-    values: Tensor
-    bias: Tensor | None
-    layout: Layout
-
-
-class MlpGradients(NamedTuple):
-    """dX in the dtype of the activations, and in float32 what belongs to each weight, in the order of the weights.
-
-    biases has an entry for the hidden layer's weights only: (hidden,), or None where there is no bias.
-    """
-
-    x: Tensor
-    values: list[Tensor]
-    biases: list[Tensor | None]
 
 
 def make_index(layout: Layout) -> Index:
@@ -173,7 +154,8 @@ def mlp_refusal(layouts: Sequence[Layout]) -> str | None:
 def mlp_forward(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
     """Y = f(X Wu^T + bu) Wd^T + bd, or (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd.
 
-    weights: up, down and, where gated, gate. activation: one of ACTIVATIONS. Y is (tokens, out) in the dtype of x_TI.
+    weights: up, down and, where gated, gate: in float32, with an `Index` as derived tensors. activation: one of
+    ACTIVATIONS. Y is (tokens, out) in the dtype of x_TI.
     """
     x_TI = x_TI.contiguous()
     mlp = _mlp(weights, x_TI, activation)
@@ -184,7 +166,7 @@ def mlp_forward(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Ten
 
 
 def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
-    """All gradients of `mlp_forward` but that of the output's bias, which is the sum of dy_TO."""
+    """All gradients of `mlp_forward` but that of the output's bias: dX in the dtype of x_TI, the others in float32."""
     x_TI, dy_TO = x_TI.contiguous(), dy_TO.contiguous()
     _check("dy", dy_TO, (x_TI.shape[0], weights[1].layout.shape[0]), x_TI.dtype)
     mlp = _mlp(weights, x_TI, activation)
