@@ -64,7 +64,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
 
 def whole(tensor: Tensor, layer: SparseLinear) -> Tensor:
     """Something of a dense parameter as (out, in)."""
-    return tensor.T if layer.conv1d else tensor
+    return layer.kind.split("weight", tensor)[""]
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

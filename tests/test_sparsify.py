@@ -14,6 +14,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import head_densities
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
+from sparsae.nn.kinds.conv1d import Conv1D
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.nn.tensors import load_model, model_tensors
@@ -64,7 +65,7 @@ def test_conv1d_layers_keep_their_active_weights_and_their_function() -> None:
     sparsify(model, 0.8)
     for name, layer in sparse_layers(model).items():
         module = dense.get_submodule(name)
-        assert layer.conv1d
+        assert isinstance(layer.kind, Conv1D)
         assert (layer.out_features, layer.in_features) == tuple(module.weight.shape)[::-1]
         with torch.no_grad():
             module.weight.mul_(layer.topology.to_mask().T)
@@ -189,7 +190,7 @@ def test_moving_and_casting_keep_the_topology() -> None:
         ({"sparsity": 1.0}, "sparsity is 1"),
         ({"sparsity": -0.1}, "at least 0"),
         ({"unit": (5, 5)}, r"5x5 \(sparsity\.unit\) does not divide layer transformer\.h\.0\.attn\.c_attn of 96x32"),
-        ({"include": ["nope"]}, "no linear layer"),
+        ({"include": ["nope"]}, "no layer to sparsify"),
         ({"max_density": 0.05}, "bounds hold between"),
         ({"budget": "rand"}, "unknown budget"),
     ],
@@ -229,5 +230,5 @@ def test_arguments_of_other_types_are_refused(given: dict[str, Any], words: str)
 
 def test_a_model_that_is_sparse_already_is_told_so() -> None:
     model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5)
-    with pytest.raises(InputError, match="no linear layer to sparsify: 2 sparse already"):
+    with pytest.raises(InputError, match="no layer to sparsify: 2 sparse already"):
         sparsify(model, 0.9)

@@ -259,7 +259,7 @@ def test_what_somebody_left_out_is_no_surprise(caplog: pytest.LogCaptureFixture)
     [
         (
             {"include": ["*.mlp.*", "*.attnn.*"]},
-            r"no linear layer to sparsify matches '\*\.attnn\.\*' of spar",
+            r"no layer to sparsify matches '\*\.attnn\.\*' of spar",
         ),
         (
             {"include": ["*.mlp.*", "*.wte"]},
@@ -290,7 +290,7 @@ def test_a_model_that_cannot_be_sparse_says_why() -> None:
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), "the model has no dense one"),
         (lambda: sparsify(gpt2(), 0.5), r"8 sparse already \(densify\(model\) first\); 1 tied"),
     ):
-        with pytest.raises(InputError, match=f"no linear layer to sparsify: {why}"):
+        with pytest.raises(InputError, match=f"no layer to sparsify: {why}"):
             sparsify(make(), 0.5)
     with pytest.raises(InputError, match="8 left out by the patterns"):
         sparsify(gpt2(), 0.5, exclude=["transformer.h.*"])

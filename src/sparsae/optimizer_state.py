@@ -15,9 +15,10 @@ for each weight.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
@@ -116,15 +117,16 @@ def follow(optimizer: Optimizer, values: Values, changes: Mapping[str, tuple[Ten
 
 @dataclass(frozen=True, eq=False)
 class Successor:
-    """A parameter that takes another's place; `carry` makes of a tensor of the old one's shape one of the new one's.
+    """Parameters that take others' places: one another's, or several that of one, or one that of several.
 
-    names: what the two are called in their modules.
+    carry: makes, of one tensor with the shape of each old parameter, one for each new. names: what the old and the new
+    ones are called, after what their names have in common.
     """
 
-    old: nn.Parameter
-    new: nn.Parameter
-    carry: Callable[[Tensor], Tensor]
-    names: tuple[str, str]
+    old: Sequence[nn.Parameter]
+    new: Sequence[nn.Parameter]
+    carry: Callable[[list[Tensor]], list[Tensor]]
+    names: tuple[Sequence[str], Sequence[str]]
 
 
 def succession(optimizer: Optimizer, successors: Mapping[str, Successor]) -> Callable[[], None]:
@@ -134,17 +136,15 @@ def succession(optimizer: Optimizer, successors: Mapping[str, Successor]) -> Cal
     where something that it keeps of one cannot be carried; nothing has changed then, and nothing fails afterwards.
     """
     _refuse_by_name(optimizer, _CONVERTED)
-    parts, olds = parts_of(optimizer), {name: successor.old for name, successor in successors.items()}
-    grouped = {id(p) for part in parts for group in part.param_groups for p in group["params"]}
-    owners: dict[int, str] = {}
-    for name, old in olds.items():
-        if old.requires_grad and id(old) not in grouped:
-            raise InputError(f"the optimizer does not have the parameter of {name}: give the one that trains the model")
-        if (other := owners.setdefault(id(old), name)) != name:
-            raise InputError(f"layers {other} and {name} share their parameter, which can have one successor only")
+    parts = parts_of(optimizer)
+    olds = {
+        name if len(successor.old) == 1 else f"{name}, part {i}": old
+        for name, successor in successors.items()
+        for i, old in enumerate(successor.old)
+    }
+    _require_groups(parts, olds, successors)
     _refuse_own_tensors(optimizer, olds, _CONVERTED)
-    entries = list(_entries(optimizer, olds))
-    for entry in entries:
+    for entry in _entries(optimizer, olds):
         is_known = _is_ordinary(entry.tensor)
         if not is_known or entry.tensor.shape not in (olds[entry.layer].shape, (1,)):
             what = f"has shape {tuple(entry.tensor.shape)}" if is_known else f"is a {type(entry.tensor).__name__}"
@@ -152,37 +152,78 @@ def succession(optimizer: Optimizer, successors: Mapping[str, Successor]) -> Cal
             raise _refusal(entry.owner, why, _CONVERTED)
 
     # All of it before anything changes, so that no memory can run out in the middle.
-    carried = [
-        _like(entry.tensor, successors[entry.layer].carry(_floats(entry.tensor)))
-        if entry.tensor.shape == olds[entry.layer].shape
-        else entry.tensor
-        for entry in entries
-    ]
-    gradients = {name: None if s.old.grad is None else s.carry(s.old.grad) for name, s in successors.items()}
+    carried: dict[int, list[dict[str, Any]]] = {}  # by the state of the first old one, which parts may share
+    for part in parts:
+        for name, successor in successors.items():
+            # Membership first: a defaultdict would make an entry.
+            states = [part.state[old] for old in successor.old if old in part.state]
+            if states and id(states[0]) not in carried:
+                carried[id(states[0])] = _carried(type(part).__name__, name, successor, states)
+    gradients = {
+        name: s.carry([torch.zeros_like(old) if old.grad is None else old.grad for old in s.old])
+        for name, s in successors.items()
+        if any(old.grad is not None for old in s.old)
+    }
 
     def succeed() -> None:
-        for entry, tensor in zip(entries, carried, strict=True):
-            entry.state[entry.key] = tensor
         for name, successor in successors.items():
-            successor.new.grad = gradients[name]
+            for new, gradient in zip(successor.new, gradients.get(name, ()), strict=False):
+                new.grad = gradient
             for part in parts:
-                _replace(part, successor)
+                _replace(part, successor, carried)
 
     return succeed
 
 
-def _replace(part: Optimizer, successor: Successor) -> None:
-    old, new = successor.old, successor.new
+def _require_groups(parts: list[Optimizer], olds: Values, successors: Mapping[str, Successor]) -> None:
+    """Raise InputError for a parameter that no group has, two layers that share one, and parts in different groups."""
+    groups = [{id(p) for p in group["params"]} for part in parts for group in part.param_groups]
+    owners: dict[int, str] = {}
+    for name, old in olds.items():
+        if old.requires_grad and not any(id(old) in group for group in groups):
+            raise InputError(f"the optimizer does not have the parameter of {name}: give the one that trains the model")
+        if (other := owners.setdefault(id(old), name)) != name:
+            raise InputError(f"layers {other} and {name} share their parameter, which can have one successor only")
+    for name, successor in successors.items():
+        if any(len({id(old) in group for old in successor.old}) > 1 for group in groups):
+            raise InputError(f"the parts of {name} are in different groups of the optimizer; {_ANEW}")
+
+
+def _carried(owner: str, name: str, successor: Successor, states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The states of the new parameters; of what is no number for each weight, each has the first old one's."""
+    first, *others = states
+    if len(states) < len(successor.old) or any(other.keys() != first.keys() for other in others):
+        raise _refusal(owner, f"it does not keep the same of all parts of {name}; {_ANEW}", _CONVERTED)
+    after: list[dict[str, Any]] = [{} for _ in successor.new]
+    for key, value in first.items():
+        new = [value, *(copy.deepcopy(value) for _ in successor.new[1:])]
+        if not _is_plain(value) and value.shape == successor.old[0].shape:
+            new = [_like(value, tensor) for tensor in successor.carry([_floats(state[key]) for state in states])]
+        for state, own in zip(after, new, strict=True):
+            state[key] = own
+    return after
+
+
+def _replace(part: Optimizer, successor: Successor, carried: Mapping[int, list[dict[str, Any]]]) -> None:
+    olds = {id(old) for old in successor.old}
     for group in part.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][i] = new
-                if "param_names" in group:
-                    group["param_names"][i] = group["param_names"][i].removesuffix(successor.names[0])
-                    group["param_names"][i] += successor.names[1]
-    # Membership first: a defaultdict would make an entry.
-    if old in part.state:
-        part.state[new] = part.state.pop(old)
+        places = [i for i, parameter in enumerate(group["params"]) if id(parameter) in olds]
+        if not places:
+            continue
+        at = places[0]
+        if "param_names" in group:
+            names = group["param_names"]
+            root = names[at].removesuffix(next(n for n in successor.names[0] if names[at].endswith(n)))
+            kept = [name for i, name in enumerate(names) if i not in places]
+            names[:] = [*kept[:at], *(root + name for name in successor.names[1]), *kept[at:]]
+        kept = [parameter for parameter in group["params"] if id(parameter) not in olds]
+        group["params"][:] = [*kept[:at], *successor.new, *kept[at:]]
+    if successor.old[0] in part.state:
+        first, *_ = [part.state.pop(old) for old in successor.old]
+        states = carried[id(first)]
+        first.update(states[0])
+        for new, state in zip(successor.new, [first, *states[1:]], strict=True):
+            part.state[new] = state
 
 
 def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:

@@ -62,7 +62,7 @@ def test_a_tracker_that_is_missing_is_named(
         (["model.vocab_size=100"], "model.vocab_size is 100"),
         (["sparsity.unit=[5,5]"], "does not divide layer"),
         (["sparsity.unit=[32,32]", "sparsity.sparsity=0.99"], "which need one each"),
-        (["sparsity.include=['nothing.*']"], "no linear layer to sparsify"),
+        (["sparsity.include=['nothing.*']"], "no layer to sparsify"),
         (["training.device=cuda:7"], "is not there"),
         (["training.device=quantum"], "is no device"),
         (["sparsity.backend=fast"], "unknown backend"),

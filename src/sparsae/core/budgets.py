@@ -31,6 +31,11 @@ def relative_density(budget: str, shape: Sequence[int]) -> float:
     raise InputError(f"unknown budget '{budget}': use one of {', '.join(BUDGETS)}")
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(out, in times kernel positions) of a layer of (out, in, kernel dimensions...)."""
+    return shape[0], math.prod(shape[1:])
+
+
 def density_factors(density: DensityFactors, layers: Sequence[str]) -> dict[str, float]:
     """The factor of each layer: the product of all that concern it.
 

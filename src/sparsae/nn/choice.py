@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from sparsae.errors import InputError
+from sparsae.nn.kinds.kind import KINDS, parameter_of
 from sparsae.nn.linear import SparseLinear
-from sparsae.nn.names import full_names, modules_by_name
+from sparsae.nn.names import below, full_names, modules_by_name
 
 # What people call a model's last layer: anywhere, and where it is the last linear layer of the model.
 _HEADS = ("lm_head", "to_logits", "embed_out")
@@ -45,12 +46,12 @@ class Choice:
         if not found:
             modules = modules_by_name(model)
             why = Counter(
-                reason for name, reason in self.reasons(model).items() if reason and is_linear_like(modules[name])
+                reason for name, reason in self.reasons(model).items() if reason and KINDS.claiming(modules[name])
             )
             if sparse := sum(isinstance(module, SparseLinear) for module in modules.values()):
                 why["sparse already (densify(model) first)"] = sparse
             counted = "; ".join(f"{count} {reason}" for reason, count in why.most_common())
-            raise InputError(f"no linear layer to sparsify: {counted or 'the model has no dense one'}")
+            raise InputError(f"no layer to sparsify: {counted or 'the model has no dense one'}")
         return found
 
     def candidates(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -70,7 +71,7 @@ class Choice:
         return {name: self._reason(name, names[name], module, context) for name, module in modules.items()}
 
     def _reason(self, name: str, full_name: str, module: nn.Module, context: _Context) -> str | None:
-        if not is_linear_like(module):
+        if KINDS.claiming(module) is None:
             return _reason_of_type(name, module)
         if (refusal := context.refusal(module, full_name)) is not None:
             return refusal
@@ -85,16 +86,16 @@ class Choice:
         """Raises InputError for the first pattern that names no layer."""
         modules, names = modules_by_name(model), full_names(model)
         layers = {name: {name, names[name]} for name, module in modules.items() if module._parameters}
-        linear = {name: both for name, both in layers.items() if is_linear_like(modules[name])}
-        for kind, patterns, named in (("include", self.include, linear), ("exclude", self.exclude, layers)):
-            what = "linear layer to sparsify" if kind == "include" else "layer"
+        known = {name: both for name, both in layers.items() if is_known(modules[name])}
+        for setting, patterns, named in (("include", self.include, known), ("exclude", self.exclude, layers)):
+            what = "layer to sparsify" if setting == "include" else "layer"
             for pattern in patterns:
                 if any(_match(both, [pattern]) for both in named.values()):
                     continue
                 inside = any(_match(both, [f"{pattern}.*"]) for both in named.values())
-                example = f"names are such as {next(iter(linear))}" if linear else "there are none"
+                example = f"names are such as {next(iter(known))}" if known else "there are none"
                 advice = f"'{pattern}.*' names what is inside" if inside else example
-                raise InputError(f"no {what} matches '{pattern}' of sparsity.{kind}: {advice}")
+                raise InputError(f"no {what} matches '{pattern}' of sparsity.{setting}: {advice}")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -102,23 +103,26 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return Choice().candidates(model)
 
 
-def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of an `nn.Linear` or a `Conv1D`."""
-    assert isinstance(module.weight, Tensor)
-    rows, columns = module.weight.shape
-    return (columns, rows) if is_conv1d(module) else (rows, columns)
+def layer_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """(out, in, kernel dimensions...) of the layers that dense modules become, by the layers' names."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        kind = KINDS.of(module)
+        for weight in kind.weights:
+            for part, matrix in kind.split(weight, parameter_of(module, weight).detach()).items():
+                found[below(name, part)] = kind.shape((matrix.shape[0], matrix.shape[1]))
+    return found
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D`."""
-    # Without importing transformers: a model that has a Conv1D has imported it.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return transformers is not None and type(module) is transformers.Conv1D
+def is_known(module: nn.Module) -> bool:
+    """Whether this is sparse, or of a kind that can be, though it may be refused."""
+    return isinstance(module, SparseLinear) or KINDS.claiming(module) is not None
 
 
-def is_linear_like(module: nn.Module) -> bool:
-    """Whether this is a linear layer in the eyes of people, whether it can be sparse or not."""
-    return isinstance(module, nn.Linear | SparseLinear) or is_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    """Whether this maps vectors of features by a matrix, sparse or dense."""
+    kind = module.kind if isinstance(module, SparseLinear) else KINDS.claiming(module)
+    return kind is not None and kind.is_linear
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -152,19 +156,24 @@ class _Context:
         self.routers = {id(module) for module in _routers(modules)}
 
     def refusal(self, module: nn.Module, full_name: str) -> str | None:
-        """Why a linear layer cannot be sparse."""
+        """Why a layer of a known kind cannot be sparse."""
+        kind = KINDS.claiming(module)
+        assert kind is not None
         if id(module) in self._readers:
             return self._readers[id(module)]
         if hasattr(module, "parametrizations"):
             return "a parametrized weight (weight_norm, spectral_norm or the like)"
-        if type(module) is not nn.Linear and not is_conv1d(module):
-            own = "with a forward of its own" if type(module).forward is not nn.Linear.forward else "of another kind"
-            return f"a subclass of nn.Linear {own} ({type(module).__name__})"
+        if (refusal := kind.refusal(module)) is not None:
+            return refusal
         if full_name.endswith("_orig_mod") or is_patched(module):
             return "its forward was replaced, or compiled by itself"
-        weight = module._parameters.get("weight")
-        if weight is None or (module.bias is not None and "bias" not in module._parameters):
+        weights = [module._parameters.get(name) for name in kind.weights]
+        others = [name for name in kind.biases if getattr(module, name, None) is not None]
+        if None in weights or not module._parameters.keys() >= set(others):
             return "its weight or bias is computed from other parameters (weight_norm, pruning or the like)"
+        return next((why for weight in weights if (why := self._refusal_of(weight, module)) is not None), None)
+
+    def _refusal_of(self, weight: Any, module: nn.Module) -> str | None:
         owners = [name for name in self._owners[id(weight)] if name != self._names[id(module)]]
         if owners:
             return f"tied to the weight of {owners[0]}"
@@ -200,7 +209,7 @@ def _heads(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
         for method in ("get_output_embeddings", "get_classifier"):
             if callable(getattr(type(module), method, None)):
                 yield from _modules_in(getattr(module, method)())
-    linear = {name: module for name, module in modules.items() if is_linear_like(module)}
+    linear = {name: module for name, module in modules.items() if is_linear(module)}
     yield from (module for name, module in linear.items() if name.rpartition(".")[2] in _HEADS)
     if linear:
         last = next(reversed(linear.values()))
@@ -229,7 +238,7 @@ def _routers(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
     """Layers that are called routers or gates and have an output an expert."""
     for name, module in modules.items():
         *above, last = name.split(".")
-        if (last not in _ROUTERS and not (above and above[-1] in _ROUTERS)) or not is_linear_like(module):
+        if (last not in _ROUTERS and not (above and above[-1] in _ROUTERS)) or not is_linear(module):
             continue
         levels = [modules[".".join(above[:n])] for n in range(len(above), max(-1, len(above) - 3), -1)]
         if any(_out(module) in _expert_counts(level) for level in levels):
@@ -246,4 +255,5 @@ def _expert_counts(module: nn.Module) -> Iterator[int]:
 
 
 def _out(module: nn.Module) -> int:
-    return int(module.nf if is_conv1d(module) else module.out_features)  # type: ignore[arg-type]
+    kind = None if isinstance(module, SparseLinear) else KINDS.claiming(module)
+    return module.out_features if kind is None else kind.outputs(module)  # type: ignore[return-value]

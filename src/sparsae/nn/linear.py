@@ -19,6 +19,8 @@ from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import CHANGED, key_and_layout, poisoned, same_indices, seen_with
+from sparsae.nn.kinds.kind import Kind
+from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.names import modules_by_name
 from sparsae.nn.tracing import by_operators, in_autocast, is_traced, transformed, unwrapped, watched
 from sparsae.nn.weight import DenseView
@@ -45,8 +47,8 @@ class SparseLinear(nn.Module):
     values: parameter of shape (nnz,), or (count, b_out, b_in) for blocks, in the order of `topology.indices`. bias:
     (out,) or None. indices: buffer, a copy of `topology.indices`, for state dicts; whoever puts another tensor in its
     place changes the topology, whoever writes another topology into it is refused by the next forward pass. Under
-    autocast the product is computed in the autocast dtype. `conv1d` remembers that the layer stands for a transformers
-    `Conv1D`, whose dense weight is (in, out).
+    autocast the product is computed in the autocast dtype. kind: what the layer stands for, where that is no
+    `nn.Linear`: how inputs become rows of features, and how the dense weight lies (see nn/kinds).
     """
 
     indices: Tensor
@@ -58,7 +60,7 @@ class SparseLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         backend: str = "auto",
-        conv1d: bool = False,
+        kind: Kind = Linear(),
     ) -> None:
         """Raises ValueError where values or bias do not have the topology's shape.
 
@@ -70,7 +72,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = topology.shape
         self.unit = topology.unit
         self.backend = backend
-        self.conv1d = conv1d
+        self.kind = kind
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("indices", topology.indices)
@@ -106,15 +108,14 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight as `nn.Linear` (or `Conv1D`) has it, to read: see nn/weight.py. Writing raises."""
+        """The dense weight as the dense layer has it, to read: see nn/weight.py. Writing raises."""
 
         def build() -> Tensor:
-            weight_OI = self._dense_weight()
-            return (weight_OI.T if self.conv1d else weight_OI).contiguous()
+            return self.kind.join("weight", {"": self.matrix()}).contiguous()
 
         if is_traced() or transformed():
             return build()
-        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
+        shape = self.kind.weight_shape((self.out_features, self.in_features))
         return DenseView(build, shape, self.values, requires_grad=self.values.requires_grad)
 
     @weight.setter
@@ -180,14 +181,23 @@ class SparseLinear(nn.Module):
                 prepared = self._prepared = self._structured(self.indices, self._known(self.indices))
         return prepared
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in, kernel dimensions...); the topology's is (out, in times kernel positions)."""
+        return self.kind.shape((self.out_features, self.in_features))
+
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) to (..., out).
+        """What the dense layer computes. Raises as `product` does."""
+        return self.kind.forward(self, x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x: (..., in) to (..., out), `in` and `out` being those of the topology.
 
         Raises InputError where another topology was written into the indices, ValueError for values of another number
         of units and for an x of another width.
         """
         if by_operators():
-            return functional.linear(x, self._dense_weight(), self.bias)
+            return functional.linear(x, self.matrix(), self.bias)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be {self.in_features}")
         if torch.compiler.is_compiling():
@@ -209,7 +219,7 @@ class SparseLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The (out, in) weight with its zeros, a new tensor: for export, people and tests."""
         with torch.no_grad():
-            return self._dense_weight().contiguous()
+            return self.matrix().contiguous()
 
     @torch.no_grad()
     def add_to_dense(self, weight_OI: Tensor, scale: float) -> None:
@@ -237,8 +247,8 @@ class SparseLinear(nn.Module):
         shape = self.out_features, self.in_features
         return sparse_linear(x, values, bias, self.indices, prepared.structures, *shape, prepared.backend, trains)
 
-    def _dense_weight(self) -> Tensor:
-        """The (out, in) weight; differentiable with respect to the values. Raises as `forward` does."""
+    def matrix(self) -> Tensor:
+        """The (out, in) weight with its zeros, differentiable with respect to the values. Raises as `product` does."""
         prepared, (b_out, b_in) = self.prepare(), self.unit
         own = prepared.topology.indices
         values: Tensor = self.values

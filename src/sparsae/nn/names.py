@@ -26,6 +26,11 @@ def full_names(model: nn.Module) -> dict[str, str]:
     return {plain: full for full, plain, _ in _walk(model)}
 
 
+def below(root: str, name: str) -> str:
+    """The name of a module from the name of one above it and its own below that; each may be empty."""
+    return f"{root}.{name}" if root and name else root or name
+
+
 def _walk(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
     """(full name, plain name, module), parents first."""
     seen: dict[str, tuple[str, nn.Module]] = {}

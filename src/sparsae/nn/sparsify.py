@@ -10,34 +10,41 @@ from reprlib import repr
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsae.config.density import DensityFactors
 from sparsae.core.budgets import (
     allocate,
     density_bounds,
     density_factors,
+    matrix_shape,
     relative_density,
 )
 from sparsae.core.drawing import random_topology
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
-from sparsae.core.topology import Topology, grid_size
+from sparsae.core.topology import grid_size
 from sparsae.errors import InputError
-from sparsae.nn.carry import carry_module, carry_parameter, hand_over_hooks, own_names, without_hooks
-from sparsae.nn.choice import Choice, is_conv1d, is_patched, weight_shape
-from sparsae.nn.dense import gathered, scattered, strongest
+from sparsae.nn.carry import carry_module, hand_over_hooks, own_names, without_hooks
+from sparsae.nn.choice import Choice, is_patched, layer_shapes
+from sparsae.nn.conversion import (
+    Initializer,
+    Maker,
+    dense_matrices,
+    dense_twin,
+    sparse_modules,
+    sparse_twin,
+    to_dense,
+    to_sparse,
+)
+from sparsae.nn.dense import strongest
 from sparsae.nn.limits import Limits
-from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.saving import save_as_before, tell_when_saving
 from sparsae.nn.summary import forget, note
 from sparsae.optimizer_state import Successor, succession
 
 log = logging.getLogger(__name__)
-
-# Values for a new layer: (name, topology, generator) -> tensor of topology.values_shape.
-Initializer = Callable[[str, Topology, torch.Generator], Tensor]
 
 
 def sparsify(
@@ -92,31 +99,32 @@ def sparsify(
     _refuse_synchronized(model)
     choice = Choice(sparsity, tuple(include), tuple(exclude), sparsify_head)
     targets = choice.layers(model)
-    check_heads(heads, head_min_density, targets)
+    shapes = layer_shapes(targets)
+    check_heads(heads, head_min_density, shapes)
     limits = Limits(head_min_density, fan_in, fan_out)
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
     densities = (min_density, max_density)
     factors = density_factors(density or {}, list(shapes))
     counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
     if "" in targets:
         raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
-    groups = {name: limits.require_room(shapes[name], unit, counts[name], (heads or {}).get(name)) for name in targets}
+    sides = {name: matrix_shape(shape) for name, shape in shapes.items()}
+    groups = {name: limits.require_room(sides[name], unit, counts[name], (heads or {}).get(name)) for name in shapes}
     if keep == "random":
         topologies = {
             name: random_topology(shape, unit, counts[name], groups[name], generator(seed, "topology", name))
-            for name, shape in shapes.items()
+            for name, shape in sides.items()
         }
     else:
         topologies = {
-            name: strongest(_dense_weight(name, module), counts[name], unit, groups[name])
-            for name, module in targets.items()
+            name: strongest(matrix_OI, counts[name], unit, groups[name])
+            for name, matrix_OI in dense_matrices(targets).items()
         }
-    twins = {
-        name: _sparse_twin(name, module, topologies[name], initializer, backend, seed)
-        for name, module in targets.items()
-    }
-    succeed = _succession(optimizer, {name: _sparse_successor(module, twins[name]) for name, module in targets.items()})
+    make = Maker(topologies, initializer, backend, seed)
+    twins = {name: sparse_twin(name, module, make) for name, module in targets.items()}
+    succeed = _succession(
+        optimizer, {k: s for name, twin in twins.items() for k, s in to_sparse(name, targets[name], twin)}
+    )
     _replace(model, [(module, twins[name]) for name, module in targets.items()])
     succeed()
     mlps = [
@@ -167,10 +175,12 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     """
     _check_choices("random", optimizer, None)
     _refuse_synchronized(model)
-    layers = sparse_layers(model)
-    twins = {name: _dense_twin(name, layer) for name, layer in layers.items()}
-    succeed = _succession(optimizer, {name: _dense_successor(layer, twins[name]) for name, layer in layers.items()})
-    _replace(model, [(layer, twins[name]) for name, layer in layers.items()])
+    sparse = sparse_modules(model)
+    twins = {name: dense_twin(name, module) for name, module in sparse.items()}
+    succeed = _succession(
+        optimizer, {k: s for name, twin in twins.items() for k, s in to_dense(name, sparse[name], twin)}
+    )
+    _replace(model, [(module, twins[name]) for name, module in sparse.items()])
     succeed()
     fused = [module for module in model.modules() if isinstance(module, FusedMLP)]
     _replace(model, [(module, _unfused(module)) for module in fused])
@@ -193,7 +203,7 @@ def check_heads(
 
 
 def layer_counts(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Sequence[int]],
     sparsity: float,
     budget: str,
     unit: tuple[int, int],
@@ -203,18 +213,20 @@ def layer_counts(
 ) -> dict[str, int]:
     """Active units of each layer, exactly round((1 - sparsity) * units) in all.
 
-    densities: bounds of every layer's; factors: of what the budget gives each. No layer gets more than `at_most`; where
-    that and the upper bounds leave no room together, these give way.
+    shapes: (out, in, kernel dimensions...) of each. densities: bounds of every layer's; factors: of what the budget
+    gives each. No layer gets more than `at_most`; where that and the upper bounds leave no room together, these give
+    way.
 
     Raises InputError where the unit does not divide a layer or the bounds cannot hold the budget.
     """
-    for name, shape in shapes.items():
-        if shape[0] % unit[0] or shape[1] % unit[1]:
+    sides = {name: matrix_shape(shape) for name, shape in shapes.items()}
+    for name, (rows, columns) in sides.items():
+        if rows % unit[0] or columns % unit[1]:
             raise InputError(
-                f"unit {unit[0]}x{unit[1]} (sparsity.unit) does not divide layer {name} of {shape[0]}x{shape[1]}: "
+                f"unit {unit[0]}x{unit[1]} (sparsity.unit) does not divide layer {name} of {rows}x{columns}: "
                 "choose one that does, or leave the layer out with sparsity.exclude"
             )
-    units = [grid_size(shape, unit) for shape in shapes.values()]
+    units = [grid_size(shape, unit) for shape in sides.values()]
     k = round((1.0 - sparsity) * sum(units))
     if k < len(units):
         raise InputError(
@@ -232,7 +244,7 @@ def layer_counts(
 
 
 def cut_short(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Sequence[int]],
     sparsity: float,
     budget: str,
     unit: tuple[int, int],
@@ -242,90 +254,14 @@ def cut_short(
     """The layers that stand at a bound of their density (or at 1) only because of the factors."""
     if all(factor == 1.0 for factor in factors.values()):
         return []
-    bounds = {name: density_bounds(grid_size(shape, unit), *densities) for name, shape in shapes.items()}
+    bounds = {name: density_bounds(grid_size(matrix_shape(shape), unit), *densities) for name, shape in shapes.items()}
     counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
     plain = layer_counts(shapes, sparsity, budget, unit, densities, dict.fromkeys(shapes, 1.0))
     return [name for name in shapes if counts[name] in bounds[name] and plain[name] not in bounds[name]]
 
 
-def _sparse_twin(
-    name: str, module: nn.Module, topology: Topology, initializer: Initializer | None, backend: str, seed: int
-) -> SparseLinear:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, nn.Parameter)
-    assert bias is None or isinstance(bias, nn.Parameter)
-    conv1d = is_conv1d(module)
-    if initializer is not None:
-        values = initializer(name, topology, generator(seed, "values", name))
-        if not weight.is_meta:
-            values = values.to(weight.device, weight.dtype)
-            topology = topology.to(weight.device)
-    else:
-        topology = topology.to(weight.device)
-        values = gathered(_dense_weight(name, module), topology)
-    twin = SparseLinear(topology, values, None if bias is None else bias.data, backend=backend, conv1d=conv1d)
-    carry_parameter(name, weight, twin.values)
-    twin.bias = bias
-    carry_module(name, module, twin, _own_names(type(module)), _own_names(SparseLinear))
-    return twin
-
-
-def _dense_weight(name: str, module: nn.Module) -> Tensor:
-    """The (out, in) weight of a dense layer. Raises ValueError for one on the meta device."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    if weight.is_meta:
-        raise ValueError(f"layer {name} is on the meta device: its values need an initializer, and random positions")
-    return (weight.T if is_conv1d(module) else weight).detach()
-
-
-def _sparse_successor(dense: nn.Module, layer: SparseLinear) -> Successor:
-    def carry(tensor: Tensor) -> Tensor:
-        return gathered(tensor.T if layer.conv1d else tensor, layer.topology.to(tensor.device))
-
-    assert isinstance(dense.weight, nn.Parameter)
-    return Successor(dense.weight, layer.values, carry, ("weight", "values"))
-
-
-def _dense_successor(layer: SparseLinear, dense: nn.Module) -> Successor:
-    def carry(tensor: Tensor) -> Tensor:
-        weight_OI = scattered(tensor, layer.topology.to(tensor.device))
-        return (weight_OI.T if layer.conv1d else weight_OI).contiguous()
-
-    assert isinstance(dense.weight, nn.Parameter)
-    return Successor(layer.values, dense.weight, carry, ("values", "weight"))
-
-
 def _succession(optimizer: torch.optim.Optimizer | None, successors: Mapping[str, Successor]) -> Callable[[], None]:
     return (lambda: None) if optimizer is None else succession(optimizer, successors)
-
-
-def _dense_twin(name: str, layer: SparseLinear) -> nn.Module:
-    weight, bias = layer.dense_weight(), layer.bias
-    dense: nn.Module
-    if layer.conv1d:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            dense = Conv1D(layer.out_features, layer.in_features)
-        weight = weight.T.contiguous()
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight)
-    carry_parameter(name, layer.values, dense.weight)
-    if bias is not None:
-        dense.bias = bias
-    carry_module(name, layer, dense, _own_names(SparseLinear), _own_names(type(dense)))
-    return dense
-
-
-def _own_names(kind: type[nn.Module]) -> frozenset[str]:
-    if kind is SparseLinear:
-        topology = Topology((1, 1), torch.zeros(1, dtype=torch.int32, device="cpu"), (1, 1))
-        return own_names(SparseLinear(topology, torch.zeros(1, dtype=torch.float32, device="cpu")))
-    # The names of what is there on the meta device as anywhere else; a Conv1D does not take a device.
-    with torch.device("meta"):
-        return own_names(kind(1, 1))
 
 
 def _fused(module: nn.Module) -> FusedMLP:

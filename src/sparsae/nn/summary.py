@@ -12,9 +12,9 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sparsae.nn.choice import EXCLUDED, Choice, is_linear_like
+from sparsae.nn.choice import EXCLUDED, Choice, is_linear
 from sparsae.nn.linear import SparseLinear
-from sparsae.nn.names import innermost, modules_by_name
+from sparsae.nn.names import below, innermost, modules_by_name
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +144,9 @@ def summary(model: nn.Module) -> Summary:
     for root, module in modules.items():
         choice = vars(module).get(_NOTE)
         if choice is not None:
-            reasons |= {_below(root, name): why for name, why in choice.reasons(module).items()}
-            factors |= {_below(root, name): factor for name, factor in choice.factors.items()}
-    last = next((module for module in reversed(modules.values()) if is_linear_like(module)), None)
+            reasons |= {below(root, name): why for name, why in choice.reasons(module).items()}
+            factors |= {below(root, name): factor for name, factor in choice.factors.items()}
+    last = next((module for module in reversed(modules.values()) if is_linear(module)), None)
     sparse, dense, seen = [], [], set()
     for name, module in modules.items():
         numbers = 0
@@ -169,10 +169,6 @@ def summary(model: nn.Module) -> Summary:
             )
     choice = vars(innermost(model)).get(_NOTE)
     return Summary(tuple(sparse), tuple(dense), None if choice is None else choice.sparsity)
-
-
-def _below(root: str, name: str) -> str:
-    return f"{root}.{name}" if root and name else root or name
 
 
 def note(model: nn.Module, choice: Choice) -> None:

@@ -74,7 +74,7 @@ def layer_ends(
         return {}
     if config.sparsity is None:
         raise InputError(f"{what}: set the sparsity where it ends")
-    shapes, unit = {name: layer.topology.shape for name, layer in trained.items()}, next(iter(trained.values())).unit
+    shapes, unit = {name: layer.shape for name, layer in trained.items()}, next(iter(trained.values())).unit
     now = {name: layer.topology.count for name, layer in trained.items()}
     end = round((1.0 - config.sparsity) * sum(layer.topology.units for layer in trained.values()))
     # As few as it ever shall have is no error: so a run begins that is resumed after its last pruning.

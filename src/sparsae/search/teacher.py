@@ -177,7 +177,7 @@ class Teacher:
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.mul_(beta)
-            layer.add_to_dense(weight.T if layer.conv1d else weight, 1.0 - beta)
+            layer.add_to_dense(layer.kind.split("weight", weight)[""], 1.0 - beta)
             return
         if kept.student is None:
             _connect(name, kept, layer)

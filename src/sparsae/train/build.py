@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from sparsae.config.density import by_pattern
 from sparsae.config.schema import Config
 from sparsae.config.span import Horizon
-from sparsae.core.budgets import density_factors
+from sparsae.core.budgets import density_factors, matrix_shape
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
-from sparsae.nn.choice import Choice, weight_shape
+from sparsae.nn.choice import Choice, layer_shapes
+from sparsae.nn.conversion import Initializer
 from sparsae.nn.limits import Limits
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import Initializer, check_heads, layer_counts, sparsify
+from sparsae.nn.sparsify import check_heads, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 from sparsae.search.bounds import refuse_windows
@@ -41,19 +42,18 @@ def check(config: Config) -> None:
         scale_attention(model, parameterized(config.model, config.parameterization))
     if sparsity.sparsity == 0:
         return
-    layers = choice_of(config).layers(model)
+    shapes = layer_shapes(choice_of(config).layers(model))
     rule = build_rule(config.topology, config.rules)
-    rule.refuse_layers(layers)
-    refuse_windows(rule, Schedule.of(sparsity.schedule, rule.moves), layers, Horizon(config.training.steps))
-    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    rule.refuse_layers(shapes)
+    refuse_windows(rule, Schedule.of(sparsity.schedule, rule.moves), shapes, Horizon(config.training.steps))
     factors = density_factors(density_of(config), list(shapes))
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
-    heads = head_layouts(layers, config)
-    check_heads(heads, sparsity.head_min_density, layers)
+    heads = head_layouts(shapes, config)
+    check_heads(heads, sparsity.head_min_density, shapes)
     limits = Limits(sparsity.head_min_density, sparsity.fan_in, sparsity.fan_out)
     sparsest = {name: min(ends) for name, ends in Schedule.of(sparsity.schedule, True).ends(counts, counts).items()}
     for name, shape in shapes.items():
-        limits.require_room(shape, sparsity.unit, sparsest.get(name, counts[name]), heads.get(name))
+        limits.require_room(matrix_shape(shape), sparsity.unit, sparsest.get(name, counts[name]), heads.get(name))
 
 
 def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
@@ -77,7 +77,7 @@ def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) ->
             include=config.sparsity.include,
             exclude=config.sparsity.exclude,
             sparsify_head=config.sparsity.sparsify_head,
-            heads=head_layouts(choice_of(config).layers(model), config),
+            heads=head_layouts(layer_shapes(choice_of(config).layers(model)), config),
             head_min_density=config.sparsity.head_min_density,
             initializer=_initializer(parameterization),
             backend=config.sparsity.backend,

@@ -10,7 +10,7 @@ from sparsae.config.rules import MicroBatchConfig
 from sparsae.config.schema import Config, ModelConfig
 from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
 from sparsae.models import decoder_and_head
-from sparsae.nn.choice import linear_layers, weight_shape
+from sparsae.nn.choice import layer_shapes, linear_layers
 from sparsae.nn.linear import sparse_layers
 from sparsae.search.updates import SearchCost
 
@@ -50,11 +50,11 @@ def model_cost(model: nn.Module, config: ModelConfig) -> ModelCost:
     """From the model's layers; the head counts where it is a dense matrix, tied or not."""
     sparse = sparse_layers(model)
     head = decoder_and_head(model)[1]
-    dense = sum(math.prod(weight_shape(module)) for module in linear_layers(model).values())
+    dense = sum(math.prod(shape) for shape in layer_shapes(linear_layers(model)).values())
     return ModelCost(
         sparse_weights=sum(math.prod(layer.topology.shape) for layer in sparse.values()),
         dense_weights=dense,
-        head_weights=0 if head in sparse.values() else math.prod(weight_shape(head)),
+        head_weights=0 if head in sparse.values() else math.prod(layer_shapes({"": head})[""]),
         attention_layers=config.layers,
         width=config.width,
         context=config.context,

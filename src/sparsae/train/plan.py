@@ -86,7 +86,7 @@ def plan(config: Config) -> dict[str, Any]:
 def _factors(config: Config, layers: Mapping[str, SparseLinear]) -> tuple[dict[str, float], list[str]]:
     """The factor of each layer's density, and the layers in which bounds cut it short."""
     factors = density_factors(density_of(config), list(layers)) if layers else {}
-    shapes, sparsity = {name: layer.topology.shape for name, layer in layers.items()}, config.sparsity
+    shapes, sparsity = {name: layer.shape for name, layer in layers.items()}, config.sparsity
     bounds = initial_bounds(config)
     return factors, cut_short(shapes, config.initial_sparsity, sparsity.budget, sparsity.unit, bounds, factors)
 
@@ -127,7 +127,7 @@ def _expected_flops(
     block = config.sparsity.unit[0] * config.sparsity.unit[1]
     end = round((1.0 - config.sparsity.sparsity) * sum(units.values()))
     schedule, level = Schedule.of(config.sparsity.schedule, rule.moves), 1.0
-    active, ends = dict(start), schedule.ends(start, _last(config, topologies)) if schedule.moves else {}
+    active, ends = dict(start), schedule.ends(start, _last(config, layers)) if schedule.moves else {}
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
     last: dict[str, int] = {}  # the update before, of each layer
@@ -197,7 +197,7 @@ def _density_steps(config: Config, layers: Mapping[str, SparseLinear], rule: Rul
         return []
     topologies = {name: layer.topology for name, layer in layers.items()}
     start, units = ({n: getattr(t, what) for n, t in topologies.items()} for what in ("count", "units"))
-    ends, block = schedule.ends(start, _last(config, topologies)), config.sparsity.unit[0] * config.sparsity.unit[1]
+    ends, block = schedule.ends(start, _last(config, layers)), config.sparsity.unit[0] * config.sparsity.unit[1]
     found, level = [], 1.0
     for step in [0, *schedule.moments(horizon)]:
         level = schedule.level(step, horizon, level)
@@ -206,17 +206,17 @@ def _density_steps(config: Config, layers: Mapping[str, SparseLinear], rule: Rul
     return found
 
 
-def _last(config: Config, topologies: Mapping[str, Topology]) -> dict[str, int]:
+def _last(config: Config, layers: Mapping[str, SparseLinear]) -> dict[str, int]:
     """Each layer's units at the end of a run whose rule keeps what the schedule gives it."""
-    sparsity, factors = config.sparsity, density_factors(density_of(config), list(topologies))
+    sparsity, factors = config.sparsity, density_factors(density_of(config), list(layers))
     return layer_counts(
-        {name: topology.shape for name, topology in topologies.items()},
+        {name: layer.shape for name, layer in layers.items()},
         sparsity.sparsity,
         sparsity.budget,
         sparsity.unit,
         sparsity.density_bounds,
         factors,
-        {name: topology.count for name, topology in topologies.items()},
+        {name: layer.topology.count for name, layer in layers.items()},
     )
 
 

@@ -22,7 +22,7 @@ from sparsae.config import Config
 from sparsae.data import Corpus
 from sparsae.errors import DivergedError
 from sparsae.models import decoder_and_head
-from sparsae.nn.choice import weight_shape
+from sparsae.nn.choice import layer_shapes
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.report.readable import short_names
 from sparsae.train.assemble import optimizer_of, trainer_of
@@ -163,7 +163,7 @@ def _density(module: nn.Module, config: Config) -> float:
 def _fan_in(module: nn.Module) -> float:
     if isinstance(module, SparseLinear):
         return module.topology.nnz / module.out_features
-    return math.inf if isinstance(module, nn.Embedding) else weight_shape(module)[1]
+    return math.inf if isinstance(module, nn.Embedding) else layer_shapes({"": module})[""][1]
 
 
 def _trainer(config: Config, corpus: Corpus) -> Trainer:
