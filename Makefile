@@ -7,7 +7,7 @@ LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-newest soak golden check format lock performance clean
+.PHONY: demo test test-newest soak golden check format lock performance pages clean
 
 # Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -75,6 +75,11 @@ performance: $(VENV)/.installed
 	$(BIN)/sparsae bench step --decode 64 --threads 2 --json $(RESULTS)/step-threads.json
 	$(BIN)/sparsae bench topology --threads 1 --widths 512,1024,2048,4096,8192,16384 --json $(RESULTS)/topology.json
 	$(BIN)/python benchmarks/performance.py
+
+# The pages of the results in docs/results, which keeps their numbers alone.
+PAGES ?= build/pages
+pages: $(VENV)/.installed
+	$(BIN)/python benchmarks/pages.py $(PAGES)
 
 clean:
 	rm -rf $(VENV) $(NEWEST) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis

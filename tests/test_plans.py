@@ -14,7 +14,8 @@ PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml
 
 
 @pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
-def test_every_run_of_a_plan_has_settings(file: Path) -> None:
+def test_every_run_of_a_plan_has_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOOKS", "books")
     plan = read_plan(file, {}, [], Plan)
     for seed, sparsity, variant in cells(plan):
         if seed == plan.seeds[0]:

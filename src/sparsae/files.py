@@ -22,6 +22,7 @@ from sparsae.errors import InputError
 SEAL = "sha256"
 _LARGEST_JSON = 64_000_000  # bytes
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.(?:tmp|partial)")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def temporary_name(path: Path, kind: str = "tmp") -> Path:
@@ -32,6 +33,21 @@ def temporary_name(path: Path, kind: str = "tmp") -> Path:
 def is_temporary(path: Path) -> bool:
     """Whether a name is one that `temporary_name` gave."""
     return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def expanded(path: str) -> str:
+    """A path with the user's home in place of ~ and variables of the environment in place of ${NAME}.
+
+    The one form of a variable is chosen so that a lone $ in a file's name stays what it is. InputError where a variable
+    is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if not (set_to := os.environ.get(found[1])):
+            raise InputError(f"{path}: the environment has no {found[1]}; set it: export {found[1]}=DIRECTORY")
+        return set_to
+
+    return os.path.expanduser(_VARIABLE.sub(value, path))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ from sparsae.config.schema import Config
 from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError, require_utf8
+from sparsae.files import expanded
 from sparsae.registry import RULES, TERMS
 
 __all__ = [
@@ -156,7 +157,7 @@ def with_absolute_paths(config: Config) -> Config:
     paths["cache"] = data.cache
     keep = ("stdlib", "train")
     absolute = {
-        key: os.path.abspath(os.path.expanduser(path))
+        key: os.path.abspath(expanded(path))
         for key, path in paths.items()
         if path is not None and path not in keep and not path.startswith("hf:")
     }

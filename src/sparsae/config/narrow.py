@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparsae.config.schema import Config, ModelConfig, SparsityConfig
 from sparsae.errors import InputError
+from sparsae.files import expanded
 
 MOST_PARAMETERS = 2**40
 MOST_TOKENS = 2**31 - 1
@@ -136,7 +137,7 @@ def _vocabulary(config: Config) -> int:
         return config.model.vocab_size
     if config.data.tokenizer == "train":
         return config.data.tokenizer_vocab
-    path = Path(config.data.tokenizer).expanduser()
+    path = Path(expanded(config.data.tokenizer))
     files = [path] if path.is_file() else [path / "tokenizer.json", path / "vocab.json"]
     for file in filter(Path.is_file, files):
         try:

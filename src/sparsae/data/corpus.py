@@ -35,7 +35,7 @@ from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.splits import Part, split_documents
 from sparsae.data.tokenizer import TRAINING_BYTES, Tokenizer, load_tokenizer, pieces, train_tokenizer
 from sparsae.errors import InputError
-from sparsae.files import open_as_directory, read_sealed, write_sealed
+from sparsae.files import expanded, open_as_directory, read_sealed, write_sealed
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total): `read` and `tokenizer` count bytes, `tokenize` documents; total may be None.
@@ -134,11 +134,11 @@ def open_corpus(directory: Path) -> Corpus | None:
 
 def is_prepared(source: str) -> bool:
     """Whether a source is a directory of prepared text, such as `prepare` leaves in the cache, and not text."""
-    return (Path(os.path.expanduser(source)) / "manifest.json").is_file()
+    return (Path(expanded(source)) / "manifest.json").is_file()
 
 
 def _as_prepared(config: DataConfig) -> Corpus:
-    found = open_corpus(Path(os.path.expanduser(config.source)))
+    found = open_corpus(Path(expanded(config.source)))
     if found is None:
         raise InputError(f"{config.source}: prepared text that is damaged, or of another version: prepare it again")
     is_other = config.tokenizer != "train" and load_tokenizer(config.tokenizer).hash != found.tokenizer.hash
@@ -152,7 +152,7 @@ def _as_prepared(config: DataConfig) -> Corpus:
 
 def cache_root(cache: str | None) -> Path:
     """`cache`, else $SPARSAE_CACHE, else ~/.cache/sparsae. Raises InputError for what can be no path."""
-    path = os.path.expanduser(cache or os.environ.get("SPARSAE_CACHE") or "~/.cache/sparsae")
+    path = expanded(cache or os.environ.get("SPARSAE_CACHE") or "~/.cache/sparsae")
     if "\0" in path:
         raise InputError(f"data.cache: {path!r} is no path; set data.cache or SPARSAE_CACHE to a directory")
     return Path(path)

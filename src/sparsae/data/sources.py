@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sparsae.data.readers import decoded, json_lines, parquet_rows, plain_text, streamed_rows
 from sparsae.errors import InputError
+from sparsae.files import expanded
 
 ONE_DOCUMENT = (".txt", ".md", ".py")
 JSON_LINES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
@@ -90,7 +91,7 @@ def open_source(source: str) -> Opened:
         return _standard_library()
     if source.startswith("hf:"):
         return _remote(source)
-    path = Path(os.path.expanduser(source))  # which leaves the name of nobody's home as it is
+    path = Path(expanded(source))  # which leaves the name of nobody's home as it is
     if os.path.isfile(path):
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{source}: unknown suffix; readable are {_listed(SUFFIXES)}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsae.data.bpe import train_bpe
 from sparsae.errors import InputError
-from sparsae.files import write_atomically
+from sparsae.files import expanded, write_atomically
 
 if TYPE_CHECKING:
     import tokenizers
@@ -150,7 +150,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|im_end|> that the vocabulary has. Raises InputError where the path
     holds no tokenizer, the files are damaged, or nothing marks the end of a document.
     """
-    path = Path(os.path.expanduser(path))
+    path = Path(expanded(os.fspath(path)))
     if os.path.isfile(path):
         folder, raw = path.parent, _read_json_form(path)
     elif not os.path.isdir(path):

@@ -1,0 +1,70 @@
+"""What the repository holds, and what it leaves to a command that writes it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.config.text import read_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def tracked() -> list[Path]:
+    """The files that git knows, or all files where this is no checkout."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout of the repository")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def values_of(tree: object, key: str) -> Iterator[Any]:
+    """What stands under a key, at any depth."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if name == key:
+                yield value
+            yield from values_of(value, key)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from values_of(value, key)
+
+
+def test_pages_are_written_and_not_kept() -> None:
+    assert [file for file in tracked() if file.suffix == ".html"] == []
+
+
+def test_a_page_can_be_written_of_all_results_that_lie_here(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "pages.py")
+    assert spec
+    assert spec.loader
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    found = pages.experiments(pages.RESULTS)
+    assert len(found) > 10
+    for file in found:
+        page = pages.write(file, tmp_path / file.parent.name / file.stem)
+        assert "</html>" in page.read_text("utf-8")
+
+
+def test_plans_name_their_data_by_a_variable() -> None:
+    plans = [
+        file for file in tracked() if file.is_relative_to(ROOT / "benchmarks") or file.is_relative_to(ROOT / "docs")
+    ]
+    trees = [read_yaml(file.read_text("utf-8"), str(file)) for file in plans if file.suffix == ".yaml"]
+    trees += [json.loads(file.read_text("utf-8")) for file in plans if file.suffix == ".json"]
+    sources = [
+        data[key]
+        for tree in trees
+        for data in values_of(tree, "data")
+        for key in ("source", "validation_source")
+        if key in data
+    ]
+    assert len(sources) > 20
+    assert [source for source in sources if not source.startswith(("${", "stdlib", "hf:"))] == []
