@@ -113,16 +113,13 @@ def test_estimated_bytes_are_those_of_live_tensors(unit: tuple[int, int]) -> Non
     layers = sparse_layers(model)
     units = sum(layer.topology.count for layer in layers.values())
     nnz = sum(layer.topology.nnz for layer in layers.values())
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     live = state_bytes(layers, optimizer, None)
-    assert estimated_state_bytes(units, nnz, weights, teacher=None) == {name: live.get(name, 0) for name in live}
+    assert estimated_state_bytes(units, nnz) == {name: live.get(name, 0) for name in live}
 
 
 def test_at_ninety_percent_the_state_is_a_sixth_of_a_dense_models() -> None:
-    for teacher in ("union", "masked"):
-        parts = estimated_state_bytes(100, 100, 1000, teacher=teacher)
-        assert parts["teacher"] == 400
-        assert sum(parts.values()) / (DENSE_BYTES_PER_WEIGHT * 1000) == pytest.approx(0.16)
-    assert estimated_state_bytes(100, 100, 1000, teacher="dense")["teacher"] == 4000
-    assert estimated_state_bytes(100, 100, 1000, teacher=None)["teacher"] == 0
-    assert estimated_state_bytes(100, 1600, 10_000, teacher=None, index_bytes=8)["indices"] == 1600
+    parts = estimated_state_bytes(100, 100, teacher_weights=100)
+    assert parts["teacher"] == 400
+    assert sum(parts.values()) / (DENSE_BYTES_PER_WEIGHT * 1000) == pytest.approx(0.16)
+    assert estimated_state_bytes(100, 100)["teacher"] == 0
+    assert estimated_state_bytes(100, 1600, index_bytes=8)["indices"] == 1600

@@ -11,7 +11,8 @@ from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap, sample_distinct
 from sparsae.nn.linear import SparseLinear
-from sparsae.surgery import TeacherLayer, kaiming_uniform, plan
+from sparsae.search.teacher.storages import Union
+from sparsae.surgery import kaiming_uniform, plan
 from tests.strategies import topologies
 from tests.test_topology import assert_valid
 
@@ -171,11 +172,10 @@ def test_remap_of_nothing() -> None:
 def test_union_teacher_forgets_what_has_faded_and_keeps_the_rest() -> None:
     topology = Topology.from_indices((2, 3), torch.tensor([0, 1, 2]))
     student = {"a": SparseLinear(topology, torch.ones(3))}
-    teacher = TeacherLayer(SparseLinear(topology, torch.tensor([0.5, 1e-9, 0.25])), "union", 1e-6)
+    teacher = Union("a", SparseLinear(topology, torch.tensor([0.5, 1e-9, 0.25])), tolerance=1e-6)
     swap = Swap({"a": torch.tensor([0, 1])}, {"a": torch.tensor([4, 5])})
     plan(student, swap, "zero", generator(0)).commit(None, {"a": teacher})
     module = teacher.module
-    assert isinstance(module, SparseLinear)
     # Unit 1 had faded and is gone; unit 0 is remembered though the student dropped it.
     assert module.topology.indices.tolist() == [0, 2, 4, 5]
     assert module.values.tolist() == [0.5, 0.25, 0.0, 0.0]

@@ -1,9 +1,9 @@
 """The one place that changes which connections exist.
 
 A `Swap` says which units go and which come. `plan` works out what each layer looks like afterwards; a plan can be tried
-(`preview`) and carried out (`commit`). Values, optimizer state and teacher move together: what stays keeps
-everything, what goes is gone, and what comes starts from its initialization with a state of zeros, its own step count
-included (copies of the weights in the state start as the weight does: optimizer_state.py).
+(`preview`) and carried out (`commit`). Values, optimizer state and followers (a teacher) move together: what stays
+keeps everything, what goes is gone, and what comes starts from its initialization with a state of zeros, its own step
+count included (copies of the weights in the state start as the weight does: optimizer_state.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap
@@ -39,50 +40,11 @@ class Change:
         return self.source < 0
 
 
-@dataclass(eq=False)
-class TeacherLayer:
-    """What the teacher keeps of one sparse layer.
-
-    storage "masked": a sparse layer over the student's topology; "union": one over the student's topology and the units
-    dropped before that have not yet faded, with `active` marking the student's (None: all are); "dense": a dense layer.
-    student: the student's topology that `active` is of; None where that has to be looked at. ages: steps of the average
-    that each unit of the student has had here, where a grown one begins anew, at the student's value; None: where it
-    begins at what is remembered of it, or zero.
-    """
-
-    module: nn.Module
-    storage: str
-    tolerance: float
-    active: Tensor | None = None
-    student: Topology | None = None
-    ages: Tensor | None = None
+class Follower(Protocol):
+    """What follows a layer's connections beside the optimizer's state, such as what a teacher keeps of the layer."""
 
     def follow(self, change: Change) -> None:
-        """Take over the student's new topology."""
-        module = self.module
-        if not isinstance(module, SparseLinear):
-            return
-        self._follow_topology(module, change)
-        if self.ages is not None:
-            self.ages = remap(self.ages, change.source)
-            grown = module.topology.positions(change.after.indices[change.grown])
-            module.values.data[grown] = change.values[change.grown]
-
-    def _follow_topology(self, module: SparseLinear, change: Change) -> None:
-        self.student = change.after
-        if self.storage == "masked":
-            module.set_topology(change.after, remap(module.values.data, change.source))
-            return
-        union, student = module.topology, change.after
-        magnitude = module.values.data.abs().reshape(union.count, -1).amax(1) if union.count else module.values.data
-        forgotten = ~student.contains(union.indices) & (magnitude < self.tolerance)
-        new = student.indices[~union.contains(student.indices)]
-        after, source = union.replace(union.indices[forgotten], new)
-        if after.count == student.count:
-            after, self.active = student, None
-        else:
-            self.active = student.contains(after.indices)
-        module.set_topology(after, remap(module.values.data, source))
+        """Take over the layer's new topology."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +56,14 @@ class Plan:
 
     @contextmanager
     def preview(self) -> Iterator[None]:
-        """The model as it would be, with optimizer and teacher untouched; everything is as before afterwards."""
+        """The model as it would be, with optimizer and followers untouched; everything is as before afterwards."""
         with ExitStack() as tried:
             for name, change in self.changes.items():
                 tried.enter_context(self.layers[name].trying(change.after, change.values))
             yield
 
-    def commit(
-        self, optimizer: torch.optim.Optimizer | None, teacher: Mapping[str, TeacherLayer] | None = None
-    ) -> None:
-        """Carry the swap out: values, every optimizer state tensor that goes by unit, and the teacher.
+    def commit(self, optimizer: torch.optim.Optimizer | None, followers: Mapping[str, Follower] | None = None) -> None:
+        """Carry the swap out: values, every optimizer state tensor that goes by unit, and the follower of each layer.
 
         Raises InputError, with nothing changed, where the optimizer's state cannot follow.
         """
@@ -114,8 +74,8 @@ class Plan:
             self.layers[name].set_topology(change.after, change.values)
             if move_state is not None:
                 move_state(name)
-            if teacher:
-                teacher[name].follow(change)
+            if followers:
+                followers[name].follow(change)
 
 
 def plan(

@@ -95,19 +95,17 @@ class FlopCounter:
 DENSE_BYTES_PER_WEIGHT = 20
 
 
-def estimated_state_bytes(
-    units: int, nnz: int, weights: int, *, teacher: str | None, index_bytes: int = 4
-) -> dict[str, int]:
+def estimated_state_bytes(units: int, nnz: int, *, teacher_weights: int = 0, index_bytes: int = 4) -> dict[str, int]:
     """Bytes of float32 model state of sparse layers before any update, by part.
 
-    units, nnz: active units and weights; weights: all positions (what a "dense" teacher keeps). The optimizer is
-    AdamW with a step count a weight. Indices exist twice, for state dicts and for the kernels; a teacher over the
-    student's own topology shares both.
+    units, nnz: active units and weights; teacher_weights: what a teacher keeps. The optimizer is AdamW with a step
+    count a weight. Indices exist twice, for state dicts and for the kernels; a teacher over the student's own topology
+    shares both.
     """
     return {
         "values": 4 * nnz,
         "gradients": 4 * nnz,
         "optimizer": 12 * nnz,
         "indices": 2 * index_bytes * units,
-        "teacher": {None: 0, "dense": 4 * weights}.get(teacher, 4 * nnz),
+        "teacher": 4 * teacher_weights,
     }

@@ -12,10 +12,10 @@ from torch import nn
 from sparsae.config.schema import Config
 from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
-from sparsae.nn.sparsify import densify
 from sparsae.nn.tensors import load_model
 from sparsae.runs.checkpoint import load_checkpoint
 from sparsae.runs.directory import RunDirectory, read_state
+from sparsae.search.teacher import STORAGES
 from sparsae.train.build import build, choose_device
 
 
@@ -56,8 +56,8 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
         torch.set_num_threads(min(config.training.threads, os.cpu_count() or 1))
     device = choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
     model = build(config, tokenizer.vocab_size, tokenizer.eos_id, device)
-    if teacher and config.teacher.storage == "dense":
-        densify(model)
+    if teacher:
+        STORAGES[config.teacher.storage].prepare(model)
     load_model(model, tensors[group], str(checkpoint / f"{group}.safetensors"))
     model.requires_grad_(False).eval()
     return LoadedRun(run, config, model, tokenizer, device, int(state["trainer"]["step"]), state["corpus"])

@@ -107,7 +107,7 @@ class Sparsifier:
             rule,
             schedule=schedule,
             optimizer=optimizer,
-            teacher=self.teacher.layers if self.teacher else None,
+            followers=self.teacher.layers if self.teacher else None,
             bounds=layer_bounds(self._layers, config, ends),
             ends=ends,
             heads=whole_heads(self._layers, heads),

@@ -30,7 +30,7 @@ from sparsae.search.guests import checked, chosen, in_force, named, saved
 from sparsae.search.past import PastCapture
 from sparsae.search.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.search.telemetry import TopologyTelemetry
-from sparsae.surgery import Change, InitialStd, Plan, TeacherLayer, plan
+from sparsae.surgery import Change, Follower, InitialStd, Plan, plan
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class TopologySearch:
         rule: Rule[Any],
         *,
         optimizer: torch.optim.Optimizer,
-        teacher: Mapping[str, TeacherLayer] | None,
+        followers: Mapping[str, Follower] | None,
         bounds: Mapping[str, tuple[int, int]],
         ends: Mapping[str, tuple[int, int]],
         heads: Mapping[str, HeadLayout],
@@ -94,7 +94,7 @@ class TopologySearch:
         `surgery.plan` has it.
         """
         self.telemetry = TopologyTelemetry(layers, heads)
-        self._layers, self._optimizer, self._teacher = layers, optimizer, teacher
+        self._layers, self._optimizer, self._followers = layers, optimizer, followers
         self._scoring, self._initial_std = Scoring(model, score, study), initial_std
         self._horizon, self._seed = horizon, seed
         self.gradients = GradientCapture(model, layers, optimizer, heads, horizon=horizon, passes=passes, seed=seed)
@@ -200,7 +200,7 @@ class TopologySearch:
         changes: Mapping[str, Change] = {}
         if swap is not None:
             plan_ = self._plan(swap, step, decision.chosen or 0)
-            plan_.commit(self._optimizer, self._teacher)
+            plan_.commit(self._optimizer, self._followers)
             changes = plan_.changes
         cost = self._cost()
         row = {

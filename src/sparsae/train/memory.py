@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
-from sparsae.surgery import TeacherLayer
+from sparsae.search.teacher import Storage
 
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -45,7 +45,7 @@ def out_of_memory_is_told(what: str) -> Iterator[None]:
 def state_bytes(
     layers: Mapping[str, SparseLinear],
     optimizer: torch.optim.Optimizer,
-    teacher: Mapping[str, TeacherLayer] | None,
+    teacher: Mapping[str, Storage] | None,
 ) -> dict[str, int]:
     """Bytes of the sparsified layers' live tensors by part, each storage once, biases left out."""
     seen: set[int] = set()
@@ -59,7 +59,7 @@ def state_bytes(
             if isinstance(value, Tensor) and value.dim()  # counters of a whole layer are left out as well
         ],
         "indices": [tensor for layer in layers.values() for tensor in layer.index_tensors],
-        "teacher": list(_teacher_tensors(teacher or {})),
+        "teacher": [tensor for kept in (teacher or {}).values() for tensor in kept.tensors()],
     }
     return {name: _nbytes(tensors, seen) for name, tensors in parts.items()}
 
@@ -96,15 +96,6 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * int(fields["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _teacher_tensors(teacher: Mapping[str, TeacherLayer]) -> Iterable[Tensor]:
-    for kept in teacher.values():
-        if isinstance(kept.module, SparseLinear):
-            yield from (kept.module.values, *kept.module.index_tensors)
-        elif isinstance(kept.module, nn.Module) and isinstance(kept.module.weight, Tensor):
-            yield kept.module.weight
-        yield from (tensor for tensor in (kept.active, kept.ages) if tensor is not None)
 
 
 def _nbytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

@@ -24,7 +24,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import cut_short, layer_counts
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
-from sparsae.search.teacher import WarmUp
+from sparsae.search.teacher import STORAGES, WarmUp
 from sparsae.search.updates import SearchCost
 from sparsae.train.build import build, check, choose_device, density_of, initial_bounds
 from sparsae.train.costs import RunCosts
@@ -47,12 +47,13 @@ def plan(config: Config) -> dict[str, Any]:
     weights, nnz = costs.cost.sparse_weights, costs.nnz
     flops, dense = count_flops(config, model)
     units = sum(layer.topology.count for layer in layers.values())
-    teacher = config.teacher.storage if config.teacher.enabled else None
+    teacher_weights = STORAGES[config.teacher.storage].size(nnz, weights) if config.teacher.enabled else 0
     dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
-    state = estimated_state_bytes(units, nnz, weights, teacher=teacher) | {"indices": _index_bytes(config, layers)}
+    state = estimated_state_bytes(units, nnz, teacher_weights=teacher_weights)
+    state["indices"] = _index_bytes(config, layers)
     if window := _window_bytes(rule, layers, Horizon(training.steps)):
         state["window"] = window
-    if teacher and config.teacher.grown == "student":
+    if config.teacher.enabled and config.teacher.grown == "student":
         state["teacher"] += 4 * units  # their ages
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -136,7 +137,7 @@ def _expected_flops(
         if config.teacher.enabled and warmup.alpha(step - 1) > 0:
             passes, rows = training.accumulation, training.batch_size
             taught = config.model.context * sum(warmup.taught(step - 1, i, passes, rows) for i in range(passes))
-        teacher_nnz = costs.cost.sparse_weights if config.teacher.storage == "dense" else costs.nnz
+        teacher_nnz = STORAGES[config.teacher.storage].size(costs.nnz, costs.cost.sparse_weights)
         costs.count_step(flops, tokens, taught, teacher_nnz)
         costs.count_step(dense, tokens, taught, costs.cost.sparse_weights)
         updates = rule.due(step, horizon)
