@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from sparsae.core.swap import Swap as Swap
     from sparsae.core.topology import Topology as Topology
     from sparsae.errors import InputError as InputError
+    from sparsae.kernels.backend import Backend as Backend
+    from sparsae.kernels.backend import Layout as Layout
+    from sparsae.kernels.registry import register_backend as register_backend
     from sparsae.losses import distillation_loss as distillation_loss
     from sparsae.nn.linear import SparseLinear as SparseLinear
     from sparsae.nn.linear import sparse_layers as sparse_layers
@@ -64,6 +67,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdamW": "sparsae.optim",
+    "Backend": "sparsae.kernels.backend",
     "Cadence": "sparsae.core.cadence",
     "Candidate": "sparsae.rules.parts.rule",
     "CosineFraction": "sparsae.rules.parts.exchange",
@@ -79,6 +83,7 @@ _HOMES = {
     "LargestGradient": "sparsae.rules.parts.grow",
     "LargestSampledGradient": "sparsae.rules.parts.grow",
     "LayerView": "sparsae.core.observation",
+    "Layout": "sparsae.kernels.backend",
     "Never": "sparsae.core.cadence",
     "Observation": "sparsae.core.observation",
     "Once": "sparsae.core.cadence",
@@ -106,6 +111,7 @@ _HOMES = {
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
     "parameter_groups": "sparsae.optim",
+    "register_backend": "sparsae.kernels.registry",
     "sparse_layers": "sparsae.nn.linear",
     "sparsify": "sparsae.nn.sparsify",
     "summary": "sparsae.nn.summary",

@@ -163,7 +163,7 @@ def _told(error: BaseException) -> str:
 
 
 def import_files() -> None:
-    """Import the Python files that $SPARSAE_IMPORT names, for rules and terms that no package has yet.
+    """Import the Python files that $SPARSAE_IMPORT names, for what no package has yet: rules, terms, backends.
 
     Raises InputError for one that cannot be imported.
     """
