@@ -95,14 +95,9 @@ def train_sparse(
 ) -> tuple[nn.Module, list[float]]:
     """A sparse model after `steps` steps with moving connections, and its losses; nnz is checked at every step."""
     model, rng = architecture.build(), torch.Generator().manual_seed(0)
-    linear = {
-        name: module.weight.numel()  # type: ignore[union-attr]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
     sparsify(model, 0.7)
     layers = sparse_layers(model)
-    nnz = round(0.3 * sum(linear[name] for name in layers))
+    nnz = round(0.3 * sum(layer.topology.units for layer in layers.values()))
     before = {name: layer.dense_weight() for name, layer in layers.items()}
     if checkpointing:
         # Called by its older name in transformers that do not have the new one.

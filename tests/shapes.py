@@ -56,6 +56,15 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(64, 10)
 
 
+class Stacked(nn.Module):
+    """Somebody's experts: nothing tells how they are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(4, 32, 32))
+        self.linear = nn.Linear(32, 32)
+
+
 class Held(nn.Module):
     """As Lightning's modules hold a model."""
 

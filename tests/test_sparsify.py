@@ -207,7 +207,7 @@ def test_a_floor_that_cannot_be_held_is_named() -> None:
 
 
 def test_a_bare_linear_layer_is_refused() -> None:
-    with pytest.raises(InputError, match="itself a linear layer"):
+    with pytest.raises(InputError, match="itself a layer"):
         sparsify(nn.Linear(4, 4), 0.5)
 
 

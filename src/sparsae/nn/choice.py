@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from sparsae.errors import InputError
-from sparsae.nn.kinds.kind import KINDS, parameter_of
+from sparsae.nn.kinds.kind import KINDS, kind_in, parameter_of
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.names import below, full_names, modules_by_name
 
@@ -65,7 +65,7 @@ class Choice:
         modules = {
             name: module
             for name, module in modules_by_name(model).items()
-            if module._parameters and not isinstance(module, SparseLinear)
+            if module._parameters and kind_in(module) is None
         }
         context = _Context(model)
         return {name: self._reason(name, names[name], module, context) for name, module in modules.items()}
@@ -95,6 +95,9 @@ class Choice:
                 inside = any(_match(both, [f"{pattern}.*"]) for both in named.values())
                 example = f"names are such as {next(iter(known))}" if known else "there are none"
                 advice = f"'{pattern}.*' names what is inside" if inside else example
+                whole = next((name for name in known if _match(_parts(name, modules[name]), [pattern])), None)
+                if whole is not None:
+                    advice = f"the layers of {whole} become sparse together, by that name"
                 raise InputError(f"no {what} matches '{pattern}' of sparsity.{setting}: {advice}")
 
 
@@ -109,9 +112,18 @@ def layer_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]
     for name, module in modules.items():
         kind = KINDS.of(module)
         for weight in kind.weights:
-            for part, matrix in kind.split(weight, parameter_of(module, weight).detach()).items():
+            for part, matrix in kind.split(weight, parameter_of(module, weight).detach().contiguous()).items():
                 found[below(name, part)] = kind.shape((matrix.shape[0], matrix.shape[1]))
     return found
+
+
+def _parts(name: str, module: nn.Module) -> set[str]:
+    """What the layers of a dense module that becomes several will be called."""
+    kind = KINDS.claiming(module)
+    if kind is None or kind.refusal(module) is not None:
+        return set()
+    described = kind.of(module)
+    return {below(name, part) for weight in described.weights for part in described.parts(weight) if part}
 
 
 def is_known(module: nn.Module) -> bool:
@@ -167,8 +179,9 @@ class _Context:
             return refusal
         if full_name.endswith("_orig_mod") or is_patched(module):
             return "its forward was replaced, or compiled by itself"
-        weights = [module._parameters.get(name) for name in kind.weights]
-        others = [name for name in kind.biases if getattr(module, name, None) is not None]
+        described = kind.of(module)
+        weights = [module._parameters.get(name) for name in described.weights]
+        others = [name for name in described.biases if getattr(module, name, None) is not None]
         if None in weights or not module._parameters.keys() >= set(others):
             return "its weight or bias is computed from other parameters (weight_norm, pruning or the like)"
         return next((why for weight in weights if (why := self._refusal_of(weight, module)) is not None), None)
@@ -247,7 +260,8 @@ def _routers(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
 
 def _expert_counts(module: nn.Module) -> Iterator[int]:
     """What could be the number of experts of a module."""
-    yield from (vars(module)[key] for key in _EXPERT_COUNTS if isinstance(vars(module).get(key), int))
+    for holder in (module, *module.children()):
+        yield from (vars(holder)[key] for key in _EXPERT_COUNTS if isinstance(vars(holder).get(key), int))
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield len(child)

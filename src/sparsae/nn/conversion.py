@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
+from sparsae.errors import InputError
 from sparsae.nn.carry import carry_module, carry_parameter, own_names
 from sparsae.nn.dense import gathered, scattered
-from sparsae.nn.kinds.kind import KINDS, Kind, parameter_of
+from sparsae.nn.kinds.kind import KINDS, Kind, kind_in, parameter_of
 from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.names import below, modules_by_name
@@ -49,7 +50,7 @@ def sparse_twin(name: str, module: nn.Module, make: Maker) -> nn.Module:
     kind, layers = KINDS.of(module), dict[str, SparseLinear]()
     for weight in kind.weights:
         parameter = parameter_of(module, weight)
-        for part, matrix_OI in kind.split(weight, parameter.detach()).items():
+        for part, matrix_OI in kind.split(weight, parameter.detach().contiguous()).items():
             full = below(name, part)
             layers[part] = make(full, matrix_OI, Linear() if part else kind)
             carry_parameter(full, parameter, layers[part].values)
@@ -64,7 +65,7 @@ def dense_matrices(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     for name, module in targets.items():
         kind = KINDS.of(module)
         for weight in kind.weights:
-            for part, matrix_OI in kind.split(weight, parameter_of(module, weight).detach()).items():
+            for part, matrix_OI in kind.split(weight, parameter_of(module, weight).detach().contiguous()).items():
                 full = below(name, part)
                 found[full] = _present(full, matrix_OI)
     return found
@@ -84,7 +85,7 @@ def to_sparse(name: str, dense: nn.Module, twin: nn.Module) -> Iterator[tuple[st
         parts = kind.parts(weight)
 
         def carry(tensors: list[Tensor], weight: str = weight) -> list[Tensor]:
-            matrices = kind.split(weight, tensors[0]).items()
+            matrices = kind.split(weight, tensors[0].contiguous()).items()
             return [gathered(m, layers[part].topology.to(m.device)) for part, m in matrices]
 
         new, names = [layers[part].values for part in parts], [below(part, "values") for part in parts]
@@ -123,6 +124,10 @@ def dense_twin(name: str, twin: nn.Module) -> nn.Module:
         values = {part: layers[part].values for part in kind.parts(weight)}
         matrices = {part: layers[part].dense_weight() for part in values}
         parameter = nn.Parameter(kind.join(weight, matrices).contiguous())
+        if len({tensor.requires_grad for tensor in values.values()}) > 1:
+            raise InputError(
+                f"some layers of {below(name, weight)} are frozen, which are one parameter: freeze all or none"
+            )
         for part in values:
             carry_parameter(below(name, part), values[part], parameter)
         setattr(dense, weight, parameter)
@@ -133,7 +138,7 @@ def dense_twin(name: str, twin: nn.Module) -> nn.Module:
 def sparse_modules(model: nn.Module) -> dict[str, nn.Module]:
     """What took the places of dense modules, by plain name: sparse layers, and modules that hold some."""
     modules = modules_by_name(model)
-    kinds = {name: kind for name, module in modules.items() if isinstance(kind := vars(module).get("kind"), Kind)}
+    kinds = {name: kind for name, module in modules.items() if (kind := kind_in(module)) is not None}
     held = {id(layer) for name, kind in kinds.items() for part, layer in kind.layers(modules[name]).items() if part}
     return {name: modules[name] for name in kinds if id(modules[name]) not in held}
 

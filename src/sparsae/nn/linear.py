@@ -236,6 +236,7 @@ class SparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, nnz={topology.nnz}, "
             f"density={topology.density:.4g}{unit}, bias={self.bias is not None}"
+            f"{'' if self.kind == Linear() else f', kind={self.kind}'}"
         )
 
     def _multiply(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model's linear layers into sparse ones, and back."""
+"""A model's layers into sparse ones, and back."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def sparsify(
     backend: str = "auto",
     seed: int = 0,
 ) -> nn.Module:
-    """Replace the linear layers of `model`, in place, by sparse ones; returns the model.
+    """Replace the layers of `model`, in place, by sparse ones; returns the model.
 
-    `nn.Linear` and transformers' `Conv1D` are replaced; what stays dense, `summary(model)` tells with the reasons:
+    Every kind of layer that nn/kinds knows is replaced; what stays dense, `summary(model)` tells with the reasons:
     embeddings, norms, tied weights, routers and (unless `sparsify_head`) output heads among others. `include` /
     `exclude` are globs over module names. Exactly round((1 - sparsity) * units) units of `unit` = (b_out, b_in)
     weights are active over the whole model, shared out by `budget` ("uniform", "er", "erk") with every layer's density
@@ -106,7 +106,7 @@ def sparsify(
     factors = density_factors(density or {}, list(shapes))
     counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
     if "" in targets:
-        raise InputError("the model is itself a linear layer: put it into an nn.Sequential")
+        raise InputError("the model is itself a layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
     sides = {name: matrix_shape(shape) for name, shape in shapes.items()}
     groups = {name: limits.require_room(sides[name], unit, counts[name], (heads or {}).get(name)) for name in shapes}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparsae.nn.choice import EXCLUDED, Choice, is_linear
+from sparsae.nn.kinds.kind import kind_in
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.names import below, innermost, modules_by_name
 
@@ -27,14 +28,14 @@ _FAR_BELOW = 0.5
 
 @dataclass(frozen=True)
 class SparseRow:
-    """A sparse layer: (out, in) and unit in weights.
+    """A sparse layer: (out, in, kernel dimensions...) and unit in weights.
 
     frozen: its values do not train, so its connections stay. last: it is the last linear layer, which for many models
     is an output head that nothing tells apart. factor: that of its density which `sparsify` was asked for.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     unit: tuple[int, int]
     nnz: int
     frozen: bool
@@ -115,7 +116,7 @@ class Summary:
                 [
                     first.name if len(rows) == 1 else _pattern(first.name),
                     str(len(rows)),
-                    "{}x{}".format(*first.shape),
+                    "x".join(map(str, first.shape)),
                     "{}x{}".format(*first.unit),
                     _span([row.density for row in rows]),
                     *([_span([row.factor for row in rows])] if has_factors else []),
@@ -156,11 +157,14 @@ def summary(model: nn.Module) -> Summary:
                 numbers += parameter.numel()
             seen.add(id(parameter))
         if isinstance(module, SparseLinear):
-            topology, shape = module.topology, (module.out_features, module.in_features)
+            topology = module.topology
             frozen = not module.values.requires_grad
             sparse.append(
-                SparseRow(name, shape, topology.unit, topology.nnz, frozen, module is last, factors.get(name, 1.0))
+                SparseRow(
+                    name, module.shape, topology.unit, topology.nnz, frozen, module is last, factors.get(name, 1.0)
+                )
             )
+        if kind_in(module) is not None:
             if numbers:
                 dense.append(DenseRow(name, "bias", numbers, "norms and other vectors"))
         elif name in reasons:

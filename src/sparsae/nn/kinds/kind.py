@@ -24,9 +24,6 @@ class Kind(ABC):
     Layers are named below their module: "" is the module's own place, which is where its only matrix becomes a layer.
     """
 
-    # The parameters that become sparse, and those that go over as they are.
-    weights: ClassVar[tuple[str, ...]] = ("weight",)
-    biases: ClassVar[tuple[str, ...]] = ("bias",)
     # Whether it maps vectors of features, as output heads and routers do.
     is_linear: ClassVar[bool] = False
 
@@ -51,6 +48,16 @@ class Kind(ABC):
         """What describes a module that is claimed and not refused."""
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        """The parameters that become sparse."""
+        return ("weight",)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The parameters, or places for some, that go over as they are."""
+        return ("bias",)
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel dimensions, whose product divides a matrix's inputs; () where there are none."""
         return ()
@@ -65,7 +72,7 @@ class Kind(ABC):
 
     @abstractmethod
     def split(self, weight: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The (out, in) matrices in a tensor that is shaped like a weight, as views of it, by its `parts`."""
+        """The (out, in) matrices in a contiguous tensor of the shape of a weight, as views of it, by its `parts`."""
 
     @abstractmethod
     def join(self, weight: str, matrices: Mapping[str, Tensor]) -> Tensor:
@@ -128,6 +135,12 @@ class Kinds:
 
 
 KINDS = Kinds()
+
+
+def kind_in(module: nn.Module) -> Kind | None:
+    """The kind of the dense module whose place this one took; None for any other module."""
+    kind = vars(module).get("kind")
+    return kind if isinstance(kind, Kind) else None
 
 
 def parameter_of(module: nn.Module, weight: str) -> nn.Parameter:
