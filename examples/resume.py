@@ -1,0 +1,76 @@
+"""Stop a training and go on as if it had never stopped, bit for bit: `python examples/resume.py`.
+
+A checkpoint has three parts: model, optimizer and Sparsifier, which brings its teacher along. They are loaded in that
+order. (`sparsae train --resume RUN` does all this by itself, for runs of the program.)
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsae import AdamW, Sparsifier, SparsifierConfig, parameter_groups, sparsify
+
+STEPS, STOP = 120, 50
+
+
+@dataclass
+class Training:
+    """Everything that a training consists of, and its step."""
+
+    model: nn.Module
+    optimizer: AdamW
+    sparsifier: Sparsifier
+
+    @classmethod
+    def new(cls) -> "Training":
+        torch.manual_seed(0)
+        model = sparsify(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)), sparsity=0.9)
+        optimizer = AdamW(parameter_groups(model, weight_decay=0.1), lr=3e-3)
+        return cls(model, optimizer, Sparsifier(model, optimizer, SparsifierConfig(steps=STEPS)))
+
+    def run(self, until: int) -> None:
+        """Train up to a step. The data of a step is a function of the step, so that it can be gone on with."""
+        while self.sparsifier.step < until:
+            x = torch.randn(64, 32, generator=torch.Generator().manual_seed(self.sparsifier.step))
+            loss = (self.model(x) - x.roll(1, 1)).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.sparsifier.before_step()
+            self.optimizer.step()
+            self.sparsifier.after_step()
+
+    @property
+    def parts(self) -> tuple[nn.Module, AdamW, Sparsifier]:
+        return self.model, self.optimizer, self.sparsifier
+
+    def save(self, file: Path) -> None:
+        torch.save([part.state_dict() for part in self.parts], file)
+
+    def load(self, file: Path) -> None:
+        for part, state in zip(self.parts, torch.load(file, weights_only=True), strict=True):
+            part.load_state_dict(state)
+
+
+def main() -> None:
+    unbroken = Training.new()
+    unbroken.run(STEPS)
+
+    with tempfile.TemporaryDirectory() as folder:
+        stopped = Training.new()
+        stopped.run(STOP)
+        stopped.save(Path(folder) / "checkpoint.pt")
+
+        resumed = Training.new()
+        resumed.load(Path(folder) / "checkpoint.pt")
+    resumed.run(STEPS)
+
+    ours, theirs = resumed.model.state_dict(), unbroken.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    print(f"stopped at step {STOP} and gone on to step {STEPS}: the same {len(theirs)} tensors, bit for bit")
+
+
+if __name__ == "__main__":
+    main()
