@@ -41,16 +41,19 @@ def results(out: Path) -> dict[str, Any]:
 
 
 class TestAblations:
-    def test_each_changes_one_thing_of_the_written_method(self) -> None:
-        written = resolve(method=WRITTEN)
-        for name, variant in ablation_variants(list(ABLATIONS)).items():
-            plan = parse_plan({"variants": {name: variant}, "cadence": None}, "here", Plan)
-            config = plan.config(name, 0.9, 0)
-            assert (config == written) == (name == "written")
-            assert config.training == written.training
+    @pytest.mark.parametrize("method", ABLATIONS)
+    def test_each_changes_one_thing_of_the_method(self, method: str) -> None:
+        whole = resolve(method=method)
+        seen = []
+        for number, (name, variant) in enumerate(ablation_variants(method).items()):
+            config = parse_plan({"variants": {name: variant}, "cadence": None}, "here", Plan).config(name, 0.9, 0)
+            assert (config == whole) == (number == 0)
+            assert config.training == whole.training
+            assert config not in seen
+            seen.append(config)
 
     def test_without_evolution_the_teacher_stays(self) -> None:
-        variants = ablation_variants(["no-evolution-static", "no-teacher"])
+        variants = ablation_variants(WRITTEN, ["no-evolution-static", "no-teacher"])
         plan = parse_plan({"variants": variants, "settings": {"topology": {"every": 7}}}, "here", Plan)
         still, untaught = (plan.config(name, 0.9, 0) for name in variants)
         assert still.topology == StaticConfig()
@@ -59,17 +62,36 @@ class TestAblations:
         assert untaught.topology == resolve(method=WRITTEN, overrides=["topology.every=7"]).topology
 
     def test_the_command_compares_with_the_written_method(self, plan: Path, tmp_path: Path) -> None:
-        command = ["ablate", str(plan), "--variants", "written,no-teacher", "--seeds", "2", "--match", "steps"]
-        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        command = ["ablate", str(plan), "--method", WRITTEN, "--variants", "written,no-teacher"]
+        assert main([*command, "--seeds", "2", "--match", "steps", "--out", str(tmp_path / "out")]) == 0
         found = results(tmp_path / "out")
         assert (found["kind"], found["reference"]) == ("ablation", "written")
         teacher = {row["method"]: row["train_flops_by_part"]["teacher"] for row in found["rows"]}
         assert teacher["written"] > 0 == teacher["no-teacher"]
         assert "Ablation" in (tmp_path / "out" / "report.html").read_text()
 
-    def test_an_unknown_one_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["ablate", "--variants", "no-techer", "--out", str(tmp_path / "out")]) == 2
-        assert "did you mean no-teacher" in capsys.readouterr().err
+    @pytest.mark.slow
+    def test_the_default_is_compared_with_itself_less_its_parts(self, plan: Path, tmp_path: Path) -> None:
+        command = ["ablate", str(plan), "--seeds", "2", "--match", "steps", "topology.every=10"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        found = results(tmp_path / "out")
+        assert found["reference"] == "sparsae"
+        assert {row["method"] for row in found["rows"]} == set(ABLATIONS["sparsae"])
+        assert all((row["updates"] > 0) == (row["method"] != "no-updates") for row in found["rows"])
+
+    @pytest.mark.parametrize(
+        ("options", "hint"),
+        [
+            (["--variants", "no-rump"], "no ablation no-rump of sparsae; did you mean no-ramp"),
+            (["--variants", "no-teacher"], "no ablation no-teacher of sparsae"),
+            (["--method", "rigl"], "--method: no ablations of rigl; one of: sparsae, sparsae-written"),
+        ],
+    )
+    def test_an_unknown_one_is_refused(
+        self, options: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["ablate", *options, "--out", str(tmp_path / "out")]) == 2
+        assert hint in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
 

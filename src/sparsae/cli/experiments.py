@@ -20,6 +20,8 @@ from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.experiments.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.files import refuse_unwritable
 
+_PARTS = "; ".join(f"{method}: {', '.join(parts)}" for method, parts in ABLATIONS.items())
+
 Given = Annotated[
     list[str] | None,
     typer.Argument(metavar="[PLAN.yaml] [section.key=value ...]", help="A plan, and settings of every run."),
@@ -120,8 +122,9 @@ def ablate(
     *,
     out: Out,
     settings: Settings = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"Of: {', '.join(ABLATIONS)}.")] = "sparsae",
     names: Annotated[
-        str | None, typer.Option("--variants", metavar="LIST", help=f"Of: {', '.join(ABLATIONS)}.  (default: all)")
+        str | None, typer.Option("--variants", metavar="LIST", help=f"Of {_PARTS}.  (default: all)")
     ] = None,
     preset: Preset = None,
     seeds: Seeds = None,
@@ -135,13 +138,10 @@ def ablate(
     ray: Ray = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Take the written method apart: without its search, teacher, burn-in, resets; with other proxies."""
-    wanted = list(ABLATIONS) if names is None else _names(names)
-    for name in wanted:
-        if name not in ABLATIONS:
-            raise InputError(f"--variants: no ablation {shown(name)}; {nearest(name, ABLATIONS)}")
+    """Take a method apart: itself without one of its parts, or with another in its place."""
+    variants = ablation_variants(method, None if names is None else _names(names))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
-    options |= {"kind": "ablation", "methods": [], "variants": ablation_variants(wanted), "reference": wanted[0]}
+    options |= {"kind": "ablation", "methods": [], "variants": variants, "reference": next(iter(variants))}
     _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
 
 

@@ -61,7 +61,9 @@ def stuck_table(rows: Sequence[Row]) -> Table | None:
 
 
 def _score_left(row: Row) -> float | None:
-    left = row["candidates"][row["chosen"]] if row["accepted"] else row.get("current")
+    # A schedule changes connections without a candidate.
+    is_taken = row["accepted"] and row["chosen"] is not None
+    left = row["candidates"][row["chosen"]] if is_taken else row.get("current")
     score = left.get("score") if left else None
     return None if score is None else float(score)
 
