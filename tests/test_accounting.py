@@ -33,6 +33,7 @@ FAMILIES = [
     ModelConfig(family="gpt2", layers=2, heads=2, width=32, context=24),
     ModelConfig(family="gpt2", layers=1, heads=4, width=32, context=24, tie_embeddings=False),
     ModelConfig(family="llama", layers=2, heads=4, kv_heads=2, width=32, context=24),
+    ModelConfig(family="llama", layers=1, heads=2, head_size=24, width=32, context=24),
 ]
 COST = ModelCost(sparse_weights=1000, dense_weights=50, head_weights=300, attention_layers=2, width=8, context=16)
 
@@ -44,7 +45,7 @@ def eager(config: ModelConfig) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", FAMILIES, ids=["gpt2", "gpt2-free-head", "llama"])
+@pytest.mark.parametrize("config", FAMILIES, ids=["gpt2", "gpt2-free-head", "llama", "llama-wide-heads"])
 def test_forward_and_backward_agree_with_torchs_counter(config: ModelConfig) -> None:
     model, cost = eager(config), model_cost(eager(config), config)
     batch = torch.randint(0, VOCAB, (3, config.context), generator=generator(0))

@@ -237,7 +237,7 @@ BAD_FILES = {
     "null section": ("training:", ["training", "section", "null"]),
     "section is a number": ("training: 3", ["training", "section", "3"]),
     "key below a value": ("training: {steps: {x: 3}}", ["training.steps", "whole number"]),
-    "not a choice": ("model: {family: bert}", ["model.family", "'gpt2' or 'llama'", "'bert'"]),
+    "not a choice": ("model: {family: bert}", ["model.family", "no family 'bert'", "gpt2, llama"]),
     "bounds": ("sparsity: {min_density: 0.5}", ["sparsity", "cannot hold density 0.1"]),
     "contradiction across sections": ("sparsity: {sparsify_head: true}", ["sparsify_head", "tie_embeddings"]),
     "dense yet sparse": ("method: dense\nsparsity: {sparsity: 0.5}", ["method dense", "static"]),

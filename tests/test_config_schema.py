@@ -203,9 +203,11 @@ def test_a_twin_differs_in_its_ramp(rule: str) -> None:
     [
         (ModelConfig, {"width": 256, "heads": 3}, "not a multiple of heads"),
         (ModelConfig, {"family": "llama", "heads": 4, "kv_heads": 3}, "not a multiple of kv_heads"),
-        (ModelConfig, {"kv_heads": 2}, "kv_heads is for llama"),
-        (ModelConfig, {"family": "llama", "dropout": 0.1}, "dropout is for gpt2"),
+        (ModelConfig, {"kv_heads": 2}, "family gpt2 has no kv_heads: it must be null"),
+        (ModelConfig, {"family": "llama", "dropout": 0.1}, "family llama has no dropout: it must be 0"),
+        (ModelConfig, {"head_size": 32}, "family gpt2 has no head_size"),
         (ModelConfig, {"family": "llama", "width": 12, "heads": 4}, "must be even"),
+        (ModelConfig, {"family": "llama", "head_size": 7}, "head_size must be even"),
         (SparsityConfig, {"min_density": 0.2}, "cannot hold density 0.1"),
         (SparsityConfig, {"max_density": 0.05}, "cannot hold density 0.1"),
         (SparsityConfig, {"head_min_density": 0.2}, "head_min_density"),

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsae import AdamW, Sparsifier, SparsifierConfig, parameter_groups, sparse_layers, sparsify, summary
-from sparsae.config.density import ROLES, DensityFactors, by_pattern
+from sparsae.config.density import DensityFactors, by_pattern
 from sparsae.config.load import resolve
 from sparsae.core.budgets import BUDGETS, density_factors
 from sparsae.errors import InputError
+from sparsae.families import FAMILIES
 from sparsae.nn.sparsify import layer_counts
 from sparsae.rules import GmpConfig, SetConfig
 from sparsae.train.build import build
@@ -128,7 +129,7 @@ def test_rules_that_prune_end_at_the_factors_and_others_take_none() -> None:
         Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=SetConfig(), density=density))
 
 
-@pytest.mark.parametrize("family", ROLES)
+@pytest.mark.parametrize("family", FAMILIES.names())
 def test_every_role_names_layers_of_its_family(family: str) -> None:
     sizes = ["model.layers=2", "model.width=32", "model.heads=2", "model.tie_embeddings=false"]
     overrides = [*sizes, f"model.family={family}", "sparsity.sparsify_head=true", "sparsity.density={mlp: 1.5}"]
@@ -140,7 +141,7 @@ def test_every_role_names_layers_of_its_family(family: str) -> None:
             for name, factor in density_factors(by_pattern({role: 2.0}, family), list(layers)).items()
             if factor > 1
         }
-        for role in ROLES[family]
+        for role in FAMILIES[family].densities
     }
     assert named["attention"] | named["mlp"] | named["head"] == set(layers)
     finer = [names for role, names in named.items() if role not in ("attention", "mlp", "head")]

@@ -15,7 +15,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, decoder_and_head, hidden_states, materialize, parameterized
-from sparsae.nn.choice import linear_layers, weight_shape
+from sparsae.nn.choice import layer_shapes, linear_layers
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.parameterization import Parameterization
@@ -153,10 +153,10 @@ def test_initial_std_is_that_of_transformers_dense_layers(config: ModelConfig) -
 
 @every_config
 def test_heads_divide_the_attention_layers_and_no_other(config: ModelConfig) -> None:
-    layers = linear_layers(build_model(config, VOCAB, EOS))
+    shapes = layer_shapes(linear_layers(build_model(config, VOCAB, EOS)))
     found = {
-        name: layout.groups(*weight_shape(module))
-        for name, module in layers.items()
+        name: layout.groups(rows, columns)
+        for name, (rows, columns) in shapes.items()
         for pattern, layout in attention_heads(config).items()
         if fnmatchcase(name, pattern)
     }
@@ -186,8 +186,9 @@ def test_the_configuration_says_what_was_asked(config: ModelConfig) -> None:
     assert settings._attn_implementation == "sdpa"
     assert settings.max_position_embeddings == config.context
     assert settings.tie_word_embeddings == config.tie_embeddings
-    mlp = next(module for name, module in linear_layers(model).items() if name.endswith(("c_fc", "up_proj")))
-    assert weight_shape(mlp)[0] == (256 if config.family == "gpt2" else 192)
+    shapes = layer_shapes(linear_layers(model))
+    mlp = next(shape for name, shape in shapes.items() if name.endswith(("c_fc", "up_proj")))
+    assert mlp[0] == (256 if config.family == "gpt2" else 192)
 
 
 def test_dropout_is_everywhere_in_gpt2() -> None:

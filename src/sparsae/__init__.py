@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sparsae.core.swap import Swap as Swap
     from sparsae.core.topology import Topology as Topology
     from sparsae.errors import InputError as InputError
+    from sparsae.families import FAMILIES as FAMILIES
+    from sparsae.families import Family as Family
     from sparsae.kernels.backend import Backend as Backend
     from sparsae.kernels.backend import Layout as Layout
     from sparsae.kernels.registry import register_backend as register_backend
@@ -75,6 +77,8 @@ _HOMES = {
     "Decision": "sparsae.rules.parts.rule",
     "Drop": "sparsae.rules.parts.drop",
     "Exchange": "sparsae.rules.parts.exchange",
+    "FAMILIES": "sparsae.families",
+    "Family": "sparsae.families",
     "Groups": "sparsae.core.groups",
     "Grow": "sparsae.rules.parts.grow",
     "Growth": "sparsae.rules.parts.grow",

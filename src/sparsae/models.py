@@ -1,4 +1,4 @@
-"""GPT-2 and Llama models from `transformers` configurations, with new weights and no downloads.
+"""Models of the families from `transformers` configurations, with new weights and no downloads.
 
 Models are built on the meta device, where weights have shapes and no storage. Layers that become sparse draw their
 active values directly, so their dense weights never exist; `materialize` then allocates and initializes what stays
@@ -19,7 +19,9 @@ from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.schema import ModelConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
-from sparsae.parameterization import Parameterization, Role, initial_value
+from sparsae.families import FAMILIES, Family
+from sparsae.nn.kinds.kind import KINDS
+from sparsae.parameterization import Parameterization, initial_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,38 +65,16 @@ def _quiet_import() -> Iterator[None]:
 def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
     # No padding token: its embedding would be frozen at zero, and packed sequences have no padding.
     special: dict[str, Any] = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
-    if config.family == "gpt2":
-        from transformers import GPT2Config
+    from transformers import AutoConfig
 
-        return GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=config.context,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            n_inner=config.mlp_width or 4 * config.width,
-            # GPT-2's own "gelu_new" is the same function in eight passes over memory instead of one.
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            tie_word_embeddings=config.tie_embeddings,
-            initializer_range=INITIAL_STD,
-            **special,
-        )
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
+    family = FAMILIES[config.family]
+    return AutoConfig.for_model(
+        family.model_type,
         vocab_size=vocab_size,
-        max_position_embeddings=config.context,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width or 64 * max(1, round(8 * config.width / 3 / 64)),
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads or config.heads,
         tie_word_embeddings=config.tie_embeddings,
         initializer_range=INITIAL_STD,
         **special,
+        **family.configuration(config),
     )
 
 
@@ -110,30 +90,29 @@ def hidden_states(decoder: Any, tokens_BT: Tensor) -> Tensor:
 
 def attention_heads(config: ModelConfig) -> dict[str, HeadLayout]:
     """Head layouts of the attention projections, by a glob over module names."""
-    size = config.width // config.heads
-    if config.family == "gpt2":
-        return {"*.attn.c_attn": HeadLayout("out", size), "*.attn.c_proj": HeadLayout("in", size)}
-    outputs = {f"*.self_attn.{name}_proj": HeadLayout("out", size) for name in "qkv"}
-    return {**outputs, "*.self_attn.o_proj": HeadLayout("in", size)}
+    family = FAMILIES[config.family]
+    size = family.head_size(config)
+    return {pattern: HeadLayout(side, size) for pattern, side in family.heads.items()}
 
 
 def parameterized(model: ModelConfig, config: ParameterizationConfig) -> Parameterization:
-    """The parameterization of a model of one of the architectures."""
-    roles: dict[str, Role]
-    if model.family == "gpt2":
-        roles = {"*.c_proj": "residual", "transformer.ln_f": "final_norm"}
-    else:
-        roles = {"model.norm": "final_norm"}
-        if config.name != "sp":  # where Llama's residual projections start like its other layers
-            roles |= {"*.o_proj": "residual", "*.down_proj": "residual"}
-    roles["lm_head"] = "head"
+    """The parameterization of a model of one of the families."""
+    roles = FAMILIES[model.family].parameter_roles(standard=config.name == "sp")
     std = INITIAL_STD * config.initial_scale
     return Parameterization(config, model.width, model.layers, roles, model.tie_embeddings, std)
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """The modules that multiply queries and keys, in the model's order."""
-    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("attn", "self_attn")]
+    """The modules that multiply queries and keys, in the order of a model of one of the families."""
+    family = _family_of(model)
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] == family.attention]
+
+
+def _family_of(model: nn.Module) -> Family:
+    family = FAMILIES.of(model)
+    if family is None:
+        raise InputError(f"{type(model).__name__} is of no family that is known: {', '.join(FAMILIES.names())}")
+    return family
 
 
 def scale_attention(model: nn.Module, parameterization: Parameterization) -> None:
@@ -157,18 +136,28 @@ def fold_attention_scale(model: nn.Module) -> None:
 
     What a configuration of transformers cannot say, its weights can: anything that loads them computes the same.
     """
+    family = _family_of(model)
     for attention in attention_modules(model):
         standard = attention.head_dim**-0.5
         factor = getattr(attention, "scaling", standard) / standard
         if factor == 1.0:
             continue
-        if hasattr(attention, "c_attn"):  # transformers' Conv1D: (in, out), with the queries' columns first
-            attention.c_attn.weight[:, : attention.embed_dim] *= factor
-            attention.c_attn.bias[: attention.embed_dim] *= factor
-        else:
-            for parameter in attention.q_proj.parameters():
-                parameter *= factor
+        for part in _linear_in_queries(attention, family, model.config.num_attention_heads):  # type: ignore[union-attr,arg-type]
+            part *= factor
         attention.scaling = standard
+
+
+def _linear_in_queries(attention: Any, family: Family, heads: int) -> Iterator[Tensor]:
+    """What queries are proportional to, all together: views of parameters of a dense attention."""
+    if family.head_norms is not None:  # after which nothing is left of a factor on the projection
+        yield from getattr(attention, family.head_norms[0]).parameters()
+        return
+    projection = getattr(attention, family.projections[0])
+    # Where one layer gives queries, keys and values, the queries come first.
+    queries = heads * attention.head_dim
+    yield KINDS.of(projection).split("weight", projection.weight)[""][:queries]
+    if projection.bias is not None:
+        yield projection.bias[:queries]
 
 
 def materialize(model: nn.Module, parameterization: Parameterization, seed: int, device: torch.device) -> None:

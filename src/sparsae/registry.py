@@ -1,8 +1,8 @@
 """Names under which things are found: in this package, in installed ones, and in the running program.
 
-A topology rule or a term of a score is one file that registers what it holds under its own name. The registry knows
-names without importing anything: they are the names of a package's files, and those of entry points. A file is imported
-when what it holds is first wanted, so that a command which does not want it stays quick.
+A topology rule, a term of a score or a family of models is one file that registers what it holds under its own name.
+The registry knows names without importing anything: they are the names of a package's files, and those of entry points.
+A file is imported when what it holds is first wanted, so that a command which does not want it stays quick.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sparsae.errors import InputError
 
 IMPORT = "SPARSAE_IMPORT"  # names files, separated as in PATH
 
 Built = TypeVar("Built", bound=Callable[..., Any])
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class Entry:
         return (self.settings.__doc__ or "").strip().partition("\n")[0]
 
 
-class Registry:
-    """Entries of one kind ("rule"): the modules of `package`, entry points of the group `package`, and `register`."""
+class Names(Generic[Thing]):
+    """Things of one kind ("rule"): of the modules of `package`, of entry points of this group, and of the program."""
 
     def __init__(self, kind: str, package: str, reserved: frozenset[str] = frozenset(), reason: str = "") -> None:
         """reserved: names that none may have, and the reason: "which ..."."""
         self.kind, self._package, self.reserved, self._reason = kind, package, reserved, reason
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Thing] = {}
+        self._own: tuple[str, ...] | None = None
         self._known_points: dict[str, list[metadata.EntryPoint]] | None = None
 
     def names(self) -> tuple[str, ...]:
@@ -52,52 +54,15 @@ class Registry:
 
     def own_names(self) -> tuple[str, ...]:
         """Names of those that this package itself has."""
-        folder = Path(__file__).parent / self._package.partition(".")[2]
-        return tuple(sorted(file.stem for file in folder.glob("[a-z]*.py")))
+        if self._own is None:
+            folder = Path(__file__).parent / self._package.partition(".")[2]
+            self._own = tuple(sorted(file.stem for file in folder.glob("[a-z]*.py")))
+        return self._own
 
-    def register(self, name: str, settings: type[Any]) -> Callable[[Built], Built]:
-        """A decorator for a class or function that makes the thing from its settings.
-
-        settings: a class that `name` shall belong to alone. Raises InputError for a name or settings already taken, for
-        a reserved name, and for what is no class of settings.
-        """
-        self._require_free(name)
-        self._require_settings(name, settings)
-
-        def registered(build: Built) -> Built:
-            known = self._entries.get(name)
-            home = getattr(build, "__module__", "")
-            if known is None and name in self.own_names() and not home.startswith(f"{self._package}."):
-                raise InputError(f"{self.kind} '{name}' is registered already: it is one of this package")
-            if known is not None and _place(known.settings) != _place(settings):  # a module may be loaded anew
-                raise InputError(
-                    f"{self.kind} '{name}' is registered already, with {_place(known.settings)}; "
-                    f"{_place(settings)} wants another name"
-                )
-            owner = vars(settings).get("registered_name", name)
-            if owner != name:
-                raise InputError(f"{settings.__qualname__} is the settings of {self.kind} '{owner}', not of '{name}'")
-            settings.registered_name = name
-            self._entries[name] = Entry(name, settings, build)
-            return build
-
-        return registered
-
-    def _require_free(self, name: str) -> None:
-        if not isinstance(name, str) or not name:
-            raise InputError(f"a {self.kind} needs a name, not {name!r}")
-        if name in self.reserved:
-            raise InputError(f"no {self.kind} can be called '{name}', {self._reason}")
-
-    def _require_settings(self, name: str, settings: object) -> None:
-        base = f"sparsae.config.rules.{self.kind.title()}Config"  # by its name: pydantic takes long to import
-        bases = settings.__mro__[1:] if isinstance(settings, type) else ()
-        if base not in map(_place, bases):
-            short = base.rpartition(".")[2]
-            raise InputError(
-                f"the settings of {self.kind} '{name}' must be a class of their own that inherits {short}, "
-                f"not {_place(settings) if isinstance(settings, type) else repr(settings)}"
-            )
+    def loaded(self) -> tuple[Thing, ...]:
+        """Those that this package has, and what the program has loaded or registered besides; imports nothing else."""
+        own = {name: self[name] for name in self.own_names()}
+        return tuple(thing for _, thing in sorted({**self._entries, **own}.items()))
 
     def origin(self, name: str) -> str:
         """Where a name comes from: this package, the package of an entry point, or the running program."""
@@ -108,8 +73,8 @@ class Registry:
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
-    def __getitem__(self, name: str) -> Entry:
-        """The entry of a name. Raises InputError where there is none, or where its file does not give it."""
+    def __getitem__(self, name: str) -> Thing:
+        """What has this name. Raises InputError where there is none, or where its file does not give it."""
         if name in self.own_names():
             if name not in self._entries:
                 import_module(f"{self._package}.{name}")
@@ -147,6 +112,60 @@ class Registry:
             self._known_points = known
         return self._known_points
 
+    def _require_free(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a {self.kind} needs a name, not {name!r}")
+        if name in self.reserved:
+            raise InputError(f"no {self.kind} can be called '{name}', {self._reason}")
+
+    def _known(self, name: str) -> Thing | None:
+        """What has been registered under a name; one of this package is imported to tell."""
+        if name in self.own_names():
+            import_module(f"{self._package}.{name}")  # nothing happens where it is this module that registers it now
+        return self._entries.get(name)
+
+
+class Registry(Names[Entry]):
+    """Things that are made from settings of their own, by name."""
+
+    def register(self, name: str, settings: type[Any]) -> Callable[[Built], Built]:
+        """A decorator for a class or function that makes the thing from its settings.
+
+        settings: a class that `name` shall belong to alone. Raises InputError for a name or settings already taken, for
+        a reserved name, and for what is no class of settings.
+        """
+        self._require_free(name)
+        self._require_settings(name, settings)
+
+        def registered(build: Built) -> Built:
+            known = self._entries.get(name)
+            home = getattr(build, "__module__", "")
+            if known is None and name in self.own_names() and not home.startswith(f"{self._package}."):
+                raise InputError(f"{self.kind} '{name}' is registered already: it is one of this package")
+            if known is not None and _place(known.settings) != _place(settings):  # a module may be loaded anew
+                raise InputError(
+                    f"{self.kind} '{name}' is registered already, with {_place(known.settings)}; "
+                    f"{_place(settings)} wants another name"
+                )
+            owner = vars(settings).get("registered_name", name)
+            if owner != name:
+                raise InputError(f"{settings.__qualname__} is the settings of {self.kind} '{owner}', not of '{name}'")
+            settings.registered_name = name
+            self._entries[name] = Entry(name, settings, build)
+            return build
+
+        return registered
+
+    def _require_settings(self, name: str, settings: object) -> None:
+        base = f"sparsae.config.rules.{self.kind.title()}Config"  # by its name: pydantic takes long to import
+        bases = settings.__mro__[1:] if isinstance(settings, type) else ()
+        if base not in map(_place, bases):
+            short = base.rpartition(".")[2]
+            raise InputError(
+                f"the settings of {self.kind} '{name}' must be a class of their own that inherits {short}, "
+                f"not {_place(settings) if isinstance(settings, type) else repr(settings)}"
+            )
+
 
 def _place(settings: type[Any]) -> str:
     return f"{settings.__module__}.{settings.__qualname__}"
@@ -163,7 +182,7 @@ def _told(error: BaseException) -> str:
 
 
 def import_files() -> None:
-    """Import the Python files that $SPARSAE_IMPORT names, for what no package has yet: rules, terms, backends.
+    """Import the Python files that $SPARSAE_IMPORT names, for what no package has yet: rules, terms, families, backends.
 
     Raises InputError for one that cannot be imported.
     """

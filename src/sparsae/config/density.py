@@ -7,28 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from sparsae.families import FAMILIES
+
 DEPTH = "depth"
 # By a glob over layer names (in settings also a role) a factor; by `DEPTH` factors from the first block to the last.
 DensityFactors = Mapping[str, float | Sequence[float]]
 
-# Where the layers of each role are, by family. GPT-2's queries, keys and values are one layer, and its MLP has no gate.
-ROLES: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "attention": "*.attn.*",
-        "output": "*.attn.c_proj",
-        "mlp": "*.mlp.*",
-        "up": "*.mlp.c_fc",
-        "down": "*.mlp.c_proj",
-        "head": "lm_head",
-    },
-    "llama": {
-        "attention": "*.self_attn.*",
-        **{role: f"*.self_attn.{role[0]}_proj" for role in ("query", "key", "value", "output")},
-        "mlp": "*.mlp.*",
-        **{role: f"*.mlp.{role}_proj" for role in ("gate", "up", "down")},
-        "head": "lm_head",
-    },
-}
 _LOWEST, _HIGHEST = 1e-6, 1e6
 
 
@@ -48,7 +32,8 @@ def check_factors(density: object) -> None:
 
 def patterns_of(key: str) -> tuple[str, ...]:
     """The patterns that a role has in any family; of a pattern itself."""
-    return tuple(roles[key] for roles in ROLES.values() if key in roles) or (key,)
+    found = dict.fromkeys(family.densities[key] for family in FAMILIES.loaded() if key in family.densities)
+    return tuple(found) or (key,)
 
 
 def by_pattern(density: Mapping[str, float | list[float]], family: str) -> dict[str, float | list[float]]:
@@ -57,11 +42,12 @@ def by_pattern(density: Mapping[str, float | list[float]], family: str) -> dict[
     Raises ValueError for what is neither a pattern (which has a `*`, `?`, `[` or dot) nor a role of the family.
     """
     found: dict[str, float | list[float]] = {}
+    roles = FAMILIES[family].densities
     for key, value in density.items():
-        pattern = ROLES[family].get(key, key)
+        pattern = roles.get(key, key)
         if key != DEPTH and pattern == key and not any(sign in key for sign in "*?[."):
             raise ValueError(
-                f"{key} is no role of {family} ({', '.join(ROLES[family])}), nor {DEPTH}, nor a pattern such as *.mlp.*"
+                f"{key} is no role of {family} ({', '.join(roles)}), nor {DEPTH}, nor a pattern such as *.mlp.*"
             )
         before = found.get(pattern, 1.0)
         found[pattern] = value * before if isinstance(value, int | float) and isinstance(before, float) else value

@@ -18,10 +18,11 @@ from pydantic import ValidationError
 from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
 from sparsae.config.narrow import narrowed, refuse_huge
 from sparsae.config.rules import RuleConfig, TermConfig
-from sparsae.config.schema import Config
+from sparsae.config.schema import Config, ModelConfig
 from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError, require_utf8
+from sparsae.families import FAMILIES
 from sparsae.files import expanded
 from sparsae.registry import RULES, TERMS
 
@@ -86,6 +87,7 @@ def json_schema() -> dict[str, Any]:
         rules[-1]["properties"]["rule"] |= {"const": name, "default": name}
     for name in TERMS.names():
         terms[name] = {"anyOf": [_schema_of(TERMS[name].settings, schema["$defs"]), {"type": "null"}]}
+    schema["$defs"][ModelConfig.__name__]["properties"]["family"] |= {"enum": list(FAMILIES.names())}
     schema["properties"]["topology"] = {"oneOf": rules, "title": "Topology"}
     schema["properties"]["rules"] |= {"additionalProperties": {"oneOf": [*rules, {"type": "null"}]}}
     for definition in schema["$defs"].values():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparsae.config.schema import Config, ModelConfig, SparsityConfig
 from sparsae.errors import InputError
+from sparsae.families import FAMILIES
 from sparsae.files import expanded
 
 MOST_PARAMETERS = 2**40
@@ -21,13 +22,14 @@ MOST_TOKENS = 2**31 - 1
 def refuse_huge(config: Config) -> None:
     """InputError for sizes of which each is possible, but no machine can hold a model or a batch of all of them."""
     model, training = config.model, config.training
-    block = sum(rows * columns for rows, columns in _linear_shapes(model.model_copy(update={"layers": 1})).values())
+    shapes = FAMILIES[model.family].linear_shapes(model.model_copy(update={"layers": 1}))
+    block = sum(rows * columns for rows, columns in shapes.values())
     vocabulary = model.vocab_size or config.data.tokenizer_vocab
     parameters = model.layers * block + (vocabulary + model.context) * model.width
     if parameters > MOST_PARAMETERS:
         raise InputError(
             f"a model of {parameters:.3g} parameters is too large: lower model.width (now {model.width}), model.layers "
-            f"(now {model.layers}), model.mlp_width, model.vocab_size or model.context"
+            f"(now {model.layers}), model.mlp_width, model.head_size, model.vocab_size or model.context"
         )
     if (tokens := training.batch_size * model.context) > MOST_TOKENS:
         raise InputError(
@@ -40,8 +42,9 @@ def narrowed(config: Config) -> Config:
     """The dense model, no wider than the given one, whose parameters are nearest to its active ones at its sparsity.
 
     Layers, heads and context stay; the width is a multiple of twice the heads (of the heads where it was no such
-    multiple before). The MLP's width shrinks with it, and then takes up what that rounding left, in eights where it is
-    64 or more. Settings whose sparsity is 0 are narrow already.
+    multiple before), unless heads have a size of their own, which shrinks with it. The MLP's width shrinks too, and
+    then takes up what that rounding left, in eights where it is 64 or more. Settings whose sparsity is 0 are narrow
+    already.
 
     Raises InputError where even one pair of features a head has more parameters than are wanted.
     """
@@ -49,7 +52,8 @@ def narrowed(config: Config) -> Config:
         return config
     model, vocabulary = config.model, _vocabulary(config)
     target = count_parameters(model, vocabulary, config.sparsity)
-    step = model.heads * (2 if model.width % (2 * model.heads) == 0 else 1)
+    heads = model.heads if model.head_size is None else 1  # heads of a size of their own divide no width
+    step = heads * (2 if model.width % (2 * heads) == 0 else 1)
     candidates = [_of_width(model, width) for width in range(step, model.width + 1, step)]
     best = min(candidates, key=lambda narrow: abs(count_parameters(narrow, vocabulary) - target))
     if best is candidates[0] and count_parameters(best, vocabulary) > 1.5 * target:
@@ -63,7 +67,8 @@ def narrowed(config: Config) -> Config:
 
 def count_parameters(model: ModelConfig, vocabulary: int, sparsity: SparsityConfig | None = None) -> int:
     """Parameters of a model, or those that exist of one that is sparse so."""
-    linear = _linear_shapes(model)
+    family = FAMILIES[model.family]
+    linear = family.linear_shapes(model)
     head = 0 if model.tie_embeddings else vocabulary * model.width
     if sparsity is not None:
         selected = {
@@ -78,42 +83,12 @@ def count_parameters(model: ModelConfig, vocabulary: int, sparsity: SparsityConf
     else:
         inactive = active = 0
     weights = sum(rows * columns for rows, columns in linear.values())
-    return weights - inactive + active + head + _other_parameters(model, vocabulary)
-
-
-def _linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the linear layers inside the blocks, by the names that `transformers` gives them."""
-    width = model.width
-    shapes: dict[str, tuple[int, int]] = {}
-    if model.family == "gpt2":
-        hidden = _mlp_width(model)
-        block = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width)}
-        block |= {"mlp.c_fc": (hidden, width), "mlp.c_proj": (width, hidden)}
-        prefix = "transformer.h"
-    else:
-        hidden = _mlp_width(model)
-        keys = width // model.heads * (model.kv_heads or model.heads)
-        block = {"self_attn.q_proj": (width, width), "self_attn.o_proj": (width, width)}
-        block |= {"self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)}
-        block |= {"mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width), "mlp.down_proj": (width, hidden)}
-        prefix = "model.layers"
-    for layer in range(model.layers):
-        shapes |= {f"{prefix}.{layer}.{name}": shape for name, shape in block.items()}
-    return shapes
-
-
-def _other_parameters(model: ModelConfig, vocabulary: int) -> int:
-    """Embeddings, norms and biases."""
-    width = model.width
-    if model.family == "llama":
-        return vocabulary * width + width * (2 * model.layers + 1)
-    biases = sum(rows for rows, _ in _linear_shapes(model).values())
-    return (vocabulary + model.context) * width + biases + 2 * width * (2 * model.layers + 1)
+    return weights - inactive + active + head + family.other_parameters(model, vocabulary)
 
 
 def _with_mlp_for(model: ModelConfig, vocabulary: int, target: int) -> ModelConfig:
     """The model with the MLP width that brings its parameters nearest to the target."""
-    hidden = _mlp_width(model)
+    hidden = FAMILIES[model.family].mlp_width(model)
     unit = 8 if hidden >= 64 else 1
     wider = model.model_copy(update={"mlp_width": hidden + unit})
     missing, gained = (target - count_parameters(model, vocabulary)), count_parameters(wider, vocabulary)
@@ -121,14 +96,11 @@ def _with_mlp_for(model: ModelConfig, vocabulary: int, target: int) -> ModelConf
     return model.model_copy(update={"mlp_width": max(unit, hidden + unit * units)})
 
 
-def _mlp_width(model: ModelConfig) -> int:
-    default = 4 * model.width if model.family == "gpt2" else 64 * max(1, round(8 * model.width / 3 / 64))
-    return model.mlp_width or default
-
-
 def _of_width(model: ModelConfig, width: int) -> ModelConfig:
+    """What is given of the MLP and of the heads shrinks with the width; a head's features stay even, for rotations."""
     hidden = model.mlp_width and max(1, round(model.mlp_width * width / model.width))
-    return model.model_copy(update={"width": width, "mlp_width": hidden})
+    head = model.head_size and 2 * max(1, round(model.head_size * width / model.width / 2))
+    return model.model_copy(update={"width": width, "mlp_width": hidden, "head_size": head})
 
 
 def _vocabulary(config: Config) -> int:

@@ -9,37 +9,48 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sparsae.config.density import Density, by_pattern
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schedule import ScheduleConfig
 from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, ShareOfMean, Text
+from sparsae.errors import InputError
+from sparsae.families import DEFAULT, FAMILIES
 
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
 
 
-class ModelConfig(Section):
-    """The architecture, built by `transformers` with new weights."""
+def _known_family(name: str) -> str:
+    try:
+        _ = FAMILIES[name]
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return name
 
-    family: Literal["gpt2", "llama"] = Field(default="gpt2", description="architecture")
+
+class ModelConfig(Section):
+    """The architecture, built by `transformers` with new weights. A family refuses what it does not have."""
+
+    family: Annotated[str, AfterValidator(_known_family)] = Field(
+        default=DEFAULT, description=f"architecture: {', '.join(FAMILIES.own_names())}, or one of your own"
+    )
     layers: Annotated[int, Field(ge=1, le=1_000)] = Field(default=4, description="transformer blocks")
     heads: Count = Field(default=4, description="attention heads a block")
-    kv_heads: Count | None = Field(default=None, description="key and value heads (llama); null: as many as heads")
+    kv_heads: Count | None = Field(default=None, description="key and value heads a block; null: as many as heads")
+    head_size: Count | None = Field(default=None, description="features of an attention head; null: width / heads")
     width: Count = Field(default=256, description="model width d")
-    mlp_width: Count | None = Field(
-        default=None, description="hidden width of the MLP; null: 4 d (gpt2), 8/3 d in 64s (llama)"
-    )
+    mlp_width: Count | None = Field(default=None, description="hidden width of the MLP; null: the family's share of d")
     context: Annotated[int, Field(ge=2, le=LARGEST)] = Field(default=256, description="longest sequence, in tokens")
     vocab_size: Count | None = Field(default=None, description="entries of the embedding; null: the tokenizer's")
     tie_embeddings: bool = Field(default=True, description="the output head shares the embedding's weights")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="dropout probability (gpt2)")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="dropout probability")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.width % self.heads:
+        if self.head_size is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
@@ -47,12 +58,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _family_has_it(self) -> Self:
-        if self.family == "gpt2" and self.kv_heads is not None:
-            raise ValueError("kv_heads is for llama; with gpt2 it must be null")
-        if self.family == "llama" and self.dropout:
-            raise ValueError("dropout is for gpt2; with llama it must be 0")
-        if self.family == "llama" and self.width // self.heads % 2:
-            raise ValueError(f"width {self.width} / heads {self.heads} must be even for llama's rotary positions")
+        FAMILIES[self.family].refuse(self)
         return self
 
 

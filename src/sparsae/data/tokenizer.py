@@ -144,7 +144,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, waiting: Callable[[],
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json, a directory that holds one, or a directory with GPT-2's vocab.json and merges.txt.
+    """Read a tokenizer.json, a directory that holds one, or a directory with a vocab.json and merges.txt.
 
     The marks of begin and end are those of the tokenizer_config.json beside it; without one, the first of
     <|endoftext|>, <|end_of_text|>, </s>, <eos>, <|im_end|> that the vocabulary has. Raises InputError where the path
@@ -158,7 +158,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif (path / "tokenizer.json").is_file():
         folder, raw = path, _read_json_form(path / "tokenizer.json")
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        folder, raw = path, _read_gpt2_form(path)
+        folder, raw = path, _read_two_files(path)
     else:
         raise InputError(f"{path}: no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt")
     settings = _settings(folder / "tokenizer_config.json")
@@ -234,14 +234,14 @@ def _read_json_form(path: Path) -> tokenizers.Tokenizer:
         raise InputError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from None
 
 
-def _read_gpt2_form(folder: Path) -> tokenizers.Tokenizer:
+def _read_two_files(folder: Path) -> tokenizers.Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # As above: the library has no exception of its own.
-        raise InputError(f"{folder}: vocab.json and merges.txt are not GPT-2's: {error}") from None
+        raise InputError(f"{folder}: vocab.json and merges.txt are no byte-level BPE: {error}") from None
     raw = tokenizers.Tokenizer(model)
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

@@ -9,6 +9,7 @@ from typing import Any
 from sparsae import __version__
 from sparsae.config.schema import Config
 from sparsae.evaluate.loading import LoadedRun
+from sparsae.families import FAMILIES
 from sparsae.nn.linear import SparseLinear
 from sparsae.train.progress import readable_perplexity
 from sparsae.train.validation import perplexity
@@ -79,7 +80,7 @@ def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters
         _CARD.format(
             tags="\n".join(f"- {tag}" for tag in ("sparsae", *(["sparse"] if layers else []))),
             name=loaded.run.path.resolve().name,
-            family={"gpt2": "GPT-2", "llama": "Llama"}[config.model.family],
+            family=FAMILIES[config.model.family].title,
             parameters=parameters,
             what=sparse if layers else "All of them exist",
             version=__version__,

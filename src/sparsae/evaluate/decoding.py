@@ -1,8 +1,8 @@
 """Next-token logits of one sequence that grows a token at a time.
 
 A token through a small sparse model is so little arithmetic that transformers' own path spends most of its time between
-the products. `FastDecoder` walks the blocks of a GPT-2 or Llama itself, with a key-value cache that never moves and
-products that were prepared once; `ModelDecoder` serves everything else.
+the products. `FastDecoder` walks the blocks of a family itself, with a key-value cache that never moves and products
+that were prepared once; `ModelDecoder` serves everything else.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsae.families import FAMILIES, Family
 from sparsae.kernels.registry import BACKENDS
 from sparsae.models import attention_modules, decoder_and_head
 from sparsae.nn.linear import SparseLinear
-from sparsae.nn.mlp import hooked
+from sparsae.nn.mlp import FusedMLP, hooked
 
 _Function = Callable[[Tensor], Tensor]
 
@@ -38,12 +40,9 @@ class Decoder(ABC):
 
 def open_decoder(model: nn.Module, context: int) -> Decoder:
     """The fastest decoder that serves a model. context: the longest sequence, in tokens."""
-    if _is_plain(model):
-        name = type(model).__name__
-        if name == "GPT2LMHeadModel" and _is_standard_gpt2(model):
-            return FastDecoder(model, _GPT2(model), context)
-        if name == "LlamaForCausalLM" and _is_standard_llama(model):
-            return FastDecoder(model, _Llama(model, context), context)
+    family = FAMILIES.of(model)
+    if family is not None and _is_evaluated(model) and _is_plain(model, family):
+        return FastDecoder(model, _Blocks(model, family, context), context)
     return ModelDecoder(model)
 
 
@@ -79,11 +78,11 @@ def _forward(decoder: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor
 
 
 class FastDecoder(Decoder):
-    """Token by token through the blocks of an architecture, on the CPU in float32."""
+    """Token by token through the blocks of a family, on the CPU in float32."""
 
-    def __init__(self, model: nn.Module, architecture: _GPT2 | _Llama, context: int) -> None:
-        self._model, self._blocks, self._length = model, architecture, 0
-        shape = (architecture.layers, 2, 1, architecture.kv_heads, context, architecture.head_size)
+    def __init__(self, model: nn.Module, blocks: _Blocks, context: int) -> None:
+        self._model, self._blocks, self._length = model, blocks, 0
+        shape = (len(blocks), 2, 1, blocks.kv_heads, context, blocks.head_size)
         # keys and values: (layer, 2, 1, head, position, head size)
         self._cache = torch.empty(shape, dtype=torch.float32, device="cpu")
         # None where a version of transformers has no scaling: it multiplies by torch's own, 1 / sqrt(head size).
@@ -105,7 +104,7 @@ class FastDecoder(Decoder):
         position = self._length
         self._length += 1
         x = self._blocks.embed(token, position)  # (1, width)
-        for layer in range(self._blocks.layers):
+        for layer in range(len(self._blocks)):
             x = self._blocks.block(layer, x, position, self._attend)
         return self._head(self._blocks.norm(x))[0].clone()
 
@@ -124,80 +123,84 @@ class FastDecoder(Decoder):
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class _GPT2:
-    """The blocks of transformers' GPT2LMHeadModel."""
+@dataclass(frozen=True)
+class _Block:
+    """The functions of one block, each of x (1, in)."""
 
-    def __init__(self, model: Any) -> None:
-        config, decoder = model.config, model.transformer
-        self.layers, self.kv_heads = config.n_layer, config.n_head
-        self.head_size = config.n_embd // config.n_head
-        self._tokens, self._positions = decoder.wte.weight, decoder.wpe.weight
-        self.norm = _layer_norm(decoder.ln_f)
-        self._blocks = [
-            (
-                _layer_norm(block.ln_1),
-                product(block.attn.c_attn),
-                product(block.attn.c_proj),
-                _layer_norm(block.ln_2),
-                product(block.mlp.c_fc),
-                block.mlp.act,
-                product(block.mlp.c_proj),
-            )
-            for block in decoder.h
-        ]
-
-    def embed(self, token: int, position: int) -> Tensor:
-        return self._tokens[token : token + 1] + self._positions[position : position + 1]
-
-    def block(self, layer: int, x: Tensor, position: int, attend: _Attend) -> Tensor:
-        norm_1, qkv, out, norm_2, up, activation, down = self._blocks[layer]
-        q, k, v = qkv(norm_1(x)).view(3, self.kv_heads, self.head_size)
-        x = x + out(attend(layer, q[None, :, None], k, v))
-        return x + down(activation(up(norm_2(x))))
+    norm_1: _Function
+    projections: Sequence[_Function]
+    head_norms: Sequence[_Function]
+    output: _Function
+    norm_2: _Function
+    up: _Function
+    gate: _Function | None
+    activation: _Function
+    down: _Function
 
 
-class _Llama:
-    """The blocks of transformers' LlamaForCausalLM."""
+class _Blocks:
+    """The blocks of a model of a family, with what is before and after them."""
 
-    def __init__(self, model: Any, context: int) -> None:
-        config, decoder = model.config, model.model
-        self.layers, self.heads, self.kv_heads = (
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        self.head_size = decoder.layers[0].self_attn.head_dim
-        self._tokens = decoder.embed_tokens.weight
-        cos, sin = decoder.rotary_emb(self._tokens, torch.arange(context, device="cpu")[None])
-        self._cos, self._sin = cos[0], sin[0]  # (context, head size)
-        self.norm = _rms_norm(decoder.norm)
-        self._blocks = [
-            (
-                _rms_norm(block.input_layernorm),
-                *(product(getattr(block.self_attn, f"{name}_proj")) for name in "qkvo"),
-                _rms_norm(block.post_attention_layernorm),
-                *(product(getattr(block.mlp, f"{name}_proj")) for name in ("gate", "up", "down")),
-                block.mlp.act_fn,
-            )
-            for block in decoder.layers
-        ]
+    def __init__(self, model: Any, family: Family, context: int) -> None:
+        blocks, config = model.get_submodule(family.blocks), model.config
+        attention = getattr(blocks[0], family.attention)
+        self.heads, self.head_size = config.num_attention_heads, attention.head_dim
+        self.kv_heads = getattr(config, "num_key_value_heads", self.heads)
+        self._sizes = [size * self.head_size for size in (self.heads, self.kv_heads, self.kv_heads)]
+        self._tokens = model.get_input_embeddings().weight
+        self._positions = None if family.positions is None else model.get_submodule(family.positions).weight
+        if self._positions is None:
+            cos, sin = model.base_model.rotary_emb(self._tokens, torch.arange(context, device="cpu")[None])
+            self._cos, self._sin = cos[0], sin[0]  # (context, head size)
+        self.norm = _norm(model.get_submodule(family.final_norm))
+        self._blocks = [_block(block, family) for block in blocks]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
     def embed(self, token: int, position: int) -> Tensor:
-        return self._tokens[token : token + 1]
+        """(1, width) of a token, before the first block."""
+        x = self._tokens[token : token + 1]
+        return x if self._positions is None else x + self._positions[position : position + 1]
 
     def block(self, layer: int, x: Tensor, position: int, attend: _Attend) -> Tensor:
-        norm_1, q, k, v, out, norm_2, gate, up, down, activation = self._blocks[layer]
-        normed = norm_1(x)
-        heads = [self._rotated(p(normed).view(-1, self.head_size), position) for p in (q, k)]
-        values = v(normed).view(-1, self.head_size)
-        x = x + out(attend(layer, heads[0][None, :, None], heads[1], values))
-        normed = norm_2(x)
-        return x + down(activation(gate(normed)) * up(normed))
+        """x: (1, width), before and after a block."""
+        block = self._blocks[layer]
+        normed = block.norm_1(x)
+        parts = [project(normed) for project in block.projections]
+        if len(parts) == 1:
+            parts = list(parts[0].split(self._sizes, dim=-1))
+        q, k, v = (part.view(-1, self.head_size) for part in parts)
+        if block.head_norms:
+            q, k = (norm(part) for norm, part in zip(block.head_norms, (q, k), strict=True))
+        if self._positions is None:
+            q, k = self._rotated(q, position), self._rotated(k, position)
+        x = x + block.output(attend(layer, q[None, :, None], k, v))
+        normed = block.norm_2(x)
+        if block.gate is None:
+            return x + block.down(block.activation(block.up(normed)))
+        return x + block.down(block.activation(block.gate(normed)) * block.up(normed))
 
     def _rotated(self, x: Tensor, position: int) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         return x * self._cos[position] + turned * self._sin[position]
+
+
+def _block(block: nn.Module, family: Family) -> _Block:
+    attention, mlp = getattr(block, family.attention), getattr(block, family.mlp)
+    norm_1, norm_2 = (_norm(getattr(block, name)) for name in family.norms)
+    return _Block(
+        norm_1,
+        [product(getattr(attention, name)) for name in family.projections],
+        [_norm(getattr(attention, name)) for name in family.head_norms or ()],
+        product(getattr(attention, family.output)),
+        norm_2,
+        product(getattr(mlp, family.up)),
+        None if family.gate is None else product(getattr(mlp, family.gate)),
+        getattr(mlp, family.activation),
+        product(getattr(mlp, family.down)),
+    )
 
 
 def product(layer: nn.Module) -> _Function:
@@ -209,31 +212,30 @@ def product(layer: nn.Module) -> _Function:
     return layer
 
 
-def _layer_norm(norm: Any) -> _Function:
-    shape, weight, bias, epsilon = norm.normalized_shape, norm.weight, norm.bias, norm.eps
-    return lambda x: functional.layer_norm(x, shape, weight, bias, epsilon)
-
-
-def _rms_norm(norm: Any) -> _Function:
+def _norm(norm: Any) -> _Function:
+    if isinstance(norm, nn.LayerNorm):
+        shape, scale, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        return lambda x: functional.layer_norm(x, shape, scale, bias, eps)
     weight, epsilon = norm.weight, norm.variance_epsilon
     return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def _is_plain(model: nn.Module) -> bool:
+def _is_evaluated(model: nn.Module) -> bool:
     """Whether a model is evaluated on the CPU in float32 and nobody listens to its modules."""
     if model.training or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return False
     return not any(hooked(module) for module in model.modules())
 
 
-def _is_standard_gpt2(model: Any) -> bool:
-    config = model.config
-    unusual = (config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention)
-    known = all(type(block.mlp).__name__ in ("GPT2MLP", "FusedMLP") for block in model.transformer.h)
-    return known and config.scale_attn_weights and not any(unusual)
-
-
-def _is_standard_llama(model: Any) -> bool:
+def _is_plain(model: Any, family: Family) -> bool:
+    """Whether a model's own pass is the one that the facts of its family tell."""
+    if type(model).__name__ != family.model_class or any(
+        getattr(model.config, name, value) != value for name, value in family.plain.items()
+    ):
+        return False
     # The frequencies of other kinds of rotary positions depend on the length of the sequence.
-    fixed = model.model.rotary_emb.rope_type in ("default", "linear", "yarn", "llama3")
-    return fixed and all(type(block.mlp).__name__ in ("LlamaMLP", "FusedMLP") for block in model.model.layers)
+    fixed = ("default", "linear", "yarn", "llama3")
+    if family.positions is None and model.base_model.rotary_emb.rope_type not in fixed:
+        return False
+    mlps = (getattr(block, family.mlp) for block in model.get_submodule(family.blocks))
+    return all(type(mlp).__name__ in (family.mlp_class, FusedMLP.__name__) for mlp in mlps)

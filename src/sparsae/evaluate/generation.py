@@ -44,7 +44,7 @@ def continue_text(
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     made = _continue(loaded, ids, tokens, temperature, top_k, generator(seed, "generate"))
-    # Together, because a decoder may treat the start of a text in its own way: Llama's drops a space there.
+    # Together, because a decoder may treat the start of a text in its own way: some drop a space there.
     before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *made])
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
     return whole[shared:]

@@ -33,7 +33,7 @@ PARAMETERIZATIONS: Mapping[str, Mapping[str, object]] = {
 }
 
 # Settings that a grid gives to every run, and by which of its lists. model.width is free: it says at which width
-# model.heads and model.mlp_width are as they are given.
+# model.heads, model.head_size and model.mlp_width are as they are given.
 SAID: Mapping[str, str] = {
     "seed": "seeds",
     "sparsity.sparsity": "sparsities",
@@ -87,6 +87,8 @@ class Base:
             found["heads"] = _scaled("heads", model.heads, width, model.width)
             if model.kv_heads is not None:
                 found["kv_heads"] = _scaled("kv_heads", model.kv_heads, width, model.width)
+        elif model.head_size is not None:
+            found["head_size"] = _scaled("head_size", model.head_size, width, model.width)
         if model.mlp_width is not None:
             found["mlp_width"] = max(1, round(model.mlp_width * width / model.width))
         return found

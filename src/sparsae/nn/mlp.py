@@ -1,4 +1,4 @@
-"""The MLPs of GPT-2 and Llama over sparse layers: one fused operator where their backend has it."""
+"""The MLPs of the families over sparse layers: one fused operator where their backend has it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sparsae.families import FAMILIES, Family
 from sparsae.kernels.mlp import sparse_mlp
 from sparsae.kernels.registry import BACKENDS
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.tracing import by_operators, in_autocast
 
-# Of transformers' MLP classes: the names of the layers up, down and gate, and of the activation.
-_LAYERS = {
-    "GPT2MLP": (("c_fc", "c_proj"), "act"),
-    "LlamaMLP": (("up_proj", "down_proj", "gate_proj"), "act_fn"),
-}
 _ACTIVATIONS = {
     "NewGELUActivation": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
@@ -30,7 +26,7 @@ _ACTIVATIONS = {
 
 
 class FusedMLP(nn.Module):
-    """Stands for a GPT-2 or Llama MLP whose layers are sparse; they keep their names, and so does everything saved.
+    """Stands for the MLP of a family whose layers are sparse; they keep their names, and so does everything saved.
 
     Where the fused operator cannot serve (another backend, layers of different units) or would not pay (a token or two,
     many weights) the module that it stands for computes, with the same layers.
@@ -39,7 +35,9 @@ class FusedMLP(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         """Takes over the layers of `original`, an MLP that `recognized` says yes to."""
         super().__init__()
-        self._names, self._activation = _LAYERS[type(original).__name__]
+        family = _family_of(original)
+        assert family is not None
+        self._names, self._activation = family.mlp_layers, family.activation
         for name, child in original.named_children():
             self.add_module(name, child)
         # In a tuple, so that its parameters are not counted twice.
@@ -112,10 +110,16 @@ def _kernel_of(activation: nn.Module | None) -> str | None:
 
 def recognized(module: nn.Module) -> bool:
     """Whether this is an MLP of transformers with sparse layers and an activation that the kernels know."""
-    name = type(module).__name__
-    if name not in _LAYERS or not type(module).__module__.startswith("transformers."):
-        return False
-    layers, activation = _LAYERS[name]
-    return _kernel_of(getattr(module, activation)) is not None and all(
-        isinstance(getattr(module, layer), SparseLinear) for layer in layers
+    family = _family_of(module)
+    return (
+        family is not None
+        and _kernel_of(getattr(module, family.activation)) is not None
+        and all(isinstance(getattr(module, layer), SparseLinear) for layer in family.mlp_layers)
     )
+
+
+def _family_of(mlp: nn.Module) -> Family | None:
+    """The family whose MLP this is; None: of none."""
+    if not type(mlp).__module__.startswith("transformers."):
+        return None
+    return next((family for family in FAMILIES.loaded() if family.mlp_class == type(mlp).__name__), None)

@@ -9,6 +9,7 @@ from torch import nn
 from sparsae.config.rules import MicroBatchConfig
 from sparsae.config.schema import Config, ModelConfig
 from sparsae.core.accounting import FlopCounter, ModelCost, gradient_at
+from sparsae.families import FAMILIES
 from sparsae.models import decoder_and_head
 from sparsae.nn.choice import layer_shapes, linear_layers
 from sparsae.nn.linear import sparse_layers
@@ -56,6 +57,6 @@ def model_cost(model: nn.Module, config: ModelConfig) -> ModelCost:
         dense_weights=dense,
         head_weights=0 if head in sparse.values() else math.prod(layer_shapes({"": head})[""]),
         attention_layers=config.layers,
-        width=config.width,
+        width=config.heads * FAMILIES[config.family].head_size(config),
         context=config.context,
     )
