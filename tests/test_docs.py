@@ -83,7 +83,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     for line, source in code_blocks(page):
         # Blank lines in front give errors the line numbers of the page.
-        exec(compile("\n" * line + source, str(page), "exec"), namespace)
+        exec(compile("\n" * line + source, str(page), "exec", dont_inherit=True), namespace)
 
 
 def test_the_api_page_has_code() -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from sparsae.kernels.backend import Layout as Layout
     from sparsae.kernels.registry import register_backend as register_backend
     from sparsae.losses import distillation_loss as distillation_loss
+    from sparsae.nn.kinds.kind import KINDS as KINDS
+    from sparsae.nn.kinds.kind import Kind as Kind
     from sparsae.nn.linear import SparseLinear as SparseLinear
     from sparsae.nn.linear import sparse_layers as sparse_layers
     from sparsae.nn.sparsify import densify as densify
@@ -84,6 +86,8 @@ _HOMES = {
     "Growth": "sparsae.rules.parts.grow",
     "HeadLayout": "sparsae.core.heads",
     "InputError": "sparsae.errors",
+    "KINDS": "sparsae.nn.kinds.kind",
+    "Kind": "sparsae.nn.kinds.kind",
     "LargestGradient": "sparsae.rules.parts.grow",
     "LargestSampledGradient": "sparsae.rules.parts.grow",
     "LayerView": "sparsae.core.observation",

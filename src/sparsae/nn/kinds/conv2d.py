@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsae.nn.kinds.kind import KINDS, Kind, subclass_refusal
+from sparsae.nn.tracing import transformed
 
 if TYPE_CHECKING:
     from sparsae.nn.linear import SparseLinear
@@ -76,7 +77,8 @@ class Conv2d(Kind):
         if isinstance(padding, str) or self.padding_mode != "zeros":
             x = functional.pad(x, sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
             padding, sides = (0, 0), [0, 0, 0, 0]
-        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        # Which nobody can ask under a transform of torch.func.
+        is_last = not transformed() and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         size = [
             (length + before + after - dilation * (kernel - 1) - 1) // stride + 1
             for length, before, after, kernel, dilation, stride in zip(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor, nn
@@ -121,6 +121,9 @@ class Kinds:
         self._known = [known for known in self._known if (known.__module__, known.__qualname__) != place]
         self._known.append(kind)
         return kind
+
+    def __iter__(self) -> Iterator[type[Kind]]:
+        return iter(self._known)
 
     def claiming(self, module: nn.Module) -> type[Kind] | None:
         """The kind of a dense module; None where there is none."""
