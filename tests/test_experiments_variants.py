@@ -82,9 +82,9 @@ class TestAblations:
     @pytest.mark.parametrize(
         ("options", "hint"),
         [
-            (["--variants", "no-rump"], "no ablation no-rump of sparsae; did you mean no-ramp"),
-            (["--variants", "no-teacher"], "no ablation no-teacher of sparsae"),
-            (["--method", "rigl"], "--method: no ablations of rigl; one of: sparsae, sparsae-written"),
+            (["--variants", "no-rump"], "no ablation 'no-rump' of sparsae; did you mean no-ramp"),
+            (["--variants", "no-teacher"], "no ablation 'no-teacher' of sparsae"),
+            (["--method", "rigl"], "--method: no ablations of 'rigl'; one of: sparsae, sparsae-written"),
         ],
     )
     def test_an_unknown_one_is_refused(

@@ -182,7 +182,7 @@ def _told(error: BaseException) -> str:
 
 
 def import_files() -> None:
-    """Import the Python files that $SPARSAE_IMPORT names, for what no package has yet: rules, terms, families, backends.
+    """Import the Python files that $SPARSAE_IMPORT names, for what no package has yet: rules, terms, families, ...
 
     Raises InputError for one that cannot be imported.
     """
