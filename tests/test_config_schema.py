@@ -83,7 +83,8 @@ def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:
 
 
 def test_names_that_ship() -> None:
-    assert set(presets()) == {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
+    # Those that existed first stay, whatever else is added.
+    assert set(presets()) >= {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
     shipped = {"sparsae", "sparsae-guided", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search"}
     shipped |= {"sparsae-evolved", "sparsae-placebo"}
     shipped |= {f"{rule}-ramp" for rule in ("set", "rigl", "gse", "granet", "mest")}

@@ -182,7 +182,7 @@ def _told(error: BaseException) -> str:
 
 
 def import_files() -> None:
-    """Import the Python files that $SPARSAE_IMPORT names, for what no package has yet: rules, terms, families, ...
+    """Import the Python files that $SPARSAE_IMPORT names, for rules, terms, families, ... of no package.
 
     Raises InputError for one that cannot be imported.
     """
