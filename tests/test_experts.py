@@ -11,6 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, sparse_layers, sparsify, summary
+from sparsae.config.schema import TeacherConfig
+from sparsae.nn.conversion import dense_matrices, sparse_modules
 from sparsae.nn.dense import gathered
 from sparsae.nn.kinds.experts import SparseExperts
 from sparsae.nn.linear import SparseLinear
@@ -214,3 +216,31 @@ def test_a_density_schedule_and_factors_know_experts_by_their_layers() -> None:
     down = [d for n, d in densities.items() if n.endswith(".down_proj")]
     others = [d for n, d in densities.items() if not n.endswith(".down_proj")]
     assert min(down) / max(others) == pytest.approx(2.0, rel=0.02)
+
+
+@pytest.mark.parametrize("storage", ["union", "masked", "dense"])
+@pytest.mark.parametrize("name", ["Mixtral", "gpt_oss"])
+def test_a_teacher_of_experts_is_their_average(name: str, storage: Any) -> None:
+    model = sparsify(build(name), 0.7)
+    adam = AdamW(model.parameters(), lr=3e-3)
+    config = SparsifierConfig(
+        steps=12,
+        topology=SetConfig(every=3),
+        teacher=TeacherConfig(enabled=True, storage=storage, beta=0.5, ramp=False),
+    )
+    sparsifier = Sparsifier(model, adam, config)
+    layers = sparse_layers(model)
+    average = {n: layer.dense_weight() for n, layer in layers.items()}
+    for _ in range(4):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        sparsifier.before_step()
+        adam.step()
+        adam.zero_grad()
+        before = {n: layer.dense_weight() for n, layer in layers.items()}
+        sparsifier.after_step()
+        average = {n: weight.lerp(before[n], 0.5) for n, weight in average.items()}
+    assert sparsifier.teacher is not None
+    teacher = densify(copy.deepcopy(sparsifier.teacher.model))
+    for full, weight in dense_matrices({n: teacher.get_submodule(n) for n in sparse_modules(model)}).items():
+        kept = layers[full].topology.to_mask() if storage == "masked" else torch.ones_like(weight, dtype=torch.bool)
+        torch.testing.assert_close(weight[kept], average[full][kept], rtol=1e-4, atol=1e-6)

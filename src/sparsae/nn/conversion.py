@@ -59,6 +59,32 @@ def sparse_twin(name: str, module: nn.Module, make: Maker) -> nn.Module:
     return twin
 
 
+@dataclass(frozen=True)
+class DensePlace:
+    """Where the matrix of a layer lies in a dense module."""
+
+    module: nn.Module
+    weight: str
+    part: str
+
+    @property
+    def matrix(self) -> Tensor:
+        """(out, in), a view of the weight, which has to be contiguous."""
+        weight = parameter_of(self.module, self.weight).data
+        return KINDS.of(self.module).split(self.weight, weight)[self.part]
+
+
+def dense_places(modules: Mapping[str, nn.Module]) -> dict[str, DensePlace]:
+    """Where the layers lie that modules become, by the layers' names."""
+    return {
+        below(name, part): DensePlace(module, weight, part)
+        for name, module in modules.items()
+        for kind in (KINDS.of(module),)
+        for weight in kind.weights
+        for part in kind.parts(weight)
+    }
+
+
 def dense_matrices(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The (out, in) weights of the layers that modules become. Raises ValueError for one on the meta device."""
     found = {}

@@ -13,7 +13,6 @@ from torch import nn
 from sparsae.config.schema import TeacherConfig
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.names import modules_by_name
 from sparsae.nn.tensors import load_model, model_tensors
 from sparsae.search.teacher.storages import STORAGES, Storage
 
@@ -57,11 +56,11 @@ class Teacher:
         config, student = self.config, _unsynchronized(self._student)
         model = _copy_sharing_indices(student).eval()
         storage = STORAGES[config.storage]
-        storage.prepare(model)
+        copied = storage.prepare(model)
         model.requires_grad_(False)
-        self.since, self._model, modules = step, model, modules_by_name(model)
+        self.since, self._model = step, model
         for name, layer in sparse_layers(student).items():
-            self.layers[name] = storage.of(name, modules[name], layer, config)
+            self.layers[name] = storage.of(name, copied[name], layer, config)
 
     def _end(self) -> None:
         # Whoever watches `layers` has the mapping.

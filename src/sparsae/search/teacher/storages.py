@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from sparsae.config.schema import TeacherConfig
 from sparsae.core.topology import Topology, remap
 from sparsae.errors import InputError
 from sparsae.kernels.structures import same_indices
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.conversion import DensePlace, dense_places, sparse_modules
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.nn.names import modules_by_name
 from sparsae.nn.sparsify import densify
 from sparsae.surgery import Change
 
@@ -61,9 +63,10 @@ class Storage(ABC):
     module: nn.Module
     ages: Ages | None = None
 
-    @staticmethod  # noqa: B027 - most keep the student's layers
-    def prepare(model: nn.Module) -> None:
-        """Give a copy of the student the layers that this storage keeps, in place."""
+    @staticmethod
+    def prepare(model: nn.Module) -> Mapping[str, Any]:
+        """Give a copy of the student the layers that this storage keeps, in place; returns what `of` takes of each."""
+        return sparse_layers(model)
 
     @staticmethod
     def size(nnz: int, weights: int) -> int:
@@ -72,8 +75,8 @@ class Storage(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, name: str, module: nn.Module, student: SparseLinear, config: TeacherConfig) -> Self:
-        """For the student's layer `name`, of which `module` is the prepared copy."""
+    def of(cls, name: str, copied: Any, student: SparseLinear, config: TeacherConfig) -> Self:
+        """For the student's layer `name`, of which `copied` is the prepared copy."""
 
     @property
     @abstractmethod
@@ -115,8 +118,8 @@ class Masked(Storage):
     ages: Ages | None = None
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, student: SparseLinear, config: TeacherConfig) -> Self:
-        return cls(name, _sparse(module), student.topology, Ages.of(student, config))
+    def of(cls, name: str, copied: SparseLinear, student: SparseLinear, config: TeacherConfig) -> Self:
+        return cls(name, copied, student.topology, Ages.of(student, config))
 
     @property
     def weights(self) -> Tensor:
@@ -162,8 +165,8 @@ class Union(Storage):
     active: Tensor | None = None
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, student: SparseLinear, config: TeacherConfig) -> Self:
-        return cls(name, _sparse(module), config.tolerance, student.topology, Ages.of(student, config))
+    def of(cls, name: str, copied: SparseLinear, student: SparseLinear, config: TeacherConfig) -> Self:
+        return cls(name, copied, config.tolerance, student.topology, Ages.of(student, config))
 
     @property
     def weights(self) -> Tensor:
@@ -225,29 +228,32 @@ class Union(Storage):
 class Dense(Storage):
     """Every position, as a dense layer: nothing has to follow."""
 
-    module: nn.Module
+    place: DensePlace
 
     @staticmethod
-    def prepare(model: nn.Module) -> None:
-        densify(model)
+    def prepare(model: nn.Module) -> Mapping[str, Any]:
+        names = list(sparse_modules(model))
+        modules = modules_by_name(densify(model))
+        return dense_places({name: modules[name] for name in names})
 
     @staticmethod
     def size(nnz: int, weights: int) -> int:
         return weights
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, student: SparseLinear, config: TeacherConfig) -> Self:
-        return cls(module)
+    def of(cls, name: str, copied: DensePlace, student: SparseLinear, config: TeacherConfig) -> Self:
+        return cls(copied)
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        return self.place.module
 
     @property
     def weights(self) -> Tensor:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.place.matrix
 
     def average(self, student: SparseLinear, decay: float) -> None:
-        weight = self.weights.mul_(decay)
-        student.add_to_dense(student.kind.split("weight", weight)[""], 1.0 - decay)
+        student.add_to_dense(self.weights.mul_(decay), 1.0 - decay)
 
     def follow(self, change: Change) -> None:
         """It has every position already."""
@@ -260,11 +266,6 @@ class Dense(Storage):
 
 
 STORAGES: Mapping[str, type[Storage]] = MappingProxyType({"masked": Masked, "union": Union, "dense": Dense})
-
-
-def _sparse(module: nn.Module) -> SparseLinear:
-    assert isinstance(module, SparseLinear)
-    return module
 
 
 def _require_same(name: str, indices: Tensor, topology: Topology) -> None:
