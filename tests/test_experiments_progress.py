@@ -140,3 +140,11 @@ settings:
     text = (out / "report.html").read_text()
     assert "How often a run got stuck" in text
     assert 'id="equal-loss"' in text
+
+
+def test_connections_that_a_schedule_moved_are_no_candidate() -> None:
+    moved = {**update(1, True, None), "chosen": None}
+    assert stuck_counts([moved]) is None
+    found = stuck_counts([update(i, True, 9.0, 8.0) for i in range(1, 3)] + [{**moved, "step": 3}])
+    assert found is not None
+    assert (found["updates"], found["resets"]) == (3, 0)

@@ -184,3 +184,24 @@ def test_sparse_values_have_a_rate_of_their_own() -> None:
     for name in own:
         factor = 10 if name.endswith(".values") else 1
         assert own[name] == pytest.approx((plain[name][0] * factor, plain[name][1]))
+
+
+@pytest.mark.parametrize("name", ["sparsae", "torch", "sgd"])
+def test_nothing_moves_or_ages_in_a_step_that_the_optimizer_skipped(name: str) -> None:
+    """As a gradient scaler skips one whose gradients are not finite; weight decay is no exception."""
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Linear(16, 12)), 0.5, seed=1)
+    optimizer = OPTIMIZERS[name](model)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=40, topology=SetConfig(every=3, ramp=9)))
+    for step in range(5):
+        model.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        sparsifier.before_step()
+        if step < 4:
+            optimizer.step()
+            sparsifier.after_step()
+    (layer,) = sparse_layers(model).values()
+    before, ages = layer.values.detach().clone(), {name: age.clone() for name, age in sparsifier._ramp.ages.items()}
+    sparsifier.after_step()
+    assert torch.equal(layer.values, before)
+    assert all(torch.equal(sparsifier._ramp.ages[name], age) for name, age in ages.items())

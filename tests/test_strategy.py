@@ -385,3 +385,8 @@ def test_layers_that_are_not_there_and_missing_scores_are_told() -> None:
     strategy = StrategyConfig(fitness="progress")
     with pytest.raises(InputError, match="give Sparsifier a score function"):
         Sparsifier(model, optimizer, SparsifierConfig(steps=9, topology=GenerationsConfig(strategy=strategy)))
+
+
+def test_a_range_without_a_whole_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"strategy.genes.interval: no whole number lies between 1.2 and 1.4"):
+        GenerationsConfig(strategy=StrategyConfig(fitness="progress", genes={"interval": (1.2, 1.4)}))

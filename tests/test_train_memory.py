@@ -6,6 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+from sparsae import sparse_layers, sparsify
+from sparsae.train.memory import state_bytes
 
 PROGRAM = """
 import resource, torch
@@ -32,3 +37,13 @@ def test_kept_memory_is_not_given_out_page_by_page_again() -> None:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
         faults[keep] = int(done.stdout)
     assert faults[True] < 500 < faults[False]
+
+
+def test_gradients_in_one_storage_count_with_their_own_bytes() -> None:
+
+    layers = sparse_layers(sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), 0.5))
+    both = torch.cat([torch.ones_like(layer.values) for layer in layers.values()])
+    first, second = layers.values()
+    first.values.grad, second.values.grad = both[: len(first.values)], both[len(first.values) :]
+    optimizer = torch.optim.SGD([layer.values for layer in layers.values()], lr=0.1)
+    assert state_bytes(layers, optimizer, None)["gradients"] == both.nbytes

@@ -331,7 +331,9 @@ def _reporting(run: Path) -> Iterator[None]:
     except DivergedError:
         from sparsae.report.page import write_report
 
-        typer.echo(f"report: {write_report(run)}", err=True)
+        # Nothing can be shown of a run that diverged before it wrote a row: why it ended is all that there is to tell.
+        with contextlib.suppress(InputError):
+            typer.echo(f"report: {write_report(run)}", err=True)
         raise
 
 

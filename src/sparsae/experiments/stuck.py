@@ -29,7 +29,7 @@ def stuck_counts(metrics: Sequence[Row]) -> dict[str, int] | None:
     same = [not row["accepted"] for row in updates]
     worse = list(_no_better(scores))
     both = [a and b for a, b in zip(same, worse, strict=True)]
-    taken = [row["candidates"][row["chosen"]]["proposer"] for row in updates if row["accepted"]]
+    taken = [row["candidates"][row["chosen"]]["proposer"] for row in updates if _is_taken(row)]
     return {
         "updates": len(updates),
         "unchanged": _stretches(same),
@@ -60,10 +60,13 @@ def stuck_table(rows: Sequence[Row]) -> Table | None:
     return Table(title, columns, cells)
 
 
+def _is_taken(row: Row) -> bool:
+    """Whether an update took a candidate; a schedule changes connections without one."""
+    return row["accepted"] and row["chosen"] is not None
+
+
 def _score_left(row: Row) -> float | None:
-    # A schedule changes connections without a candidate.
-    is_taken = row["accepted"] and row["chosen"] is not None
-    left = row["candidates"][row["chosen"]] if is_taken else row.get("current")
+    left = row["candidates"][row["chosen"]] if _is_taken(row) else row.get("current")
     score = left.get("score") if left else None
     return None if score is None else float(score)
 

@@ -33,7 +33,7 @@ class Ramp:
         self, steps: int, first: bool, layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
     ) -> None:
         self.steps, self._first, self._layers, self._optimizer = steps, first, layers, optimizer
-        self._before: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor | None] = {}
         counted = {id(p) for group in self._counting() for p in group["params"]}
         for group in self._counting():
             group["ramp"], group["ramp_first"] = steps, first
@@ -56,14 +56,18 @@ class Ramp:
         for name, age in self.ages.items():
             values = self._layers[name].values
             if values.grad is not None:
-                age += 1
-                if int(age.min()) < self.steps:
-                    self._before[name] = values.detach().clone()
+                is_young = int(age.min()) + 1 < self.steps
+                self._before[name] = values.detach().clone() if is_young else None
 
     def after_step(self) -> None:
-        """After the optimizer's step."""
+        """After the optimizer's step, or after one that was skipped: nothing has moved then, and nothing ages."""
         for name, before in self._before.items():
             values = self._layers[name].values.data
+            if before is not None and torch.equal(before, values):
+                continue
+            self.ages[name] += 1
+            if before is None:
+                continue
             share = ramp_share(self.ages[name], self.steps).to(values.dtype)
             before *= 1.0 - self._decay(name)
             values.copy_(torch.lerp(before, values, share.view(-1, *[1] * (values.dim() - 1))))

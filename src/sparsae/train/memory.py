@@ -101,8 +101,8 @@ def peak_bytes(device: torch.device) -> int:
 def _nbytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
     total = 0
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
+        # Of its own bytes: runs that train as one program have their gradients in one storage.
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            total += tensor.nbytes
     return total

@@ -76,6 +76,8 @@ def genes_of(config: StrategyConfig, settings: RuleConfig) -> tuple[Gene, ...]:
                 f"strategy.genes: {name} is no number of rule {settings.rule} that can evolve, nor {INTERVAL} or {RAMP}"
             )
         whole = name == INTERVAL or (name != RAMP and isinstance(value, int))
+        if whole and math.ceil(ends[0]) > math.floor(ends[1]):
+            raise ValueError(f"strategy.genes.{name}: no whole number lies between {ends[0]:g} and {ends[1]:g}")
         found.append(Gene(name, *ends, whole=whole))
         if name not in (INTERVAL, RAMP):
             for end in ends:
