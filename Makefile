@@ -7,7 +7,7 @@ LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-newest soak golden check format lock performance pages clean
+.PHONY: demo test test-oldest test-newest soak golden check format lock performance pages docs wheel wheels clean
 
 # Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -34,6 +34,13 @@ test-newest:
 	rm -rf $(NEWEST)
 	$(MAKE) VENV=$(NEWEST) LOCK= $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest $(PYTEST)
+
+# The tests alone, with the oldest torch that pyproject.toml admits, in an environment of its own.
+OLDEST := $(VENV)-oldest
+OLDEST_TORCH := $(shell sed -n 's/^  "torch>=\(.*\)",$$/torch==\1.0/p' pyproject.toml)
+test-oldest:
+	$(MAKE) VENV=$(OLDEST) TORCH=$(OLDEST_TORCH) $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(PYTEST)
 
 # What takes minutes each: fuzzing, corruptions, kills.
 soak: $(VENV)/.installed
@@ -81,5 +88,25 @@ PAGES ?= build/pages
 pages: $(VENV)/.installed
 	$(BIN)/python benchmarks/pages.py $(PAGES)
 
+# The documentation as a site, in build/site; a link that leads nowhere fails.
+DOCS := $(VENV)-docs
+$(DOCS)/.installed: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade "zensical>=0.0.10,<1"
+	@touch $@
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/zensical build --clean --strict
+
+# A wheel for this machine, in dist/. It has the native kernels and knows neither Python's version nor torch's.
+wheel:
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Wheels for the platforms of pyproject.toml, by cibuildwheel, which on Linux wants Docker.
+WHEELS := $(VENV)-wheels
+wheels:
+	$(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/pip install --quiet --upgrade "cibuildwheel>=3,<5"
+	$(WHEELS)/bin/cibuildwheel --output-dir dist
+
 clean:
-	rm -rf $(VENV) $(NEWEST) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) $(WHEELS) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from sparsae.config.text import inline
 from sparsae.registry import RULES
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("[A-Z]*.md"), *(ROOT / "docs").rglob("*.md")])
 SETTINGS = re.compile(r"^\| symbol \| meaning \| setting \|(.+)\|$", re.MULTILINE)
 
 # What the project promised that summary.json carries at least.

@@ -17,6 +17,7 @@ SAYS = {
     "export": r"9\d% of a layer is zero; files: .*model\.safetensors.*topology\.safetensors",
     "hf_trainer": r"(\d+ connections replaced\n)+(.*\n)*9,830 connections, mean loss .*\n(.*\n)*counts on with 8",
     "own_loop": r"replaced, loss(.*\n)*3,277 connections; (9[5-9]|100)% of new points are right",
+    "own_observer": r"^best validation loss \d\.\d{4} at step \d+\n$",
     "own_rule": r"temperature 0\.0: \d\d+ .*\ntemperature 0\.5: \d\d+ connections moved",
     "own_term": r"(step \d+: spread of the candidates \[.*\], taken: number \d\n){7}",
     "resume": r"the same \d+ tensors, bit for bit",

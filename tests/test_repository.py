@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,26 @@ def test_plans_name_their_data_by_a_variable() -> None:
     ]
     assert len(sources) > 20
     assert [source for source in sources if not source.startswith(("${", "stdlib", "hf:"))] == []
+
+
+def test_workflows_only_call_targets_that_there_are() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [file.stem for file in workflows] == ["docs", "tests", "wheels"]
+    for file in workflows:
+        commands = re.findall(r"^\s+- run: (.+)$", file.read_text("utf-8"), re.MULTILINE)
+        assert commands, file
+        for command in commands:
+            called = re.fullmatch(r"make ([a-z-]+)( TORCH=\S+)?", command)
+            assert called, f"{file.name}: '{command}' calls no target"
+            assert called[1] in targets, f"{file.name}: the Makefile has no {called[1]}"
+
+
+def test_supported_pythons_are_tested() -> None:
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["classifiers"]
+    supported = [
+        line.rpartition(":: ")[2] for line in classifiers if line.startswith("Programming Language :: Python :: 3.")
+    ]
+    tested = re.search(r"python: \[(.+)\]", (ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))
+    assert tested
+    assert re.findall(r"3\.\d+", tested[1]) == supported

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from sparsae.score import Term as Term
     from sparsae.score import Trial as Trial
     from sparsae.search.sparsifier import Sparsifier as Sparsifier
+    from sparsae.train.observers import OBSERVERS as OBSERVERS
+    from sparsae.train.observers import Observer as Observer
 
 __version__ = "0.1.0"
 
@@ -93,7 +95,9 @@ _HOMES = {
     "LayerView": "sparsae.core.observation",
     "Layout": "sparsae.kernels.backend",
     "Never": "sparsae.core.cadence",
+    "OBSERVERS": "sparsae.train.observers",
     "Observation": "sparsae.core.observation",
+    "Observer": "sparsae.train.observers",
     "Once": "sparsae.core.cadence",
     "Parameterization": "sparsae.parameterization",
     "PastValues": "sparsae.core.observation",

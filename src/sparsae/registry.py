@@ -90,7 +90,8 @@ class Names(Generic[Thing]):
 
     def _load(self, name: str, points: list[metadata.EntryPoint]) -> None:
         if not points:
-            raise InputError(f"no {self.kind} '{name}': use one of {', '.join(self.names())}")
+            known = f"use one of {', '.join(self.names())}" if self.names() else f"name its file by {IMPORT}"
+            raise InputError(f"no {self.kind} '{name}': {known}")
         where = f"the entry point {name} = {points[0].value}"
         try:
             points[0].load()

@@ -260,6 +260,9 @@ class TrackingConfig(Section):
     tensorboard: bool = Field(default=False, description="write TensorBoard events into the run directory")
     trackio: bool = Field(default=False, description="log to trackio")
     wandb: bool = Field(default=False, description="log to Weights & Biases (WANDB_MODE=offline works)")
+    observers: list[Text] = Field(
+        default=[], description="observers of your own by name, which see every row of the run"
+    )
     sample_prompt: Text | None = Field(
         default=None, description="prompt of the sample in the report; null: the start of a held-out text"
     )

@@ -28,7 +28,7 @@ from sparsae.train.build import build, check, choose_device
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
-from sparsae.train.observers import Observer
+from sparsae.train.observers import OBSERVERS, Observer
 from sparsae.train.passes import Passes, alone
 from sparsae.train.progress import Display
 from sparsae.train.saving import SavedRun, read_saved, save_run
@@ -162,6 +162,8 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)
     check_installed(config.tracking)
+    for name in config.tracking.observers:
+        OBSERVERS[name]  # InputError where there is none, before anything is read
     check(config)
     corpus = prepare(config.data, display.stage)
     display.close()
@@ -215,6 +217,7 @@ def _train(
         saved.load_into(parts.model, parts.optimizer)
         run.check_metrics(saved.state["metrics"])
     trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
+    guests = [OBSERVERS[name](run.path) for name in config.tracking.observers]
     diverged: DivergedError | None = None
     with contextlib.closing(trackers), MetricsWriter(run.metrics) as metrics:
         trainer = trainer_of(
@@ -223,7 +226,7 @@ def _train(
             parts.optimizer,
             parts.data,
             parts.device,
-            observers=(_Recorder(metrics), trackers, display),
+            observers=(_Recorder(metrics), trackers, *guests, display),
             extension=manifest.extensions[-1] if manifest.extensions else None,
         )
         if saved is not None:
