@@ -147,7 +147,7 @@ def test_what_unpacks_to_gigabytes_takes_little_memory(tmp_path, suffix):
     if suffix == ".zst":
         packed = zstandard_compress(bytes(2**29))
     else:
-        compress = gzip.compress(block, 1) if suffix == ".gz" else lzma.compress(block, preset=0)
+        compress = gzip.compress(block, 1, mtime=0) if suffix == ".gz" else lzma.compress(block, preset=0)
         packed = compress * 32
     path.write_bytes(packed)
     found = subprocess.run([sys.executable, "-c", PEAK.format(path=path)], capture_output=True, text=True, check=True)
@@ -190,7 +190,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not a JSON object"),
         ("a.jsonl.xz", b"not xz", "damaged compressed file"),
         ("a.jsonl.xz", lzma.compress(lines(TEXTS))[:-15], "damaged compressed file"),
-        ("a.jsonl.gz", gzip.compress(lines(TEXTS))[:-9], "damaged compressed file"),
+        ("a.jsonl.gz", gzip.compress(lines(TEXTS), mtime=0)[:-9], "damaged compressed file"),
         ("a.jsonl.gz", b"not gzip", "damaged compressed file"),
         ("a.parquet", b"not parquet", "not a readable parquet file"),
     ],
