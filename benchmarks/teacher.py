@@ -19,7 +19,8 @@ from sparsae.cli import main as sparsae
 from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.data.sources import documents
-from sparsae.experiments.plan import Plan, read_plan
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.plan import read_plan
 
 PLAN = Path(__file__).with_suffix(".yaml")
 VOCABULARY = 1024

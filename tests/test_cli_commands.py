@@ -17,7 +17,7 @@ from sparsae.cli import main
 from sparsae.cli.experiments import read
 from sparsae.config import Config
 from sparsae.config.load import dump, resolve
-from sparsae.experiments.plan import Plan
+from sparsae.experiments.compare.plan import Plan
 from sparsae.runs.directory import RunDirectory
 
 SUMMARY = {

@@ -24,8 +24,9 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule, counts_at
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
+from sparsae.experiments.compare.plan import Plan
 from sparsae.experiments.matching import Budget, Cost
-from sparsae.experiments.plan import Plan, parse_plan
+from sparsae.experiments.plan import parse_plan
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.parameterization import Parameterization, ParameterizationConfig

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sparsae.cli import main
-from sparsae.experiments.results import TIMING
+from sparsae.experiments.compare.results import TIMING
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +21,9 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from sparsae.experiments.cluster import Cluster
-from sparsae.experiments.compare import Experiment
-from sparsae.experiments.plan import Plan, parse_plan
+from sparsae.experiments.compare.study import Experiment
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.plan import parse_plan
 
 plan, out = parse_plan(json.loads(sys.argv[1]), "the test", Plan), Path(sys.argv[2])
 assert Experiment(plan, out, quiet=True).run(lambda lock: Cluster("local", local_cores=2)) is not None

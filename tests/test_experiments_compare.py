@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sparsae.cli import main
-from sparsae.experiments.results import TIMING
+from sparsae.experiments.compare.results import TIMING
 
 pytestmark = pytest.mark.slow
 SMALL = [

@@ -11,8 +11,8 @@ import pytest
 from sparsae.config.load import dump
 from sparsae.errors import InputError
 from sparsae.experiments import execution
+from sparsae.experiments.compare.plan import Plan
 from sparsae.experiments.matching import with_steps
-from sparsae.experiments.plan import Plan
 from sparsae.experiments.units import check_same
 
 

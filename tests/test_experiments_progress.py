@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.cli import main
-from sparsae.experiments.equal_loss import equal_loss, equal_loss_table
-from sparsae.experiments.stuck import PATIENCE, stuck_counts, stuck_table
+from sparsae.experiments.compare.equal_loss import equal_loss, equal_loss_table
+from sparsae.experiments.compare.stuck import PATIENCE, stuck_counts, stuck_table
 from tests.runs import write_text
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sparsae.cli import main
-from sparsae.experiments.results import TIMING
+from sparsae.experiments.compare.results import TIMING
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
 from tests.runs import write_text

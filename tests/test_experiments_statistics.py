@@ -11,6 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
+from sparsae.experiments.compare.tables import contrast_table
 from sparsae.experiments.statistics import (
     Equivalent,
     equivalent_tokens,
@@ -19,8 +21,6 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
-from sparsae.experiments.summary import conclusions, contrasts, judged_by, summarize, warnings
-from sparsae.experiments.tables import contrast_table
 
 losses = st.floats(0.5, 10.0, allow_nan=False).map(lambda x: round(x, 4))
 

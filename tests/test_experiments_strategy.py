@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsae.experiments.strategy import strategy_section, verdicts
+from sparsae.experiments.compare.strategy import strategy_section, verdicts
 
 
 def results_of(losses: dict[str, list[float | None]], **more: Any) -> dict[str, Any]:

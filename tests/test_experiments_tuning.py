@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.errors import InputError
-from sparsae.experiments.earlier import of_now
-from sparsae.experiments.plan import Plan, parse_plan
-from sparsae.experiments.tuning import Axis, Found, Point, key_of, search
+from sparsae.experiments.compare.earlier import of_now
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.tuning import Axis, Found, Point, key_of, search
+from sparsae.experiments.plan import parse_plan
 
 RATE, SCALE = Axis("training.learning_rate", (1.0, 2.0, 4.0)), Axis("parameterization.initial_scale", (1.0, 2.0))
 

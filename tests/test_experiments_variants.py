@@ -13,9 +13,10 @@ from sparsae.cli import main
 from sparsae.config import TeacherConfig
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
-from sparsae.experiments.plan import Plan, parse_plan
-from sparsae.experiments.ranking import rank_agreement
-from sparsae.experiments.variants import ABLATIONS, WRITTEN, ablation_variants, sensitivity_variants
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.ranking import rank_agreement
+from sparsae.experiments.compare.variants import ABLATIONS, WRITTEN, ablation_variants, sensitivity_variants
+from sparsae.experiments.plan import parse_plan
 from sparsae.rules import StaticConfig
 
 TINY = {

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsae.experiments.plan import Plan, cells, read_plan
+from sparsae.experiments.compare.plan import Plan, cells
+from sparsae.experiments.plan import read_plan
 from sparsae.experiments.stacked import refuse
 from sparsae.experiments.units import unit_of
 

@@ -17,7 +17,8 @@ from sparsae.core.randomness import generator
 from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
-from sparsae.experiments.plan import Plan, read_plan
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.plan import read_plan
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.search.teacher import Teacher, WarmUp
 from sparsae.surgery import plan as planned

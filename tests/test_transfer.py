@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from sparsae.cli import main
 from sparsae.config.load import resolve
+from sparsae.experiments.compare.results import TIMING
 from sparsae.experiments.plan import parse_plan
-from sparsae.experiments.results import TIMING
 from sparsae.experiments.transfer.basins import Basin, fit_basin, mean_losses, movement
 from sparsae.experiments.transfer.plan import KNOBS, TransferPlan
 from sparsae.experiments.transfer.results import best_table, collect, movement_table, swept_together

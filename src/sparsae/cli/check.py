@@ -67,9 +67,9 @@ def coordinates(
         refuse_occupied(out)
     with output(json_file, "rows") as result:
         from sparsae.experiments.coordinates.page import slope_table, warnings
-        from sparsae.experiments.coordinates.study import measure
+        from sparsae.experiments.coordinates.study import Coordinates
 
-        result.update(measure(plan, out, quiet=json_file == "-"))
+        result.update(Coordinates(plan, out, quiet=json_file == "-").run())
     for warning in warnings(result):
         typer.echo(f"warning: {warning}", err=True)
     if json_file == "-":

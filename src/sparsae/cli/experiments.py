@@ -14,10 +14,12 @@ from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, shown
 from sparsae.config.load import methods, parse_override, presets
 from sparsae.errors import InputError
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.experiments.grid import PARAMETERIZATIONS
-from sparsae.experiments.plan import P, Plan, read_plan
+from sparsae.experiments.plan import BasePlan, P, read_plan
+from sparsae.experiments.registry import KINDS
 from sparsae.experiments.transfer.plan import TransferPlan
-from sparsae.experiments.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.files import refuse_unwritable
 
 _PARTS = "; ".join(f"{method}: {', '.join(parts)}" for method, parts in ABLATIONS.items())
@@ -305,7 +307,7 @@ def _seeds(text: str) -> float | list[float]:
 
 
 def _run(
-    plan: Plan | TransferPlan,
+    plan: BasePlan,
     out: Path,
     jobs: int,
     ray: str | None,
@@ -328,10 +330,8 @@ def _run(
         raise InputError("--ray needs the extra: pip install 'sparsae[ray]'")
     quiet = json_file == "-"
     with output(json_file) as result:
-        from sparsae.experiments.compare import Experiment
         from sparsae.experiments.execution import Executor, InOrder, Workers
         from sparsae.experiments.stacked import Stacked, refuse
-        from sparsae.experiments.transfer.study import Transfer
         from sparsae.train.stopping import StopRequest
 
         stop = StopRequest(None if minutes is None else 60 * minutes)
@@ -345,14 +345,8 @@ def _run(
                 return Stacked(stack, stop)
             return InOrder(stop) if jobs == 1 else Workers(jobs, lock)
 
-        experiment: Transfer | Experiment
-        if isinstance(plan, TransferPlan):
-            experiment = Transfer(plan, out, quiet)
-        elif stack is not None:
-            experiment = Experiment(plan, out, quiet, refuse)
-        else:
-            experiment = Experiment(plan, out, quiet)
-        found: dict[str, Any] | None = experiment.run(executor)
+        study = KINDS[plan.kind].study(plan, out, quiet, None if stack is None else refuse)
+        found = study.run(executor)
         if found is None:
             typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)
@@ -362,21 +356,11 @@ def _run(
 
 
 def _show(results: Mapping[str, Any], out: Path) -> None:
-    from sparsae.experiments.tables import contrast_table, rank_table, results_table
-    from sparsae.experiments.transfer.results import tables as transfer_tables
-
-    if results["kind"] == "transfer":
-        tables = transfer_tables(results)
-    else:
-        tables = [results_table(results).brief()]
-        tables += [contrast_table(results)] if results["contrasts"] else []
-        tables += [rank_table(results)] if results.get("ranking") else []
-    for table in tables:
+    kind = KINDS[results["kind"]]
+    for table in kind.tables(results):
         show_table(table.title, table.columns, table.rows, table.names)
-    for entry in results.get("conclusions", []):
-        best = entry["winner"]
-        said = f"{best} is better than every other" if best else "no method is better than every other"
-        typer.echo(f"sparsity {entry['sparsity']:g}: {said}")
+    for line in kind.conclusions(results):
+        typer.echo(line)
     for warning in results["warnings"]:
         typer.echo(f"warning: {warning}")
     typer.echo(f"written: {out / 'report.html'}, results.json, table.md, table.tex")

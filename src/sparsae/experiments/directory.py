@@ -12,8 +12,8 @@ from pathlib import Path
 from sparsae.config.complaints import shown
 from sparsae.config.load import read_settings
 from sparsae.errors import InputError
-from sparsae.experiments.plan import BasePlan, Plan, parse_plan
-from sparsae.experiments.transfer.plan import TransferPlan
+from sparsae.experiments.plan import BasePlan, parse_plan
+from sparsae.experiments.registry import kind_in
 from sparsae.files import write_atomically
 from sparsae.runs.claim import refuse_occupied
 from sparsae.runs.lock import locked
@@ -32,8 +32,7 @@ def saved_plan(out: Path) -> BasePlan:
     if not file.is_file():
         raise InputError(f"{out}: not the directory of an experiment: it has no plan.yaml")
     tree = read_settings(file)
-    plan: type[BasePlan] = TransferPlan if tree.get("kind") == "transfer" else Plan
-    return parse_plan(tree, str(file), plan)
+    return parse_plan(tree, str(file), kind_in(tree, str(file)).plan)
 
 
 def check_place(out: Path, plan: BasePlan) -> None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 from sparsae import __version__
 from sparsae.experiments.coordinates.measure import Quantity
 from sparsae.experiments.coordinates.slopes import Axis
-from sparsae.experiments.figures import keys, looks
+from sparsae.experiments.looks import keys, looks
 from sparsae.experiments.tables import Table
 from sparsae.report import markup
 from sparsae.report.readable import percent, tick

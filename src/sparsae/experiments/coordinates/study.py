@@ -14,57 +14,64 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from sparsae import __version__
 from sparsae.data import prepare
 from sparsae.experiments.coordinates.measure import Scale, scales
-from sparsae.experiments.coordinates.page import body, title
 from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
 from sparsae.experiments.coordinates.slopes import TOLERANCE, slopes, summary, without_slope
 from sparsae.experiments.matching import Cost
+from sparsae.experiments.page import write_page_of
+from sparsae.experiments.registry import KINDS
 from sparsae.files import to_json, write_atomically
-from sparsae.report.page import document
 from sparsae.report.readable import duration
 from sparsae.train.build import check
 from sparsae.train.progress import Display
 
 
-def measure(plan: CoordinatesPlan, out: Path | None, quiet: bool = False) -> dict[str, Any]:
-    """Run every case of a plan; its slopes and their summary, which `out` gets as coordinates.json and report.html.
+class Coordinates:
+    """A plan, in a directory where there is one. Raises InputError, before anything is run, for whatever is wrong."""
 
-    Raises InputError or OSError, before anything is run, for whatever is wrong with the plan or the directory.
-    """
-    configs = dict(plan.configs())
-    for config in {(case.width, case.sparsity): config for case, config in configs.items()}.values():
-        check(config)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    display = Display(quiet)
-    corpus = prepare(next(iter(configs.values())).data, display.stage)
-    display.close()
-    costs: dict[tuple[int, float], int] = {}
-    for case, config in configs.items():
-        if (case.width, case.sparsity) not in costs:
-            costs[case.width, case.sparsity] = Cost(config, corpus.vocab_size).flops(1)
-    found: dict[Case, list[Scale]] = {}
-    total = plan.steps * sum(costs[case.width, case.sparsity] for case in configs)
-    with _Progress(quiet, total, len(configs)) as progress:
+    def __init__(self, plan: CoordinatesPlan, out: Path | None, quiet: bool = False) -> None:
+        self.plan, self.out, self._quiet = plan, out, quiet
+        self._configs = dict(plan.configs())
+        for config in {(case.width, case.sparsity): config for case, config in self._configs.items()}.values():
+            check(config)
+
+    def run(self, executor: object = None) -> dict[str, Any]:
+        """Run every case; the slopes and their summary, which the directory gets as coordinates.json and report.html.
+
+        No executor is made: what is measured lies inside of the runs. OSError where the directory cannot be made.
+        """
+        plan, out, configs = self.plan, self.out, self._configs
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        display = Display(self._quiet)
+        corpus = prepare(next(iter(configs.values())).data, display.stage)
+        display.close()
+        costs: dict[tuple[int, float], int] = {}
         for case, config in configs.items():
-            with progress.of(case):
-                cost = costs[case.width, case.sparsity]
-                found[case] = list(scales(config, corpus, lambda cost=cost: progress.add(cost)))  # type: ignore[misc]
-    rows = slopes(found, plan.least_fan_in)
-    short = {case: len({scale.step for scale in mine}) for case, mine in found.items()}
-    results = {
-        "kind": plan.kind,
-        "sparsae": __version__,
-        "plan": plan.model_dump(mode="json"),
-        "tolerance": TOLERANCE,
-        "summary": summary(rows),
-        "rows": rows,
-        "without_slope": without_slope(found, rows),
-        "diverged": [{**vars(case), "steps": steps} for case, steps in short.items() if steps < plan.steps],
-    }
-    if out is not None:
-        write_atomically(out / "coordinates.json", to_json(results, indent=1) + "\n")
-        write_atomically(out / "report.html", document(title(results), body(results)))
-    return results
+            if (case.width, case.sparsity) not in costs:
+                costs[case.width, case.sparsity] = Cost(config, corpus.vocab_size).flops(1)
+        found: dict[Case, list[Scale]] = {}
+        total = plan.steps * sum(costs[case.width, case.sparsity] for case in configs)
+        with _Progress(self._quiet, total, len(configs)) as progress:
+            for case, config in configs.items():
+                with progress.of(case):
+                    cost = costs[case.width, case.sparsity]
+                    found[case] = list(scales(config, corpus, lambda cost=cost: progress.add(cost)))  # type: ignore[misc]
+        rows = slopes(found, plan.least_fan_in)
+        short = {case: len({scale.step for scale in mine}) for case, mine in found.items()}
+        results = {
+            "kind": plan.kind,
+            "sparsae": __version__,
+            "plan": plan.model_dump(mode="json"),
+            "tolerance": TOLERANCE,
+            "summary": summary(rows),
+            "rows": rows,
+            "without_slope": without_slope(found, rows),
+            "diverged": [{**vars(case), "steps": steps} for case, steps in short.items() if steps < plan.steps],
+        }
+        if out is not None:
+            write_atomically(out / "coordinates.json", to_json(results, indent=1) + "\n")
+            write_page_of(KINDS[plan.kind], results, out)
+        return results
 
 
 class _Progress:

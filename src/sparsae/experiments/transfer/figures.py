@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from sparsae.experiments.figures import Look, keys, looks
+from sparsae.experiments.looks import Look, keys, looks
 from sparsae.experiments.transfer.basins import mean_losses
 from sparsae.experiments.transfer.results import LABELS, basin_of, by_cell
 from sparsae.report.readable import percent, tick

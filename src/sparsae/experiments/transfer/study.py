@@ -22,15 +22,23 @@ from sparsae.train.progress import Display
 
 
 class Transfer:
-    """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either."""
+    """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either.
 
-    def __init__(self, plan: TransferPlan, out: Path, quiet: bool = False) -> None:
+    admit: raises InputError for a run that cannot be executed as it shall be.
+    """
+
+    def __init__(
+        self, plan: TransferPlan, out: Path, quiet: bool = False, admit: Callable[[Unit], None] | None = None
+    ) -> None:
         check_place(out, plan)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._configs = {point: plan.config(point) for point in plan.points()}
         for config in {(point.width, point.sparsity): config for point, config in self._configs.items()}.values():
             check(config)
+        if admit is not None:
+            for unit in self.units.values():
+                admit(unit)
 
     def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsae.experiments.compare.tables import compared_loss
 from sparsae.experiments.statistics import Difference, paired_difference
-from sparsae.experiments.tables import compared_loss
 from sparsae.report import markup
 from sparsae.report.readable import UNKNOWN, percent
 from sparsae.runs.directory import RunDirectory

@@ -13,13 +13,13 @@ from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
+from sparsae.experiments.compare.plan import LEARNING_RATE, Plan, cells
+from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
+from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.directory import check_place, claimed
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
-from sparsae.experiments.plan import LEARNING_RATE, Plan, cells
-from sparsae.experiments.results import Cell, Search, Trial, collect, write_results
-from sparsae.experiments.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.units import Unit, forget_checkpoints, outcome, unit_of
 from sparsae.train.build import check
 from sparsae.train.progress import Display
@@ -109,10 +109,9 @@ class Experiment:
     admit: raises InputError for a run that cannot be executed as it shall be.
     """
 
-    def __init__(
-        self, plan: Plan, out: Path, quiet: bool = False, admit: Callable[[Unit], None] = lambda _: None
-    ) -> None:
+    def __init__(self, plan: Plan, out: Path, quiet: bool = False, admit: Callable[[Unit], None] | None = None) -> None:
         check_place(out, plan)
+        admit = admit or (lambda _: None)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._vocabularies: dict[DataConfig, int] = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsae.experiments.plan import LEARNING_RATE
-from sparsae.experiments.summary import verdict_of
+from sparsae.experiments.compare.plan import LEARNING_RATE
+from sparsae.experiments.compare.summary import verdict_of
 
 
 def of_now(results: dict[str, Any]) -> dict[str, Any]:
@@ -13,11 +13,8 @@ def of_now(results: dict[str, Any]) -> dict[str, Any]:
 
     Before there was a test, losses of validation were compared; before there were further settings, and grids that
     extend, a method's trials were all of the learning rate. Stars were of unadjusted p values; they are of Holm's,
-    which lay beside them. Before there were multipliers of the embeddings, a transfer swept none.
+    which lay beside them.
     """
-    if results.get("kind") == "transfer":
-        results["plan"].setdefault("embedding_multipliers", [])
-        return results
     results.setdefault("judged_by", "validation_loss")
     tuning = results.get("plan", {}).get("tuning", {})
     tuning.setdefault("grid", {})

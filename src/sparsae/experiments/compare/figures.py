@@ -1,49 +1,24 @@
-"""The figures of an experiment: methods as lines and points, each in its own colour and mark throughout the page."""
+"""The figures of a comparison: methods as lines and points, each in its own colour and mark throughout the page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from sparsae.experiments.looks import Look, keys
 from sparsae.report.data import RunData, Topology
 from sparsae.report.readable import compact, duration, percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 
 Row = Mapping[str, Any]
 Against = Literal["train_flops", "tokens", "seconds"]
-_DASHES = ("-", "--", ":", "-.")
-_MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("p", "⬟"))
 _UNITS = {"train_flops": "training FLOPs", "tokens": "training tokens", "seconds": "seconds"}
 _PARTS = {"student": "student", "teacher": "teacher", "search": "search", "dense_gradients": "growth gradients"}
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one method is drawn."""
-
-    colour: str
-    dash: str
-    marker: str
-    symbol: str
-
-
-def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A look for each method: eight colours and marks, the line's dashes changing where they come round again."""
-    return {
-        name: Look(f"series{i % 8}", _DASHES[i // 8 % 4], *_MARKS[i % 8])
-        for i, name in enumerate(dict.fromkeys(methods))
-    }
-
-
-def keys(look: Mapping[str, Look], shown: Sequence[str]) -> list[Key]:
-    """A legend."""
-    return [Key(name, look[name].colour, look[name].symbol) for name in look if name in shown]
 
 
 def loss_curves(rows: Sequence[Row], look: Mapping[str, Look], against: Against, sparsity: float) -> Panel | None:

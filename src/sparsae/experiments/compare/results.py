@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsae import __version__
-from sparsae.experiments.equal_loss import equal_loss
+from sparsae.experiments.compare.equal_loss import equal_loss
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.ranking import rank_agreement, summarize_rankings
+from sparsae.experiments.compare.stuck import stuck_counts
+from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
+from sparsae.experiments.compare.tables import contrast_table, results_table
+from sparsae.experiments.compare.tuning import Found, Point, key_of
 from sparsae.experiments.matching import Budget
-from sparsae.experiments.plan import Plan
-from sparsae.experiments.ranking import rank_agreement, summarize_rankings
-from sparsae.experiments.stuck import stuck_counts
-from sparsae.experiments.summary import conclusions, contrasts, judged_by, summarize, warnings
-from sparsae.experiments.tables import contrast_table, notes, results_table
-from sparsae.experiments.tuning import Found, Point, key_of
+from sparsae.experiments.tables import notes
 from sparsae.experiments.units import Unit, outcome, stacked
 from sparsae.files import to_json, write_atomically
 from sparsae.rules import build_rule

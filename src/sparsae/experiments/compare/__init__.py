@@ -1,0 +1,1 @@
+"""Comparisons of methods at the same cost, and what is a comparison too: ablations, sensitivity."""

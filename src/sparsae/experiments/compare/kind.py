@@ -1,0 +1,61 @@
+"""A comparison as a kind of experiment; ablations and sensitivity are comparisons of variants known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.kind import Kind, Results, Study
+
+if TYPE_CHECKING:
+    from sparsae.experiments.tables import Table
+    from sparsae.experiments.units import Unit
+
+
+class Compare(Kind):
+    """Methods at the same cost."""
+
+    plan = Plan
+
+    def study(self, plan: Plan, out: Path, quiet: bool, admit: Callable[[Unit], None] | None = None) -> Study:
+        from sparsae.experiments.compare.study import Experiment
+
+        return Experiment(plan, out, quiet, admit)
+
+    def of_now(self, results: dict[str, Any]) -> dict[str, Any]:
+        from sparsae.experiments.compare.earlier import of_now
+
+        return of_now(results)
+
+    def title(self, results: Results) -> str:
+        from sparsae.experiments.compare import page
+
+        return page.title(results)
+
+    def body(self, results: Results, out: Path) -> str:
+        from sparsae.experiments.compare import page
+
+        return page.body(results, out)
+
+    def tables(self, results: Results) -> Sequence[Table]:
+        from sparsae.experiments.compare.tables import contrast_table, rank_table, results_table
+
+        tables = [results_table(results).brief()]
+        tables += [contrast_table(results)] if results["contrasts"] else []
+        return [*tables, rank_table(results)] if results.get("ranking") else tables
+
+    def conclusions(self, results: Results) -> Sequence[str]:
+        return [
+            f"sparsity {entry['sparsity']:g}: "
+            + (
+                f"{entry['winner']} is better than every other"
+                if entry["winner"]
+                else "no method is better than every other"
+            )
+            for entry in results["conclusions"]
+        ]
+
+
+KIND = Compare()

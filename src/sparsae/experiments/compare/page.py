@@ -1,0 +1,304 @@
+"""The body of a comparison's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sparsae import __version__
+from sparsae.config import Config
+from sparsae.experiments.compare import figures as draw
+from sparsae.experiments.compare.equal_loss import equal_loss_table
+from sparsae.experiments.compare.plan import LEARNING_RATE
+from sparsae.experiments.compare.strategy import strategy_section
+from sparsae.experiments.compare.stuck import stuck_table
+from sparsae.experiments.compare.tables import compared_loss, contrast_table, rank_table, results_table
+from sparsae.experiments.looks import Look, looks
+from sparsae.experiments.tables import Table, interval_text
+from sparsae.report import markup
+from sparsae.report.data import RunData, read_run
+from sparsae.report.markup import Tile
+from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
+
+Results = Mapping[str, Any]
+_TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}
+_LOSSES = {
+    "test_loss": "The loss is that on the test, held-out text that nothing was tuned or watched on.",
+    "validation_loss": "The loss is that of the last validation, on the text that learning rates were tuned on.",
+}
+_MATCHED = {"flops": "counted training FLOPs, all parts", "tokens": "training tokens", "steps": "optimizer steps"}
+
+
+def _first_runs(results: Results, out: Path) -> dict[tuple[str, float], RunData]:
+    """The run of the first seed of each method and sparsity, where its directory is still there."""
+    found: dict[tuple[str, float], RunData] = {}
+    for row in results["rows"]:
+        key = row["method"], row["sparsity"]
+        if key not in found and not row["diverged"] and (out / row["run"] / "config.yaml").is_file():
+            found[key] = read_run(out / row["run"])
+    return found
+
+
+def title(results: Results) -> str:
+    """The page's heading."""
+    plan = results["plan"]
+    return f"{_TITLES[results['kind']]} · {plan['preset']}"
+
+
+def body(results: Results, out: Path) -> str:
+    """The page, but for its frame; out: where the runs lie."""
+    runs = _first_runs(results, out)
+    parts = {
+        "results": ("Results", _results(results)),
+        "ranking": ("Ranking", _ranking(results)),
+        "curves": ("Curves", _curves(results)),
+        "equal-loss": ("Equal loss", _equal_loss(results)),
+        "topology": ("Topology", _topology(results, runs)),
+        "strategy": ("Strategy", strategy_section(results, {key: run.path for key, run in runs.items()})),
+        "cost": ("Cost", _cost(results)),
+        "tuning": ("Tuning", _tuning(results)),
+        "settings": ("Settings", _settings(results, runs)),
+        "reading": ("How to read it", _reading(results)),
+    }
+    parts = {name: part for name, part in parts.items() if part[1]}
+    links = "".join(f'<li><a href="#{name}">{label}</a></li>' for name, (label, _) in parts.items())
+    plan, methods = results["plan"], list(dict.fromkeys(row["method"] for row in results["rows"]))
+    lead = (
+        f"{len(methods)} methods, {len(plan['seeds'])} seed{'s' if len(plan['seeds']) > 1 else ''}, "
+        f"sparsities {', '.join(percent(s) for s in plan['sparsities'])}; matched on {_MATCHED[plan['match']]}; "
+        f"held against {results['reference']}."
+    )
+    state = "" if results["complete"] else '<p class="state">This experiment is not complete: runs are missing.</p>'
+    return "\n".join(
+        [
+            f'<header>\n<h1>{escape(title(results))}</h1>\n<p class="lead">{escape(lead)}</p>\n{state}',
+            f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>',
+            markup.tiles(_headline(results)),
+            markup.notes(results["warnings"]),
+            *(text for _, text in parts.values()),
+            f"</main>\n<footer>Written by sparsae {escape(__version__)} from the metrics of its own runs.</footer>",
+        ]
+    )
+
+
+def _headline(results: Results) -> list[Tile]:
+    rows, tuning, loss = results["rows"], results["tuning"], compared_loss(results)
+    tiles = []
+    for entry in results["conclusions"]:
+        mine = [e for e in results["summary"] if e["sparsity"] == entry["sparsity"] and e[loss]]
+        best = min(mine, key=lambda e: e[loss]["mean"], default=None)
+        lowest = f"lowest mean: {best['method']}, {interval_text(best[loss])}" if best else ""
+        name = entry["winner"] or "no winner"
+        tiles.append(Tile(f"Best at {percent(entry['sparsity'])} sparsity", name, [lowest]))
+    trials = sum(len(group["trials"]) for group in tuning)
+    spent = sum(group["train_flops"] for group in tuning)
+    notes = [f"and {trials} trials of tuning" if trials else "nothing was tuned"]
+    tiles.append(Tile("Compared runs", count(len(rows)), notes))
+    total = sum(row["train_flops"] or 0 for row in rows)
+    tiles.append(Tile("FLOPs of the runs", compact(total), [f"tuning: {compact(spent)}" if trials else ""]))
+    seconds = sum(row["seconds"] or 0 for row in rows)
+    tried = sum(trial["seconds"] or 0 for group in tuning for trial in group["trials"])
+    if not _stacked(results):
+        tiles.append(Tile("Time of the runs", duration(seconds), [f"tuning: {duration(tried)}" if trials else ""]))
+    return tiles
+
+
+def _table(table: Table) -> str:
+    """One column of names: the first two together."""
+    rows = [[f"{row[1]} · {row[0]}", *row[2:]] for row in table.rows]
+    return markup.table(table.title, [table.columns[1], *table.columns[2:]], rows)
+
+
+def _results(results: Results) -> str:
+    look, sparsities, loss = _looks(results), results["plan"]["sparsities"], compared_loss(results)
+    lead = (
+        f"{_LOSSES[loss]} A star marks a paired difference with p < 0.05, adjusted by Holm's method over all "
+        "differences but the planned ones; nothing is concluded from the others. "
+        "Equivalent tokens: how many times its own tokens the reference would need for the same loss."
+    )
+    return markup.section(
+        "results",
+        "Final loss",
+        lead,
+        _table(results_table(results)),
+        _table(contrast_table(results)) if results["contrasts"] else "",
+        "<h3>In figures</h3>",
+        markup.figures(
+            [
+                draw.loss_by_sparsity(results["summary"], look, loss),
+                *(
+                    draw.differences(results["summary"], results["rows"], look, s, results["reference"], loss)
+                    for s in sparsities
+                ),
+            ]
+        ),
+    )
+
+
+def _ranking(results: Results) -> str:
+    if not results.get("ranking"):
+        return ""
+    lead = (
+        "Candidates of each update were also scored on the whole validation set, apart from training: Kendall's tau "
+        "of the ranking by the micro-batch against that by the whole set, and Pearson's correlation of the cross "
+        "entropies (less their means in each update). 1 is perfect agreement, 0 none."
+    )
+    return markup.section("ranking", "Ranking of candidates", lead, _table(rank_table(results)))
+
+
+def _curves(results: Results) -> str:
+    look, rows = _looks(results), results["rows"]
+    axes: tuple[draw.Against, ...] = ("train_flops", "tokens", "seconds")
+    axes = axes[:2] if _stacked(results) else axes
+    blocks = [
+        markup.figures(draw.loss_curves(rows, look, against, sparsity) for against in axes)
+        for sparsity in results["plan"]["sparsities"]
+    ]
+    lead = "Means over seeds; the bands reach from the best to the worst seed. The untrained model is beyond the top."
+    return markup.section("curves", "Validation loss on the way", lead, "<h3></h3>".join(blocks))
+
+
+def _equal_loss(results: Results) -> str:
+    table = equal_loss_table(results.get("equal_loss", []))
+    if table is None:
+        return ""
+    lead = (
+        "The higher one of a method's and the dense model's final loss is where both have been, seed by seed. It is "
+        "read from the validation curves, a few points a run; what ends lower was there at a higher learning rate than "
+        "what ended there."
+    )
+    return markup.section("equal-loss", "Time to equal loss", lead, _table(table))
+
+
+def _topology(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
+    look, panels = _looks(results), []
+    for sparsity in results["plan"]["sparsities"]:
+        mine = {method: run for (method, at), run in runs.items() if at == sparsity}
+        panels += [draw.telemetry(mine, look, sparsity, kind) for kind in ("turnover", "distance", "itop")]
+        panels.append(draw.layer_densities(mine, look, sparsity))
+    entries = [entry for entry in results["summary"] if entry["updates"]]
+    accepted = [[f"{e['method']} · {percent(e['sparsity'])}", f"{e['updates']:.4g}", _accepted(e)] for e in entries]
+    if not accepted and not any(panels):
+        return ""
+    lead = "How the topologies moved, from the runs of the first seed; the table has the means over all seeds."
+    columns = ["method", "updates", "accepted"]
+    table = markup.table("Topology updates a run", columns, accepted) if accepted else ""
+    stuck = stuck_table(results["rows"])
+    return markup.section("topology", "Topology", lead, markup.figures(panels), table, _table(stuck) if stuck else "")
+
+
+def _accepted(entry: Mapping[str, Any]) -> str:
+    accepted, updates = entry["accepted_updates"], entry["updates"]
+    return "each" if accepted == updates else f"{accepted:.4g} ({percent(accepted / updates)})"
+
+
+def _cost(results: Results) -> str:
+    panels = []
+    for sparsity in results["plan"]["sparsities"]:
+        panels.append(draw.cost_bars(results["rows"], sparsity, "train_flops_by_part", "FLOPs"))
+        if not _stacked(results):
+            panels.append(draw.cost_bars(results["rows"], sparsity, "seconds_by_part", "time"))
+    lead = "FLOPs are counted analytically, at the sparsity of each moment. " + (
+        "These runs trained together, so that no time is any run's own."
+        if _stacked(results)
+        else "Time is what the machine took, with whatever else ran on it."
+    )
+    return markup.section("cost", "Cost by part", lead, markup.figures(panels))
+
+
+def _tuning(results: Results) -> str:
+    if not results["tuning"]:
+        return ""
+    plan, tuning, look = results["plan"], results["tuning"], _looks(results)
+    settings = list(dict.fromkeys(entry["setting"] for group in tuning for entry in group["looks"]))
+    panels = [draw.tuning_curves(tuning, look, sparsity, name) for sparsity in plan["sparsities"] for name in settings]
+    rows = [
+        [
+            f"{group['method']} · {percent(group['sparsity'])}",
+            str(len(group["trials"])),
+            _steps(group),
+            compact(group["train_flops"]),
+            f"{group['learning_rate']:g}",
+            ", ".join(f"{name} {value:g}" for name, value in group["settings"].items() if name != LEARNING_RATE) or "-",
+            ", ".join(f"{value:g}" for entry in group["looks"] for value in entry["added"]) or "-",
+            f"at the edge: {', '.join(group['edges'])}" if group["edges"] else "inside",
+        ]
+        for group in tuning
+    ]
+    share, carried = results["trial_share"], plan["tuning"].get("budget") is not None
+    lead = (
+        f"Every method tries the same values at every sparsity, on seed {plan['tuning']['seed']}, which is not "
+        f"compared; the lowest validation loss decides, and a grid whose best value is at its end is extended by the "
+        f"same ratio. Each trial is {percent(share)} of its method's run, of the same share for all"
+        + (", the longest that the budget of tuning carries." if carried and share < plan["tuning"]["share"] else ".")
+    )
+    columns = ["method", "trials", "steps", "FLOPs", "learning rate", "other settings", "beyond the grid", "best"]
+    table = markup.table("What tuning took and found", columns, rows)
+    return markup.section("tuning", "Tuning", lead, markup.figures(panels), table)
+
+
+def _steps(group: Mapping[str, Any]) -> str:
+    """How long a method's trials were."""
+    steps = sorted({trial["steps"] for trial in group["trials"] if trial["steps"] and not trial["diverged"]})
+    return "-".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))) if steps else UNKNOWN
+
+
+def _settings(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
+    flat = {key: dict(_leaves(run.config)) for key, run in runs.items()}
+    names = list(dict.fromkeys(name for settings in flat.values() for name in settings))
+    values = {name: {settings.get(name, UNKNOWN) for settings in flat.values()} for name in names}
+    shared = [name for name in names if len(values[name]) == 1]
+    one_by_one = [name for name in names if len(values[name]) > 1 and name != "method"]
+    rows = [[name, *(settings.get(name, UNKNOWN) for settings in flat.values())] for name in one_by_one]
+    columns = ["setting", *(f"{method} · {percent(sparsity)}" for method, sparsity in flat)]
+    text = "\n".join(f"{name}: {next(iter(values[name]))}" for name in shared)
+    lead = "Every setting of every run: those that all have in common, and those in which they differ (first seed)."
+    return markup.section(
+        "settings",
+        "Settings",
+        lead,
+        f"<details><summary>The same in all runs ({len(shared)})</summary>\n<pre>{escape(text)}</pre></details>",
+        f"<details><summary>Different ({len(rows)})</summary>\n"
+        f"{markup.table('Settings that differ', columns, rows)}</details>" if rows else "",
+    )  # fmt: skip
+
+
+def _reading(results: Results) -> str:
+    lead = "What the numbers are, and what they are not."
+    entries = [
+        "Runs of one seed see the same data in the same order: differences are taken seed by seed.",
+        "Intervals are two-sided 95 % intervals of Student's t over seeds, each by itself; p is that of the paired t "
+        "test, adjusted by Holm's method over all methods and sparsities together, but for contrasts that the plan "
+        "names (planned), whose p stands as it is.",
+        "A winner is named only where its paired interval against every other method excludes zero.",
+        "Equivalent tokens come from the reference's own validation curve: interpolated for a higher loss, "
+        "extrapolated by a fitted power law with a floor for a lower one, at most eightfold. The curve's learning rate "
+        "decays to the end of the run, so they say what a difference is worth, not how a longer run would end.",
+        "State is what training keeps of all parameters: weights, gradients, Adam's moments, indices and the teacher.",
+    ]
+    return markup.section("reading", "How to read it", lead, markup.notes(entries))
+
+
+def _stacked(results: Results) -> bool:
+    """Whether runs trained together: then no time is any run's own."""
+    return any(row.get("stacked") for row in results["rows"])
+
+
+def _leaves(config: Config) -> list[tuple[str, str]]:
+    def walk(tree: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
+        found = []
+        for key, value in tree.items():
+            found += walk(value, f"{path}{key}.") if isinstance(value, Mapping) else [(f"{path}{key}", _written(value))]
+        return found
+
+    return walk(config.model_dump(mode="json"), "")
+
+
+def _written(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _looks(results: Results) -> dict[str, Look]:
+    return looks([row["method"] for row in results["rows"]])

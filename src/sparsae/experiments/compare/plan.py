@@ -1,0 +1,250 @@
+"""What a comparison compares: its plan. Needs no torch.
+
+A plan names variants (a method and settings), sparsities and seeds, what the runs are matched on, and the learning
+rates among which each variant finds its own. Whatever has a default may be left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from sparsae.config import Config, Section
+from sparsae.config.complaints import nearest
+from sparsae.config.load import has_sparsity, methods, resolve, setting_names
+from sparsae.config.span import Span
+from sparsae.experiments.compare.tuning import Axis, Point
+from sparsae.experiments.plan import BasePlan, Match, Seed, Tree
+
+Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+Contrast = Annotated[tuple[str, str], BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class Variant(Section):
+    """A method, by the name under which it is compared."""
+
+    method: str = Field(description="a method by name")
+    settings: Tree = Field(default={}, description="settings of its own, in the form of a settings file")
+    match: Match | None = Field(default=None, description="what its runs are matched on; null: as the plan says")
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, method: str) -> str:
+        if method not in methods():
+            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
+        return method
+
+
+LEARNING_RATE = "training.learning_rate"
+_EVERY = "topology.every"
+_OF_SPARSE_LAYERS = ("sparsity.", "topology.", "rules.", "training.sparse_learning_rate")
+
+
+class Tuning(Section):
+    """How each variant finds its learning rate, and what else is tuned."""
+
+    learning_rates: list[Annotated[float, Field(gt=0.0)]] = Field(
+        default=[], description="the grid, tried by every variant at every sparsity; empty: no tuning"
+    )
+    grid: dict[str, list[Annotated[float, Field(gt=0.0)]]] = Field(
+        default={},
+        description="further settings and their values, tried one after another by every variant that has the setting "
+        "and does not give it itself: {parameterization.initial_scale: [0.5, 1, 2]}",
+    )
+    extensions: Annotated[int, Field(ge=0, le=20)] = Field(
+        default=4, description="how many values may be added to a grid whose best one lies at its end"
+    )
+    rounds: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=1, description="how many times all settings are tried one after another"
+    )
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="length of a trial in terms of a compared run; with a budget: the longest"
+    )
+    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="FLOPs of the grids' trials in terms of the compared runs': trials are as long as it carries, all "
+        "of one share; null: share",
+    )
+    seed: Seed = Field(default=1000, description="seed of the trials, outside the compared ones")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _in_order(cls, rates: list[float]) -> list[float]:
+        if len(rates) == 1:
+            raise ValueError("one learning rate is no grid: set training.learning_rate, or give two or more")
+        if len(set(rates)) < len(rates):
+            raise ValueError("a learning rate is given twice")
+        return sorted(rates)
+
+    @field_validator("grid")
+    @classmethod
+    def _are_settings(cls, grid: dict[str, list[float]]) -> dict[str, list[float]]:
+        names = setting_names()
+        for name, values in grid.items():
+            if name == LEARNING_RATE:
+                raise ValueError(f"{name}: give it by learning_rates")
+            if name not in names:
+                raise ValueError(f"no setting '{name}'; {nearest(name, names)}")
+            if len(values) < 2 or len(set(values)) < len(values):
+                raise ValueError(f"{name}: give two or more values, each once")
+        return {name: sorted(values) for name, values in grid.items()}
+
+
+class Plan(BasePlan):
+    """A comparison of methods."""
+
+    kind: Literal["comparison", "ablation", "sensitivity"] = Field(default="comparison", description="what is asked")
+    methods: list[str] = Field(default=[], description="methods to compare as they are")
+    variants: dict[str, Variant] = Field(default={}, description="further ones: a name, a method, its own settings")
+    sparsities: list[Sparsity] = Field(default=[0.9], min_length=1, description="sparsities at which all are compared")
+    match: Match = Field(default="flops", description="what the runs have in common")
+    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="how much of that; null: what the reference takes for training.steps"
+    )
+    also: list[Match] = Field(
+        default=[],
+        description="further matches: every variant but the reference is run under each too, in rows of its own "
+        "(rigl@steps), with the settings that it was tuned to",
+    )
+    cadence: Span | None = Field(
+        default="2%",
+        description="between updates of a rule whose own cadence is a number of steps, where the plan does not give "
+        "topology.every; null: the rule's own",
+    )
+    reference: str | None = Field(
+        default=None, description="what the others are held against; null: static, or the first"
+    )
+    planned: list[Contrast] = Field(
+        default=[],
+        description="contrasts that were planned before any run, [[a, b], ...]: a less b; p values of all other "
+        "differences from the reference are adjusted (Holm)",
+    )
+    tuning: Tuning = Tuning()
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in methods():
+                raise ValueError(f"no method '{name}'; {nearest(name, methods())}")
+        return names
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name in self.variants:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"variants: '{name}' cannot name a directory: use letters, digits and . _ + -")
+            if name in self.methods:
+                raise ValueError(f"variants: '{name}' is among the methods already; give it another name")
+        if not self.named_variants:
+            raise ValueError(f"methods: name at least one of: {', '.join(methods())}")
+        if self.reference is not None and self.reference not in self.named_variants:
+            raise ValueError(
+                f"reference: '{self.reference}' is not compared; {nearest(self.reference, self.named_variants)}"
+            )
+        if (self.tuning.learning_rates or self.tuning.grid) and self.tuning.seed in self.seeds:
+            raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the compared seeds; give another")
+        for a, b in self.planned:
+            for name in (a, b):
+                if name not in self.all_variants:
+                    raise ValueError(f"planned: '{name}' is not compared; {nearest(name, self.all_variants)}")
+            if a == b or (b, a) in self.planned:
+                raise ValueError(f"planned: {a} and {b}: two different variants, once")
+        return self
+
+    def said(self) -> dict[str, str]:
+        """See `BasePlan`."""
+        return {**super().said(), "sparsity.sparsity": "sparsities"}
+
+    @cached_property
+    def named_variants(self) -> dict[str, Variant]:
+        """What the plan names, by name and in order."""
+        return {name: Variant(method=name) for name in self.methods} | self.variants
+
+    @cached_property
+    def all_variants(self) -> dict[str, Variant]:
+        """Everything compared, by name and in order: what the plan names, and the same under further matches."""
+        beside = {
+            f"{name}@{match}": variant.model_copy(update={"match": match})
+            for match in self.also
+            for name, variant in self.named_variants.items()
+            if name != self.held_against and (variant.match or self.match) != match
+        }
+        return self.named_variants | beside
+
+    @property
+    def held_against(self) -> str:
+        """The reference's name."""
+        return self.reference or ("static" if "static" in self.named_variants else next(iter(self.named_variants)))
+
+    def tuned_as(self, variant: str) -> str:
+        """The variant whose tuning a variant takes its settings from: under a further match, the one that is named."""
+        return variant.partition("@")[0]
+
+    def match_of(self, variant: str) -> Match:
+        """What a variant's runs are matched on."""
+        return self.all_variants[variant].match or self.match
+
+    def axes(self, variant: str, sparsity: float) -> list[Axis]:
+        """What a variant's tuning looks along at a sparsity: not at what it gives itself, nor at what it has not."""
+        tuning, own = self.tuning, self.all_variants[variant].settings
+        axes = [Axis(LEARNING_RATE, tuple(tuning.learning_rates))] if tuning.learning_rates else []
+        config = self.config(variant, sparsity, self.seeds[0]) if tuning.grid else None
+        for setting, values in tuning.grid.items():
+            if not _given(own, setting) and config is not None and _concerns(config, setting):
+                axes.append(Axis(setting, tuple(values)))
+        return axes
+
+    def config(
+        self, variant: str, sparsity: float, seed: int, point: Point | None = None, steps: int | None = None
+    ) -> Config:
+        """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong."""
+        chosen = self.all_variants[variant]
+        given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
+        if has_sparsity(chosen.method):
+            given["sparsities"] = ("sparsity.sparsity", sparsity)
+        for setting, value in (point or {}).items():
+            given[f"tuning of {setting}"] = (setting, value)
+        if steps is not None:
+            given["steps"] = ("training.steps", steps)
+        trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
+        config = resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        absolute = isinstance(getattr(config.topology, "every", None), int)
+        if self.cadence is not None and absolute and not any(_given(tree, _EVERY) for tree, _ in trees):
+            given = {"cadence": (_EVERY, self.cadence), **given}
+            config = resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        return config
+
+
+def _given(tree: Mapping[str, Any], setting: str) -> bool:
+    """Whether a tree of keys says something of a setting."""
+    inner: Any = tree
+    for key in setting.split("."):
+        if not isinstance(inner, Mapping) or key not in inner:
+            return False
+        inner = inner[key]
+    return True
+
+
+def _concerns(config: Config, setting: str) -> bool:
+    """Whether a run with these settings is another one if the setting is: a dense model has no sparse layers."""
+    if setting.startswith(_OF_SPARSE_LAYERS) and not config.sparsity.sparsity:
+        return False
+    if setting.startswith("teacher.") and not config.teacher.enabled:
+        return False
+    return _given(config.model_dump(), setting)
+
+
+def cells(plan: Plan) -> Iterator[tuple[int, float, str]]:
+    """(seed, sparsity, variant) of every compared run, a whole seed before the next."""
+    for seed in plan.seeds:
+        for sparsity in plan.sparsities:
+            for variant in plan.all_variants:
+                yield seed, sparsity, variant

@@ -1,0 +1,69 @@
+"""What a kind of experiment is: a plan, what carries it out, and how its results are told.
+
+Needs no torch: what measures and draws is imported when it is wanted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+from sparsae.experiments.plan import BasePlan
+
+if TYPE_CHECKING:
+    from sparsae.experiments.execution import Executor
+    from sparsae.experiments.tables import Table
+    from sparsae.experiments.units import Unit
+
+Results = Mapping[str, Any]
+
+
+class Study(Protocol):
+    """A plan in a directory."""
+
+    def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
+        """Execute what is not yet done; the results, or None where a signal stopped it after saving.
+
+        executor: what makes the executor from the descriptor that locks the directory; for a kind whose measurements
+        are runs.
+        """
+
+
+class Kind(ABC):
+    """One or more kinds of experiments, by the names that `kind` has in their plans."""
+
+    plan: type[BasePlan]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `kind` may be in a plan."""
+        return get_args(self.plan.model_fields["kind"].annotation)
+
+    @abstractmethod
+    def study(self, plan: Any, out: Path, quiet: bool, admit: Callable[[Unit], None] | None = None) -> Study:
+        """A plan of this kind in a directory. admit: raises InputError for a run that cannot be executed as it shall.
+
+        Raises InputError, before anything is written, for whatever is wrong with plan, directory or runs.
+        """
+
+    def of_now(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Results that an earlier version wrote, in the form of this one; may change its argument."""
+        return results
+
+    @abstractmethod
+    def title(self, results: Results) -> str:
+        """The heading of the page."""
+
+    @abstractmethod
+    def body(self, results: Results, out: Path) -> str:
+        """The page, but for its frame; out: where the runs lie that it may show."""
+
+    @abstractmethod
+    def tables(self, results: Results) -> Sequence[Table]:
+        """What a terminal shows, in the order in which it is told."""
+
+    def conclusions(self, results: Results) -> Sequence[str]:
+        """Lines beneath the tables."""
+        return ()
