@@ -1,5 +1,6 @@
 """Settings from several layers: which one wins, what is read and written, and what is refused in one line."""
 
+import ast
 import tempfile
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparsae
 from sparsae.config import Config
-from sparsae.config.load import annotated, dump, methods, presets, resolve
+from sparsae.config.load import annotated, dump, is_dense, methods, presets, resolve
+from sparsae.config.narrow import METHOD
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, RiglConfig, StaticConfig
 
@@ -320,3 +323,15 @@ def test_the_layer_that_gave_the_wrong_value_is_blamed(tmp_path: Path) -> None:
     good = write(tmp_path, "sparsity: {min_density: 0.05}\n")
     assert refusal(good, None, None, ["sparsity.sparsity=0.99"]).startswith("--set: sparsity: bounds")
     assert refusal(None, options={"--steps": ("training.steps", 0)}).startswith("--steps: training.steps")
+
+
+def test_dense_methods_are_known_by_their_settings_and_the_narrow_one_is_named_in_one_place() -> None:
+    assert [method for method in methods() if is_dense(method)] == ["dense", METHOD]
+    package = Path(sparsae.__file__).parent
+    naming = [
+        file
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and node.value == METHOD
+    ]
+    assert naming == [package / "config" / "narrow.py"]

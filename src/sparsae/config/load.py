@@ -31,6 +31,7 @@ __all__ = [
     "annotated",
     "dump",
     "has_sparsity",
+    "is_dense",
     "json_schema",
     "methods",
     "parse_override",
@@ -71,6 +72,11 @@ def has_sparsity(method: str) -> bool:
     layers = _Layers()
     layers.add_names(_DEFAULT.preset, method)
     return layers.tree.get("sparsity", {}).get("sparsity") != 0
+
+
+def is_dense(method: str) -> bool:
+    """Whether runs of a method have every connection, whatever sparsity is given. InputError as `has_sparsity`."""
+    return resolve(method=method).sparsity.sparsity == 0
 
 
 def setting_names() -> tuple[str, ...]:
@@ -250,7 +256,7 @@ class _Layers:
     def config(self) -> Config:
         config = self._validated(self.tree, Config, ())
         refuse_huge(config)
-        return narrowed(config) if config.method == "dense_small" else config
+        return narrowed(config)
 
     def _validated(self, tree: Tree, section: type[AnySection], keys: Keys) -> AnySection:
         try:

@@ -15,6 +15,7 @@ from sparsae.errors import InputError
 from sparsae.families import FAMILIES
 from sparsae.files import expanded
 
+METHOD = "dense_small"  # named here alone, beside its file
 MOST_PARAMETERS = 2**40
 MOST_TOKENS = 2**31 - 1
 
@@ -39,8 +40,9 @@ def refuse_huge(config: Config) -> None:
 
 
 def narrowed(config: Config) -> Config:
-    """The dense model, no wider than the given one, whose parameters are nearest to its active ones at its sparsity.
+    """The settings, in which METHOD has the dense model whose parameters are nearest to the active ones.
 
+    It is no wider than the given one, whose active parameters at its sparsity are meant.
     Layers, heads and context stay; the width is a multiple of twice the heads (of the heads where it was no such
     multiple before), unless heads have a size of their own, which shrinks with it. The MLP's width shrinks too, and
     then takes up what that rounding left, in eights where it is 64 or more. Settings whose sparsity is 0 are narrow
@@ -48,7 +50,7 @@ def narrowed(config: Config) -> Config:
 
     Raises InputError where even one pair of features a head has more parameters than are wanted.
     """
-    if config.sparsity.sparsity == 0:
+    if config.method != METHOD or config.sparsity.sparsity == 0:
         return config
     model, vocabulary = config.model, _vocabulary(config)
     target = count_parameters(model, vocabulary, config.sparsity)
@@ -58,7 +60,7 @@ def narrowed(config: Config) -> Config:
     best = min(candidates, key=lambda narrow: abs(count_parameters(narrow, vocabulary) - target))
     if best is candidates[0] and count_parameters(best, vocabulary) > 1.5 * target:
         raise InputError(
-            f"method dense_small: no width has as few as the {target:,} parameters that are active at "
+            f"method {METHOD}: no width has as few as the {target:,} parameters that are active at "
             f"sparsity.sparsity {config.sparsity.sparsity:g}: lower it, or take fewer model.heads"
         )
     best = _with_mlp_for(best, vocabulary, target)
@@ -120,5 +122,5 @@ def _vocabulary(config: Config) -> int:
         except (OSError, ValueError, KeyError, TypeError):
             break
     raise InputError(
-        f"{path}: cannot tell how many entries this tokenizer has, which method dense_small needs: set model.vocab_size"
+        f"{path}: cannot tell how many entries this tokenizer has, which method {METHOD} needs: set model.vocab_size"
     )

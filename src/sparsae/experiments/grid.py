@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from sparsae.config import Config, ModelConfig
 from sparsae.config.complaints import nearest
-from sparsae.config.load import has_sparsity, methods, resolve
+from sparsae.config.load import is_dense, methods, resolve
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Seed
 
@@ -124,7 +124,7 @@ class GridPlan(BasePlan):
     def _has_a_sparsity(cls, method: str) -> str:
         if method not in methods():
             raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
-        if not has_sparsity(method) or method == "dense_small":
+        if is_dense(method):
             raise ValueError(f"'{method}' has no sparsity to vary: dense models are those of sparsity 0")
         return method
 
