@@ -1,6 +1,7 @@
 """A topology rule of your own, in one file: `python examples/own_rule.py`.
 
-The rule drops small weights, but not exactly the smallest: noise lets a weight of any size go. A run takes it by name:
+The rule drops small weights, but not exactly the smallest: noise decides between weights of similar size. A run takes it
+by name:
 
     SPARSAE_IMPORT=examples/own_rule.py sparsae train --method noisy --steps 60
 
@@ -33,7 +34,9 @@ class NoisyConfig(RuleConfig):
 
     every: Span = Field(default="5%", description="between updates: steps, 5%, 1 epoch")
     drop_fraction: float = Field(default=0.3, ge=0, le=1, description="share of a layer that moves first; cosine decay")
-    temperature: float = Field(default=0.5, ge=0, description="size of the noise on log |w|; 0: the smallest go")
+    temperature: float = Field(
+        default=0.5, ge=0, description="size of the noise on log |w|; 0: exactly the smallest are dropped"
+    )
 
 
 class NoisyMagnitude(Drop):

@@ -203,3 +203,30 @@ def leaves(tree: dict[str, Any]) -> list[str]:
         for name, value in tree.items()
         for inner in (leaves(value) if isinstance(value, dict) else [""])
     ]
+
+
+DIALECT = r"one's own loop|come and go|comes? and goes?|went and that came|changed hands|other hands"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_connections_are_dropped_and_grown(page: Path) -> None:
+    """Pages use the field's words, which the glossary explains."""
+    assert re.findall(DIALECT, " ".join(page.read_text("utf-8").split())) == []
+
+
+def test_the_glossary_has_the_words_of_the_trade() -> None:
+    terms = re.findall(r"^\*\*(.+?)\.\*\*", (ROOT / "docs" / "glossary.md").read_text("utf-8"), re.MULTILINE)
+    words = [word.lower() for term in terms for word in term.split(", ")]
+    assert len(words) == len(set(words))  # one word, one thing
+    assert {
+        "topology",
+        "density",
+        "nnz",
+        "rule",
+        "method",
+        "update",
+        "drop",
+        "grow",
+        "prune",
+        "the written method",
+    } <= set(words)
