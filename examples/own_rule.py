@@ -1,7 +1,7 @@
 """A topology rule of your own, in one file: `python examples/own_rule.py`.
 
-The rule drops small weights, but not exactly the smallest: noise decides between weights of similar size. A run takes it
-by name:
+The rule drops small weights, but not exactly the smallest: noise decides between weights of similar size. A run takes
+it by name:
 
     SPARSAE_IMPORT=examples/own_rule.py sparsae train --method noisy --steps 60
 
