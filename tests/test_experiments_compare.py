@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 from sparsae.cli import main
+from sparsae.errors import InputError
+from sparsae.experiments.compare.plan import Plan
 from sparsae.experiments.compare.results import TIMING
+from sparsae.experiments.plan import parse_plan
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -260,11 +263,30 @@ WRONG = {
     "an unknown setting": (["--methods", "static", "training.stepz=3"], "did you mean"),
     "a setting of another rule": (["--methods", "static", "topology.every=3"], "topology.every"),
     "a seed among the settings": (["--methods", "static", "seed=3"], "leave out seed"),
+    "a rule for all methods": (["--methods", "static", "topology.rule=rigl"], "leave out topology.rule"),
+    "a sparsity for all": (["--methods", "static", "sparsity.sparsity=0.3"], "leave out sparsity.sparsity"),
     "a budget below a step": (["--methods", "static", "--budget", "1"], "raise --budget"),
     "two plans": (["a.yaml", "b.yaml"], "two plans"),
     "no such plan": (["a.yaml"], "cannot read"),
     "both ways to run": (["--methods", "static", "--jobs", "2", "--ray", "auto"], "give one of them"),
 }
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"variants": {"a": {"method": "set", "settings": {"sparsity": {"sparsity": 0.3}}}}},
+        {"variants": {"a": {"method": "set", "settings": {"method": "rigl"}}}},
+        {"variants": {"a": {"method": "set", "settings": {"preset": "tiny"}}}},
+        {"variants": {"a": {"method": "set", "settings": {"seed": 3}}}},
+        {"methods": ["set"], "tuning": {"grid": {"sparsity.sparsity": [0.2, 0.6]}}},
+        {"methods": ["set"], "settings": {"seed": {"a": 1}}},
+        {"methods": ["set"], "settings": {"method": "rigl"}},
+    ],
+)
+def test_no_run_can_be_another_than_it_is_called(plan: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"leave out [a-z.]+, which the plan gives by"):
+        parse_plan(plan, "here", Plan)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -54,18 +54,12 @@ class BasePlan(Section):
 
     @model_validator(mode="after")
     def _settings_leave_the_rest(self) -> Self:
-        for key, said_by in self.said().items():
-            *sections, last = key.split(".")
-            tree: object = self.settings
-            for section in sections:
-                tree = tree.get(section, {}) if isinstance(tree, Mapping) else {}
-            if isinstance(tree, Mapping) and last in tree and (sections or not isinstance(tree[last], Mapping)):
-                raise ValueError(f"settings: leave out {key}: the plan's {said_by} say it")
+        refuse_said(self.settings, "settings", self.said())
         return self
 
     def said(self) -> dict[str, str]:
         """Settings that the plan itself gives to every run, and by which of its keys."""
-        return {"seed": "seeds"}
+        return {"seed": "seeds", "preset": "preset"}
 
     def dump(self) -> str:
         """The plan as YAML, every key included."""
@@ -73,6 +67,23 @@ class BasePlan(Section):
 
 
 P = TypeVar("P", bound=BasePlan)
+
+
+def given(tree: Mapping[str, Any], setting: str) -> bool:
+    """Whether a tree of keys says something of a setting."""
+    inner: Any = tree
+    for key in setting.split("."):
+        if not isinstance(inner, Mapping) or key not in inner:
+            return False
+        inner = inner[key]
+    return True
+
+
+def refuse_said(tree: Mapping[str, Any], where: str, said: Mapping[str, str]) -> None:
+    """ValueError where settings name one that the plan gives: the run would not be what it is called."""
+    for key, said_by in said.items():
+        if given(tree, key):
+            raise ValueError(f"{where}: leave out {key}, which the plan gives by {said_by}")
 
 
 def read_plan(file: Path | None, options: Mapping[str, object], overrides: Sequence[Tree], plan: type[P]) -> P:

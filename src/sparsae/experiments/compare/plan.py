@@ -7,9 +7,9 @@ rates among which each variant finds its own. Whatever has a default may be left
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -18,7 +18,7 @@ from sparsae.config.complaints import nearest
 from sparsae.config.load import has_sparsity, methods, resolve, setting_names
 from sparsae.config.span import Span
 from sparsae.experiments.compare.tuning import Axis, Point
-from sparsae.experiments.plan import BasePlan, Match, Seed, Tree
+from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_said
 
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -143,6 +143,11 @@ class Plan(BasePlan):
                 raise ValueError(f"variants: '{name}' cannot name a directory: use letters, digits and . _ + -")
             if name in self.methods:
                 raise ValueError(f"variants: '{name}' is among the methods already; give it another name")
+            refuse_said(self.variants[name].settings, f"variants: {name}: settings", self.said())
+        for setting in self.tuning.grid:
+            if setting in self.said():
+                raise ValueError(f"tuning.grid: leave out {setting}, which the plan gives by {self.said()[setting]}")
+        refuse_said(self.settings, "settings", {"topology.rule": "methods"})
         if not self.named_variants:
             raise ValueError(f"methods: name at least one of: {', '.join(methods())}")
         if self.reference is not None and self.reference not in self.named_variants:
@@ -161,7 +166,7 @@ class Plan(BasePlan):
 
     def said(self) -> dict[str, str]:
         """See `BasePlan`."""
-        return {**super().said(), "sparsity.sparsity": "sparsities"}
+        return {**super().said(), "method": "methods", "sparsity.sparsity": "sparsities"}
 
     @cached_property
     def named_variants(self) -> dict[str, Variant]:
@@ -198,7 +203,7 @@ class Plan(BasePlan):
         axes = [Axis(LEARNING_RATE, tuple(tuning.learning_rates))] if tuning.learning_rates else []
         config = self.config(variant, sparsity, self.seeds[0]) if tuning.grid else None
         for setting, values in tuning.grid.items():
-            if not _given(own, setting) and config is not None and _concerns(config, setting):
+            if not given(own, setting) and config is not None and _concerns(config, setting):
                 axes.append(Axis(setting, tuple(values)))
         return axes
 
@@ -207,30 +212,20 @@ class Plan(BasePlan):
     ) -> Config:
         """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong."""
         chosen = self.all_variants[variant]
-        given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
+        options: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
         if has_sparsity(chosen.method):
-            given["sparsities"] = ("sparsity.sparsity", sparsity)
+            options["sparsities"] = ("sparsity.sparsity", sparsity)
         for setting, value in (point or {}).items():
-            given[f"tuning of {setting}"] = (setting, value)
+            options[f"tuning of {setting}"] = (setting, value)
         if steps is not None:
-            given["steps"] = ("training.steps", steps)
+            options["steps"] = ("training.steps", steps)
         trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
-        config = resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        config = resolve(None, self.preset, chosen.method, options=options, trees=trees)
         absolute = isinstance(getattr(config.topology, "every", None), int)
-        if self.cadence is not None and absolute and not any(_given(tree, _EVERY) for tree, _ in trees):
-            given = {"cadence": (_EVERY, self.cadence), **given}
-            config = resolve(None, self.preset, chosen.method, options=given, trees=trees)
+        if self.cadence is not None and absolute and not any(given(tree, _EVERY) for tree, _ in trees):
+            options = {"cadence": (_EVERY, self.cadence), **options}
+            config = resolve(None, self.preset, chosen.method, options=options, trees=trees)
         return config
-
-
-def _given(tree: Mapping[str, Any], setting: str) -> bool:
-    """Whether a tree of keys says something of a setting."""
-    inner: Any = tree
-    for key in setting.split("."):
-        if not isinstance(inner, Mapping) or key not in inner:
-            return False
-        inner = inner[key]
-    return True
 
 
 def _concerns(config: Config, setting: str) -> bool:
@@ -239,7 +234,7 @@ def _concerns(config: Config, setting: str) -> bool:
         return False
     if setting.startswith("teacher.") and not config.teacher.enabled:
         return False
-    return _given(config.model_dump(), setting)
+    return given(config.model_dump(), setting)
 
 
 def cells(plan: Plan) -> Iterator[tuple[int, float, str]]:
