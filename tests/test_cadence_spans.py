@@ -43,3 +43,25 @@ def test_a_setting_of_400_digits_is_told_with_its_key() -> None:
 def test_spans_in_steps(span: int | str, steps: int) -> None:
     assert span_steps(span, Horizon(100, epoch=10)) == steps
     assert Periodic(span).every == span
+
+
+@pytest.mark.parametrize(("span", "steps", "every"), [("2%", 40, 10), ("2%", 1000, 20), ("50%", 40, 20), (3, 40, 3)])
+def test_of_a_share_of_a_run_at_least_ten_steps_lie_between_updates(span: int | str, steps: int, every: int) -> None:
+    horizon = Horizon(steps)
+    due = [step for step in range(1, steps + 1) if Periodic(span).due(step, horizon)]
+    assert due == list(range(every, steps, every))
+
+
+def test_the_rules_of_a_short_comparison_update_at_the_same_steps() -> None:
+    from sparsae.experiments.compare.plan import Plan
+    from sparsae.experiments.plan import parse_plan
+    from sparsae.rules import build_rule
+
+    names = ["sparsae", "set", "set-ramp", "rigl", "gse"]
+    plan = parse_plan({"methods": names, "settings": {"training": {"steps": 100}}}, "here", Plan)
+    dues = set()
+    for name in names:
+        rule = build_rule(plan.config(name, 0.9, 0).topology)
+        assert rule.ramp_steps(Horizon(100)) == (10 if name in ("sparsae", "set-ramp") else 0)
+        dues.add(tuple(step for step in range(1, 56) if rule.when.due(step, Horizon(100))))
+    assert dues == {tuple(range(10, 56, 10))}

@@ -184,10 +184,10 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
     rows += [row("mest", n, 3.0) | idle | {"updates": 4} for n in range(2)]
     assert warnings({"tuning": [], "rows": rows, "judged_by": "test_loss"}) == [
         "gse at sparsity 0.9, seed 0: diverged",
-        "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (set topology.every lower, or cadence: "
-        "a share of the run)",
-        "mest at sparsity 0.9: 4 topology updates in 40 steps, too few to call it a moving topology (set "
-        "topology.every lower, or cadence: a share of the run)",
+        "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (train longer, or set "
+        "topology.every or the plan's cadence lower)",
+        "mest at sparsity 0.9: 4 topology updates in 40 steps, too few to call it a moving topology (train "
+        "longer, or set topology.every or the plan's cadence lower)",
     ]
 
 

@@ -59,25 +59,30 @@ class Never(Cadence):
         return False
 
 
+# Steps between updates whose cadence is a share of the run, however short that is.
+LEAST = 10
+
+
 @dataclass(frozen=True)
 class Periodic(Cadence):
     """Every so many steps, after the share `start` and before the share `stop` of the run, and before its last step.
 
-    at_stop: an update may fall on the step at which `stop` is reached. least: never more often than this.
-    Raises InputError where `every` is no span.
+    at_stop: an update may fall on the step at which `stop` is reached. Of a share of the run it is at least ten steps:
+    what has grown has to learn before it is judged, in a short run too. Raises InputError where `every` is no span.
     """
 
     every: int | str
     start: float = 0.0
     stop: float = 1.0
     at_stop: bool = False
-    least: int = 1
 
     def __post_init__(self) -> None:
         require_span(self.every)
 
     def due(self, step: int, horizon: Horizon) -> bool:
-        every, steps = max(self.least, span_steps(self.every, horizon)), horizon.steps
+        every, steps = span_steps(self.every, horizon), horizon.steps
+        if isinstance(self.every, str):
+            every = max(LEAST, every)
         last = self.stop * steps
         inside = self.start * steps < step < steps and (step < last or (self.at_stop and step <= last))
         return step % every == 0 and inside

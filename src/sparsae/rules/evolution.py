@@ -167,9 +167,7 @@ class Evolution(Rule[EvolutionState]):
         self.initialization = config.initialization
         self.burn_in = config.burn_in
         self.declines = config.selection == "elitist"
-        self.when = Periodic(
-            config.every or "5%", config.start, config.stop, at_stop=True, least=1 if config.every else 10
-        )
+        self.when = Periodic(config.every or "5%", config.start, config.stop, at_stop=True)
         needs: set[Need] = set()
         wanted: dict[str, Need] = {"guided": "gradient_at", "rigl": "dense_gradient"}
         if config.proposer in wanted:

@@ -86,7 +86,7 @@ def _exchange(config: GenerationsConfig) -> Exchange:
     is_random = config.random_share == 1.0
     return Exchange(
         "generations",
-        when=Periodic(config.every, stop=config.stop, least=10 if isinstance(config.every, str) else 1),
+        when=Periodic(config.every, stop=config.stop),
         fraction=CosineFraction(config.drop_fraction, config.stop),
         drop=SmallestMagnitude(),
         grow=RandomGrowth() if is_random else guided,

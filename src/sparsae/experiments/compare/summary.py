@@ -128,8 +128,8 @@ def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
         made = {0: "no topology update", 1: "one topology update"}.get(updates, f"{updates} topology updates")
         yield (
             f"{method} at sparsity {sparsity:g}: {made} in {steps:,} steps, "
-            f"{'so it was static' if not updates else 'too few to call it a moving topology'} (set topology.every "
-            "lower, or cadence: a share of the run)"
+            f"{'so it was static' if not updates else 'too few to call it a moving topology'} (train longer, or "
+            "set topology.every or the plan's cadence lower)"
         )
 
 
