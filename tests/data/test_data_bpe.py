@@ -92,7 +92,7 @@ def test_ctrl_c_while_the_tokenizer_is_trained_ends_the_command_and_leaves_nothi
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)  # to the parent alone: the child must not outlive it
     while os.listdir(tmp_path / "cache"):
-        assert time.perf_counter() - began < 1.5
+        assert time.perf_counter() - began < 20  # it would take hours; other tests may have the cores
         time.sleep(0.02)
     process.communicate(timeout=60)  # an interpreter that has torch needs a while to end
     assert process.returncode == 130

@@ -155,6 +155,8 @@ class TestKilled:
     ) -> None:
         number = getattr(signal, name)
         killed_at(monkeypatch, 5, lambda trainer: os.kill(os.getpid(), number))
+        if signal.getsignal(number) is signal.SIG_IGN:  # of whoever runs the tests, as nohup's hangup
+            pytest.skip(f"{name} is ignored here")
         before = signal.getsignal(number)
         stopped = start(make(), tmp_path / "run", quiet=True)
         assert (stopped["finished"], stopped["steps"]) == (False, 5)
