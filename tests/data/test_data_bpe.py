@@ -1,5 +1,6 @@
 """Training a tokenizer takes linear time, cuts words without losing anything, and ends when it is asked to."""
 
+import contextlib
 import os
 import random
 import signal
@@ -70,8 +71,9 @@ def test_what_goes_wrong_in_the_child_is_told():
 
 
 ENDLESS = """
-import sys
+import signal, sys
 from sparsae.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests may have ignored
 sys.exit(main(["train", "--set", "data.source={folder}", "--set", "data.cache={folder}/cache",
                "--set", "data.tokenizer_vocab=60000", "--out", "{folder}/out"]))
 """
@@ -81,21 +83,25 @@ sys.exit(main(["train", "--set", "data.source={folder}", "--set", "data.cache={f
 def test_ctrl_c_while_the_tokenizer_is_trained_ends_the_command_and_leaves_nothing(tmp_path):
     (tmp_path / "a.txt").write_text(BASES * 30)
     command = [sys.executable, "-c", ENDLESS.format(folder=tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("training the tokenizer"):
-            break
-    time.sleep(1)
-    assert process.poll() is None, said
-    began = time.perf_counter()
-    process.send_signal(signal.SIGINT)  # to the parent alone: the child must not outlive it
-    while os.listdir(tmp_path / "cache"):
-        assert time.perf_counter() - began < 20  # it would take hours; other tests may have the cores
-        time.sleep(0.02)
-    process.communicate(timeout=60)  # an interpreter that has torch needs a while to end
-    assert process.returncode == 130
-    assert sorted(os.listdir(tmp_path)) == ["a.txt", "cache"]
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith("training the tokenizer"):
+                    break
+            time.sleep(1)
+            assert process.poll() is None, said
+            began = time.perf_counter()
+            process.send_signal(signal.SIGINT)  # to the parent alone: the child must not outlive it
+            while os.listdir(tmp_path / "cache"):
+                assert time.perf_counter() - began < 20  # it would take hours; other tests may have the cores
+                time.sleep(0.02)
+            process.communicate(timeout=60)  # an interpreter that has torch needs a while to end
+            assert process.returncode == 130
+            assert sorted(os.listdir(tmp_path)) == ["a.txt", "cache"]
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
