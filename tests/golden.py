@@ -2,7 +2,7 @@
 
     make golden OLD=<commit>            trains every case by the command line with the code of that commit and with the
                                         working tree, float32 on the native kernels, and compares the runs bit for bit
-    python -m tests.golden --record     writes tests/golden/*.json, which test_golden.py compares with, anew
+    python -m tests.golden --record     writes tests/golden/*.json, which tests/train/test_golden.py compares with, anew
 
 A run is compared by what its metrics say of each step, validation and update, and by its last weights. Only settings,
 the command line and those fields are used, so the code beneath may take any form.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.runs import write_text
+from tests.support.runs import write_text
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "golden"

@@ -28,7 +28,7 @@ from sparsae.rules import EvolutionConfig
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import plan
 from sparsae.train.assemble import optimizer_of
-from tests.loops import LLAMA, SUPAR, built, config_of, mlp
+from tests.support.loops import LLAMA, SUPAR, built, config_of, mlp
 
 # (name, role, density): (initial std, factor on the learning rate, factor on epsilon)
 # at width 512, base width 128 (m = 4), base density 1, 4 blocks, embedding multiplier 10, output multiplier 2.

@@ -13,8 +13,8 @@ from sparsae.core.topology import Topology, remap, sample_distinct
 from sparsae.nn.linear import SparseLinear
 from sparsae.search.teacher.storages import Union
 from sparsae.surgery import kaiming_uniform, plan
-from tests.strategies import topologies
-from tests.test_topology import assert_valid
+from tests.core.test_topology import assert_valid
+from tests.support.strategies import topologies
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsae.nn.linear import sparse_layers
-from tests.architectures import ARCHITECTURES, RULES, train_sparse
+from tests.support.architectures import ARCHITECTURES, RULES, train_sparse
 
 pytestmark = pytest.mark.soak
 

@@ -19,8 +19,8 @@ from sparsae.report.page import write_report
 from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import resume, start
 from sparsae.train.stopping import STOP_SIGNALS
-from tests.faults import assert_found_or_without_effect, damage, failing_disk, in_child, seen
-from tests.runs import config_of, contents, rows, weights, write_text
+from tests.support.faults import assert_found_or_without_effect, damage, failing_disk, in_child, seen
+from tests.support.runs import config_of, contents, rows, weights, write_text
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 

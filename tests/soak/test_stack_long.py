@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.stacks import cases, compared
+from tests.support.stacks import cases, compared
 
 
 @pytest.mark.soak

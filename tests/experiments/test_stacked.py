@@ -1,0 +1,151 @@
+"""A stacked comparison: the same results, in parts, and a page that says what it does not measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.cli import main
+from sparsae.experiments.compare.results import TIMING
+from sparsae.train.loop import Trainer
+from sparsae.train.passes import Passes
+from tests.support.runs import write_text
+
+pytestmark = pytest.mark.slow
+PLAN = """
+methods: [dense, static]
+variants: {rigl: {method: rigl, settings: {topology: {every: 4}}}}
+seeds: 2
+sparsities: [0.8]
+tuning: {learning_rates: [1.0e-3, 4.0e-3], share: 0.5}
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A comparison of runs of two shapes, which are tuned first."""
+    folder = write_text(tmp_path_factory.mktemp("text"))
+    plan = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    plan.write_text(PLAN)
+    return [
+        "compare", str(plan), f"data.source={folder}", f"data.cache={tmp_path_factory.mktemp('cache')}",
+        "data.tokenizer_vocab=300", "model.layers=1", "model.width=32", "model.heads=2", "model.context=16",
+        "training.batch_size=2", "training.log_every=5", "training.validation_sequences=4", "training.device=cpu",
+        "training.threads=1", "training.steps=12",
+    ]  # fmt: skip
+
+
+def results(out: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return read
+
+
+def numbers(value: Any) -> Any:
+    """The results without what a stack does not measure, and without saying that it is one."""
+    if isinstance(value, dict):
+        left = {key: inner for key, inner in value.items() if key not in (*TIMING, "stacked", "warnings")}
+        return {key: numbers(inner) for key, inner in left.items()}
+    if isinstance(value, list):
+        return [numbers(inner) for inner in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value
+
+
+@pytest.fixture(scope="module")
+def stacked(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of that comparison, of which three at a time trained together."""
+    out = tmp_path_factory.mktemp("stacked") / "out"
+    assert main([*arguments, "--stack", "--stack-size", "3", "--out", str(out)]) == 0
+    return out
+
+
+def rows_of(out: Path) -> list[Any]:
+    keys = ("method", "sparsity", "seed", "validation_loss", "train_flops", "steps", "nnz", "updates", "learning_rate")
+    return [[row[key] for key in keys] for row in results(out)["rows"]]
+
+
+def test_a_stack_finds_what_runs_one_by_one_find(arguments: list[str], stacked: Path, tmp_path: Path) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert rows_of(stacked) == [numbers(row) for row in rows_of(tmp_path / "out")]
+    assert not any(row["stacked"] for row in results(tmp_path / "out")["rows"])
+
+
+def test_times_are_left_out_and_the_page_says_so(stacked: Path) -> None:
+    found = results(stacked)
+    assert all(row["stacked"] for row in found["rows"])
+    assert all(row[key] is None for row in found["rows"] for key in TIMING)
+    assert all(trial["seconds"] is None for group in found["tuning"] for trial in group["trials"])
+    assert "neither their memory nor their time" in found["warnings"][0]
+    page = (stacked / "report.html").read_text()
+    assert "neither their memory nor their time" in page
+    assert "curve-seconds" not in page
+    assert "Time of the runs" not in page
+
+
+def test_it_goes_on_in_parts(
+    arguments: list[str], stacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by the clock and by a signal, in the middle of runs, it ends with the same results."""
+    clock, whole = [0.0], Trainer.stepping
+
+    def stepping(self: Trainer) -> Passes[None]:
+        yield from whole(self)
+        clock[0] += 1.0
+        if clock[0] == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "stepping", stepping)
+    monkeypatch.setattr("sparsae.train.stopping.time.monotonic", lambda: clock[0])
+    command, codes = [*arguments, "--stack", "--stack-size", "4", "--out", str(tmp_path / "out")], []
+    while not codes or (codes[-1] == 130 and len(codes) < 40):
+        codes.append(main([*command, "--minutes", "0.25"]))
+    assert codes == [130] * (len(codes) - 1) + [0]
+    assert len(codes) > 5
+    assert rows_of(tmp_path / "out") == [numbers(row) for row in rows_of(stacked)]
+
+
+def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsae.errors import InputError
+
+    whole, stopped = Trainer.stepping, []
+
+    def stepping(self: Trainer) -> Passes[None]:
+        yield from whole(self)
+        if self.step == 2 and not stopped:
+            stopped.append(self)
+            raise InputError("no room")
+
+    monkeypatch.setattr(Trainer, "stepping", stepping)
+    out = tmp_path / "out"
+    assert main([*arguments, "--stack", "--out", str(out)]) == 2
+    assert "tuning/" in (error := capsys.readouterr().err)
+    assert "no room" in error
+    assert len(list(out.glob("tuning/*/checkpoints/step-*"))) == 5  # of six trials
+    monkeypatch.setattr(Trainer, "stepping", whole)
+    assert main([*arguments, "--stack", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--stack", "model.dropout=0.1"], "model.dropout is 0.1"),
+        (["--stack", "training.compile=true"], "training.compile is true"),
+        (["--stack", "--jobs", "2"], "leave out --jobs"),
+        (["--stack-size", "3"], "give --stack too"),
+        (["--minutes", "0"], "--minutes: must be above 0"),
+        (["--minutes", "1", "--jobs", "2"], "leave out --jobs"),
+    ],
+)
+def test_what_cannot_be_stacked_is_refused(
+    options: list[str], said: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

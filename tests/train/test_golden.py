@@ -1,0 +1,36 @@
+"""Short runs of every method have the numbers that they had when they were recorded; see golden.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.golden import CASES, RECORDED, RECORDS, first_difference, record, recorded
+from tests.support.runs import write_text
+
+# Relative, of float64.
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("golden")
+    write_text(path / "text")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RECORDED)
+def test_a_run_has_its_recorded_numbers(case: str, folder: Path) -> None:
+    found = record(case, folder / "text", folder)
+    assert first_difference(recorded(case), found, TOLERANCE) is None
+
+
+def test_every_record_is_of_a_case_in_which_something_moves() -> None:
+    assert {path.stem for path in RECORDS.glob("*.json")} == set(RECORDED)
+    for case in RECORDED:
+        columns = recorded(case)
+        assert len(columns["train.loss"]) == 60
+        moves = sum(columns["topology.swaps"]) > 0 or len(set(columns["train.nnz"])) > 1
+        assert moves == (CASES[case][0] not in ("dense", "static"))
