@@ -27,7 +27,7 @@ SUMMARY = {
     "train_flops_by_part": {"student": 7},
     "finished": True,
 }
-PLAN = {
+FORECAST = {
     "density_steps": [],
     "parameters_dense": 1000,
     "parameters": 190,
@@ -78,7 +78,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.chdir(tmp_path)
     calls = Calls()
     calls.replace(monkeypatch, "sparsae.train.run", start=SUMMARY, resume=SUMMARY)
-    calls.replace(monkeypatch, "sparsae.train.plan", plan=PLAN)
+    calls.replace(monkeypatch, "sparsae.train.forecast", forecast=FORECAST)
     calls.replace(monkeypatch, "sparsae.evaluate.perplexity", evaluate_run={"loss": 1.5, "tokens": 1234})
     calls.replace(monkeypatch, "sparsae.evaluate.generation", generate_text=" f(): pass", write_sample=None)
     calls.replace(monkeypatch, "sparsae.evaluate.export", export_run=None)
@@ -126,7 +126,7 @@ class TestTrain:
         for arguments in (["train"], ["train", "--resume", "there"], ["train", "--dry-run"]):
             assert main([*arguments, "--json", "-"]) == 0
             result = json.loads(capsys.readouterr().out)
-            assert result == (PLAN if "--dry-run" in arguments else {**SUMMARY, "validation_loss": None})
+            assert result == (FORECAST if "--dry-run" in arguments else {**SUMMARY, "validation_loss": None})
         assert [call[1][2 if call[0] == "start" else 1] for call in calls if call[0] in ("start", "resume")] == [
             True
         ] * 2
@@ -137,7 +137,7 @@ class TestTrain:
 
     def test_dry_run_shows_the_plan_and_starts_nothing(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--dry-run"]) == 0
-        assert [name for name, _ in calls] == ["plan"]
+        assert [name for name, _ in calls] == ["forecast"]
         out = capsys.readouterr().out
         assert "h.0.attn" in out
         assert ["parameters", "190", "1,000", "0.190"] in [line.split() for line in out.splitlines()]
@@ -227,7 +227,7 @@ class TestWhatPeopleRead:
     def test_a_long_time_is_told_in_years(
         self, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        calls.replace(monkeypatch, "sparsae.train.plan", plan={**PLAN, "expected_seconds": 8.17424e7})
+        calls.replace(monkeypatch, "sparsae.train.forecast", forecast={**FORECAST, "expected_seconds": 8.17424e7})
         assert main(["train", "--dry-run"]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["expected_seconds", "2", "years", "216", "days"] in lines

@@ -19,7 +19,7 @@ from sparsae.families import FAMILIES
 from sparsae.nn.sparsify import layer_counts
 from sparsae.rules import GmpConfig, SetConfig
 from sparsae.train.build import build
-from sparsae.train.plan import plan
+from sparsae.train.forecast import forecast
 
 LAYERS = [f"model.h.{block}.{name}" for block in range(3) for name in ("attn.q", "mlp.up")] + ["out"]
 
@@ -146,7 +146,7 @@ def test_every_role_names_layers_of_its_family(family: str) -> None:
     assert named["attention"] | named["mlp"] | named["head"] == set(layers)
     finer = [names for role, names in named.items() if role not in ("attention", "mlp", "head")]
     assert all(names < named["attention"] or names < named["mlp"] for names in finer)
-    rows = {row["name"]: row["density_factor"] for row in plan(config)["layers"]}
+    rows = {row["name"]: row["density_factor"] for row in forecast(config)["layers"]}
     assert rows == {name: 1.5 if name in named["mlp"] else 1.0 for name in layers}
 
 

@@ -161,12 +161,12 @@ class TestDenseSmall:
     @pytest.mark.parametrize("preset", ["demo", "tiny", "llama-130m"])
     @pytest.mark.parametrize("sparsity", [0.8, 0.95])
     def test_it_has_as_many_parameters_as_are_active(self, preset: str, sparsity: float) -> None:
-        from sparsae.train.plan import plan
+        from sparsae.train.forecast import forecast
 
         given = {"--sparsity": ("sparsity.sparsity", sparsity)}
-        sparse = plan(resolve(None, preset, "static", options=given))
+        sparse = forecast(resolve(None, preset, "static", options=given))
         config = resolve(None, preset, "dense_small", options=given)
-        small = plan(config)
+        small = forecast(config)
         assert small["parameters"] == small["parameters_dense"]
         assert small["parameters"] == pytest.approx(sparse["parameters"], rel=0.01)
         full = resolve(None, preset, "static").model

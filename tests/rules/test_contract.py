@@ -36,7 +36,7 @@ from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.train.plan import count_flops, untrained
+from sparsae.train.forecast import count_flops, untrained
 from tests.support.loops import OPTIMIZERS, config_of, frequent, run_steps, score_of
 
 STEPS, EVERY = 40, 4

@@ -23,7 +23,7 @@ from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.terms.cross_entropy import CrossEntropy, CrossEntropyConfig
-from sparsae.train.plan import count_flops, plan, untrained
+from sparsae.train.forecast import count_flops, forecast, untrained
 from sparsae.train.run import resume, start
 from tests.support.loops import mlp, run_steps, score_of
 from tests.support.runs import config_of, rows, stopped_at, weights, write_text
@@ -123,8 +123,8 @@ def test_operations_are_planned_as_they_are_counted(
     config = config_of(text, tmp_path / "cache", "training.steps=20", "training.accumulation=2", method="static")
     config = config.model_copy(update={"topology": topology, "rules": rules})
     summary = start(config, tmp_path / "run", quiet=True)
-    planned, _ = count_flops(config, untrained(config, 300))
-    assert planned.parts == summary["train_flops_by_part"]
+    expected, _ = count_flops(config, untrained(config, 300))
+    assert expected.parts == summary["train_flops_by_part"]
 
 
 class Guest(Rule[NoState]):
@@ -143,7 +143,7 @@ def test_a_guest_that_scores_can_be_planned(tmp_path: Path, monkeypatch: pytest.
     config = config_of(tmp_path, tmp_path, method="static")
     one = EvolutionConfig(every=4, candidates=1, selection="elitist", stop=1.0)
     own, _ = count_flops(config.model_copy(update={"topology": one}), untrained(config, 300))
-    monkeypatch.setattr("sparsae.train.plan.build_rule", lambda *_: Guest())
+    monkeypatch.setattr("sparsae.train.forecast.build_rule", lambda *_: Guest())
     guests, _ = count_flops(config, untrained(config, 300))
     assert guests.parts["search"] == own.parts["search"] > 0
 
@@ -206,7 +206,7 @@ def test_rules_can_be_removed_and_go_with_their_method(tmp_path: Path) -> None:
 def test_epochs_are_refused_where_no_text_is_read(tmp_path: Path) -> None:
     config = config_of(tmp_path, tmp_path, "rules={'*.attn.*': {rule: rigl, every: 1 epoch}}", method="set")
     with pytest.raises(InputError, match=r"once the text is read, which --dry-run and compare do not.*5%"):
-        plan(config)
+        forecast(config)
 
 
 def test_a_wrong_setting_of_one_of_them_is_one_line(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from sparsae.search.guests import chosen
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.updates import Update
 from sparsae.train.costs import RunCosts
-from sparsae.train.plan import count_flops, untrained
+from sparsae.train.forecast import count_flops, untrained
 from sparsae.train.run import resume, start
 from tests.rules.test_strategy_numbers import (
     strategy_of,
@@ -195,9 +195,9 @@ def test_a_run_goes_on_where_it_stopped_and_counts_what_was_planned(method: str,
     config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *RUN, method=method)
     summary = start(config, tmp_path / "whole", quiet=True)
     model = untrained(config, 300)
-    planned, counted = count_flops(config, model)[0].parts, summary["train_flops_by_part"]
-    assert 0 < counted["dense_gradients"] < planned["dense_gradients"]  # at most, and for every update
-    assert counted | {"dense_gradients": 0} == planned | {"dense_gradients": 0}
+    expected, counted = count_flops(config, model)[0].parts, summary["train_flops_by_part"]
+    assert 0 < counted["dense_gradients"] < expected["dense_gradients"]  # at most, and for every update
+    assert counted | {"dense_gradients": 0} == expected | {"dense_gradients": 0}
     due, layers = range(2, 30, 2), len(sparse_layers(model))
     cost = RunCosts(model, config, build_rule(config.topology).micro_batch)
     forward = cost.cost.forward(cost.nnz, 2 * config.model.context)
@@ -216,10 +216,10 @@ def test_operations_are_planned_as_they_are_counted(tmp_path: Path) -> None:
     few = f"topology.strategy.genes={FEWER}"
     config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *RUN, few, method="sparsae-evolved")
     summary = start(config, tmp_path / "run", quiet=True)
-    planned = count_flops(config, untrained(config, 300))[0].parts
-    assert planned == summary["train_flops_by_part"]
-    assert planned["search"] > 0
-    assert planned["dense_gradients"] == 0
+    expected = count_flops(config, untrained(config, 300))[0].parts
+    assert expected == summary["train_flops_by_part"]
+    assert expected["search"] > 0
+    assert expected["dense_gradients"] == 0
 
 
 @pytest.mark.parametrize("genes", [{"random_share": (0.0, 1.0)}, {"window": (2.0, 8.0), "sample_ratio": (0.5, 2.0)}])

@@ -33,7 +33,7 @@ from sparsae.parameterization import Parameterization, ParameterizationConfig
 from sparsae.registry import RULES
 from sparsae.rules import GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.train.plan import plan, untrained
+from sparsae.train.forecast import forecast, untrained
 from sparsae.train.run import resume, start
 from tests.support.loops import OPTIMIZERS, frequent, run_steps, score_of
 from tests.support.runs import config_of, rows, stopped_at, weights, write_text
@@ -277,23 +277,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_costs_what_was_planned(
     name: str, kind: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsae.train.plan._measured_flops_per_second", lambda config: 1e9)
+    monkeypatch.setattr("sparsae.train.forecast._measured_flops_per_second", lambda config: 1e9)
     one = ["topology.candidates=1", "topology.proposer=rigl"] if name == "evolution" else []
-    # A global ranking moves density between layers; a ramp counts each layer's steps, in 4 bytes that no plan has.
+    # A global ranking moves density between layers; a ramp counts each layer's steps, in 4 bytes that no forecast has.
     alike = {"gse": ["topology.scope=local"], "generations": ["topology.ramp=0"]}.get(name, [])
     config = config_of(
         text, text / "cache", f"sparsity.schedule.kind={kind}", "training.steps=24", *one, *alike, method=name
     )
-    summary, planned = start(config, tmp_path / "run", quiet=True), plan(config)
-    assert summary["train_flops_by_part"] == planned["train_flops"]
-    assert summary["nnz"] == summary["nnz_target"] == planned["density_steps"][-1]["nnz"]
+    summary, expected = start(config, tmp_path / "run", quiet=True), forecast(config)
+    assert summary["train_flops_by_part"] == expected["train_flops"]
+    assert summary["nnz"] == summary["nnz_target"] == expected["density_steps"][-1]["nnz"]
     # The most that there ever was: a bump's beginning.
-    assert summary["state_bytes_by_part"] == planned["state_bytes"]
-    constant = plan(config_of(text, text / "cache", "training.steps=24", *one, *alike, method=name))
+    assert summary["state_bytes_by_part"] == expected["state_bytes"]
+    constant = forecast(config_of(text, text / "cache", "training.steps=24", *one, *alike, method=name))
     assert constant["density_steps"] == []
-    ratio = planned["state_bytes"]["optimizer"] / constant["state_bytes"]["optimizer"]
+    ratio = expected["state_bytes"]["optimizer"] / constant["state_bytes"]["optimizer"]
     assert ratio == pytest.approx(2.0 if kind == "bump" else 1.0, rel=1e-3)
-    student = planned["train_flops"]["student"] / constant["train_flops"]["student"]
+    student = expected["train_flops"]["student"] / constant["train_flops"]["student"]
     # Embeddings and attention are most of so small a model, and cost the same.
     assert (student > 1.02) if kind == "bump" else (student < 0.98)
 

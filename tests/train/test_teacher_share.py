@@ -21,11 +21,11 @@ from sparsae.experiments.compare.plan import Plan
 from sparsae.experiments.plan import read_plan
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.search.teacher import Teacher, WarmUp
-from sparsae.surgery import plan as planned
+from sparsae.surgery import plan
 from sparsae.train.memory import state_bytes
 from sparsae.train.objective import Objective
-from sparsae.train.plan import count_flops, untrained
-from sparsae.train.plan import plan as plan_of
+from sparsae.train.forecast import count_flops, untrained
+from sparsae.train.forecast import forecast
 from sparsae.train.run import resume, start
 from tests.search.test_distill import random_swap, small_model
 from tests.support.loops import built
@@ -218,7 +218,7 @@ def test_a_grown_connection_begins_with_the_student(storage: str, unit: tuple[in
             )
             age[name] += active
         if step % 6 == 5:
-            swap = planned(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
+            swap = plan(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
             before = {name: layer.topology.to_mask() for name, layer in layers.items()}
             swap.commit(None, teacher.layers)
             for name, layer in layers.items():
@@ -239,7 +239,7 @@ def test_ages_are_counted_among_the_bytes_and_planned(text: Path, tmp_path: Path
     for grown in ("zero", "student"):
         config = config_of(text, tmp_path / "cache", *TAUGHT, f"teacher.grown={grown}", "sparsity.backend=reference")
         found[grown] = start(config, tmp_path / grown, quiet=True)["state_bytes_by_part"]["teacher"]
-        assert plan_of(config)["state_bytes"]["teacher"] == found[grown]
+        assert forecast(config)["state_bytes"]["teacher"] == found[grown]
     assert found["student"] == 2 * found["zero"]  # 4 bytes a value, and 4 an age
 
 

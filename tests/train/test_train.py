@@ -27,7 +27,7 @@ from sparsae.files import read_json
 from sparsae.nn.linear import sparse_layers
 from sparsae.runs.directory import RunDirectory
 from sparsae.train.objective import Objective
-from sparsae.train.plan import plan
+from sparsae.train.forecast import forecast
 from sparsae.train.run import resume, start
 from tests.support.runs import stopped_at
 from tests.support.training import ISSUE_KEYS, metrics
@@ -313,15 +313,15 @@ def test_plan_agrees_with_the_run(
     small: Callable[..., Config], tmp_path: Path, method: str, settings: list[str]
 ) -> None:
     config = small("training.accumulation=2", *settings, method=method)
-    planned = plan(config)
+    expected = forecast(config)
     summary = start(config, tmp_path / "run", quiet=True)
-    assert sum(layer["nnz"] for layer in planned["layers"]) == summary["nnz"]
-    assert planned["train_flops"] == summary["train_flops_by_part"]
-    assert planned["train_flops_dense_equivalent"] == summary["train_flops_dense_equivalent"]
+    assert sum(layer["nnz"] for layer in expected["layers"]) == summary["nnz"]
+    assert expected["train_flops"] == summary["train_flops_by_part"]
+    assert expected["train_flops_dense_equivalent"] == summary["train_flops_dense_equivalent"]
     # The estimate by formula is what the live tensors hold.
-    assert planned["state_bytes"] == summary["state_bytes_by_part"]
-    assert ("window" in planned["state_bytes"]) == any("window=" in setting for setting in settings)
-    assert planned["expected_seconds"] > 0
+    assert expected["state_bytes"] == summary["state_bytes_by_part"]
+    assert ("window" in expected["state_bytes"]) == any("window=" in setting for setting in settings)
+    assert expected["expected_seconds"] > 0
 
 
 @pytest.mark.parametrize("method", ["gmp", "granet", "magnitude"])
@@ -330,7 +330,7 @@ def test_a_run_that_prunes_costs_less_as_it_goes_and_ends_at_its_target(
 ) -> None:
     every = [] if method == "magnitude" else ["topology.every=2"]
     config = small("sparsity.sparsity=0.95", "training.log_every=1", *every, method=method)
-    planned = plan(config)
+    expected = forecast(config)
     summary = start(config, tmp_path / "run", quiet=True)
     assert summary["nnz"] == summary["nnz_target"]
     assert summary["sparsity"] == pytest.approx(0.95, abs=1e-3)
@@ -343,7 +343,7 @@ def test_a_run_that_prunes_costs_less_as_it_goes_and_ends_at_its_target(
     assert spent[0] - spent[-1] == 6 * 4 * 32 * (rows[0]["nnz"] - rows[-1]["nnz"])
     student = summary["train_flops_by_part"]["student"]
     # To within the rounding of layers, and of which layers a global ranking prunes.
-    assert student == pytest.approx(planned["train_flops"]["student"], rel=1e-3)
+    assert student == pytest.approx(expected["train_flops"]["student"], rel=1e-3)
     assert summary["train_flops_dense_equivalent"] > student
     assert load_run(tmp_path / "run").model is not None
     assert evaluate_run(tmp_path / "run", max_tokens=64)["tokens"] == 63

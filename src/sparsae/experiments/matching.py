@@ -10,7 +10,7 @@ from torch import nn
 from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.plan import Match
-from sparsae.train.plan import count_flops, untrained
+from sparsae.train.forecast import count_flops, untrained
 
 _WINDOW = 4  # schedules that scale with the steps move by whole updates: the best count may lie a few steps away
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Genes that are no setting of a rule: updates between changes, and over how many updates a grown connection ramps up.
 INTERVAL, RAMP = "interval", "ramp"
 _DENSITY = "density."
-_FIXED = ("every", "stop")  # these say when updates come, which plans and the loop have to know beforehand
+_FIXED = ("every", "stop")  # these say when updates come, which the forecast and the loop have to know beforehand
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Evolved(Rule[EvolvedState]):
         return self._inner(state.strategy).sample(topologies, NoState(), rng) if self._moves(state) else {}
 
     def windows(self, layers: Iterable[str], state: EvolvedState) -> dict[str, Window]:
-        # A genome that looks at no gradient has a window all the same: it is another one's, and plans count on it.
+        # A genome that looks at no gradient has a window all the same: it is another one's, and the forecast counts on it.
         rules = (self._inner(state.strategy), *self._extremes)
         return dict.fromkeys(layers, next((rule.window for rule in rules if rule.window != LAST_STEP), LAST_STEP))
 

@@ -164,11 +164,11 @@ class Rule(ABC, Generic[State]):
         return {}
 
     def probed_units(self, active: int, inactive: int) -> int:
-        """Of how many inactive units of a layer an update computes the gradient, at most: for plans."""
+        """Of how many inactive units of a layer an update computes the gradient, at most: for the forecast."""
         return inactive if "dense_gradient" in self.needs else 0
 
     def candidates_scored(self, layers: Iterable[str], steps: range, horizon: Horizon) -> int:
-        """How many candidates an update scores beside the current topology, at most, as the state begins: for plans.
+        """How many candidates an update scores beside the current topology, at most, as the state begins: for the forecast.
 
         layers, steps, horizon: as `concerns` has them, of an update that compares.
         """

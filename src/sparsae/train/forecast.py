@@ -1,4 +1,4 @@
-"""What a run would be, before it is one."""
+"""What a run will be, before it is one: layers, operations, bytes and an expected time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sparsae.train.build import build, check, choose_device, density_of, initial
 from sparsae.train.costs import RunCosts
 
 
-def plan(config: Config) -> dict[str, Any]:
+def forecast(config: Config) -> dict[str, Any]:
     """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
 
     Operations are those of `count_flops`; layers and bytes are those of the start, than which no later moment of a run
