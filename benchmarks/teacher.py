@@ -19,7 +19,7 @@ from sparsae.cli import main as sparsae
 from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.data.sources import documents
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.plan import read_plan
 
 PLAN = Path(__file__).with_suffix(".yaml")
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if min(options.passes) < 1:
         parser.error("--passes: a text is read once or more often")
-    config = read_plan(PLAN, {}, [], Plan).config("none", 0.9, 0)
+    config = read_plan(PLAN, {}, [], ComparisonPlan).config("none", 0.9, 0)
     tokens = options.steps * config.training.batch_size * config.training.accumulation * config.model.context
     tokenizer, texts = cut(options.text, tokens, options.passes, options.out / "text")
     settings = {

@@ -26,7 +26,7 @@ from sparsae.optim import AdamW, follow_density, parameter_groups
 from sparsae.parameterization import Parameterization, Role, initialize
 from sparsae.rules import EvolutionConfig
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 from sparsae.train.assemble import optimizer_of
 from tests.support.loops import LLAMA, SUPAR, built, config_of, mlp
 
@@ -301,12 +301,12 @@ def test_grown_weights_are_drawn_as_the_first_ones() -> None:
         asked.append((name, after.count))
         return 0.5
 
-    change = plan({"a": layer}, Swap({"a": drop}, {"a": grow}), "normal", generator(2), std).changes["a"]
+    change = prepare_swap({"a": layer}, Swap({"a": drop}, {"a": grow}), "normal", generator(2), std).changes["a"]
     assert asked == [("a", 4000)]
     assert (change.values[~change.grown] == 0).all()
     assert float(change.values[change.grown].std()) == pytest.approx(0.5, rel=0.1)
     with pytest.raises(ValueError, match="with initial_std normal"):
-        plan({"a": layer}, Swap({"a": drop}, {"a": grow}), "normal", generator(2))
+        prepare_swap({"a": layer}, Swap({"a": drop}, {"a": grow}), "normal", generator(2))
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

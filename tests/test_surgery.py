@@ -12,7 +12,7 @@ from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap, sample_distinct
 from sparsae.nn.linear import SparseLinear
 from sparsae.search.teacher.storages import Union
-from sparsae.surgery import kaiming_uniform, plan
+from sparsae.surgery import kaiming_uniform, prepare_swap
 from tests.core.test_topology import assert_valid
 from tests.support.strategies import topologies
 
@@ -58,7 +58,7 @@ def test_values_and_optimizer_state_follow(name: str, topology: Topology, seed: 
         for n, layer in layers.items()
     }
     swap = random_swap(layers, seed)
-    made = plan(layers, swap, "zero", generator(seed))
+    made = prepare_swap(layers, swap, "zero", generator(seed))
     made.commit(optimizer)
     assert sum(layer.topology.count for layer in layers.values()) == 2 * topology.count
     for n, layer in layers.items():
@@ -86,7 +86,7 @@ def test_values_and_optimizer_state_follow(name: str, topology: Topology, seed: 
 def test_preview_leaves_no_trace(topology: Topology, seed: int) -> None:
     layers = layers_of(topology, topology)
     before = {n: (layer.topology, layer.values.data, layer.values.detach().clone()) for n, layer in layers.items()}
-    made = plan(layers, random_swap(layers, seed), "kaiming_uniform", generator(seed))
+    made = prepare_swap(layers, random_swap(layers, seed), "kaiming_uniform", generator(seed))
     with made.preview():
         for name, change in made.changes.items():
             assert layers[name].topology is change.after
@@ -100,7 +100,7 @@ def test_preview_leaves_no_trace(topology: Topology, seed: int) -> None:
 def test_a_preview_that_fails_is_undone() -> None:
     topology = Topology.random((6, 6), 12, generator(0))
     layers = layers_of(topology, topology)
-    made = plan(layers, random_swap(layers, 1), "zero", generator(0))
+    made = prepare_swap(layers, random_swap(layers, 1), "zero", generator(0))
     with pytest.raises(RuntimeError, match="loss"), made.preview():
         raise RuntimeError("loss")
     assert layers["a"].topology is topology
@@ -134,7 +134,7 @@ def test_factored_state_over_blocks_follows() -> None:
     layers["a"].values.grad = torch.ones_like(layers["a"].values)
     optimizer.step()
     grow = topology.sample_inactive(2, generator(1))
-    made = plan(layers, Swap({"a": topology.indices[[0, 3]]}, {"a": grow}), "zero", generator(0))
+    made = prepare_swap(layers, Swap({"a": topology.indices[[0, 3]]}, {"a": grow}), "zero", generator(0))
     made.commit(optimizer)
     grown = made.changes["a"].grown
     state = optimizer.state[layers["a"].values]
@@ -156,13 +156,13 @@ def test_swaps_that_do_not_hold_are_refused() -> None:
     layers = layers_of(topology, topology)
     one, empty = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
     with pytest.raises(ValueError, match="nnz would change"):
-        plan(layers, Swap({"a": one}, {"a": empty}), "zero", generator(0))
+        prepare_swap(layers, Swap({"a": one}, {"a": empty}), "zero", generator(0))
     with pytest.raises(ValueError, match="active"):
-        plan(layers, Swap({"a": torch.tensor([1])}, {"a": torch.tensor([2])}), "zero", generator(0))
+        prepare_swap(layers, Swap({"a": torch.tensor([1])}, {"a": torch.tensor([2])}), "zero", generator(0))
     with pytest.raises(ValueError, match="active"):
-        plan(layers, Swap({"a": one}, {"a": one}), "zero", generator(0))
+        prepare_swap(layers, Swap({"a": one}, {"a": one}), "zero", generator(0))
     with pytest.raises(ValueError, match="unknown initialization"):
-        plan(layers, Swap({"a": one}, {"a": torch.tensor([2])}), "ones", generator(0))
+        prepare_swap(layers, Swap({"a": one}, {"a": torch.tensor([2])}), "ones", generator(0))
 
 
 def test_remap_of_nothing() -> None:
@@ -174,7 +174,7 @@ def test_union_teacher_forgets_what_has_faded_and_keeps_the_rest() -> None:
     student = {"a": SparseLinear(topology, torch.ones(3))}
     teacher = Union("a", SparseLinear(topology, torch.tensor([0.5, 1e-9, 0.25])), tolerance=1e-6)
     swap = Swap({"a": torch.tensor([0, 1])}, {"a": torch.tensor([4, 5])})
-    plan(student, swap, "zero", generator(0)).commit(None, {"a": teacher})
+    prepare_swap(student, swap, "zero", generator(0)).commit(None, {"a": teacher})
     module = teacher.module
     # Unit 1 had faded and is gone; unit 0 is remembered though the student dropped it.
     assert module.topology.indices.tolist() == [0, 2, 4, 5]

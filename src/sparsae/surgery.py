@@ -1,9 +1,10 @@
 """The one place that changes which connections exist.
 
-A `Swap` says which units go and which come. `plan` works out what each layer looks like afterwards; a plan can be tried
-(`preview`) and carried out (`commit`). Values, optimizer state and followers (a teacher) move together: what stays
-keeps everything, what goes is gone, and what comes starts from its initialization with a state of zeros, its own step
-count included (copies of the weights in the state start as the weight does: optimizer_state.py).
+A `Swap` says which units are dropped and which are grown. `prepare_swap` works out what each layer looks like
+afterwards; a prepared swap can be tried (`preview`) and carried out (`commit`). Values, optimizer state and followers
+(a teacher) move together: what stays keeps everything, what is dropped is deleted, and what is grown starts from its
+initialization with a state of zeros, its own step count included (copies of the weights in the state start as the
+weight does: optimizer_state.py).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Follower(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PreparedSwap:
     """A swap worked out for the layers that it touches."""
 
     layers: Mapping[str, SparseLinear]
@@ -78,13 +79,13 @@ class Plan:
                 followers[name].follow(change)
 
 
-def plan(
+def prepare_swap(
     layers: Mapping[str, SparseLinear],
     swap: Swap,
     initialization: str,
     rng: torch.Generator,
     initial_std: InitialStd | None = None,
-) -> Plan:
+) -> PreparedSwap:
     """Work out a swap; grown values by `initialization` ("zero", "kaiming_uniform" or "normal") from `rng`.
 
     initial_std: standard deviation of a layer's values, given its name and its topology after the swap: for "normal".
@@ -119,7 +120,7 @@ def plan(
             known = "zero, kaiming_uniform, or with initial_std normal"
             raise ValueError(f"unknown initialization '{initialization}': use {known}")
         changes[name] = Change(before, after, source, values)
-    return Plan(layers, changes)
+    return PreparedSwap(layers, changes)
 
 
 def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from sparsae.cli import main
 from sparsae.cli.experiments import read
 from sparsae.config import Config
 from sparsae.config.load import dump, resolve
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.runs.directory import RunDirectory
 
 SUMMARY = {
@@ -243,9 +243,9 @@ class TestWhatPeopleRead:
         assert shown.getvalue().endswith(b"gr\xf6\xdfer \\u4e09\n")
 
     def test_set_is_the_same_in_experiments(self) -> None:
-        by_option = read(None, ["training.steps=3"], {"methods": ["static"]}, Plan)
-        assert by_option == read(["training.steps=3"], None, {"methods": ["static"]}, Plan)
-        assert by_option != read(None, None, {"methods": ["static"]}, Plan)
+        by_option = read(None, ["training.steps=3"], {"methods": ["static"]}, ComparisonPlan)
+        assert by_option == read(["training.steps=3"], None, {"methods": ["static"]}, ComparisonPlan)
+        assert by_option != read(None, None, {"methods": ["static"]}, ComparisonPlan)
 
 
 class TestEndings:

@@ -53,12 +53,12 @@ def test_of_a_share_of_a_run_at_least_ten_steps_lie_between_updates(span: int | 
 
 
 def test_the_rules_of_a_short_comparison_update_at_the_same_steps() -> None:
-    from sparsae.experiments.compare.plan import Plan
+    from sparsae.experiments.compare.plan import ComparisonPlan
     from sparsae.experiments.plan import parse_plan
     from sparsae.rules import build_rule
 
     names = ["sparsae", "set", "set-ramp", "rigl", "gse"]
-    plan = parse_plan({"methods": names, "settings": {"training": {"steps": 100}}}, "here", Plan)
+    plan = parse_plan({"methods": names, "settings": {"training": {"steps": 100}}}, "here", ComparisonPlan)
     dues = set()
     for name in names:
         rule = build_rule(plan.config(name, 0.9, 0).topology)

@@ -18,8 +18,8 @@ from sparsae.errors import InputError
 from sparsae.families import FAMILIES
 from sparsae.nn.sparsify import layer_counts
 from sparsae.rules import GmpConfig, SetConfig
-from sparsae.train.build import build
 from sparsae.train.forecast import forecast
+from sparsae.train.model import model_of
 
 LAYERS = [f"model.h.{block}.{name}" for block in range(3) for name in ("attn.q", "mlp.up")] + ["out"]
 
@@ -134,7 +134,7 @@ def test_every_role_names_layers_of_its_family(family: str) -> None:
     sizes = ["model.layers=2", "model.width=32", "model.heads=2", "model.tie_embeddings=false"]
     overrides = [*sizes, f"model.family={family}", "sparsity.sparsify_head=true", "sparsity.density={mlp: 1.5}"]
     config = resolve(method="static", overrides=overrides)
-    layers = sparse_layers(build(config, 512, 0, torch.device("meta")))
+    layers = sparse_layers(model_of(config, 512, 0, torch.device("meta")))
     named = {
         role: {
             name

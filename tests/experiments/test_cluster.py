@@ -1,4 +1,4 @@
-"""Units over a local Ray cluster with two workers; in a process of its own, since Ray warns of what pytest forbids."""
+"""Runs over a local Ray cluster with two workers; in a process of its own, since Ray warns of what pytest forbids."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from sparsae.experiments.cluster import Cluster
-from sparsae.experiments.compare.study import Experiment
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.experiment import Comparison
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.plan import parse_plan
 
-plan, out = parse_plan(json.loads(sys.argv[1]), "the test", Plan), Path(sys.argv[2])
-assert Experiment(plan, out, quiet=True).run(lambda lock: Cluster("local", local_cores=2)) is not None
+plan, out = parse_plan(json.loads(sys.argv[1]), "the test", ComparisonPlan), Path(sys.argv[2])
+assert Comparison(plan, out, quiet=True).run(lambda lock: Cluster("local", local_cores=2)) is not None
 """
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from sparsae.cli import main
 from sparsae.errors import InputError
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.results import TIMING
 from sparsae.experiments.plan import parse_plan
 
@@ -286,7 +286,7 @@ WRONG = {
 )
 def test_no_run_can_be_another_than_it_is_called(plan: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"leave out [a-z.]+, which the plan gives by"):
-        parse_plan(plan, "here", Plan)
+        parse_plan(plan, "here", ComparisonPlan)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -11,17 +11,17 @@ import pytest
 from sparsae.config.load import dump
 from sparsae.errors import InputError
 from sparsae.experiments import execution
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
+from sparsae.experiments.jobs import check_same
 from sparsae.experiments.matching import with_steps
-from sparsae.experiments.units import check_same
 
 
 class Quiet:
     """A board that shows nothing."""
 
-    def begin(self, unit: Any) -> None: ...
+    def begin(self, job: Any) -> None: ...
 
-    def end(self, unit: Any) -> None: ...
+    def end(self, job: Any) -> None: ...
 
 
 class Named:
@@ -43,16 +43,16 @@ def test_a_full_disk_while_workers_run_ends_the_experiment(monkeypatch: pytest.M
     monkeypatch.setattr(execution, "_worker", lambda *_: Idle())
     monkeypatch.setattr(execution, "_ask", lambda *_: {"finished": True})
 
-    def ended(unit: Any) -> None:
+    def ended(job: Any) -> None:
         raise OSError(28, "No space left on device")
 
     workers = execution.Workers(2, 0)
     with pytest.raises(OSError, match="No space left"):
-        workers.run([Named(f"unit {k}") for k in range(6)], tmp_path, Quiet(), ended)  # type: ignore[arg-type, list-item]
+        workers.run([Named(f"job {k}") for k in range(6)], tmp_path, Quiet(), ended)  # type: ignore[arg-type, list-item]
 
 
 def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:
-    config = Plan(methods=["static"], preset="tiny").config("static", 0.9, 0)
+    config = ComparisonPlan(methods=["static"], preset="tiny").config("static", 0.9, 0)
     (tmp_path / "config.yaml").write_text(dump(config))
     (tmp_path / "summary.json").write_text(json.dumps({"finished": True}))
     check_same(tmp_path, config)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsae.experiments.compare.plan import Plan, cells
+from sparsae.experiments.compare.plan import ComparisonPlan, cells
+from sparsae.experiments.jobs import job_of
 from sparsae.experiments.plan import read_plan
 from sparsae.experiments.stacked import refuse
-from sparsae.experiments.units import unit_of
 
 PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
 
@@ -17,7 +17,7 @@ PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml
 @pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
 def test_every_run_of_a_plan_has_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOOKS", "books")
-    plan = read_plan(file, {}, [], Plan)
+    plan = read_plan(file, {}, [], ComparisonPlan)
     for seed, sparsity, variant in cells(plan):
         if seed == plan.seeds[0]:
-            refuse(unit_of(f"{variant}-{sparsity:g}", plan.config(variant, sparsity, seed), 1))
+            refuse(job_of(f"{variant}-{sparsity:g}", plan.config(variant, sparsity, seed), 1))

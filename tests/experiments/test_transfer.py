@@ -25,7 +25,7 @@ from sparsae.experiments.plan import parse_plan
 from sparsae.experiments.transfer.basins import Basin, fit_basin, mean_losses, movement
 from sparsae.experiments.transfer.plan import KNOBS, TransferPlan
 from sparsae.experiments.transfer.results import best_table, collect, movement_table, swept_together
-from sparsae.train.build import build
+from sparsae.train.model import model_of
 
 CPU = torch.device("cpu")
 
@@ -344,7 +344,7 @@ def test_dense_runs_leave_the_rule_and_heads_stay_or_grow() -> None:
 def test_the_initial_scale_multiplies_every_weight_that_is_drawn() -> None:
     """Matrices and active values, not norms and biases."""
     once, twice = (
-        build(resolve(None, None, "static", [*SMALL, f"parameterization.initial_scale={scale}"]), 300, 0, CPU)
+        model_of(resolve(None, None, "static", [*SMALL, f"parameterization.initial_scale={scale}"]), 300, 0, CPU)
         for scale in (1.0, 2.0)
     )
     others = dict(twice.named_parameters())

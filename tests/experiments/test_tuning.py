@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsae.errors import InputError
 from sparsae.experiments.compare.earlier import of_now
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.tuning import Axis, Found, Point, key_of, search
 from sparsae.experiments.plan import parse_plan
 
@@ -131,7 +131,7 @@ GRID = {
 
 
 def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
-    plan = Plan(
+    plan = ComparisonPlan(
         methods=["dense", "dense_small", "static", "rigl"],
         variants={  # type: ignore[arg-type]
             "one-rate": {"method": "static", "settings": {"training": {"sparse_learning_rate": None}}}
@@ -157,31 +157,31 @@ def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
 )
 def test_a_wrong_grid_gives_one_line(grid: dict[str, list[float]], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        parse_plan({"kind": "comparison", "methods": ["static"], "tuning": {"grid": grid}}, "plan.yaml", Plan)
+        parse_plan({"kind": "comparison", "methods": ["static"], "tuning": {"grid": grid}}, "plan.yaml", ComparisonPlan)
     assert "\n" not in str(caught.value)
 
 
 class TestCadence:
-    def every(self, plan: Plan, variant: str) -> object:
+    def every(self, plan: ComparisonPlan, variant: str) -> object:
         return plan.config(variant, 0.9, 0).topology.every  # type: ignore[attr-defined]
 
     def test_a_cadence_in_steps_becomes_a_share_of_the_run(self) -> None:
-        plan = Plan(methods=["rigl", "gse", "granet", "sparsae", "rigl-ramp"])
+        plan = ComparisonPlan(methods=["rigl", "gse", "granet", "sparsae", "rigl-ramp"])
         assert {self.every(plan, name) for name in ("rigl", "gse", "granet", "rigl-ramp")} == {"2%"}
-        assert self.every(plan, "sparsae") == self.every(Plan(methods=["sparsae"], cadence=None), "sparsae")
-        assert self.every(Plan(methods=["gse"], cadence="5%"), "gse") == "5%"
-        assert self.every(Plan(methods=["gse"], cadence=None), "gse") == 1000
+        assert self.every(plan, "sparsae") == self.every(ComparisonPlan(methods=["sparsae"], cadence=None), "sparsae")
+        assert self.every(ComparisonPlan(methods=["gse"], cadence="5%"), "gse") == "5%"
+        assert self.every(ComparisonPlan(methods=["gse"], cadence=None), "gse") == 1000
 
     def test_what_the_plan_gives_stays(self) -> None:
         variants = {"rigl-20": {"method": "rigl", "settings": {"topology": {"every": 20}}}}
-        plan = Plan(methods=["rigl"], variants=variants, settings={})  # type: ignore[arg-type]
+        plan = ComparisonPlan(methods=["rigl"], variants=variants, settings={})  # type: ignore[arg-type]
         assert (self.every(plan, "rigl-20"), self.every(plan, "rigl")) == (20, "2%")
-        assert self.every(Plan(methods=["rigl"], settings={"topology": {"every": 50}}), "rigl") == 50
+        assert self.every(ComparisonPlan(methods=["rigl"], settings={"topology": {"every": 50}}), "rigl") == 50
 
 
 def test_further_matches_are_rows_of_their_own_with_the_tuning_of_what_they_are() -> None:
     small = {"small": {"method": "dense_small", "match": "steps"}}
-    plan = Plan(methods=["static", "rigl"], variants=small, also=["steps"])  # type: ignore[arg-type]
+    plan = ComparisonPlan(methods=["static", "rigl"], variants=small, also=["steps"])  # type: ignore[arg-type]
     assert list(plan.all_variants) == ["static", "rigl", "small", "rigl@steps"]
     assert plan.match_of("rigl@steps") == "steps"
     assert plan.tuned_as("rigl@steps") == "rigl"
@@ -199,7 +199,9 @@ def test_further_matches_are_rows_of_their_own_with_the_tuning_of_what_they_are(
 )
 def test_a_wrong_contrast_gives_one_line(planned: list[list[str]], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        parse_plan({"kind": "comparison", "methods": ["static", "rigl"], "planned": planned}, "plan.yaml", Plan)
+        parse_plan(
+            {"kind": "comparison", "methods": ["static", "rigl"], "planned": planned}, "plan.yaml", ComparisonPlan
+        )
     assert "\n" not in str(caught.value)
 
 

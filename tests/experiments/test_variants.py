@@ -13,7 +13,7 @@ from sparsae.cli import main
 from sparsae.config import TeacherConfig
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.ranking import rank_agreement
 from sparsae.experiments.compare.variants import ABLATIONS, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.experiments.plan import parse_plan
@@ -47,7 +47,9 @@ class TestAblations:
         whole = resolve(method=method)
         seen = []
         for number, (name, variant) in enumerate(ablation_variants(method).items()):
-            config = parse_plan({"variants": {name: variant}, "cadence": None}, "here", Plan).config(name, 0.9, 0)
+            config = parse_plan({"variants": {name: variant}, "cadence": None}, "here", ComparisonPlan).config(
+                name, 0.9, 0
+            )
             assert (config == whole) == (number == 0)
             assert config.training == whole.training
             assert config not in seen
@@ -55,7 +57,7 @@ class TestAblations:
 
     def test_without_evolution_the_teacher_stays(self) -> None:
         variants = ablation_variants(WRITTEN, ["no-evolution-static", "no-teacher"])
-        plan = parse_plan({"variants": variants, "settings": {"topology": {"every": 7}}}, "here", Plan)
+        plan = parse_plan({"variants": variants, "settings": {"topology": {"every": 7}}}, "here", ComparisonPlan)
         still, untaught = (plan.config(name, 0.9, 0) for name in variants)
         assert still.topology == StaticConfig()
         assert still.teacher == resolve(method=WRITTEN).teacher
@@ -100,7 +102,7 @@ class TestSensitivity:
     def test_variants_cover_sizes_and_modes(self) -> None:
         variants = sensitivity_variants("sparsae-guided", [1, 16], ["static", "pooled"])
         assert list(variants) == ["static-1", "static-16", "pooled-1", "pooled-16"]
-        config = parse_plan({"variants": variants}, "here", Plan).config("pooled-16", 0.9, 0)
+        config = parse_plan({"variants": variants}, "here", ComparisonPlan).config("pooled-16", 0.9, 0)
         assert config.topology.rule == "evolution"
         batch = config.topology.micro_batch
         assert (batch.mode, batch.sequences, batch.study) == ("pooled", 16, True)

@@ -24,7 +24,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, GmpConfig, GranetConfig, GseConfig, MagnitudeConfig, RiglConfig, SetConfig
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 from sparsae.train.memory import state_bytes
 from tests.core.test_topology import assert_valid
 from tests.support.loops import OPTIMIZERS, mlp, run_steps
@@ -122,10 +122,10 @@ def test_no_momentum_of_a_dropped_weight_revives_it(optimizer: str) -> None:
 
     for _ in range(5):
         step(10.0)
-    plan(layers, Swap({"0": unit}, {"0": other}), "zero", generator(0)).commit(made)
+    prepare_swap(layers, Swap({"0": unit}, {"0": other}), "zero", generator(0)).commit(made)
     step(10.0)
     assert not bool(layer.topology.contains(unit).any())
-    plan(layers, Swap({"0": other}, {"0": unit}), "zero", generator(0)).commit(made)
+    prepare_swap(layers, Swap({"0": other}, {"0": unit}), "zero", generator(0)).commit(made)
     step(0.0)
     assert float(layer.values[layer.topology.positions(unit)].detach()) == 0.0
 

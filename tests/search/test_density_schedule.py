@@ -24,7 +24,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule, counts_at
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.matching import Budget, Cost
 from sparsae.experiments.plan import parse_plan
 from sparsae.nn.linear import sparse_layers
@@ -301,7 +301,7 @@ def test_a_run_costs_what_was_planned(
 def test_the_plan_in_the_docs_compares_densities_at_one_number_of_connections() -> None:
     page = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text("utf-8")
     (block,) = [block for block in re.findall(r"(?:^    .*\n)+", page, re.M) if "static-roles" in block]
-    compared = parse_plan(yaml.safe_load(textwrap.dedent(block)), "comparison.md", Plan)
+    compared = parse_plan(yaml.safe_load(textwrap.dedent(block)), "comparison.md", ComparisonPlan)
     layers: dict[str, list[tuple[str, int]]] = {}
     for variant in compared.all_variants:
         model = untrained(compared.config(variant, 0.9, 0), 300)

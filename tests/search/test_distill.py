@@ -17,7 +17,7 @@ from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.search.teacher import Teacher, WarmUp
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 
 
 def small_model(unit: tuple[int, int] = (1, 1)) -> nn.Module:
@@ -58,7 +58,7 @@ def test_union_equals_dense_over_a_thousand_steps_with_ten_updates(unit: tuple[i
         for teacher in teachers.values():
             teacher.update(model, step)
         if step % 100 == 50:
-            made = plan(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
+            made = prepare_swap(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
             made.commit(optimizer)
             for teacher in teachers.values():
                 for name, change in made.changes.items():
@@ -147,7 +147,7 @@ def test_a_student_that_was_loaded_without_its_teacher_is_told(storage: Literal[
     first = copy.deepcopy(model.state_dict())
     teacher = Teacher(model, TeacherConfig(storage=storage))
     layers = sparse_layers(model)
-    plan(layers, random_swap(layers, 1), "zero", generator(1)).commit(None, teacher.layers)
+    prepare_swap(layers, random_swap(layers, 1), "zero", generator(1)).commit(None, teacher.layers)
     teacher.update(model, 0)
     both = copy.deepcopy(model.state_dict()), copy.deepcopy(teacher.model.state_dict())
     model.load_state_dict(first)
@@ -166,6 +166,6 @@ def test_states_that_do_not_belong_together_are_not_connected(storage: Literal["
     model = small_model()
     teacher = Teacher(model, TeacherConfig(storage=storage))
     layers = sparse_layers(model)
-    plan(layers, random_swap(layers, 1), "zero", generator(1)).commit(None)
+    prepare_swap(layers, random_swap(layers, 1), "zero", generator(1)).commit(None)
     with pytest.raises(InputError, match="load the states of both"):
         teacher.reconnect(model)

@@ -20,7 +20,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import sparsify
 from sparsae.rules import RiglConfig, SetConfig, StaticConfig
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 from tests.support.optimizers import REFUSED, STEPS, TORCH, UNITS, VARIANTS, WEIGHT_COPIES
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -256,7 +256,7 @@ def test_factored_states_follow_whatever_the_shapes(first: int, second: int, uni
         "a": layers["a"].topology.sample_inactive(moves["a"] - given_up, rng),
         "b": layers["b"].topology.sample_inactive(moves["b"] + given_up, rng),
     }
-    made = plan(layers, Swap(drop, grow), "zero", rng)
+    made = prepare_swap(layers, Swap(drop, grow), "zero", rng)
     if {first, second} <= {*unit} - {1}:
         with pytest.raises(InputError, match="whether it goes by block cannot be told"):
             made.commit(optimizer)
@@ -290,7 +290,7 @@ def test_quantized_state_follows_a_layer_whose_size_changes(count: int, quantize
         {give: layers[give].topology.indices[: abs(grown)]},
         {take: layers[take].topology.sample_inactive(abs(grown), rng)},
     )
-    made = plan(layers, swap, "zero", rng)
+    made = prepare_swap(layers, swap, "zero", rng)
     made.commit(optimizer)
     assert (a.count, b.count) == (4096, 6000)
     now = optimizer.state[layers["a"].values]["exp_avg"]

@@ -20,7 +20,7 @@ from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.runs.checkpoint import joined, split
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 from tests.support.loops import mlp
 
 STEPS, EVERY = 24, 6
@@ -144,7 +144,7 @@ def test_a_topology_changed_by_somebody_else_begins_its_layers_window() -> None:
     before = parts[2].state_dict()["search"]["past"]["4"][second]
     topology = layers[first].topology
     swap = Swap({first: topology.indices[:2]}, {first: topology.sample_inactive(2, generator(0))})
-    plan(layers, swap, "zero", generator(0)).commit(parts[1])
+    prepare_swap(layers, swap, "zero", generator(0)).commit(parts[1])
     for _ in range(1):
         step_of(parts)
     begun = values_of(parts[0])

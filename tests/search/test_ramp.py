@@ -168,13 +168,13 @@ def test_a_ramp_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
 def test_sparse_values_have_a_rate_of_their_own() -> None:
     """Their decay, which is independent of rates, stays."""
     from sparsae.train.assemble import optimizer_of
-    from sparsae.train.build import build
+    from sparsae.train.model import model_of
 
     def rates(**training: float) -> dict[str, tuple[float, float]]:
         config = resolve(
             None, None, "set", trees=[({"training": training, "model": {"vocab_size": 64, "width": 32}}, "here")]
         )
-        model = build(config, 64, 0, torch.device("cpu"))
+        model = model_of(config, 64, 0, torch.device("cpu"))
         names = {id(p): name for name, p in model.named_parameters()}
         groups = optimizer_of(model, config).param_groups
         return {names[id(p)]: (g["lr"], g["lr"] * g["weight_decay"]) for g in groups for p in g["params"]}

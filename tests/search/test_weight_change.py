@@ -15,7 +15,7 @@ from sparsae.core.topology import Topology
 from sparsae.nn.linear import SparseLinear
 from sparsae.registry import TERMS
 from sparsae.score import Trial
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 from sparsae.train.run import resume, start
 from tests.support.runs import config_of, rows, stopped_at, weights, write_text
 
@@ -29,7 +29,7 @@ def test_it_is_the_mean_over_layers_of_the_change_of_what_stays() -> None:
     assert term.value(Trial(views)) == pytest.approx((math.sqrt(1 + 9) + 2) / 2)
     layers = {name: SparseLinear(topology, values[name]) for name in values}
     swap = Swap({"a": torch.tensor([4])}, {"a": torch.tensor([1])})
-    changes = plan(layers, swap, "kaiming_uniform", generator(0)).changes
+    changes = prepare_swap(layers, swap, "kaiming_uniform", generator(0)).changes
     assert term.value(Trial(views, changes)) == pytest.approx((1 + 2) / 2)
 
 

@@ -33,7 +33,7 @@ from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.runs.checkpoint import joined, split
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.windows import Upcoming
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
 from tests.support.loops import mlp
 
 STEPS, EVERY, TOKENS = 26, 6, 8
@@ -254,7 +254,7 @@ def test_a_layer_that_is_changed_or_frozen_begins_anew() -> None:
         loop.one()
     first = layers["0"].topology
     swap = Swap({"0": first.indices[:2]}, {"0": first.sample_inactive(2, generator(0))})
-    plan(layers, swap, "zero", generator(0)).commit(loop.optimizer)
+    prepare_swap(layers, swap, "zero", generator(0)).commit(loop.optimizer)
     layers["2"].values.requires_grad_(False)
     loop.sparsifier.search.arm(4)
     for step in (4, 5, 6):

@@ -15,7 +15,7 @@ from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.registry import RULES
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.train.build import build
+from sparsae.train.model import model_of
 
 
 def mlp(width: int = 24, sparsity: float = 0.8, unit: tuple[int, int] = (1, 1)) -> nn.Module:
@@ -67,7 +67,7 @@ def config_of(*overrides: str, method: str = "static") -> Config:
 
 
 def built(config: Config) -> Any:
-    return build(config, 300, 0, torch.device("cpu")).eval()
+    return model_of(config, 300, 0, torch.device("cpu")).eval()
 
 
 SUPAR = ["parameterization.name=supar", "parameterization.base_width=16"]

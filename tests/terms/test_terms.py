@@ -34,7 +34,7 @@ from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.proxy import ProxyConfig
 from sparsae.score import Running, Score, Term, Trial, combine
 from sparsae.search.sparsifier import Sparsifier
-from sparsae.surgery import Change, plan
+from sparsae.surgery import Change, prepare_swap
 from tests.support.loops import mlp, score_of
 from tests.support.runs import config_of, rows, write_text
 
@@ -96,7 +96,7 @@ def trial_of(needs: frozenset[Any], unit: tuple[int, int] = (1, 1), *, changed: 
     norms = {name: 0.5 + index for index, name in enumerate(layers)}
     return Trial(
         {name: view_of(layer, needs, seed) for seed, (name, layer) in enumerate(layers.items())},
-        plan(layers, swap, "kaiming_uniform", generator(2)).changes,
+        prepare_swap(layers, swap, "kaiming_uniform", generator(2)).changes,
         forward=(lambda: 2.5) if "loss" in needs else None,
         backward=(lambda: norms) if "candidate_gradient" in needs else None,
     )
@@ -311,7 +311,7 @@ def test_known_gradients_count_kept_and_sampled_units() -> None:
     )
     layers = {"a": SparseLinear(topology, torch.ones(3))}
     swap = Swap({"a": torch.tensor([0, 2])}, {"a": torch.tensor([3, 5])})
-    candidate = Trial({"a": view}, plan(layers, swap, "zero", generator(0)).changes)
+    candidate = Trial({"a": view}, prepare_swap(layers, swap, "zero", generator(0)).changes)
     by_source = {term.config.source: term for term in variants("activity")}
     assert by_source["training"].value(Trial({"a": view})) == pytest.approx(math.sqrt(14))
     # Unit 4 stays (3), unit 5 was sampled (20), unit 3 was not.

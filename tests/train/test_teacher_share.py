@@ -17,15 +17,14 @@ from sparsae.core.randomness import generator
 from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.plan import read_plan
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.search.teacher import Teacher, WarmUp
-from sparsae.surgery import plan
+from sparsae.surgery import prepare_swap
+from sparsae.train.forecast import count_flops, forecast, untrained
 from sparsae.train.memory import state_bytes
 from sparsae.train.objective import Objective
-from sparsae.train.forecast import count_flops, untrained
-from sparsae.train.forecast import forecast
 from sparsae.train.run import resume, start
 from tests.search.test_distill import random_swap, small_model
 from tests.support.loops import built
@@ -218,7 +217,7 @@ def test_a_grown_connection_begins_with_the_student(storage: str, unit: tuple[in
             )
             age[name] += active
         if step % 6 == 5:
-            swap = plan(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
+            swap = prepare_swap(layers, random_swap(layers, step), "kaiming_uniform", generator(step))
             before = {name: layer.topology.to_mask() for name, layer in layers.items()}
             swap.commit(None, teacher.layers)
             for name, layer in layers.items():
@@ -310,7 +309,7 @@ def test_wrong_settings_are_one_line(settings: list[str], message: str) -> None:
 def test_the_benchmark_reads_a_text_as_often_as_it_says(text: Path, tmp_path: Path) -> None:
     """Its plan names settings that there are, and its texts are the shorter the more passes."""
     script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "teacher.py"))
-    plan = read_plan(script["PLAN"], {}, [], Plan)
+    plan = read_plan(script["PLAN"], {}, [], ComparisonPlan)
     teachers = {name: plan.config(name, 0.9, 0).teacher for name in plan.all_variants}
     assert {name: teacher.share for name, teacher in teachers.items() if teacher.enabled}["quarter"] == 0.25
     assert plan.held_against == "none"

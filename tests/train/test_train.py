@@ -26,8 +26,8 @@ from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.files import read_json
 from sparsae.nn.linear import sparse_layers
 from sparsae.runs.directory import RunDirectory
-from sparsae.train.objective import Objective
 from sparsae.train.forecast import forecast
+from sparsae.train.objective import Objective
 from sparsae.train.run import resume, start
 from tests.support.runs import stopped_at
 from tests.support.training import ISSUE_KEYS, metrics

@@ -30,10 +30,10 @@ from sparsae.kernels.registry import choose_backend
 from sparsae.nn.linear import sparse_layers
 from sparsae.rules import StaticConfig
 from sparsae.train.assemble import optimizer_of, trainer_of
-from sparsae.train.build import build, check
 from sparsae.train.data import TrainData
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import keep_freed_memory
+from sparsae.train.model import model_of, require_fit
 
 STEP, UPDATE, DECODE = "step", "update", "decode"
 _EVERY = 4  # steps from one measured update to the next
@@ -121,7 +121,7 @@ class Steps:
                 raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
             if config.training.device not in ("auto", "cpu"):
                 raise InputError(f"training.device '{config.training.device}': steps are measured on the CPU")
-            check(config)
+            require_fit(config)
             unit = config.sparsity.unit
             for backend in self.backends:
                 choose_backend(
@@ -221,7 +221,7 @@ def trainer(config: Config) -> Trainer:
     """The loop of a run with new weights, over random tokens."""
     device = torch.device("cpu")
     context, vocabulary = config.model.context, config.data.tokenizer_vocab
-    model = build(config, vocabulary, 0, device)
+    model = model_of(config, vocabulary, 0, device)
     windows = max(8, config.training.batch_size)
     rng = generator(config.seed, "bench tokens")
     tokens = torch.randint(vocabulary, (windows * context + 1,), generator=rng, device="cpu").numpy()

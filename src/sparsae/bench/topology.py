@@ -1,7 +1,8 @@
 """What a topology update costs by itself, against the number of weights that are active.
 
 One square layer with AdamW's state. An update is made of named parts, each timed: draw the candidates for growth, take
-the gradients there, choose what goes and comes, plan the swap, commit it to values, optimizer and index structures.
+the gradients there, choose what is dropped and grown, prepare the swap, commit it to values, optimizer and index
+structures.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig, build_rule
 from sparsae.rules.parts.proposers import PROPOSERS, Guidance
 from sparsae.rules.parts.rule import Rule
 from sparsae.rules.parts.sampling import sample_inactive
-from sparsae.surgery import Plan, plan
+from sparsae.surgery import PreparedSwap, prepare_swap
 
 _NAME = "layer"
 
@@ -69,7 +70,7 @@ class Subject:
         self._gradient: torch.Tensor | None = None
         self._active_gradient: torch.Tensor | None = None
         self._swap: Swap | None = None
-        self._plan: Plan | None = None
+        self._prepared: PreparedSwap | None = None
 
     def sample(self) -> None:
         """As many inactive units as are active."""
@@ -117,16 +118,16 @@ class Subject:
             active_gradient=self._active_gradient,
         )
 
-    def plan(self) -> None:
+    def prepare(self) -> None:
         """The new indices and values."""
         assert self._swap is not None
-        self._plan = plan({_NAME: self.layer}, self._swap, "zero", self.rng)
+        self._prepared = prepare_swap({_NAME: self.layer}, self._swap, "zero", self.rng)
 
     def commit(self) -> None:
         """Values, moments and steps of AdamW, and all index structures."""
-        assert self._plan is not None
-        self._plan.commit(self.optimizer)
-        self._sample = self._gradient = self._active_gradient = self._swap = self._plan = None
+        assert self._prepared is not None
+        self._prepared.commit(self.optimizer)
+        self._sample = self._gradient = self._active_gradient = self._swap = self._prepared = None
         # Other gradients for the next update: by the same ones what has just grown would grow again.
         self.dy_TO = self.dy_TO.roll(1, dims=1)
 
@@ -140,7 +141,7 @@ def _by_rule(subject: Subject, rule: str) -> Phases:
     return {
         "sddmm": lambda: subject.probe(rule),
         "propose": lambda: subject.ask(rule),
-        "plan": subject.plan,
+        "prepare": subject.prepare,
         "commit": subject.commit,
     }
 
@@ -149,20 +150,20 @@ def _by_rule(subject: Subject, rule: str) -> Phases:
 UPDATES: dict[str, Callable[[Subject], Phases]] = {
     "random": lambda subject: {
         "propose": lambda: subject.propose("layerwise"),
-        "plan": subject.plan,
+        "prepare": subject.prepare,
         "commit": subject.commit,
     },
     "guided": lambda subject: {
         "sample": subject.sample,
         "sddmm": subject.sddmm,
         "propose": lambda: subject.propose("guided"),
-        "plan": subject.plan,
+        "prepare": subject.prepare,
         "commit": subject.commit,
     },
     "gse": lambda subject: _by_rule(subject, "gse"),
     "rigl": lambda subject: _by_rule(subject, "rigl"),
 }
-PARTS = ("sample", "sddmm", "propose", "plan", "commit", "index")
+PARTS = ("sample", "sddmm", "propose", "prepare", "commit", "index")
 
 
 def _part(name: str) -> Column:

@@ -66,8 +66,8 @@ def coordinates(
     if out is not None:
         refuse_occupied(out)
     with output(json_file, "rows") as result:
+        from sparsae.experiments.coordinates.experiment import Coordinates
         from sparsae.experiments.coordinates.page import slope_table, warnings
-        from sparsae.experiments.coordinates.study import Coordinates
 
         result.update(Coordinates(plan, out, quiet=json_file == "-").run())
     for warning in warnings(result):

@@ -14,7 +14,7 @@ from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, shown
 from sparsae.config.load import methods, parse_override, presets
 from sparsae.errors import InputError
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.experiments.grid import PARAMETERIZATIONS
 from sparsae.experiments.plan import BasePlan, P, read_plan
@@ -116,7 +116,7 @@ def compare(
     if not stack and stack_size != STACK:
         raise InputError("--stack-size is for runs that train together: give --stack too")
     size = stack_size if stack else None
-    _run(read(given, settings, options, Plan), out, jobs, ray, json_file, minutes=minutes, stack=size)
+    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file, minutes=minutes, stack=size)
 
 
 def ablate(
@@ -144,7 +144,7 @@ def ablate(
     variants = ablation_variants(method, None if names is None else _names(names))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {"kind": "ablation", "methods": [], "variants": variants, "reference": next(iter(variants))}
-    _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
 
 
 def sensitivity(
@@ -179,7 +179,7 @@ def sensitivity(
     options |= {"kind": "sensitivity", "methods": [], "variants": variants}
     if "resampled-4" in variants:  # the default of both methods that score candidates
         options["reference"] = "resampled-4"
-    _run(read(given, settings, options, Plan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
 
 
 def transfer(
@@ -345,8 +345,8 @@ def _run(
                 return Stacked(stack, stop)
             return InOrder(stop) if jobs == 1 else Workers(jobs, lock)
 
-        study = KINDS[plan.kind].study(plan, out, quiet, None if stack is None else refuse)
-        found = study.run(executor)
+        experiment = KINDS[plan.kind].experiment(plan, out, quiet, None if stack is None else refuse)
+        found = experiment.run(executor)
         if found is None:
             typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)

@@ -16,7 +16,7 @@ from sparsae.nn.tensors import load_model
 from sparsae.runs.checkpoint import load_checkpoint
 from sparsae.runs.directory import RunDirectory, read_state
 from sparsae.search.teacher import STORAGES
-from sparsae.train.build import build, choose_device
+from sparsae.train.model import choose_device, model_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
         # At most one for each core: a run may come from a larger machine.
         torch.set_num_threads(min(config.training.threads, os.cpu_count() or 1))
     device = choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
-    model = build(config, tokenizer.vocab_size, tokenizer.eos_id, device)
+    model = model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device)
     if teacher:
         STORAGES[config.teacher.storage].prepare(model)
     load_model(model, tensors[group], str(checkpoint / f"{group}.safetensors"))

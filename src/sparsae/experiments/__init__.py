@@ -1,1 +1,1 @@
-"""Many runs that answer one question: a plan, its units, how they are executed, and what they say together."""
+"""Many runs that answer one question: a plan, its jobs, how they are executed, and what they say together."""

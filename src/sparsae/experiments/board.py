@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from sparsae.experiments.units import Unit, outcome, progress
+from sparsae.experiments.jobs import Job, outcome, progress
 
 
 class Board:
@@ -20,8 +20,8 @@ class Board:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self._live = self.console.is_terminal and not quiet
-        self._units: Sequence[Unit] = ()
-        self._running: dict[str, Unit] = {}
+        self._jobs: Sequence[Job] = ()
+        self._running: dict[str, Job] = {}
         self._view: Progress | None = None
         self._ended = threading.Event()
         self._clock: Callable[[], float] = time.monotonic
@@ -31,9 +31,9 @@ class Board:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def watching(self, units: Sequence[Unit], out: Path) -> Iterator[None]:
-        """Follow these units, of which some may be done already, from their metrics."""
-        self._units, self._out, self._running = units, out, {}
+    def watching(self, jobs: Sequence[Job], out: Path) -> Iterator[None]:
+        """Follow these jobs, of which some may be done already, from their metrics."""
+        self._jobs, self._out, self._running = jobs, out, {}
         self._began, self._before = self._clock(), self._done()
         self._ended.clear()
         ticker = threading.Thread(target=self._tick, daemon=True)
@@ -57,39 +57,39 @@ class Board:
                 self._view.stop()
                 self._view = None
 
-    def begin(self, unit: Unit) -> None:
-        """A unit is being run."""
-        self._running[unit.name] = unit
+    def begin(self, job: Job) -> None:
+        """A job is being run."""
+        self._running[job.name] = job
 
-    def end(self, unit: Unit) -> None:
-        """A unit reached its end."""
-        self._running.pop(unit.name, None)
-        result = outcome(self._out / unit.name) or {}
+    def end(self, job: Job) -> None:
+        """A job reached its end."""
+        self._running.pop(job.name, None)
+        result = outcome(self._out / job.name) or {}
         loss = result.get("validation_loss")
         what = "diverged" if result.get("diverged") else f"validation loss {loss:.4f}" if loss is not None else "ended"
-        count = sum(outcome(self._out / each.name) is not None for each in self._units)
+        count = sum(outcome(self._out / each.name) is not None for each in self._jobs)
         seconds = f" in {result['seconds']:.0f} s" if "seconds" in result else ""
-        left = f" · {self._left(self._done())} left" if count < len(self._units) else ""
-        self.say(f"[{count}/{len(self._units)}] {unit.name}: {what}{seconds}{left}")
+        left = f" · {self._left(self._done())} left" if count < len(self._jobs) else ""
+        self.say(f"[{count}/{len(self._jobs)}] {job.name}: {what}{seconds}{left}")
 
     def _done(self) -> float:
-        """Operations done so far, of all units together."""
+        """Operations done so far, of all jobs together."""
         done = 0.0
-        for unit in self._units:
-            if outcome(self._out / unit.name) is not None:
-                done += unit.flops
+        for job in self._jobs:
+            if outcome(self._out / job.name) is not None:
+                done += job.flops
             else:
-                done += unit.flops * self._share(unit)
+                done += job.flops * self._share(job)
         return done
 
-    def _share(self, unit: Unit) -> float:
-        return min(1.0, progress(self._out / unit.name) / unit.config.training.steps)
+    def _share(self, job: Job) -> float:
+        return min(1.0, progress(self._out / job.name) / job.config.training.steps)
 
     def _left(self, done: float) -> str:
         spent, gained = self._clock() - self._began, done - self._before
         if gained <= 0:
             return "?"
-        seconds = round(spent / gained * (sum(unit.flops for unit in self._units) - done))
+        seconds = round(spent / gained * (sum(job.flops for job in self._jobs) - done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
     def _tick(self) -> None:
@@ -99,14 +99,14 @@ class Board:
         tasks: dict[str, TaskID] = {}
         while not self._ended.wait(1.0):
             done = self._done()
-            share = done / max(1, sum(unit.flops for unit in self._units))
+            share = done / max(1, sum(job.flops for job in self._jobs))
             view.update(whole, completed=share, note=f"{share:.0%} · {self._left(done)} left")
             running = dict(self._running)
             for name in [name for name in tasks if name not in running]:
                 view.remove_task(tasks.pop(name))
-            for name, unit in running.items():
+            for name, job in running.items():
                 if name not in tasks:
                     tasks[name] = view.add_task(name, total=1.0, note="")
-                steps = unit.config.training.steps
-                at = self._share(unit)
+                steps = job.config.training.steps
+                at = self._share(job)
                 view.update(tasks[name], completed=at, note=f"step {round(at * steps)}/{steps}")

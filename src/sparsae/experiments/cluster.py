@@ -1,6 +1,6 @@
-"""Units over a Ray cluster (the extra `ray`): each a task of its own, as many at a time as the cluster has cores for.
+"""Runs over a Ray cluster (the extra `ray`): each a task of its own, as many at a time as the cluster has cores for.
 
-The experiment's directory, the text and the cache must lie under the same paths on all machines; whatever a unit is
+The experiment's directory, the text and the cache must lie under the same paths on all machines; whatever a job is
 resumed from is read there, so that it does not matter which machine goes on with it.
 """
 
@@ -18,7 +18,7 @@ from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.execution import Ended, Executor
-from sparsae.experiments.units import Unit, progress, run_unit
+from sparsae.experiments.jobs import Job, progress, run_job
 from sparsae.train.stopping import handled
 
 _TICK = 1.0  # seconds between looks at what has begun
@@ -50,28 +50,26 @@ class Cluster(Executor):
             first = str(error).strip().splitlines()[0]
             raise InputError(f"--ray {address}: no such cluster: {first}; give its address, auto or local") from None
 
-    def run(self, units: Sequence[Unit], out: Path, board: Board, ended: Ended) -> bool:
+    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
         """See `Executor`."""
         ray, place = self._ray, out.resolve()
         task = ray.remote(num_cpus=self._cores, max_retries=0)(_run)
-        waiting = {
-            task.remote(str(place / unit.name), unit.config.model_dump_json(), self._cores): unit for unit in units
-        }
+        waiting = {task.remote(str(place / job.name), job.config.model_dump_json(), self._cores): job for job in jobs}
         begun: set[str] = set()
         stopped = threading.Event()
         with _stopping(stopped):
             while waiting:
                 done, _ = ray.wait(list(waiting), timeout=_TICK)
-                for unit in waiting.values():
-                    if unit.name not in begun and progress(out / unit.name):
-                        begun.add(unit.name)
-                        board.begin(unit)
+                for job in waiting.values():
+                    if job.name not in begun and progress(out / job.name):
+                        begun.add(job.name)
+                        board.begin(job)
                 for reference in done:
-                    unit = waiting.pop(reference)
-                    answer = self._answer(reference, unit)
+                    job = waiting.pop(reference)
+                    answer = self._answer(reference, job)
                     if answer.get("finished"):
-                        board.end(unit)
-                        ended(unit)
+                        board.end(job)
+                        ended(job)
                     else:
                         stopped.set()
                 if stopped.is_set():
@@ -83,13 +81,13 @@ class Cluster(Executor):
         """Leave the cluster; one that was started here ends."""
         self._ray.shutdown()
 
-    def _answer(self, reference: Any, unit: Unit) -> dict[str, Any]:
+    def _answer(self, reference: Any, job: Job) -> dict[str, Any]:
         try:
             answer: dict[str, Any] = json.loads(self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
-            raise InputError(f"{unit.name}: its task failed: {str(error).strip().splitlines()[-1]}") from None
+            raise InputError(f"{job.name}: its task failed: {str(error).strip().splitlines()[-1]}") from None
         if "error" in answer:
-            raise InputError(f"{unit.name}: {answer['error']}")
+            raise InputError(f"{job.name}: {answer['error']}")
         return answer
 
     def _stop(self, references: Sequence[Any]) -> None:
@@ -100,12 +98,12 @@ class Cluster(Executor):
 
 
 def _run(directory: str, config: str, threads: int) -> str:
-    """In a process of the cluster: run a unit; the answer as JSON."""
+    """In a process of the cluster: run a job; the answer as JSON."""
     import torch
 
     torch.set_num_threads(threads)
     try:
-        return json.dumps({"finished": run_unit(Path(directory), Config.model_validate_json(config))})
+        return json.dumps({"finished": run_job(Path(directory), Config.model_validate_json(config))})
     except (InputError, OSError) as error:
         return json.dumps({"error": " ".join(str(error).split())})
 

@@ -1,4 +1,4 @@
-"""How units are executed: one after the other here, several at once in worker processes, or over a Ray cluster."""
+"""How jobs are executed: one after the other here, several at once in worker processes, or over a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from types import FrameType
 
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
-from sparsae.experiments.units import Unit, check_same, outcome, run_unit
+from sparsae.experiments.jobs import Job, check_same, outcome, run_job
 from sparsae.train.stopping import StopRequest, handled
 
-Ended = Callable[[Unit], None]
+Ended = Callable[[Job], None]
 
 
 class Executor(ABC):
-    """A way to run units."""
+    """A way to run jobs."""
 
     @abstractmethod
-    def run(self, units: Sequence[Unit], out: Path, board: Board, ended: Ended) -> bool:
-        """Run units below a directory and call `ended` after each; False where a signal stopped it.
+    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
+        """Run jobs below a directory and call `ended` after each; False where a signal stopped it.
 
-        Raises InputError, naming the unit, where one cannot be run.
+        Raises InputError, naming the job, where one cannot be run.
         """
 
     def close(self) -> None:  # noqa: B027 - not every way keeps something open
         """Give back what is kept open between calls of `run`."""
 
 
-def execute(units: Sequence[Unit], out: Path, board: Board, ended: Ended, executor: Executor) -> bool:
-    """Bring all units to their ends, each once, as `Executor.run`; those that are done are left as they are.
+def execute(jobs: Sequence[Job], out: Path, board: Board, ended: Ended, executor: Executor) -> bool:
+    """Bring all jobs to their ends, each once, as `Executor.run`; those that are done are left as they are.
 
     Raises InputError also where the directory of one holds a run of other settings.
     """
-    units = list({unit.name: unit for unit in units}.values())
-    for unit in units:
-        check_same(out / unit.name, unit.config)
-    todo = [unit for unit in units if outcome(out / unit.name) is None]
-    with board.watching(units, out):
+    jobs = list({job.name: job for job in jobs}.values())
+    for job in jobs:
+        check_same(out / job.name, job.config)
+    todo = [job for job in jobs if outcome(out / job.name) is None]
+    with board.watching(jobs, out):
         return executor.run(todo, out, board, ended) if todo else True
 
 
@@ -55,39 +55,39 @@ class InOrder(Executor):
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
 
-    def run(self, units: Sequence[Unit], out: Path, board: Board, ended: Ended) -> bool:
+    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
         """See `Executor`."""
-        for unit in units:
+        for job in jobs:
             if self._stop.asked:
                 return False
-            board.begin(unit)
+            board.begin(job)
             try:
-                finished = run_unit(out / unit.name, unit.config, self._stop)
+                finished = run_job(out / job.name, job.config, self._stop)
             except InputError as error:
-                raise InputError(f"{unit.name}: {error}") from None
+                raise InputError(f"{job.name}: {error}") from None
             if not finished:
                 return False
-            board.end(unit)
-            ended(unit)
+            board.end(job)
+            ended(job)
         return True
 
 
 class Workers(Executor):
-    """Several at once: `jobs` processes of this machine, which share its cores.
+    """Several at once: `count` processes of this machine, which share its cores.
 
     lock: a file descriptor that the processes keep open, so that what it locks stays locked while one of them lives.
     """
 
-    def __init__(self, jobs: int, lock: int) -> None:
-        self._jobs, self._lock = jobs, lock
+    def __init__(self, count: int, lock: int) -> None:
+        self._count, self._lock = count, lock
         self._processes: list[subprocess.Popen[str]] = []
 
-    def run(self, units: Sequence[Unit], out: Path, board: Board, ended: Ended) -> bool:
+    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
         """See `Executor`."""
-        queue, lock, failures, broken = list(units), threading.Lock(), list[str](), list[BaseException]()
+        queue, lock, failures, broken = list(jobs), threading.Lock(), list[str](), list[BaseException]()
         stopped = threading.Event()
-        threads = max(1, (os.cpu_count() or 1) // self._jobs)
-        while len(self._processes) < min(self._jobs, len(units)):
+        threads = max(1, (os.cpu_count() or 1) // self._count)
+        while len(self._processes) < min(self._count, len(jobs)):
             self._processes.append(_worker(threads, self._lock))
 
         def serve(process: subprocess.Popen[str]) -> None:
@@ -101,15 +101,15 @@ class Workers(Executor):
                 with lock:
                     if not queue:
                         return
-                    unit = queue.pop(0)
-                    board.begin(unit)
-                answer = _ask(process, unit.to_json(out))
+                    job = queue.pop(0)
+                    board.begin(job)
+                answer = _ask(process, job.to_json(out))
                 with lock:
                     if "error" in answer:
-                        failures.append(f"{unit.name}: {answer['error']}")
+                        failures.append(f"{job.name}: {answer['error']}")
                     elif answer.get("finished"):
-                        board.end(unit)
-                        ended(unit)
+                        board.end(job)
+                        ended(job)
                     else:
                         stopped.set()
 

@@ -14,13 +14,13 @@ from sparsae.experiments.plan import BasePlan
 
 if TYPE_CHECKING:
     from sparsae.experiments.execution import Executor
+    from sparsae.experiments.jobs import Job
     from sparsae.experiments.tables import Table
-    from sparsae.experiments.units import Unit
 
 Results = Mapping[str, Any]
 
 
-class Study(Protocol):
+class Experiment(Protocol):
     """A plan in a directory."""
 
     def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
@@ -42,7 +42,7 @@ class Kind(ABC):
         return get_args(self.plan.model_fields["kind"].annotation)
 
     @abstractmethod
-    def study(self, plan: Any, out: Path, quiet: bool, admit: Callable[[Unit], None] | None = None) -> Study:
+    def experiment(self, plan: Any, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None) -> Experiment:
         """A plan of this kind in a directory. admit: raises InputError for a run that cannot be executed as it shall.
 
         Raises InputError, before anything is written, for whatever is wrong with plan, directory or runs.

@@ -1,4 +1,4 @@
-"""Units that train together as one batched program, in this process."""
+"""Runs that train together as one batched program, in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.execution import Ended, Executor
-from sparsae.experiments.units import Unit, mark_stacked, running
+from sparsae.experiments.jobs import Job, mark_stacked, running
 from sparsae.stack.drive import together
 from sparsae.train.passes import Passes
 from sparsae.train.stopping import StopRequest
@@ -21,29 +21,29 @@ class Stacked(Executor):
     def __init__(self, size: int, stop: StopRequest) -> None:
         self._size, self._stop = size, stop
 
-    def run(self, units: Sequence[Unit], out: Path, board: Board, ended: Ended) -> bool:
+    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
         """See `Executor`."""
         # Runs of equal shapes beside each other, in the order in which the plan has them.
-        places: dict[Hashable, list[Unit]] = {}
-        for unit in units:
-            places.setdefault(_likely_shape(unit.config), []).append(unit)
-        ordered, failures = [unit for alike in places.values() for unit in alike], list[str]()
+        places: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            places.setdefault(_likely_shape(job.config), []).append(job)
+        ordered, failures = [job for alike in places.values() for job in alike], list[str]()
 
-        def train(unit: Unit) -> Passes[bool]:
+        def train(job: Job) -> Passes[bool]:
             try:
-                return (yield from running(out / unit.name, unit.config, self._stop))
+                return (yield from running(out / job.name, job.config, self._stop))
             except InputError as error:
-                failures.append(f"{unit.name}: {error}")
+                failures.append(f"{job.name}: {error}")
                 self._stop.ask()  # the others are saved
                 return False
 
         def begun() -> Iterator[Passes[bool]]:
-            for unit in ordered:
+            for job in ordered:
                 if self._stop.asked:
                     return
-                mark_stacked(out, unit)
-                board.begin(unit)
-                yield train(unit)
+                mark_stacked(out, job)
+                board.begin(job)
+                yield train(job)
 
         done = 0
         for number, finished in together(begun(), self._size):
@@ -53,19 +53,19 @@ class Stacked(Executor):
                 ended(ordered[number])
         if failures:
             raise InputError(failures[0])
-        return done == len(units)
+        return done == len(jobs)
 
 
-def refuse(unit: Unit) -> None:
+def refuse(job: Job) -> None:
     """Raise InputError for a run that cannot be stacked: with dropout, which torch draws for one model, or compiled."""
-    config = unit.config
+    config = job.config
     for name, value, wanted in (
         ("model.dropout", config.model.dropout, "0"),
         ("training.compile", config.training.compile, "false"),
     ):
         if value:
             raise InputError(
-                f"{unit.name}: {name} is {str(value).lower()}, which runs that train together cannot have: set it to "
+                f"{job.name}: {name} is {str(value).lower()}, which runs that train together cannot have: set it to "
                 f"{wanted}, or leave out --stack"
             )
 

@@ -1,4 +1,4 @@
-"""A worker process: takes units as lines of JSON, runs them, and answers each with a line.
+"""A worker process: takes jobs as lines of JSON, runs them, and answers each with a line.
 
 `python -m sparsae.experiments.worker THREADS`. When its input ends, because whoever started it is gone, it saves the
 run in progress and ends.
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from sparsae.config import Config
 from sparsae.errors import InputError
-from sparsae.experiments.units import run_unit
+from sparsae.experiments.jobs import run_job
 from sparsae.registry import import_files
 
 
 def main() -> None:
-    """Serve until the input ends or a unit was stopped."""
+    """Serve until the input ends or a job was stopped."""
     import torch
 
     import_files()  # whoever started this process could
@@ -49,7 +49,7 @@ def _read(lines: queue.SimpleQueue[str | None]) -> None:
 def _serve(line: str) -> dict[str, object]:
     asked = json.loads(line)
     try:
-        finished = run_unit(Path(asked["directory"]), Config.model_validate_json(json.dumps(asked["config"])))
+        finished = run_job(Path(asked["directory"]), Config.model_validate_json(json.dumps(asked["config"])))
         return {"finished": finished}
     except (InputError, OSError) as error:
         return {"error": " ".join(str(error).split())}

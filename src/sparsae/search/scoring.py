@@ -16,7 +16,7 @@ from sparsae.core.observation import LayerView
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score, Trial
-from sparsae.surgery import Plan
+from sparsae.surgery import PreparedSwap
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Scoring:
     def score(
         self,
         rule: Rule[Any],
-        candidate: Plan | None,
+        candidate: PreparedSwap | None,
         views: Mapping[str, LayerView],
         layers: Mapping[str, SparseLinear],
         step: int,
@@ -103,12 +103,12 @@ class Scoring:
             self.backwards += passes.backwards
         return score
 
-    def study(self, plans: Iterable[tuple[int | None, Plan | None]]) -> dict[int | None, dict[str, float]]:
+    def study(self, prepared: Iterable[tuple[int | None, PreparedSwap | None]]) -> dict[int | None, dict[str, float]]:
         """Losses of topologies on all validation text, by index, where that is asked; None is the current topology."""
         found: dict[int | None, dict[str, float]] = {}
         if self._study is None:
             return found
-        for index, candidate in plans:
+        for index, candidate in prepared:
             with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
                 found[index] = {"validation_cross_entropy": self._study()}
         self.studied += len(found)

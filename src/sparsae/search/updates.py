@@ -30,7 +30,7 @@ from sparsae.search.guests import checked, chosen, in_force, named, saved
 from sparsae.search.past import PastCapture
 from sparsae.search.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.search.telemetry import TopologyTelemetry
-from sparsae.surgery import Change, Follower, InitialStd, Plan, plan
+from sparsae.surgery import Change, Follower, InitialStd, PreparedSwap, prepare_swap
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class TopologySearch:
         which the schedule moves it (else empty).
 
         groups: of its heads and neurons that have limits. passes: backward passes an optimizer step. initial_std: as
-        `surgery.plan` has it.
+        `surgery.prepare_swap` has it.
         """
         self.telemetry = TopologyTelemetry(layers, heads)
         self._layers, self._optimizer, self._followers = layers, optimizer, followers
@@ -191,7 +191,7 @@ class TopologySearch:
                 asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
             candidates = checked(self.rule, asked, views)
             current, scores = self._scored(candidates, observation)
-            study = {} if current is None else self._scoring.study(self._plans(candidates, step))
+            study = {} if current is None else self._scoring.study(self._prepare_all(candidates, step))
             with named(self.rule, step):
                 decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
             decision, self.state = chosen(self.rule, decision, candidates), state
@@ -199,9 +199,9 @@ class TopologySearch:
         swap = self._on_schedule(swap, observation)
         changes: Mapping[str, Change] = {}
         if swap is not None:
-            plan_ = self._plan(swap, step, decision.chosen or 0)
-            plan_.commit(self._optimizer, self._followers)
-            changes = plan_.changes
+            prepared = self._prepare(swap, step, decision.chosen or 0)
+            prepared.commit(self._optimizer, self._followers)
+            changes = prepared.changes
         cost = self._cost()
         row = {
             "kind": "topology",
@@ -304,19 +304,21 @@ class TopologySearch:
         rng = generator(self._seed, "schedule", step)
         return on_schedule(observation.layers, swap or Swap({}, {}), self.ends, (before, self.level), rng)
 
-    def _plan(self, swap: Swap, step: int, index: int) -> Plan:
+    def _prepare(self, swap: Swap, step: int, index: int) -> PreparedSwap:
         rng = generator(self._seed, "grown values", step, index)
         try:
-            return plan(self._layers, swap, self.rule.initialization, rng, self._initial_std)
+            return prepare_swap(self._layers, swap, self.rule.initialization, rng, self._initial_std)
         except ValueError as error:
             raise InputError(f"rule '{self.rule.name}' proposed a swap that cannot be made: {error}") from error
 
-    def _plans(self, candidates: Sequence[Candidate], step: int) -> Iterator[tuple[int | None, Plan | None]]:
+    def _prepare_all(
+        self, candidates: Sequence[Candidate], step: int
+    ) -> Iterator[tuple[int | None, PreparedSwap | None]]:
         """The current topology, by the index None, and the candidates in the race, one at a time."""
         yield None, None
         for i, candidate in enumerate(candidates):
             if candidate.rejected is None:
-                yield i, self._plan(candidate.swap, step, i)
+                yield i, self._prepare(candidate.swap, step, i)
 
     def _scored(
         self, candidates: Sequence[Candidate], observation: Observation
@@ -325,9 +327,9 @@ class TopologySearch:
         found: dict[int | None, Score] = {}
         views, step = observation.layers, observation.step
         if self.rule.compares(observation.made_up, observation.horizon):
-            # The chosen plan is made again, from the same generator.
+            # The chosen swap is prepared again, from the same generator.
             scored = [c if c.is_scored else dataclasses.replace(c, rejected="not scored") for c in candidates]
-            for index, candidate in self._plans(scored, step):
+            for index, candidate in self._prepare_all(scored, step):
                 found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)
         return found.get(None), [found.get(i) for i in range(len(candidates))]
 

@@ -18,11 +18,11 @@ from sparsae.runs.manifest import Extension
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import Teacher
 from sparsae.train.account import Account
-from sparsae.train.build import density_of, head_layouts
 from sparsae.train.costs import RunCosts
 from sparsae.train.data import TrainData
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
+from sparsae.train.model import density_of, head_layouts
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
 from sparsae.train.observers import Observer
 

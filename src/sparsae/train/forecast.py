@@ -26,8 +26,8 @@ from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
 from sparsae.search.teacher import STORAGES, WarmUp
 from sparsae.search.updates import SearchCost
-from sparsae.train.build import build, check, choose_device, density_of, initial_bounds
 from sparsae.train.costs import RunCosts
+from sparsae.train.model import choose_device, density_of, initial_bounds, model_of, require_fit
 
 
 def forecast(config: Config) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def forecast(config: Config) -> dict[str, Any]:
     Operations are those of `count_flops`; layers and bytes are those of the start, than which no later moment of a run
     has more. The time is that of the dense products of all parts at the rate of a short measurement on this machine.
     """
-    check(config)
+    require_fit(config)
     model = untrained(config)
     layers = sparse_layers(model)
     factors, cut = _factors(config, layers)
@@ -101,7 +101,7 @@ def untrained(config: Config, vocab_size: int | None = None) -> nn.Module:
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
     if vocab_size is None:
         vocab_size = config.data.tokenizer_vocab
-    return build(config, vocab_size, 0, torch.device("meta"))
+    return model_of(config, vocab_size, 0, torch.device("meta"))
 
 
 def count_flops(config: Config, model: nn.Module) -> tuple[FlopCounter, FlopCounter]:

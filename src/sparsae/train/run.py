@@ -24,10 +24,10 @@ from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import MetricsWriter
 from sparsae.runs.rows import Row
 from sparsae.train.assemble import optimizer_of, trainer_of
-from sparsae.train.build import build, check, choose_device
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
+from sparsae.train.model import choose_device, model_of, require_fit
 from sparsae.train.observers import OBSERVERS, Observer
 from sparsae.train.passes import Passes, alone
 from sparsae.train.progress import Display
@@ -164,7 +164,7 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     check_installed(config.tracking)
     for name in config.tracking.observers:
         OBSERVERS[name]  # InputError where there is none, before anything is read
-    check(config)
+    require_fit(config)
     corpus = prepare(config.data, display.stage)
     display.close()
     display.say(corpus.held_out)
@@ -173,7 +173,7 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     for warning in held_out.warnings(scores=data.micro_batches is not None):
         display.say(f"warning: {warning}")
     with out_of_memory_is_told("the model"):
-        model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+        model = model_of(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     if source is not None:
         source.load_into(model, corpus.tokenizer)
     keep_freed_memory(device)

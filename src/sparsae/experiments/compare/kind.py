@@ -6,23 +6,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsae.experiments.compare.plan import Plan
-from sparsae.experiments.kind import Kind, Results, Study
+from sparsae.experiments.compare.plan import ComparisonPlan
+from sparsae.experiments.kind import Experiment, Kind, Results
 
 if TYPE_CHECKING:
+    from sparsae.experiments.jobs import Job
     from sparsae.experiments.tables import Table
-    from sparsae.experiments.units import Unit
 
 
 class Compare(Kind):
     """Methods at the same cost."""
 
-    plan = Plan
+    plan = ComparisonPlan
 
-    def study(self, plan: Plan, out: Path, quiet: bool, admit: Callable[[Unit], None] | None = None) -> Study:
-        from sparsae.experiments.compare.study import Experiment
+    def experiment(
+        self, plan: ComparisonPlan, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None
+    ) -> Experiment:
+        from sparsae.experiments.compare.experiment import Comparison
 
-        return Experiment(plan, out, quiet, admit)
+        return Comparison(plan, out, quiet, admit)
 
     def of_now(self, results: dict[str, Any]) -> dict[str, Any]:
         from sparsae.experiments.compare.earlier import of_now

@@ -97,7 +97,7 @@ class Tuning(Section):
         return {name: sorted(values) for name, values in grid.items()}
 
 
-class Plan(BasePlan):
+class ComparisonPlan(BasePlan):
     """A comparison of methods."""
 
     kind: Literal["comparison", "ablation", "sensitivity"] = Field(default="comparison", description="what is asked")
@@ -237,7 +237,7 @@ def _concerns(config: Config, setting: str) -> bool:
     return given(config.model_dump(), setting)
 
 
-def cells(plan: Plan) -> Iterator[tuple[int, float, str]]:
+def cells(plan: ComparisonPlan) -> Iterator[tuple[int, float, str]]:
     """(seed, sparsity, variant) of every compared run, a whole seed before the next."""
     for seed in plan.seeds:
         for sparsity in plan.sparsities:

@@ -10,15 +10,15 @@ from typing import Any
 
 from sparsae import __version__
 from sparsae.experiments.compare.equal_loss import equal_loss
-from sparsae.experiments.compare.plan import Plan
+from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.ranking import rank_agreement, summarize_rankings
 from sparsae.experiments.compare.stuck import stuck_counts
 from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
 from sparsae.experiments.compare.tables import contrast_table, results_table
 from sparsae.experiments.compare.tuning import Found, Point, key_of
+from sparsae.experiments.jobs import Job, outcome, stacked
 from sparsae.experiments.matching import Budget
 from sparsae.experiments.tables import notes
-from sparsae.experiments.units import Unit, outcome, stacked
 from sparsae.files import to_json, write_atomically
 from sparsae.rules import build_rule
 from sparsae.runs.directory import RunDirectory
@@ -41,7 +41,7 @@ class Cell:
     seed: int
     budget: Budget
     point: Point
-    unit: Unit
+    job: Job
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Trial:
     """A run that tries a point of tuning."""
 
     point: Point
-    unit: Unit
+    job: Job
 
     def loss(self, out: Path) -> float:
         """Final validation loss; infinite where the run diverged or is not done."""
-        loss = (outcome(out / self.unit.name) or {}).get("validation_loss")
+        loss = (outcome(out / self.job.name) or {}).get("validation_loss")
         return math.inf if loss is None else float(loss)
 
 
@@ -68,7 +68,12 @@ class Search:
 
 
 def collect(
-    plan: Plan, out: Path, cells: Sequence[Cell], searches: Sequence[Search], trial_share: float, complete: bool
+    plan: ComparisonPlan,
+    out: Path,
+    cells: Sequence[Cell],
+    searches: Sequence[Search],
+    trial_share: float,
+    complete: bool,
 ) -> dict[str, Any]:
     """The content of results.json from the runs that are done; trial_share: length of a trial in terms of a run."""
     together = stacked(out)
@@ -104,8 +109,8 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
 
 
-def _row(plan: Plan, out: Path, cell: Cell, together: set[str]) -> dict[str, Any]:
-    run, config = out / cell.unit.name, cell.unit.config
+def _row(plan: ComparisonPlan, out: Path, cell: Cell, together: set[str]) -> dict[str, Any]:
+    run, config = out / cell.job.name, cell.job.config
     found = outcome(run) or {}
     flops = found.get("train_flops")
     spent: Any = {"flops": flops, "tokens": found.get("tokens"), "steps": found.get("steps")}[cell.budget.match]
@@ -127,7 +132,7 @@ def _row(plan: Plan, out: Path, cell: Cell, together: set[str]) -> dict[str, Any
         "seconds_by_part", "tokens_per_second", "peak_memory_bytes", "study_flops", "device", "torch",
     )  # fmt: skip
     row |= {key: found.get(key) for key in copied}
-    row["stacked"] = cell.unit.name in together
+    row["stacked"] = cell.job.name in together
     if row["stacked"]:
         row |= dict.fromkeys(TIMING)
     if "train_flops" in row and not diverged:
@@ -139,7 +144,7 @@ def _row(plan: Plan, out: Path, cell: Cell, together: set[str]) -> dict[str, Any
         # One that moves once, as `magnitude` does, has no cadence to be too slow.
         row["moves"] = build_rule(config.topology, config.rules).moves and hasattr(config.topology, "every")
     row["beside"] = cell.variant not in plan.named_variants
-    row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.unit.name
+    row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.job.name
     metrics = [] if diverged else RunDirectory(run).read_metrics()
     row["curve"], row["stuck"] = _curve(metrics), stuck_counts(metrics)
     if row["study_flops"]:
@@ -154,8 +159,8 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _tuning(out: Path, search: Search, together: set[str]) -> dict[str, Any]:
     trials = {key_of(trial.point): trial for trial in search.trials}
-    outcomes = [outcome(out / trial.unit.name) or {} for trial in search.trials]
-    config = next((t.unit.config for t in search.trials if t.point == search.found.point), search.trials[0].unit.config)
+    outcomes = [outcome(out / trial.job.name) or {} for trial in search.trials]
+    config = next((t.job.config for t in search.trials if t.point == search.found.point), search.trials[0].job.config)
     edges = [look for look in search.found.looks if look.at_edge]
     return {
         "method": search.variant,
@@ -178,14 +183,14 @@ def _tuning(out: Path, search: Search, together: set[str]) -> dict[str, Any]:
         ],
         "trials": [
             {
-                "learning_rate": trial.unit.config.training.learning_rate,
+                "learning_rate": trial.job.config.training.learning_rate,
                 "settings": dict(trial.point),
                 "validation_loss": result.get("validation_loss"),
                 "diverged": bool(result.get("diverged")),
                 "steps": result.get("steps"),
                 "train_flops": result.get("train_flops"),
-                "seconds": None if trial.unit.name in together else result.get("seconds"),
-                "run": trial.unit.name,
+                "seconds": None if trial.job.name in together else result.get("seconds"),
+                "run": trial.job.name,
             }
             for trial, result in zip(search.trials, outcomes, strict=True)
         ],

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
-from sparsae.experiments.kind import Kind, Results, Study
+from sparsae.experiments.kind import Experiment, Kind, Results
 
 if TYPE_CHECKING:
+    from sparsae.experiments.jobs import Job
     from sparsae.experiments.tables import Table
-    from sparsae.experiments.units import Unit
 
 
 class CoordinatesKind(Kind):
@@ -19,10 +19,10 @@ class CoordinatesKind(Kind):
 
     plan = CoordinatesPlan
 
-    def study(
-        self, plan: CoordinatesPlan, out: Path, quiet: bool, admit: Callable[[Unit], None] | None = None
-    ) -> Study:
-        from sparsae.experiments.coordinates.study import Coordinates
+    def experiment(
+        self, plan: CoordinatesPlan, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None
+    ) -> Experiment:
+        from sparsae.experiments.coordinates.experiment import Coordinates
 
         return Coordinates(plan, out, quiet)
 

@@ -26,10 +26,10 @@ from sparsae.nn.choice import layer_shapes
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.report.readable import short_names
 from sparsae.train.assemble import optimizer_of, trainer_of
-from sparsae.train.build import build, choice_of, choose_device
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import split_held_out
 from sparsae.train.loop import Trainer
+from sparsae.train.model import choice_of, choose_device, model_of
 
 Quantity = Literal["activation", "gradient", "update"]
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -170,7 +170,7 @@ def _trainer(config: Config, corpus: Corpus) -> Trainer:
     """The loop of a run with new weights."""
     device = choose_device(config.training.device)
     context = config.model.context
-    model = build(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+    model = model_of(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
     nothing = torch.zeros(0, context + 1, dtype=torch.int64, device="cpu")
     data = TrainData.of(config, corpus.train, nothing, split_held_out(corpus.validation, context)[1], device)
     return trainer_of(config, model, optimizer_of(model, config), data, device)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsae.experiments.kind import Kind, Results, Study
+from sparsae.experiments.kind import Experiment, Kind, Results
 from sparsae.experiments.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
+    from sparsae.experiments.jobs import Job
     from sparsae.experiments.tables import Table
-    from sparsae.experiments.units import Unit
 
 
 class TransferKind(Kind):
@@ -19,8 +19,10 @@ class TransferKind(Kind):
 
     plan = TransferPlan
 
-    def study(self, plan: TransferPlan, out: Path, quiet: bool, admit: Callable[[Unit], None] | None = None) -> Study:
-        from sparsae.experiments.transfer.study import Transfer
+    def experiment(
+        self, plan: TransferPlan, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None
+    ) -> Experiment:
+        from sparsae.experiments.transfer.experiment import Transfer
 
         return Transfer(plan, out, quiet, admit)
 

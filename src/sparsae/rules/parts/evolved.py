@@ -145,7 +145,7 @@ class Evolved(Rule[EvolvedState]):
         return self._inner(state.strategy).sample(topologies, NoState(), rng) if self._moves(state) else {}
 
     def windows(self, layers: Iterable[str], state: EvolvedState) -> dict[str, Window]:
-        # A genome that looks at no gradient has a window all the same: it is another one's, and the forecast counts on it.
+        # A genome that looks at no gradient has a window all the same: another one's, on which the forecast counts.
         rules = (self._inner(state.strategy), *self._extremes)
         return dict.fromkeys(layers, next((rule.window for rule in rules if rule.window != LAST_STEP), LAST_STEP))
 

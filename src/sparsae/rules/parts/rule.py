@@ -74,7 +74,7 @@ class Rule(ABC, Generic[State]):
     units are averaged over. terms: what its candidates and the current topology are scored by; none: they are not.
     accumulate: over which backward passes of a step a "dense_gradient" is taken. prunes: whether the model shrinks, as
     fast as `when` says. micro_batch: the held-out sequences that score its candidates, where it needs their loss.
-    initialization: values of grown units (see `surgery.plan`). burn_in: the gradient steps after a change. ramp,
+    initialization: values of grown units (`surgery.prepare_swap`). burn_in: the gradient steps after a change. ramp,
     ramp_first: as its settings have them. declines: whether an update may leave the topology as it is since no
     candidate is better.
     """
@@ -168,7 +168,7 @@ class Rule(ABC, Generic[State]):
         return inactive if "dense_gradient" in self.needs else 0
 
     def candidates_scored(self, layers: Iterable[str], steps: range, horizon: Horizon) -> int:
-        """How many candidates an update scores beside the current topology, at most, as the state begins: for the forecast.
+        """How many candidates an update scores beside the current topology, at most, as the state begins.
 
         layers, steps, horizon: as `concerns` has them, of an update that compares.
         """

@@ -22,7 +22,7 @@ _DIVERGED, _STACKED = "diverged.json", "stacked.json"
 
 
 @dataclass(frozen=True)
-class Unit:
+class Job:
     """A run by its directory below the experiment's, its settings, and the operations that it is expected to take."""
 
     name: str
@@ -34,18 +34,18 @@ class Unit:
         return json.dumps({"directory": str(out / self.name), "config": self.config.model_dump(mode="json")})
 
 
-def unit_of(name: str, config: Config, flops: int) -> Unit:
-    """A unit that can be gone on with from anywhere, and loses at most a tenth of itself when it is killed."""
+def job_of(name: str, config: Config, flops: int) -> Job:
+    """A job that can be gone on with from anywhere, and loses at most a tenth of itself when it is killed."""
     training = config.training
     if training.checkpoint_every is None:
         every = max(10, training.steps // 10)
         config = config.model_copy(update={"training": training.model_copy(update={"checkpoint_every": every})})
-    return Unit(name, with_absolute_paths(config), flops)
+    return Job(name, with_absolute_paths(config), flops)
 
 
-def forget_checkpoints(out: Path, unit: Unit) -> None:
-    """Remove the weights of a finished unit, of which only the results are wanted."""
-    shutil.rmtree(out / unit.name / "checkpoints", ignore_errors=True)
+def forget_checkpoints(out: Path, job: Job) -> None:
+    """Remove the weights of a finished job, of which only the results are wanted."""
+    shutil.rmtree(out / job.name / "checkpoints", ignore_errors=True)
 
 
 def outcome(directory: Path) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def check_same(directory: Path, config: Config) -> None:
         raise InputError(f"{directory}: holds a run with other settings; give a new --out, or remove that directory")
 
 
-def run_unit(directory: Path, config: Config, stop: StopRequest | None = None) -> bool:
+def run_job(directory: Path, config: Config, stop: StopRequest | None = None) -> bool:
     """Bring a run to its end: True; False where a signal stopped it after it was saved.
 
     A finished run is left as it is, and one that was begun is gone on with. stop: what else may stop it.
@@ -76,7 +76,7 @@ def run_unit(directory: Path, config: Config, stop: StopRequest | None = None) -
 
 
 def running(directory: Path, config: Config, stop: StopRequest | None = None) -> Passes[bool]:
-    """As `run_unit`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
+    """As `run_job`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
     if outcome(directory) is not None:
         return True
     from sparsae.train.run import resuming, starting
@@ -94,14 +94,14 @@ def running(directory: Path, config: Config, stop: StopRequest | None = None) ->
     return bool(summary["finished"])
 
 
-def mark_stacked(out: Path, unit: Unit) -> None:
-    """Write down that a unit trains together with others: its times are not its own."""
-    names = stacked(out) | {unit.name}
+def mark_stacked(out: Path, job: Job) -> None:
+    """Write down that a job trains together with others: its times are not its own."""
+    names = stacked(out) | {job.name}
     write_atomically(out / _STACKED, to_json({"runs": sorted(names)}, indent=1) + "\n")
 
 
 def stacked(out: Path) -> set[str]:
-    """The names of the units of which that was written down."""
+    """The names of the jobs of which that was written down."""
     path = out / _STACKED
     return set(read_json(path)["runs"]) if path.is_file() else set()
 

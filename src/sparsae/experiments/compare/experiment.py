@@ -13,15 +13,15 @@ from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
-from sparsae.experiments.compare.plan import LEARNING_RATE, Plan, cells
+from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells
 from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
 from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.directory import check_place, claimed
 from sparsae.experiments.execution import Executor, execute
+from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
-from sparsae.experiments.units import Unit, forget_checkpoints, outcome, unit_of
-from sparsae.train.build import check
+from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
 
 # Settings, by how their names begin, that change no operation.
@@ -29,10 +29,10 @@ _COSTLESS = ("training.learning_rate", "training.sparse_learning_rate", "paramet
 
 
 @dataclass
-class Schedule:
+class RunLengths:
     """How long each run of a plan is: made of the settings and the vocabulary alone, so the same at every start."""
 
-    plan: Plan
+    plan: ComparisonPlan
     vocabulary: Callable[[DataConfig], int]
     _costs: dict[tuple[str, float, Key], Cost] = field(default_factory=dict)
 
@@ -41,7 +41,7 @@ class Schedule:
         costly = {setting: value for setting, value in (point or {}).items() if not setting.startswith(_COSTLESS)}
         config = self.plan.config(variant, sparsity, self.plan.seeds[0], costly)
         if (variant, sparsity, key_of(costly)) not in self._costs:
-            check(config)
+            require_fit(config)
             self._costs[variant, sparsity, key_of(costly)] = Cost(config, self.vocabulary(config.data))
         return self._costs[variant, sparsity, key_of(costly)]
 
@@ -56,7 +56,7 @@ class Schedule:
             steps = reference.steps(Budget(plan.match, plan.budget), plan.held_against)
         return Budget(match, reference.of(match, steps))
 
-    def unit(self, variant: str, sparsity: float, seed: int, folder: str, point: Point, share: float = 1.0) -> Unit:
+    def job(self, variant: str, sparsity: float, seed: int, folder: str, point: Point, share: float = 1.0) -> Job:
         """A run of the length that its budget, or a share of it, allows, at a point of its tuning."""
         cost = self.cost(variant, sparsity, point)
         steps = cost.steps(self.budget(variant, sparsity).part(share), f"{variant} at sparsity {sparsity:g}")
@@ -65,11 +65,11 @@ class Schedule:
         if folder == "tuning":
             names = {LEARNING_RATE: "lr"}
             name += "".join(f"-{names.get(setting, setting)}{value:g}" for setting, value in point.items())
-        return unit_of(name, config, cost.flops(steps))
+        return job_of(name, config, cost.flops(steps))
 
-    def trial(self, variant: str, sparsity: float, point: Point) -> Unit:
+    def trial(self, variant: str, sparsity: float, point: Point) -> Job:
         """A run that tries a point, of the length of all trials."""
-        return self.unit(variant, sparsity, self.plan.tuning.seed, "tuning", point, self.trial_share)
+        return self.job(variant, sparsity, self.plan.tuning.seed, "tuning", point, self.trial_share)
 
     @cached_property
     def trial_share(self) -> float:
@@ -80,7 +80,7 @@ class Schedule:
         runs = trials = 0.0
         for sparsity in self.plan.sparsities:
             for variant in self.plan.all_variants:
-                flops = self.unit(variant, sparsity, tuning.seed, "runs", {}).flops
+                flops = self.job(variant, sparsity, tuning.seed, "runs", {}).flops
                 runs += len(self.plan.seeds) * flops
                 if variant in self.plan.named_variants:
                     values = sum(len(axis.values) for axis in self.plan.axes(variant, sparsity))
@@ -88,43 +88,45 @@ class Schedule:
         return min(tuning.share, tuning.budget * runs / trials) if trials else tuning.share
 
 
-class Units:
-    """The units of an experiment; equal settings are one run, whatever it is called."""
+class Jobs:
+    """The jobs of an experiment; equal settings are one run, whatever it is called."""
 
     def __init__(self) -> None:
-        self._by_config: dict[str, Unit] = {}
+        self._by_config: dict[str, Job] = {}
 
-    def add(self, unit: Unit) -> Unit:
-        """The unit that has these settings."""
-        return self._by_config.setdefault(unit.config.model_dump_json(), unit)
+    def add(self, job: Job) -> Job:
+        """The job that has these settings."""
+        return self._by_config.setdefault(job.config.model_dump_json(), job)
 
-    def all(self) -> list[Unit]:
+    def all(self) -> list[Job]:
         """In the order in which they were added."""
         return list(self._by_config.values())
 
 
-class Experiment:
+class Comparison:
     """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either.
 
     admit: raises InputError for a run that cannot be executed as it shall be.
     """
 
-    def __init__(self, plan: Plan, out: Path, quiet: bool = False, admit: Callable[[Unit], None] | None = None) -> None:
+    def __init__(
+        self, plan: ComparisonPlan, out: Path, quiet: bool = False, admit: Callable[[Job], None] | None = None
+    ) -> None:
         check_place(out, plan)
         admit = admit or (lambda _: None)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._vocabularies: dict[DataConfig, int] = {}
-        self.schedule = Schedule(plan, self._vocabulary)
-        self._units = Units()
+        self.lengths = RunLengths(plan, self._vocabulary)
+        self._jobs = Jobs()
         self._trials: dict[tuple[str, float, Key], Trial] = {}
         for seed, sparsity, variant in cells(plan):
             # Wrong settings of any run are refused now, not hours later.
-            admit(self.schedule.unit(variant, sparsity, seed, "runs", {}))
+            admit(self.lengths.job(variant, sparsity, seed, "runs", {}))
         for tuned in self._tuned():
             for axis in plan.axes(*tuned):
                 for value in axis.values:
-                    admit(self.schedule.trial(*tuned, {axis.setting: value}))
+                    admit(self.lengths.trial(*tuned, {axis.setting: value}))
 
     def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.
@@ -136,9 +138,9 @@ class Experiment:
                 # A trial has said what it had to: its learning rate. Its weights would fill the disk.
                 forget = partial(forget_checkpoints, self.out)
                 while wanted := self.wanted():
-                    if not execute([self._trial(*trial).unit for trial in wanted], self.out, self.board, forget, runs):
+                    if not execute([self._trial(*trial).job for trial in wanted], self.out, self.board, forget, runs):
                         return None
-                compared = [cell.unit for cell in self.cells]
+                compared = [cell.job for cell in self.cells]
                 if not execute(compared, self.out, self.board, lambda _: self._write_rows(), runs):
                     return None
             return self._write()
@@ -148,7 +150,7 @@ class Experiment:
 
         def loss(point: Point) -> float | None:
             trial = self._trial(variant, sparsity, point)
-            return None if outcome(self.out / trial.unit.name) is None else trial.loss(self.out)
+            return None if outcome(self.out / trial.job.name) is None else trial.loss(self.out)
 
         def allowed(point: Point) -> bool:
             try:
@@ -181,9 +183,9 @@ class Experiment:
                 variant,
                 sparsity,
                 seed,
-                self.schedule.budget(variant, sparsity),
+                self.lengths.budget(variant, sparsity),
                 point := self.point(variant, sparsity),
-                self._units.add(self.schedule.unit(variant, sparsity, seed, "runs", point)),
+                self._jobs.add(self.lengths.job(variant, sparsity, seed, "runs", point)),
             )
             for seed, sparsity, variant in cells(self.plan)
         ]
@@ -199,7 +201,7 @@ class Experiment:
     def _trial(self, variant: str, sparsity: float, point: Point) -> Trial:
         key = variant, sparsity, key_of(point)
         if key not in self._trials:
-            self._trials[key] = Trial(point, self._units.add(self.schedule.trial(variant, sparsity, point)))
+            self._trials[key] = Trial(point, self._jobs.add(self.lengths.trial(variant, sparsity, point)))
         return self._trials[key]
 
     def _write_rows(self) -> None:
@@ -213,9 +215,9 @@ class Experiment:
         return results
 
     def _results(self) -> dict[str, Any]:
-        finished = [cell for cell in self.cells if outcome(self.out / cell.unit.name) is not None]
+        finished = [cell for cell in self.cells if outcome(self.out / cell.job.name) is not None]
         complete = len(finished) == len(self.cells)
-        return collect(self.plan, self.out, finished, self.searches, self.schedule.trial_share, complete)
+        return collect(self.plan, self.out, finished, self.searches, self.lengths.trial_share, complete)
 
     def _vocabulary(self, data: DataConfig) -> int:
         if data not in self._vocabularies:

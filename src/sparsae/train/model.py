@@ -1,4 +1,4 @@
-"""From a resolved configuration to the objects of a run."""
+"""The model of a run, from its settings; and whether those fit together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsae.rules import build_rule
 from sparsae.search.bounds import refuse_windows
 
 
-def check(config: Config) -> None:
+def require_fit(config: Config) -> None:
     """Refuse settings of model and sparsity that do not fit together, before any text is read.
 
     Raises InputError.
@@ -56,7 +56,7 @@ def check(config: Config) -> None:
         limits.require_room(matrix_shape(shape), sparsity.unit, sparsest.get(name, counts[name]), heads.get(name))
 
 
-def build(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
+def model_of(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
     """The model of a run with new weights (none on the meta device); dense ones of sparse layers never exist."""
     model = build_model(config.model, vocab_size, eos_id, device="meta")
     parameterization = parameterized(config.model, config.parameterization)

@@ -12,12 +12,12 @@ from sparsae.data import prepare
 from sparsae.experiments.board import Board
 from sparsae.experiments.directory import check_place, claimed
 from sparsae.experiments.execution import Executor, execute
+from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Cost
 from sparsae.experiments.page import write_page
 from sparsae.experiments.transfer.plan import Point, TransferPlan
 from sparsae.experiments.transfer.results import collect, write_results
-from sparsae.experiments.units import Unit, forget_checkpoints, outcome, unit_of
-from sparsae.train.build import check
+from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
 
 
@@ -28,26 +28,26 @@ class Transfer:
     """
 
     def __init__(
-        self, plan: TransferPlan, out: Path, quiet: bool = False, admit: Callable[[Unit], None] | None = None
+        self, plan: TransferPlan, out: Path, quiet: bool = False, admit: Callable[[Job], None] | None = None
     ) -> None:
         check_place(out, plan)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._configs = {point: plan.config(point) for point in plan.points()}
         for config in {(point.width, point.sparsity): config for point, config in self._configs.items()}.values():
-            check(config)
+            require_fit(config)
         if admit is not None:
-            for unit in self.units.values():
-                admit(unit)
+            for job in self.jobs.values():
+                admit(job)
 
     def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.
 
         executor: what makes the executor from the descriptor that locks the directory.
         """
-        units = self.units
+        jobs = self.jobs
         with claimed(self.out, self.plan) as lock, closing(executor(lock)) as runs:
-            if not execute(list(units.values()), self.out, self.board, self._ended, runs):
+            if not execute(list(jobs.values()), self.out, self.board, self._ended, runs):
                 return None
             results = self._results()
             write_results(results, self.out)
@@ -55,7 +55,7 @@ class Transfer:
             return results
 
     @cached_property
-    def units(self) -> dict[Point, Unit]:
+    def jobs(self) -> dict[Point, Job]:
         """The run of every point of the sweep."""
         data = next(iter(self._configs.values())).data
         vocabulary = prepare(data, self._display.stage).vocab_size
@@ -66,15 +66,15 @@ class Transfer:
             if cell not in costs:
                 costs[cell] = Cost(config, vocabulary).flops(config.training.steps)
         return {
-            point: unit_of(point.name, config, costs[point.width, point.sparsity])
+            point: job_of(point.name, config, costs[point.width, point.sparsity])
             for point, config in self._configs.items()
         }
 
-    def _ended(self, unit: Unit) -> None:
+    def _ended(self, job: Job) -> None:
         """Of hundreds of runs only the losses are wanted; what is known so far is there for whoever cannot wait."""
-        forget_checkpoints(self.out, unit)
+        forget_checkpoints(self.out, job)
         write_results(self._results(), self.out)
 
     def _results(self) -> dict[str, Any]:
-        done = {point: found for point, unit in self.units.items() if (found := outcome(self.out / unit.name))}
+        done = {point: found for point, job in self.jobs.items() if (found := outcome(self.out / job.name))}
         return collect(self.plan, done, {point: self._configs[point] for point in done})

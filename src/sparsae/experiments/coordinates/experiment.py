@@ -21,7 +21,7 @@ from sparsae.experiments.page import write_page_of
 from sparsae.experiments.registry import KINDS
 from sparsae.files import to_json, write_atomically
 from sparsae.report.readable import duration
-from sparsae.train.build import check
+from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
 
 
@@ -32,7 +32,7 @@ class Coordinates:
         self.plan, self.out, self._quiet = plan, out, quiet
         self._configs = dict(plan.configs())
         for config in {(case.width, case.sparsity): config for case, config in self._configs.items()}.values():
-            check(config)
+            require_fit(config)
 
     def run(self, executor: object = None) -> dict[str, Any]:
         """Run every case; the slopes and their summary, which the directory gets as coordinates.json and report.html.
