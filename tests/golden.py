@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsae-guided-blocks": ("sparsae-guided", (*TAUGHT, "sparsity.unit=[4, 4]", "training.accumulation=2")),
     "sparsae-one": ("sparsae-one", ("model.family=llama", "sparsity.head_min_density=0.05")),
     "sparsae-rigl": ("sparsae-rigl", ("topology.proxy.terms.activity.source=training",)),
-    "random_search": ("random_search", ("topology.micro_batch.mode=static", "topology.micro_batch.study=true")),
+    "random-search": ("random-search", ("topology.micro_batch.mode=static", "topology.micro_batch.study=true")),
     "supar-dynamic": ("sparsae-guided", SUPAR),
     "supar-normal": ("sparsae-guided", (*SUPAR, "topology.initialization=normal")),
     "sparsae-written": ("sparsae-written", WRITTEN),
@@ -103,6 +103,8 @@ EARLIER = {
 STEP = ("loss", "cross_entropy", "distillation", "gradient_norm", "nnz")
 VALIDATION = ("loss", "teacher_loss")
 UPDATE = ("nnz", "swaps", "accepted")
+# Methods that had another name in commits without the file.
+EARLIER_METHODS = {("sparsae/config/methods/random-search.yaml", "random-search"): "random_search"}
 Columns = dict[str, list[Any]]
 
 
@@ -204,6 +206,9 @@ def train(cases: Sequence[str], source: Path, text: Path, out: Path) -> None:
     commands = []
     for case in cases:
         method, overrides = settings_of(case, text, out / "cache")
+        for (file, name), earlier in EARLIER_METHODS.items():
+            if method == name and not (source / file).exists():
+                method = earlier
         commands.append(["train", "--preset", "demo", "--method", method, "--out", str(out / case)])
         for override in overrides:
             for (file, name), earlier in EARLIER.items():

@@ -167,7 +167,7 @@ def test_epsilon_follows_the_gradients(extra: list[str]) -> None:
 
 
 def test_a_narrower_dense_model_is_scaled_by_its_own_width() -> None:
-    config = config_of(*SUPAR, "model.vocab_size=300", method="dense_small")
+    config = config_of(*SUPAR, "model.vocab_size=300", method="dense-small")
     assert config.model.width < 64
     model = built(config)
     group = next(

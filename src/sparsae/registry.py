@@ -206,11 +206,19 @@ def import_files() -> None:
             raise InputError(f"{IMPORT}: {name} cannot be imported: {_told(error)}") from error
 
 
-_METHODS = Path(__file__).parent / "config" / "methods"
+# The methods that ship with the package, each a file.
+METHODS = frozenset(file.stem for file in (Path(__file__).parent / "config" / "methods").glob("*.yaml"))
+# Settings, plans and runs of an earlier version have underscores in them.
+_WITH_UNDERSCORES = {name.replace("-", "_"): name for name in METHODS if "-" in name}
+
+
+def method_named(name: str) -> str:
+    """A method's name with hyphens, where it is given with underscores."""
+    return _WITH_UNDERSCORES.get(name, name)
+
+
 # Every rule is a method too, so none may be called like a method that ships with the package.
-RULES = Registry(
-    "rule", "sparsae.rules", frozenset(file.stem for file in _METHODS.glob("*.yaml")), "which is the name of a method"
-)
+RULES = Registry("rule", "sparsae.rules", METHODS.union(_WITH_UNDERSCORES), "which is the name of a method")
 # A candidate's row in the metrics has its terms beside these.
 TERMS = Registry(
     "term",

@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from sparsae.config import Config, ModelConfig, Section, SparsityConfig, TrainingConfig
-from sparsae.config.load import json_schema, methods, presets, resolve
+from sparsae.config.load import about, json_schema, methods, presets, resolve
 from sparsae.errors import InputError
-from sparsae.registry import RULES
+from sparsae.experiments.compare.plan import ComparisonPlan
+from sparsae.experiments.plan import parse_plan
+from sparsae.registry import METHODS, RULES
 from sparsae.rules import (
     EvolutionConfig,
     GmpConfig,
@@ -54,7 +57,7 @@ def test_no_whole_number_may_be_of_any_size(key: str) -> None:
             resolve(None, None, None, [f"{key}={number}"])
 
 
-@pytest.mark.parametrize("method", ["sparsae", "dense_small"])
+@pytest.mark.parametrize("method", ["sparsae", "dense-small"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -85,13 +88,30 @@ def test_the_defaults_are_the_preset_demo_with_the_method_sparsae() -> None:
 def test_names_that_ship() -> None:
     # Those that existed first stay, whatever else is added.
     assert set(presets()) >= {"demo", "tiny", "gpt-25m", "gpt2-small", "gpt2-medium", "llama-130m"}
-    shipped = {"sparsae", "sparsae-guided", "sparsae-written", "sparsae-one", "sparsae-rigl", "random_search"}
+    shipped = {"sparsae", "sparsae-guided", "sparsae-written", "sparsae-one", "sparsae-rigl", "random-search"}
     shipped |= {"sparsae-evolved", "sparsae-placebo"}
     shipped |= {f"{rule}-ramp" for rule in ("set", "rigl", "gse", "granet", "mest")}
-    shipped |= {"static-erk", "dense", "dense_small", "sparsae-written-ramp"}
+    shipped |= {"static-erk", "dense", "dense-small", "sparsae-written-ramp"}
     # Every rule is a method too; those that existed first stay, whatever else is added.
     assert set(methods()) == shipped | set(RULES.names())
     assert {"static", "set", "rigl", "gse", "gmp", "granet", "magnitude", "evolution"} <= set(RULES.own_names())
+
+
+def test_methods_have_hyphens() -> None:
+    assert [name for name in METHODS if not re.fullmatch(r"[a-z]+(-[a-z]+)*", name)] == []
+
+
+def test_methods_with_underscores_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """On the command line, in a file, in a run's settings and in a plan, where runs keep the names of their folders."""
+    now = resolve(method="random-search")
+    (tmp_path / "settings.yaml").write_text("method: random_search\n")
+    assert resolve(method="random_search") == resolve(tmp_path / "settings.yaml") == now
+    assert Config.model_validate(now.model_dump() | {"method": "random_search"}) == now
+    assert about("random_search") == about("random-search")
+    plan = parse_plan({"methods": ["static", "dense_small"]}, "here", ComparisonPlan)
+    assert plan.named_variants["dense_small"].method == plan.config("dense_small", 0.9, 0).method == "dense-small"
+    with pytest.raises(InputError, match="no rule can be called 'dense_small'"):
+        RULES.register("dense_small", type(now.topology))
 
 
 def test_the_written_methods_twin_differs_in_the_ramp_of_the_teacher_alone() -> None:
@@ -108,7 +128,7 @@ def test_every_preset_goes_with_every_method(preset: str, method: str) -> None:
     config = resolve(None, preset, method)
     assert (config.preset, config.method) == (preset, method)
     assert config.data.source == "stdlib"
-    assert config.sparsity.sparsity == (0.0 if method in ("dense", "dense_small") else 0.9)
+    assert config.sparsity.sparsity == (0.0 if method in ("dense", "dense-small") else 0.9)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +201,7 @@ def test_rivals_have_their_papers_settings_and_no_teacher(method: str, topology:
 @pytest.mark.parametrize(
     ("method", "changed"),
     [
-        ("random_search", {"proposer": "layerwise"}),
+        ("random-search", {"proposer": "layerwise"}),
         ("sparsae-one", {"candidates": 1}),
         ("sparsae-rigl", {"proposer": "rigl"}),
     ],

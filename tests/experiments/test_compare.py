@@ -308,7 +308,7 @@ def test_a_plan_in_a_file(settings: list[str], tmp_path: Path, capsys: pytest.Ca
     plan.write_text(
         "methods: [static]\nseeds: [5]\nmatch: tokens\nsparsities: [0.8]\n"
         "variants:\n  one: {method: sparsae-guided, settings: {topology: {candidates: 1}}}\n"
-        "  small: {method: dense_small, match: flops}\n"
+        "  small: {method: dense-small, match: flops}\n"
     )
     out = tmp_path / "out"
     assert main(["compare", str(plan), "--sparsities", "0.9", "--out", str(out), *settings]) == 0

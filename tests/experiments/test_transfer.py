@@ -306,7 +306,7 @@ WRONG = {
     ),
     "a swept setting": (["training.learning_rate=1e-3"], "leave out training.learning_rate"),
     "a setting of the parameterization": (["parameterization.name=sp"], "leave out parameterization.name"),
-    "a method without sparsity": (["--method", "dense_small"], "no sparsity to vary"),
+    "a method without sparsity": (["--method", "dense-small"], "no sparsity to vary"),
     "both ways to run": (["--jobs", "2", "--ray", "auto"], "give one of them"),
     "a key of another kind of plan": (["plan.yaml"], "no such setting"),
 }

@@ -132,7 +132,7 @@ GRID = {
 
 def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
     plan = ComparisonPlan(
-        methods=["dense", "dense_small", "static", "rigl"],
+        methods=["dense", "dense-small", "static", "rigl"],
         variants={  # type: ignore[arg-type]
             "one-rate": {"method": "static", "settings": {"training": {"sparse_learning_rate": None}}}
         },
@@ -140,7 +140,7 @@ def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
     )
     axes = {name: [axis.setting.rpartition(".")[2] for axis in plan.axes(name, 0.9)] for name in plan.all_variants}
     dense = ["learning_rate", "initial_scale"]
-    assert axes["dense"] == axes["dense_small"] == axes["one-rate"] == dense
+    assert axes["dense"] == axes["dense-small"] == axes["one-rate"] == dense
     assert axes["static"] == [*dense, "sparse_learning_rate"]
     assert axes["rigl"] == [*dense, "sparse_learning_rate", "drop_fraction"]
 
@@ -180,7 +180,7 @@ class TestCadence:
 
 
 def test_further_matches_are_rows_of_their_own_with_the_tuning_of_what_they_are() -> None:
-    small = {"small": {"method": "dense_small", "match": "steps"}}
+    small = {"small": {"method": "dense-small", "match": "steps"}}
     plan = ComparisonPlan(methods=["static", "rigl"], variants=small, also=["steps"])  # type: ignore[arg-type]
     assert list(plan.all_variants) == ["static", "rigl", "small", "rigl@steps"]
     assert plan.match_of("rigl@steps") == "steps"

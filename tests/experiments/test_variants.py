@@ -167,7 +167,7 @@ class TestDenseSmall:
 
         given = {"--sparsity": ("sparsity.sparsity", sparsity)}
         sparse = forecast(resolve(None, preset, "static", options=given))
-        config = resolve(None, preset, "dense_small", options=given)
+        config = resolve(None, preset, "dense-small", options=given)
         small = forecast(config)
         assert small["parameters"] == small["parameters_dense"]
         assert small["parameters"] == pytest.approx(sparse["parameters"], rel=0.01)
@@ -178,7 +178,7 @@ class TestDenseSmall:
     def test_its_settings_are_settled_once(self, tmp_path: Path) -> None:
         from sparsae.config.load import dump
 
-        config = resolve(method="dense_small")
+        config = resolve(method="dense-small")
         (tmp_path / "config.yaml").write_text(dump(config))
         assert resolve(tmp_path / "config.yaml") == config
         # The file run again with another method is that method's, at the preset's width.
@@ -186,4 +186,4 @@ class TestDenseSmall:
 
     def test_what_cannot_be_as_small_is_refused(self) -> None:
         with pytest.raises(InputError, match="no width has as few"):
-            resolve(method="dense_small", overrides=["sparsity.sparsity=0.999", "model.heads=128", "model.layers=24"])
+            resolve(method="dense-small", overrides=["sparsity.sparsity=0.999", "model.heads=128", "model.layers=24"])

@@ -177,7 +177,7 @@ def settings_of(name: str) -> dict[str, object]:
 def test_a_narrower_model_has_as_many_parameters(name: str) -> None:
     for model in variants(name):
         wide = Config(model=model.model_copy(update={"width": 64, "mlp_width": None}))
-        narrow = resolve(method="dense_small", trees=[({"model": wide.model.model_dump()}, "test")])
+        narrow = resolve(method="dense-small", trees=[({"model": wide.model.model_dump()}, "test")])
         target = count_parameters(wide.model, wide.data.tokenizer_vocab, wide.sparsity)
         assert count_parameters(narrow.model, wide.data.tokenizer_vocab) == pytest.approx(target, rel=0.02)
         assert narrow.model == ModelConfig.model_validate(narrow.model.model_dump())

@@ -24,7 +24,7 @@ from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError, require_utf8
 from sparsae.families import FAMILIES
 from sparsae.files import expanded
-from sparsae.registry import RULES, TERMS
+from sparsae.registry import METHODS, RULES, TERMS, method_named
 
 __all__ = [
     "about",
@@ -56,12 +56,12 @@ def presets() -> tuple[str, ...]:
 
 def methods() -> tuple[str, ...]:
     """Names of the methods: those that ship with the package, and every rule, which is a method without a teacher."""
-    return tuple(sorted({*_shipped("methods"), *RULES.names()}))
+    return tuple(sorted({*METHODS, *RULES.names()}))
 
 
 def about(method: str) -> str:
     """One sentence on a method: of its file, or of the rule that it is. InputError if there is no such method."""
-    if method in _shipped("methods"):
+    if (method := method_named(method)) in METHODS:
         text = (resources.files("sparsae.config") / "methods" / f"{method}.yaml").read_text("utf-8")
         return text.partition("\n")[0].removeprefix("# ")
     return RULES[method].title
@@ -182,6 +182,7 @@ class _Layers:
         self.origins: dict[Keys, str] = {}
 
     def add_names(self, preset: str, method: str) -> None:
+        method = method_named(method)
         for kind, name, names in (("preset", preset, presets()), ("method", method, methods())):
             if name not in names:
                 raise InputError(f"no {kind} {shown(name)}; {nearest(name, names)}")
@@ -349,9 +350,10 @@ def _name(tree: Tree, kind: str, origin: str) -> str | None:
         return None
     name = tree.pop(kind)
     names = presets() if kind == "preset" else methods()
-    if not isinstance(name, str) or name not in names:
+    known = method_named(name) if kind == "method" and isinstance(name, str) else name
+    if known not in names:
         raise InputError(f"{origin}: {kind}: no {kind} {shown(name)}; {nearest(str(name), names)}")
-    return name
+    return str(known)
 
 
 def _without(tree: Tree, repeated: Mapping[str, Any]) -> Tree:

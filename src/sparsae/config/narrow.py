@@ -1,4 +1,4 @@
-"""The narrower dense model that has as many parameters as a sparse one has active: the method `dense_small`.
+"""The narrower dense model that has as many parameters as a sparse one has active: the method `dense-small`.
 
 Parameters are counted from the shapes alone, without torch, so that a run's settings say its width before it begins.
 """
@@ -15,7 +15,7 @@ from sparsae.errors import InputError
 from sparsae.families import FAMILIES
 from sparsae.files import expanded
 
-METHOD = "dense_small"  # named here alone, beside its file
+METHOD = "dense-small"  # named here alone, beside its file
 MOST_PARAMETERS = 2**40
 MOST_TOKENS = 2**31 - 1
 

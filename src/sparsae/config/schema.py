@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sparsae.config.density import Density, by_pattern
 from sparsae.config.parameterization import ParameterizationConfig
@@ -18,6 +18,7 @@ from sparsae.config.schedule import ScheduleConfig
 from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, ShareOfMean, Text
 from sparsae.errors import InputError
 from sparsae.families import DEFAULT, FAMILIES
+from sparsae.registry import method_named
 
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
@@ -288,6 +289,11 @@ class Config(Section):
     parameterization: ParameterizationConfig = ParameterizationConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _method_has_hyphens(cls, method: str) -> str:
+        return method_named(method)
 
     @model_validator(mode="after")
     def _head_is_free(self) -> Self:

@@ -17,6 +17,7 @@ from sparsae.config.complaints import nearest
 from sparsae.config.load import is_dense, methods, resolve
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Seed
+from sparsae.registry import method_named
 
 Tree = Mapping[str, Any]
 Heads = Literal["scaled", "constant"]
@@ -122,6 +123,7 @@ class GridPlan(BasePlan):
     @field_validator("method")
     @classmethod
     def _has_a_sparsity(cls, method: str) -> str:
+        method = method_named(method)
         if method not in methods():
             raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
         if is_dense(method):

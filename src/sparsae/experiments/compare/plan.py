@@ -19,6 +19,7 @@ from sparsae.config.load import has_sparsity, methods, resolve, setting_names
 from sparsae.config.span import Span
 from sparsae.experiments.compare.tuning import Axis, Point
 from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_said
+from sparsae.registry import method_named
 
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -37,6 +38,7 @@ class Variant(Section):
     @field_validator("method")
     @classmethod
     def _is_known(cls, method: str) -> str:
+        method = method_named(method)
         if method not in methods():
             raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
         return method
@@ -132,7 +134,7 @@ class ComparisonPlan(BasePlan):
     @classmethod
     def _methods_are_known(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name not in methods():
+            if method_named(name) not in methods():
                 raise ValueError(f"no method '{name}'; {nearest(name, methods())}")
         return names
 
