@@ -132,17 +132,17 @@ def record(case: str, text: Path, out: Path) -> Columns:
     from sparsae.train import run
 
     def in_float64(*arguments: Any) -> Any:
-        model = build(*arguments).double()
+        model = model_of(*arguments).double()
         for seed, weights in enumerate(model.parameters()):
             if weights.unique().numel() > 1:  # drawn; see RECORDED
                 uniform = torch.rand(weights.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                 weights.data = (uniform - 0.5) * 12**0.5 * float(f"{weights.std():.3g}")
         return model
 
-    build = run.build
+    model_of = run.model_of
     method, overrides = settings_of(case, text, out / "cache")
     config = resolve(None, "demo", method, [*overrides, "sparsity.backend=reference"])
-    with mock.patch.object(run, "build", in_float64):
+    with mock.patch.object(run, "model_of", in_float64):
         run.start(config, out / case, quiet=True)
     return columns_of(out / case)
 
