@@ -298,6 +298,31 @@ def test_a_run_costs_what_was_planned(
     assert (student > 1.02) if kind == "bump" else (student < 0.98)
 
 
+@every_kind
+@pytest.mark.parametrize("every", ["null", "3"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gse", ["scope=local"]),
+        ("rigl", []),
+        ("generations", ["random_share=0.0", "ramp=0"]),
+        ("evolution", ["candidates=1", "proposer=rigl"]),
+    ],
+)
+def test_windows_and_a_schedule_cost_what_was_planned(
+    method: str, settings: list[str], every: str, kind: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsae.train.plan._measured_flops_per_second", lambda config: 1e9)
+    own = [f"topology.{setting}" for setting in [*settings, "window=4", "every=5"]]
+    moving = [f"sparsity.schedule.{setting}" for setting in (f"kind={kind}", f"every={every}")]
+    config = config_of(text, text / "cache", "training.steps=24", *own, *moving, method=method)
+    summary, planned = start(config, tmp_path / "run", quiet=True), plan(config)
+    assert summary["train_flops_by_part"] == planned["train_flops"]
+    assert planned["state_bytes"]["window"] > 0
+    if kind == "bump":  # a restoring run grows where it is sparser than where it begins, with fewer sums
+        assert summary["state_bytes_by_part"] == planned["state_bytes"]
+
+
 def test_the_plan_in_the_docs_compares_densities_at_one_number_of_connections() -> None:
     page = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text("utf-8")
     (block,) = [block for block in re.findall(r"(?:^    .*\n)+", page, re.M) if "static-roles" in block]
@@ -324,10 +349,12 @@ def test_a_bump_pays_for_its_beginning_with_steps() -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("name", ["rigl", "static"])
+@pytest.mark.parametrize("name", ["rigl", "static", "sparsae-evolved"])
 def test_a_stopped_run_goes_on_to_the_last_bit(name: str, kind: str, text: Path, tmp_path: Path) -> None:
     # A floor that holds in the middle: where the run goes on it must not be held against a quarter of that.
     settings = [f"sparsity.schedule.kind={kind}", "sparsity.head_min_density=0.02", "teacher.enabled=true"]
+    if name == "sparsae-evolved":
+        settings += ["topology.every=2", "topology.window=2", "topology.window_every=1"]
     config = config_of(text, text / "cache", "training.steps=24", *settings, method=name)
     start(config, tmp_path / "whole", quiet=True)
     with stopped_at(11):

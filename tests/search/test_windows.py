@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from sparsae.config.schedule import ScheduleConfig
 from sparsae.config.span import Horizon
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import Cubic, Periodic, Window
@@ -59,12 +60,14 @@ class Watching(Exchange):
 class Loop:
     """A training with explicit dense gradients beside it: of each step, by layer, over the positions in unit order."""
 
-    def __init__(self, kind: Kind, window: Window, *, unit: Unit = (1, 1), passes: int = 1, rule: Any = None) -> None:
+    def __init__(
+        self, kind: Kind, window: Window, *, unit: Unit = (1, 1), passes: int = 1, rule: Any = None, **schedule: Any
+    ) -> None:
         self.kind, self.passes, self.unit = kind, passes, unit
         self.model = mlp(unit=unit)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.rule = rule or Watching(kind, window)
-        config = SparsifierConfig(steps=STEPS, accumulation=passes)
+        config = SparsifierConfig(steps=STEPS, accumulation=passes, **schedule)
         self.sparsifier = Sparsifier(self.model, self.optimizer, config, rule=self.rule)
         self.dense: dict[int, dict[str, Tensor]] = {}
         self.updates: dict[int, Any] = {}
@@ -235,6 +238,21 @@ def test_sums_are_held_just_while_a_window_lasts() -> None:
     assert loop.sparsifier.search.gradients.windows.peak == sum(
         n * (4 + 2 * 4) for n in (round(0.7 * layer.topology.count) for layer in sparse_layers(loop.model).values())
     )
+
+
+@pytest.mark.parametrize("kind", ["sampled", "last", "sum"])
+def test_a_window_ends_where_a_density_schedule_moved_connections(kind: Kind) -> None:
+    """It falls every 4 steps from 0 to 13, and after step 13; updates follow every 6 steps."""
+    schedule = ScheduleConfig(kind="bump", start=0.0, stop=0.5, every=4)
+    loop = Loop(kind, Window(5), sparsity=0.9, schedule=schedule)
+    for _ in range(STEPS):
+        loop.one()
+        if loop.sparsifier.step in (4, 8, 12, 13):
+            # Nothing was looked at in vain: what is held was for the update that has just been.
+            assert all(found["steps"] == 0 or found["due"] == 12 for found in loop.held().values())
+    assert_seen(loop, {6: [5, 6], 12: [9, 10, 11, 12], 18: [14, 15, 16, 17, 18], 24: [20, 21, 22, 23, 24]})
+    looked = {step: update.cost.probed["0"][1] // TOKENS for step, update in loop.updates.items() if step % 6 == 0}
+    assert looked == {6: 2, 12: 4, 18: 5, 24: 5}
 
 
 def test_a_rule_without_a_window_holds_nothing() -> None:

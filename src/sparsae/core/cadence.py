@@ -152,8 +152,9 @@ class Cubic(Cadence):
 class Window:
     """The steps before an update whose gradients are averaged for it: every `every`-th of the last `steps`.
 
-    The last is the one that the update follows. A window never reaches behind the update before: connections are
-    others there. Raises InputError where `steps` is no span, or `every` no number of steps.
+    The last is the one that the update follows. A window never reaches behind the update, or the move of a density
+    schedule, before: connections are others there. Raises InputError where `steps` is no span, or `every` no number of
+    steps.
     """
 
     steps: int | str = 1

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparsae.config.span import Horizon
 from sparsae.core.budgets import density_bounds, density_factors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
@@ -43,16 +42,6 @@ def layer_bounds(
     return bounds
 
 
-def refuse_windows(rule: Rule[Any], schedule: Schedule, layers: Iterable[str], horizon: Horizon) -> None:
-    """Raise InputError for a rule that averages gradients over steps in which a schedule may move connections."""
-    windows = rule.windows(layers, rule.initial_state()).values()
-    if schedule.moves and any(window.length(horizon) > 1 for window in windows):
-        raise InputError(
-            f"rule '{rule.name}' averages gradients over steps in which a density schedule moves connections: "
-            "set window 1, or schedule.kind constant"
-        )
-
-
 def layer_ends(
     rule: Rule[Any], schedule: Schedule, layers: Layers, trained: Layers, config: SparsifierConfig
 ) -> dict[str, tuple[int, int]]:
@@ -61,7 +50,6 @@ def layer_ends(
     Raises InputError where rule, schedule and `config.sparsity` do not fit, and where the model is sparser already than
     it shall be, or denser than a schedule begins.
     """
-    refuse_windows(rule, schedule, layers, config.horizon)
     kind = config.schedule.kind
     what = f"rule '{rule.name}' prunes" if rule.prunes else f"schedule {kind} moves density"
     if rule.prunes and schedule.moves:

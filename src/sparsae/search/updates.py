@@ -117,7 +117,7 @@ class TopologySearch:
         self.bounds, self.ends, self.gradients.groups = dict(bounds), dict(ends), groups
         self._since = 0
         self.gradients.clear()
-        self.gradients.windows.clear()
+        self.gradients.windows.begin(rule, schedule)
 
     def close(self) -> None:
         """Watch no backward pass any more, and keep nothing of what was seen."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsae.config.span import Horizon
 from sparsae.core.cadence import Window
+from sparsae.core.schedule import CONSTANT, Schedule
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.probe import Probe, largest_of
@@ -19,11 +20,15 @@ from sparsae.rules.parts.rule import Rule
 
 
 class Upcoming:
-    """The next update of each rule, as far ahead as a window reaches; no step is looked at twice."""
+    """The next update of each rule, as far ahead as a window reaches; no step is looked at twice.
 
-    def __init__(self, horizon: Horizon) -> None:
-        self._horizon = horizon
+    schedule: of the density, which moves connections beside the updates of `whole`, the rule of all layers.
+    """
+
+    def __init__(self, horizon: Horizon, schedule: Schedule = CONSTANT, whole: Rule[Any] | None = None) -> None:
+        self._horizon, self._schedule, self._whole = horizon, schedule, whole
         self._found: dict[int, tuple[int, int]] = {}  # rule -> its next update, and until where that is known
+        self._settled: dict[tuple[int, int], int] = {}
 
     def of(self, rule: Rule[Any], step: int, within: int) -> int | None:
         """The first of the `within` steps from `step` on that an update of `rule` follows; None: there is none."""
@@ -34,6 +39,17 @@ class Upcoming:
             found = next((later for later in ahead if rule.due(later, self._horizon)), 0)
             self._found[id(rule)] = found, max(known, found or last)
         return found if step <= found <= last else None
+
+    def settled(self, due: int, within: int) -> int:
+        """The first of the `within` steps up to `due` from which on density stays until then."""
+        if (due, within) not in self._settled:
+            back = range(due - 1, due - within, -1) if self._schedule.moves else ()
+            moves = (step for step in back if self._schedule.due(step, self._horizon, self._updates(step)))
+            self._settled = {(due, within): next(moves, due - within) + 1}
+        return self._settled[due, within]
+
+    def _updates(self, step: int) -> bool:
+        return self._whole is not None and self._whole.due(step, self._horizon)
 
 
 @dataclass(eq=False)
@@ -80,13 +96,18 @@ class GradientWindows:
 
     def __init__(self, layers: Mapping[str, SparseLinear], horizon: Horizon) -> None:
         self._layers, self._horizon = layers, horizon
+        self.begin(None, CONSTANT)
+
+    def begin(self, rule: Rule[Any] | None, schedule: Schedule) -> None:
+        """With nothing, for the updates of a rule beside a density schedule."""
+        self._rule, self._schedule = rule, schedule
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything that was seen."""
         self.sums: dict[str, Sum] = {}
         self.peak = 0
-        self._upcoming = Upcoming(self._horizon)
+        self._upcoming = Upcoming(self._horizon, self._schedule, self._rule)
 
     def wanted(self, rule: Rule[Any], state: Any) -> bool:
         """Whether a rule averages gradients over more than the step before an update."""
@@ -107,7 +128,7 @@ class GradientWindows:
         kept: dict[str, Sum] = {}
         for name, (window, length) in self._lengths(rule, state, trained).items():
             due = step if name in moved else self._upcoming.of(rule.of(name), step, length)
-            if due is None:
+            if due is None or step < self._upcoming.settled(due, length):
                 continue
             before = self.sums.get(name)
             is_open = before is not None and before.topology is self._layers[name].topology

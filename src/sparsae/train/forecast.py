@@ -51,7 +51,8 @@ def forecast(config: Config) -> dict[str, Any]:
     dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
     state = estimated_state_bytes(units, nnz, teacher_weights=teacher_weights)
     state["indices"] = _index_bytes(config, layers)
-    if window := _window_bytes(rule, layers, Horizon(training.steps)):
+    schedule = Schedule.of(config.sparsity.schedule, rule.moves)
+    if window := _window_bytes(rule, schedule, layers, Horizon(training.steps)):
         state["window"] = window
     if config.teacher.enabled and config.teacher.grown == "student":
         state["teacher"] += 4 * units  # their ages
@@ -131,7 +132,7 @@ def _expected_flops(
     active, ends = dict(start), schedule.ends(start, _last(config, layers)) if schedule.moves else {}
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
-    last: dict[str, int] = {}  # the update before, of each layer
+    last: dict[str, int] = {}  # after which step each layer's connections moved last
     for step in range(1, steps + 1):
         taught = 0
         if config.teacher.enabled and warmup.alpha(step - 1) > 0:
@@ -163,7 +164,7 @@ def _expected_flops(
             costs.count_update(flops, SearchCost(forwards, backwards, probed))
         if schedule.due(step, horizon, updates):
             level = schedule.level(step, horizon, level)
-            active = counts_at(ends, level)
+            active, last = counts_at(ends, level), dict.fromkeys(topologies, step)
             costs.nnz = block * sum(active.values())
             # Which units there will be is not known; the first ones stand for as many.
             topologies = {n: Topology(t.shape, t.indices[: active[n]], t.unit) for n, t in first.items()}
@@ -174,16 +175,19 @@ def _expected_flops(
     return flops, dense
 
 
-def _window_bytes(rule: Rule[Any], layers: Mapping[str, SparseLinear], horizon: Horizon) -> int:
+def _window_bytes(rule: Rule[Any], schedule: Schedule, layers: Mapping[str, SparseLinear], horizon: Horizon) -> int:
     """Bytes of gradients that are summed for an update, as float32: units, their sums, and the step that comes in."""
-    total, gaps = 0, dict[int, int]()  # the longest between two updates, of each rule
+    total, gaps = 0, dict[int, int]()  # the longest before an update in which no connection moves, of each rule
+    steps = range(1, horizon.steps + 1)
+    moves = {step for step in steps if schedule.due(step, horizon, rule.due(step, horizon))}
     for name, window in rule.windows(layers, rule.initial_state()).items():
         own, topology = rule.of(name), layers[name].topology
         if window.length(horizon) == 1:
             continue
         if id(own) not in gaps:
-            due = [0, *(step for step in range(1, horizon.steps + 1) if own.due(step, horizon))]
-            gaps[id(own)] = max((after - before for before, after in itertools.pairwise(due)), default=0)
+            due = {step for step in steps if own.due(step, horizon)}
+            pairs = itertools.pairwise(sorted({0, *due, *moves}))
+            gaps[id(own)] = max((after - before for before, after in pairs if after in due), default=0)
         is_dense = "dense_gradient" in own.needs
         looked = topology.units if is_dense else own.probed_units(topology.count, topology.units - topology.count)
         held = 4 * min(window.count(gaps[id(own)], horizon), 2) * math.prod(topology.unit)

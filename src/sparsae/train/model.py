@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparsae.config.density import by_pattern
 from sparsae.config.schema import Config
-from sparsae.config.span import Horizon
 from sparsae.core.budgets import density_factors, matrix_shape
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule
@@ -24,7 +23,6 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import check_heads, layer_counts, sparsify
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
-from sparsae.search.bounds import refuse_windows
 
 
 def require_fit(config: Config) -> None:
@@ -45,7 +43,6 @@ def require_fit(config: Config) -> None:
     shapes = layer_shapes(choice_of(config).layers(model))
     rule = build_rule(config.topology, config.rules)
     rule.refuse_layers(shapes)
-    refuse_windows(rule, Schedule.of(sparsity.schedule, rule.moves), shapes, Horizon(config.training.steps))
     factors = density_factors(density_of(config), list(shapes))
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
     heads = head_layouts(shapes, config)
