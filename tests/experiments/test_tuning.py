@@ -152,13 +152,51 @@ def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
         ({"training.learning_rate": [1, 2]}, "give it by learning_rates"),
         ({"parameterization.initial_scale": [1]}, "two or more values"),
         ({"parameterization.initial_scale": [1, 1]}, "two or more values"),
-        ({"parameterization.initial_scale": [0, 1]}, "must be above 0"),
+        ({"parameterization.initial_scale": [-1, 1]}, "must be at least 0"),
+        ({"training.steps": [100, 200]}, "matched on gives every trial its length"),
     ],
 )
 def test_a_wrong_grid_gives_one_line(grid: dict[str, list[float]], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         parse_plan({"kind": "comparison", "methods": ["static"], "tuning": {"grid": grid}}, "plan.yaml", ComparisonPlan)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "is_best", "ends"),
+    [
+        # (setting, grid, which value is best, what is tried in the end and what is best)
+        ("training.batch_size", [2, 3], "high", [2, 3, 4, 5, 6, 7]),
+        ("training.batch_size", [2, 3], "low", [1, 2, 3]),
+        ("topology.window", [10, 15], "high", [10, 15, 22, 32, 47, 69]),
+        ("topology.window", [2, 4], "low", [1, 2, 4]),
+        ("topology.random_share", [0.5, 0.8], "high", [0.5, 0.8, 1.0]),
+        ("topology.random_share", [0.0, 0.5], "low", [0.0, 0.5]),
+        ("topology.strategy.sequences", [8, 16], "high", [8, 16, 32, 64]),
+        ("training.weight_decay", [0, 0.1], "high", [0, 0.1, 0.2, 0.4, 0.8, 1.6]),
+        ("training.sparse_learning_rate", [0.01, 0.02], "low", [0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02]),
+    ],
+)
+def test_what_is_tried_beyond_a_grid_is_of_the_settings_type_and_inside_its_bounds(
+    setting: str, values: list[float], is_best: str, ends: list[float]
+) -> None:
+    plan = parse_plan({"methods": ["sparsae-evolved"], "tuning": {"grid": {setting: values}}}, "plan.yaml", Plan)
+    (axis,) = plan.axes("sparsae-evolved", 0.9)
+
+    def allowed(point: Point) -> bool:
+        try:
+            plan.config("sparsae-evolved", 0.9, 0, point)
+        except InputError:
+            return False
+        return True
+
+    found, _ = run([axis], lambda point: (-1 if is_best == "high" else 1) * point[setting], allowed=allowed)
+    (look,) = found.looks
+    assert look.values == ends
+    assert all(allowed(point) for point in found.tried())
+    assert [type(value) for value in look.values] == [type(value) for value in ends]
+    # It is told only where a value beyond could be tried.
+    assert look.at_edge == (len(look.added) == 4)
 
 
 class TestCadence:

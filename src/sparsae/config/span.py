@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from sparsae.config.complaints import shown
+from sparsae.config.ranges import From
 from sparsae.config.section import LARGEST
 from sparsae.errors import InputError
 
@@ -71,7 +72,7 @@ def _wrong(span: object) -> str | None:
     )
 
 
-Span = Annotated[int | str, BeforeValidator(_checked)]
+Span = Annotated[int | str, BeforeValidator(_checked), From(1)]
 
 
 def in_updates(span: int | str) -> int | None:
@@ -88,4 +89,4 @@ def _checked_ramp(span: Any) -> Any:
     return span
 
 
-RampSpan = Annotated[int | str, BeforeValidator(_checked_ramp)]
+RampSpan = Annotated[int | str, BeforeValidator(_checked_ramp), From(0)]

@@ -64,7 +64,7 @@ class RunLengths:
         name = f"{folder}/{variant}-{sparsity:g}-{seed}"
         if folder == "tuning":
             names = {LEARNING_RATE: "lr"}
-            name += "".join(f"-{names.get(setting, setting)}{value:g}" for setting, value in point.items())
+            name += "".join(f"-{names.get(setting, setting)}{value:.9g}" for setting, value in point.items())
         return job_of(name, config, cost.flops(steps))
 
     def trial(self, variant: str, sparsity: float, point: Point) -> Job:

@@ -16,12 +16,15 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sparsae.config import Config, Section
 from sparsae.config.complaints import nearest
 from sparsae.config.load import has_sparsity, methods, resolve, setting_names
+from sparsae.config.ranges import Range
 from sparsae.config.span import Span
 from sparsae.experiments.compare.tuning import Axis, Point
 from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_said
 from sparsae.registry import method_named
 
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+Number = Annotated[int | float, Field(ge=0)]  # a whole one stays whole
 
 Contrast = Annotated[tuple[str, str], BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)]
 
@@ -45,6 +48,7 @@ class Variant(Section):
 
 
 LEARNING_RATE = "training.learning_rate"
+_STEPS = "training.steps"
 _EVERY = "topology.every"
 _OF_SPARSE_LAYERS = ("sparsity.", "topology.", "rules.", "training.sparse_learning_rate")
 
@@ -55,10 +59,10 @@ class Tuning(Section):
     learning_rates: list[Annotated[float, Field(gt=0.0)]] = Field(
         default=[], description="the grid, tried by every variant at every sparsity; empty: no tuning"
     )
-    grid: dict[str, list[Annotated[float, Field(gt=0.0)]]] = Field(
+    grid: dict[str, list[Number]] = Field(
         default={},
         description="further settings and their values, tried one after another by every variant that has the setting "
-        "and does not give it itself: {parameterization.initial_scale: [0.5, 1, 2]}",
+        "and does not give it itself: {parameterization.initial_scale: [0.5, 1, 2], training.batch_size: [8, 16]}",
     )
     extensions: Annotated[int, Field(ge=0, le=20)] = Field(
         default=4, description="how many values may be added to a grid whose best one lies at its end"
@@ -87,11 +91,13 @@ class Tuning(Section):
 
     @field_validator("grid")
     @classmethod
-    def _are_settings(cls, grid: dict[str, list[float]]) -> dict[str, list[float]]:
+    def _are_settings(cls, grid: dict[str, list[int | float]]) -> dict[str, list[int | float]]:
         names = setting_names()
         for name, values in grid.items():
             if name == LEARNING_RATE:
                 raise ValueError(f"{name}: give it by learning_rates")
+            if name == _STEPS:
+                raise ValueError(f"{name}: what the runs are matched on gives every trial its length")
             if name not in names:
                 raise ValueError(f"no setting '{name}'; {nearest(name, names)}")
             if len(values) < 2 or len(set(values)) < len(values):
@@ -206,7 +212,7 @@ class ComparisonPlan(BasePlan):
         config = self.config(variant, sparsity, self.seeds[0]) if tuning.grid else None
         for setting, values in tuning.grid.items():
             if not given(own, setting) and config is not None and _concerns(config, setting):
-                axes.append(Axis(setting, tuple(values)))
+                axes.append(Axis(setting, tuple(values), Range.of(config, setting)))
         return axes
 
     def config(

@@ -2,7 +2,8 @@
 
 The first axis is the learning rate's. On each, every value is tried with the best of the other settings that is known
 by then, and the lowest validation loss decides. A best value at an end of its axis may be far from the best there is:
-the next one beyond it, by the ratio of the last two, is tried as well, until the best one has neighbours on both sides.
+the next one beyond it, by the ratio of the last two, is tried as well, until the best one has neighbours on both sides
+or the setting can have no further value.
 What is tried follows from the losses alone, so an experiment that was stopped goes on as if it had not been.
 """
 
@@ -12,6 +13,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparsae.config.ranges import Range
+
 Point = Mapping[str, float]
 """Dotted settings and their values; what is not named is as the plan says."""
 Key = tuple[tuple[str, float], ...]
@@ -19,10 +22,11 @@ Key = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and the values of its grid, two or more, in order."""
+    """A setting and the values of its grid, two or more, in order; range: all values that it may have."""
 
     setting: str
     values: tuple[float, ...]
+    range: Range = Range()
 
 
 @dataclass
@@ -81,7 +85,7 @@ def search(
     for axis in list(axes) * rounds:
         look = Look(axis.setting, {k: v for k, v in point.items() if k != axis.setting}, list(axis.values))
         looks.append(look)
-        for wanted in _along(look, extensions, loss, allowed):
+        for wanted in _along(look, axis.range, extensions, loss, allowed):
             return Found(point, looks, wanted)
         before = loss(look.around)
         if look.best is not None and before is not None and before < _known(loss, look.point(look.best)):
@@ -91,7 +95,11 @@ def search(
 
 
 def _along(
-    look: Look, extensions: int, loss: Callable[[Point], float | None], allowed: Callable[[Point], bool]
+    look: Look,
+    possible: Range,
+    extensions: int,
+    loss: Callable[[Point], float | None],
+    allowed: Callable[[Point], bool],
 ) -> Iterator[list[Point]]:
     """Complete a look; yields the points to try where it cannot be."""
     while True:
@@ -100,18 +108,17 @@ def _along(
         # Of equals the lower one; where every trial failed that is the lowest, beyond which it goes on.
         look.best = min(look.values, key=lambda value: (_known(loss, look.point(value)), value))
         look.at_edge = look.best in (look.values[0], look.values[-1])
-        if not look.at_edge or len(look.added) == extensions:
+        if not look.at_edge:
             return
-        value = _beyond(look.values, look.best)
-        if not allowed(look.point(value)):
+        last, before = look.values[:2] if look.best == look.values[0] else (look.values[-1], look.values[-2])
+        value = possible.beyond(last, before)
+        if value is None:
+            look.at_edge = False  # of the grid alone: the setting itself has nothing beyond
+            return
+        if len(look.added) == extensions or not allowed(look.point(value)):
             return
         look.values = sorted([*look.values, value])
         look.added.append(value)
-
-
-def _beyond(values: Sequence[float], edge: float) -> float:
-    last, before = values[:2] if edge == values[0] else (values[-1], values[-2])
-    return float(f"{last * last / before:.6g}")
 
 
 def _known(loss: Callable[[Point], float | None], point: Point) -> float:
