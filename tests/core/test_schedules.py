@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsae.core.cadence import cosine_with_warmup, decayed
+from sparsae.config.schema import TrainingConfig
+from sparsae.core.cadence import decayed, rate_factor
 
 shares = st.floats(0.0, 1.0)
 kinds: st.SearchStrategy[Literal["constant", "linear", "cosine"]] = st.sampled_from(["constant", "linear", "cosine"])
 
 
 def multipliers(steps: int, warmup: float, final: float) -> list[float]:
-    return [cosine_with_warmup(step, steps, warmup, final) for step in range(steps)]
+    return [rate_factor(step, steps, warmup, final) for step in range(steps)]
 
 
 @given(st.integers(1, 300), shares, shares)
@@ -41,12 +42,34 @@ def test_after_the_warmup_it_falls_from_the_peak_to_the_final_share(steps: int, 
 
 def test_the_middle_of_the_cosine_is_halfway_between_peak_and_final() -> None:
     # 10 steps of warm-up, then 11 steps: the sixth of them is the middle.
-    assert cosine_with_warmup(15, 21, 10 / 21, 0.2) == pytest.approx(0.6)
+    assert rate_factor(15, 21, 10 / 21, 0.2) == pytest.approx(0.6)
 
 
 def test_without_warmup_it_starts_at_the_peak_and_stays_at_the_final_share_past_the_end() -> None:
-    assert cosine_with_warmup(0, 100, 0.0, 0.1) == 1.0
-    assert cosine_with_warmup(500, 100, 0.0, 0.1) == pytest.approx(0.1)
+    assert rate_factor(0, 100, 0.0, 0.1) == 1.0
+    assert rate_factor(500, 100, 0.0, 0.1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_a_schedule_falls_by_equal_steps_from_the_peak_to_the_final_share(schedule: Literal["linear", "wsd"]) -> None:
+    rates = [rate_factor(step, 101, 10 / 101, 0.2, schedule, 50 / 101) for step in range(101)]
+    falls = rates[{"linear": 10, "wsd": 50}[schedule] :]
+    steps = [later - earlier for earlier, later in pairwise(falls)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+    assert (falls[0], falls[-1]) == pytest.approx((1.0, 0.2))
+    assert all(rate == 1.0 for rate in rates[10 : -len(falls)])
+
+
+@given(st.integers(1, 300), shares, shares, shares)
+def test_every_schedule_stays_between_its_ends(steps: int, warmup: float, final: float, decay: float) -> None:
+    for schedule in get_args(TrainingConfig.model_fields["schedule"].annotation):
+        rates = [rate_factor(step, steps, warmup, final, schedule, decay) for step in range(steps)]
+        after = rates[round(warmup * steps) :]
+        assert all(later <= earlier for earlier, later in pairwise(after))
+        assert all(final - 1e-12 <= rate <= 1.0 + 1e-12 for rate in after)
+        assert rates[: len(rates) - len(after)] == multipliers(steps, warmup, final)[: len(rates) - len(after)]
+        if schedule == "constant":
+            assert set(after) <= {1.0}
 
 
 @given(kinds, shares, shares)

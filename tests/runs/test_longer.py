@@ -52,13 +52,13 @@ class TestLonger:
         assert_same_run(run, tmp_path / "broken")
 
     def test_the_rate_rises_again_over_one_percent_of_what_was_added(self, make: Make, tmp_path: Path) -> None:
-        from sparsae.core.cadence import cosine_with_warmup
+        from sparsae.core.cadence import rate_factor
 
         run = tmp_path / "run"
         start(make("training.log_every=1", method="static"), run, quiet=True)
         resume(run, quiet=True, steps=312)
         rates = {row["step"]: row["learning_rate"] for row in rows(run) if row["kind"] == "train"}
-        whole = {step: 2e-3 * cosine_with_warmup(step - 1, 312, 0.1, 0.1) for step in range(13, 313)}
+        whole = {step: 2e-3 * rate_factor(step - 1, 312, 0.1, 0.1) for step in range(13, 313)}
         assert [rates[step] / whole[step] for step in (13, 14, 15, 16)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
         assert rates[312] == pytest.approx(2e-4)
 

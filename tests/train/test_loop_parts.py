@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsae.config import Config
+from sparsae.config import Config, TrainingConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import DivergedError
 from sparsae.runs.checkpoint import CheckpointTimes
@@ -115,13 +115,22 @@ def test_a_run_that_goes_on_says_where_it_stands() -> None:
 def test_a_group_gets_its_share_of_the_rate(step: int, scale: float) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [weight], "lr_scale": scale}], lr=1.0)
-    rate = LearningRate(peak=0.5, final=0.1, warmup=0.25, steps=20, extension=Extension(10, 10, 410))
+    settings = TrainingConfig(learning_rate=0.5, warmup=0.25, steps=20)
+    rate = LearningRate(settings, Extension(10, 10, 410))
     assert optimizer.param_groups[0]["lr"] != (now := rate.set(optimizer, step))
     assert optimizer.param_groups[0]["lr"] == now * scale
     assert now == rate.at(step) <= 0.5
     if 10 <= step < 14:  # four steps of warm-up, one in a hundred of those that were added
-        plain = LearningRate(peak=0.5, final=0.1, warmup=0.25, steps=20)
+        plain = LearningRate(settings)
         assert now == pytest.approx(plain.at(step) * (step - 9) / 4)
+
+
+def test_the_rate_follows_the_schedule_that_is_set() -> None:
+    settings = TrainingConfig(learning_rate=0.5, steps=20, warmup=0.1, schedule="wsd", decay=0.25)
+    rates = [LearningRate(settings).at(step) for step in range(20)]
+    assert rates == pytest.approx([0.25, 0.5] + [0.5] * 13 + [0.41, 0.32, 0.23, 0.14, 0.05])
+    default = settings.model_copy(update={"decay": None})
+    assert [LearningRate(default).at(step) for step in (15, 19)] == pytest.approx([0.5, 0.05])
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

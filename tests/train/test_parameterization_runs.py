@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparsae.config import Config, ParameterizationConfig
 from sparsae.config.load import resolve
 from sparsae.config.sparsifier import SparsifierConfig
-from sparsae.core.cadence import cosine_with_warmup
+from sparsae.core.cadence import rate_factor
 from sparsae.core.randomness import generator
 from sparsae.evaluate.decoding import FastDecoder, open_decoder
 from sparsae.evaluate.export import export_run
@@ -88,7 +88,7 @@ def test_a_run_that_stops_and_goes_on_is_the_same(
         yield from step(self)
         scales.append([group["lr_scale"] for group in self.optimizer.param_groups])
         schedule = config.training.warmup, config.training.final_learning_rate
-        rate = config.training.learning_rate * cosine_with_warmup(self.step - 1, config.training.steps, *schedule)
+        rate = config.training.learning_rate * rate_factor(self.step - 1, config.training.steps, *schedule)
         for group in self.optimizer.param_groups:
             assert group["lr"] == pytest.approx(rate * group["lr_scale"])
         for name, layer in self.sparsifier._layers.items():  # type: ignore[union-attr]

@@ -20,6 +20,8 @@ from sparsae.errors import InputError
 from sparsae.families import DEFAULT, FAMILIES
 from sparsae.registry import method_named
 
+DECAY = 0.2  # share of a run over which wsd falls
+LAST_RATE = 0.1
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
 
@@ -222,7 +224,17 @@ class TrainingConfig(Section):
         default=None,
         description="peak learning rate of the sparse layers' values (dense models have none); null: learning_rate",
     )
-    final_learning_rate: Share = Field(default=0.1, description="last learning rate as a share of the peak")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="the learning rate after the warm-up: falls all the way as a cosine or a line, stays, or "
+        "(wsd: warm-up, stable, decay) stays and falls as a line at the end",
+    )
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None, description=f"share of the steps over which the learning rate falls (wsd); null: {DECAY:g}"
+    )
+    final_learning_rate: Share = Field(
+        default=LAST_RATE, description="last learning rate as a share of the peak (not constant, which stays)"
+    )
     warmup: Share = Field(default=0.1, description="share of the steps over which the learning rate rises")
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.9, description="AdamW's first decay")
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.95, description="AdamW's second decay")
@@ -252,6 +264,22 @@ class TrainingConfig(Section):
         default=5.0, description="minutes between checkpoints; null: by steps, at the end and when stopped only"
     )
     keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
+
+    @model_validator(mode="after")
+    def _falls_as_scheduled(self) -> Self:
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay is for schedule wsd, not {self.schedule}: leave it out")
+        if self.schedule == "wsd" and self.warmup + (self.decay or DECAY) > 1.0 + TOLERANCE:
+            raise ValueError(
+                f"warmup {self.warmup:g} and decay {self.decay or DECAY:g} together are more than the run: they must "
+                "be at most 1"
+            )
+        if self.schedule == "constant" and self.final_learning_rate not in (LAST_RATE, 1.0):
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate:g} is not for schedule constant, whose learning rate "
+                "stays: leave it out"
+            )
+        return self
 
 
 class TrackingConfig(Section):

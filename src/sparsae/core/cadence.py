@@ -14,17 +14,35 @@ from sparsae.config.span import Horizon, require_span, span_steps
 from sparsae.errors import InputError
 
 
-def cosine_with_warmup(step: int, steps: int, warmup: float, final: float) -> float:
-    """Multiplier of the peak at `step` of `steps`, counted from 0.
+def rate_factor(
+    step: int,
+    steps: int,
+    warmup: float,
+    final: float,
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine",
+    decay: float = 1.0,
+) -> float:
+    """Multiplier of the peak learning rate at `step` of `steps`, counted from 0.
 
-    With w = warmup * steps: (step + 1) / w while step < w, then final + (1 - final) (1 + cos(pi t)) / 2 with t going
-    from 0 to 1 over the remaining steps. Never 0 at the first step.
+    With w = warmup * steps: (step + 1) / w while step < w, then final + (1 - final) f(t), where f falls from 1 to 0 as
+    a cosine or a line and t goes from 0 to 1 over the remaining steps; 1 throughout in "constant". "wsd" (warm-up,
+    stable, decay; Hu et al., 2024) stays at 1, and falls as a line over the last decay * steps. Never 0 at the first
+    step.
     """
     warm_steps = round(warmup * steps)
     if step < warm_steps:
         return (step + 1) / warm_steps
-    progress = (step - warm_steps) / max(1, steps - 1 - warm_steps)
-    return final + (1.0 - final) * decayed("cosine", min(1.0, progress))
+    if schedule == "constant":
+        return 1.0
+    if schedule == "wsd":
+        stable = max(warm_steps, steps - 1 - round(decay * steps))
+        return final + (1.0 - final) * decayed("linear", _share(step, stable, steps))
+    return final + (1.0 - final) * decayed(schedule, _share(step, warm_steps, steps))
+
+
+def _share(step: int, start: int, steps: int) -> float:
+    """How much of the way from `start` to the last step is over at `step`: 0 before, 1 after."""
+    return min(1.0, max(0, step - start) / max(1, steps - 1 - start))
 
 
 def decayed(kind: Literal["constant", "linear", "cosine"], progress: float) -> float:

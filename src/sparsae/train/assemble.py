@@ -75,7 +75,7 @@ def trainer_of(
         optimizer,
         data,
         sparsifier=sparsifier_of(config, objective, optimizer, data, account) if sparse_layers(model) else None,
-        rate=LearningRate.of(training, extension),
+        rate=LearningRate(training, extension),
         account=account,
         observers=observers,
     )

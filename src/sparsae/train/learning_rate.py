@@ -1,4 +1,4 @@
-"""The learning rate of each step: a warm-up, a cosine, and a second warm-up where a run got more steps."""
+"""The learning rate of each step: a warm-up, a schedule, and a second warm-up where a run got more steps."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsae.config.schema import TrainingConfig
-from sparsae.core.cadence import cosine_with_warmup
+from sparsae.config.schema import DECAY, TrainingConfig
+from sparsae.core.cadence import rate_factor
 from sparsae.runs.manifest import Extension
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """`peak` and `final`, a share of it, over `steps`, of which the share `warmup` rises; steps count from 0."""
+    """The schedule that settings ask for, and the last extension of a run that got more steps."""
 
-    peak: float
-    final: float
-    warmup: float
-    steps: int
+    settings: TrainingConfig
     extension: Extension | None = None
 
-    @classmethod
-    def of(cls, settings: TrainingConfig, extension: Extension | None = None) -> LearningRate:
-        """By the settings of a run; `extension`: the last one of a run that got more steps."""
-        return cls(
-            settings.learning_rate, settings.final_learning_rate, settings.warmup, settings.steps, extension=extension
-        )
-
     def at(self, step: int) -> float:
-        """Of a group whose scale is 1."""
-        rate = self.peak * cosine_with_warmup(step, self.steps, self.warmup, self.final)
+        """Of a group whose scale is 1, at a step counted from 0."""
+        own = self.settings
+        decay = DECAY if own.decay is None else own.decay
+        rate = own.learning_rate * rate_factor(
+            step, own.steps, own.warmup, own.final_learning_rate, own.schedule, decay
+        )
         if self.extension and step >= self.extension.step:
             rate *= self.extension.factor(step)
         return rate
