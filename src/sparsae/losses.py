@@ -92,15 +92,19 @@ def distillation_loss(
     cross_entropy = F.cross_entropy(logits, targets, ignore_index=ignore_index)
     if teacher_logits is None:
         return LossParts(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy.detach()))
-    taught = _wide(teacher_logits.detach().flatten(0, -2))
-    counted = targets[: taught.shape[0]] != ignore_index
-    divergence = F.kl_div(
-        logits[: taught.shape[0]][counted].log_softmax(-1),
-        taught[counted].log_softmax(-1),
-        reduction="sum",
-        log_target=True,
-    ) / max(1, int(counted.sum()))
+    counted = targets[: teacher_logits.flatten(0, -2).shape[0]] != ignore_index
+    divergence = summed_divergence(logits, teacher_logits, counted) / max(1, int(counted.sum()))
     return LossParts(cross_entropy + alpha * divergence, cross_entropy.detach(), divergence.detach())
+
+
+def summed_divergence(student_logits: Tensor, teacher_logits: Tensor, counted: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, summed over the tokens that count, from logits (..., vocabulary).
+
+    teacher_logits: of all tokens, or of the first ones. counted: (taught tokens,) of bool.
+    """
+    taught = _wide(teacher_logits.detach().flatten(0, -2))[counted]
+    learning = _wide(student_logits.flatten(0, -2))[: counted.shape[0]][counted]
+    return F.kl_div(learning.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True)
 
 
 class _Inputs(NamedTuple):

@@ -28,9 +28,9 @@ def body(run: RunData) -> str:
     """Everything inside the page's body."""
     parts = {
         "training": ("Training", _training(run)),
-        "density": ("Density", _density(run)),
+        "density": ("Density", density(run)),
         "search": ("Search", _search(run)),
-        "movement": ("Movement", _movement(run)),
+        "movement": ("Movement", movement(run)),
         "cost": ("Cost", _cost(run)),
         "layers": ("Layers", _layers(run)),
         "sample": ("Sample", _sample(run)),
@@ -168,7 +168,8 @@ def _training(run: RunData) -> str:
     )
 
 
-def _density(run: RunData) -> str:
+def density(run: RunData) -> str:
+    """Which share of its connections each layer has, through time."""
     lead = (
         "One row a layer or head, time from left to right: which share of its possible connections exists. A "
         "projection that makes queries, keys and values at once has a row for each head of each, in that order."
@@ -249,7 +250,8 @@ def _proposers(run: RunData) -> list[list[str]]:
     return rows
 
 
-def _movement(run: RunData) -> str:
+def movement(run: RunData) -> str:
+    """How far the topology moved."""
     lead = (
         "How far the topology moved: what each update exchanged, how much of the first topology is gone, and which "
         "share of all positions was ever active (the in-time over-parameterization rate, ITOP)."

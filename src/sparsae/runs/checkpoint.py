@@ -11,7 +11,7 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -50,10 +50,20 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]
 
     Raises InputError where it cannot be written; then nothing of it is left.
     """
+    write_whole(directory, tensors, state, lambda: _make_way(directory, state["run"]))
+
+
+def write_whole(
+    directory: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    make_way: Callable[[], object],
+) -> None:
+    """As `save_checkpoint`, whatever the state is of. make_way: moves what has the directory's name, once it may go."""
     temporary = temporary_name(directory, "partial")
     try:
         _write(temporary, tensors, state)
-        _make_way(directory, state["run"])
+        make_way()
         os.replace(temporary, directory)
         sync(directory.parent)
     except (OSError, SafetensorError) as error:
@@ -105,7 +115,14 @@ def remove_checkpoint(directory: Path) -> None:
 def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The named groups of tensors (all, if none is named) and the state; InputError for a missing or damaged file."""
     state = read_state(directory)
-    files: dict[str, str] = state["files"]
+    return load_groups(directory, state["files"], *groups), state
+
+
+def load_groups(directory: Path, files: Mapping[str, str], *groups: str) -> dict[str, dict[str, Tensor]]:
+    """The named groups of tensors (all, if none is named). files: the SHA-256 of each, as the state has them.
+
+    InputError for a missing or damaged file.
+    """
     tensors = {}
     for group in groups or [name.removesuffix(".safetensors") for name in files]:
         path = directory / f"{group}.safetensors"
@@ -117,7 +134,7 @@ def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, 
             tensors[group] = load_file(path)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not tensors in the safetensors format: {error}") from None
-    return tensors, state
+    return tensors
 
 
 def keep_newest(directory: Path, count: int, run: str) -> None:

@@ -1,0 +1,1 @@
+"""Sparsae inside other people's trainers: the Trainer of transformers, Lightning, accelerate."""

@@ -1,0 +1,200 @@
+"""Sparse training in Lightning: a callback that searches the topology.
+
+    trainer = Trainer(max_steps=10_000, callbacks=[SparsaeCallback()])
+    trainer.fit(module, data)           # a module whose __init__ has called sparsify
+
+A callback cannot change a loss: `training_step` adds what the teacher has to say, `SparsaeCallback.of(self.trainer)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from sparsae.config.rules import RuleConfig
+from sparsae.core.heads import HeadLayout
+from sparsae.errors import InputError
+from sparsae.integrations.companion import Circumstances, Companion, LossFunction, refuse_dense
+from sparsae.integrations.held_out import Collate
+from sparsae.nn.linear import sparse_layers
+from sparsae.parameterization import Parameterization
+from sparsae.rules.parts.rule import Rule
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.updates import Update
+
+# Strategies that split parameters.
+_SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+
+class SparsaeCallback(Callback):  # type: ignore[misc, unused-ignore]  # where Lightning is not installed
+    """Searches the topology of a sparsified module, in steps that the optimizer makes, and keeps its teacher.
+
+    Its state is in every checkpoint, among those of callbacks. At the end, `topology.html` lies in the logger's folder,
+    or in `default_root_dir`. Updates count the steps that were made: one that a gradient scaler skips is none.
+    Gradients of values are clipped by then (`gradient_clip_val`), those at inactive connections are not.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: str = "",
+        rule: Rule[Any] | RuleConfig | None = None,
+        held_out: Any = None,
+        collate: Collate = default_collate,
+        loss: LossFunction | None = None,
+        monitor: str = "val_loss",
+        heads: Mapping[str, HeadLayout] | None = None,
+        parameterization: Parameterization | None = None,
+        on_update: Callable[[Update], object] | None = None,
+        **settings: Any,
+    ) -> None:
+        """settings: as SparsifierConfig has them (`topology`, `teacher`, `seed`, ...), but what the Trainer knows.
+
+        module: the part of the LightningModule that is sparse, and averaged by the teacher; "": all of it. held_out: a
+        data set of which candidates are scored, where the rule scores any. collate: a list of its samples as a batch.
+        loss: the mean loss of that part on such a batch. monitor: the logged metric that ends the teacher's warm-up, if
+        validation does. rule, heads, parameterization: as Sparsifier has them. on_update: called with every update.
+
+        Raises InputError for wrong settings, and where `held_out` or `loss` is missing, or not wanted.
+        """
+        self._companion = Companion(
+            rule=rule,
+            held_out=held_out,
+            collate=collate,
+            loss=loss,
+            heads=heads,
+            parameterization=parameterization,
+            on_update=on_update,
+            settings=settings,
+        )
+        self._part, self._monitor = module, monitor
+        self._loaded: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> SparsaeCallback:
+        """The callback of a trainer. Raises InputError where it has none."""
+        found = next((each for each in trainer.callbacks if isinstance(each, cls)), None)  # type: ignore[attr-defined, unused-ignore]
+        if found is None:
+            raise InputError("the trainer has no SparsaeCallback: give Trainer(callbacks=[SparsaeCallback(...)])")
+        return found
+
+    @property
+    def sparsifier(self) -> Sparsifier:
+        """The search, from the beginning of training on; afterwards too, to be looked at. Raises InputError before."""
+        return self._companion.sparsifier
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the first topology and of every update, as a run of the program has them in metrics.jsonl."""
+        return self._companion.rows
+
+    def distillation(
+        self, logits: Tensor, *inputs: Any, counted: Tensor | None = None, total: Any = None, **named: Any
+    ) -> Tensor:
+        """What the teacher adds to the loss in `training_step`: alpha KL(teacher || student), or 0.
+
+        logits: the student's, (samples, ..., classes). inputs, named: what it was called with. counted, total: as
+        `Companion.distillation` has them.
+        """
+        return self._companion.distillation(logits, *inputs, counted=counted, total=total, **named)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises InputError for a dense module, and for what cannot train one whose connections move."""
+        if stage != "fit":
+            return
+        if (strategy := type(trainer.strategy).__name__) in _SPLITTING:
+            raise InputError(
+                f"SparsaeCallback: {strategy} splits parameters, whose connections could not move: use one device"
+            )
+        refuse_dense(self._sparse(pl_module))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With module and optimizer as they are now, loaded from a checkpoint or not."""
+        model, passes, batches = self._sparse(pl_module), trainer.accumulate_grad_batches, trainer.num_training_batches
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps) or steps < 1:
+            raise InputError("SparsaeCallback: a training without an end has no schedule: give Trainer max_steps")
+        is_known = math.isfinite(batches)
+        self._companion.begin(
+            model,
+            _optimizer_of(trainer, model),
+            Circumstances(
+                steps=int(steps),
+                passes=passes,
+                is_even=is_known and batches % passes == 0,
+                steps_per_epoch=math.ceil(batches / passes) if is_known else None,
+                scaler=getattr(trainer.precision_plugin, "scaler", None),
+                move=lambda batch: trainer.strategy.batch_to_device(batch),
+                precision=trainer.precision_plugin.forward_context,
+            ),
+        )
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._companion.load_state_dict(loaded)
+        elif trainer.global_step:
+            raise InputError(
+                f"{trainer.ckpt_path} was written without SparsaeCallback: begin a new training with its weights"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log where the topology is. Raises InputError for a teacher that nobody listens to."""
+        self._companion.stepped(
+            "let training_step add SparsaeCallback.of(self.trainer).distillation(logits, inputs) to it"
+        )
+        if trainer._logger_connector.should_update_logs:
+            pl_module.log_dict(self._companion.metrics(), on_step=True, on_epoch=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The validation loss may end the teacher's warm-up."""
+        loss = trainer.callback_metrics.get(self._monitor)
+        if loss is not None and not trainer.sanity_checking and trainer.training:
+            self._companion.validated(float(loss))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The page of the topology."""
+        self._companion.end()
+        if trainer.is_global_zero:
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self._companion.write_page(folder, f"Topology of {type(pl_module).__name__}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizer."""
+        self._companion.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; nothing before training begins."""
+        return self._companion.state_dict() if self._companion.rows else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until module and optimizer are loaded too."""
+        self._loaded = state_dict or None
+
+    def _sparse(self, module: LightningModule) -> nn.Module:
+        try:
+            return module.get_submodule(self._part)
+        except AttributeError:
+            raise InputError(f"SparsaeCallback: {type(module).__name__} has no module '{self._part}'") from None
+
+
+def _optimizer_of(trainer: Trainer, model: nn.Module) -> torch.optim.Optimizer:
+    """The one that has the sparse values. Raises InputError where they are not in one."""
+    values = {id(layer.values) for layer in sparse_layers(model).values() if layer.values.requires_grad}
+    found = []
+    for optimizer in trainer.optimizers:
+        if values & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            found.append(optimizer)
+    if len(found) != 1:
+        raise InputError(
+            f"SparsaeCallback: {len(found)} optimizers have values of sparse layers: give all of them to one, or use "
+            "module= to name the part that is searched"
+        )
+    return found[0]
