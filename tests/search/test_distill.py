@@ -169,3 +169,19 @@ def test_states_that_do_not_belong_together_are_not_connected(storage: Literal["
     prepare_swap(layers, random_swap(layers, 1), "zero", generator(1)).commit(None)
     with pytest.raises(InputError, match="load the states of both"):
         teacher.reconnect(model)
+
+
+def test_a_teacher_computes_with_its_own_weights_whatever_the_students_forward_is() -> None:
+    """Lightning sets the compiled forward on the module; a function is copied as it is, and is bound to the student."""
+    model, x = small_model(), torch.arange(11)
+    model.forward = torch.compile(model.forward, backend="eager")
+    teacher = Teacher(model, TeacherConfig(beta=0.0, ramp=False))
+    before = teacher.model(x)
+    for parameter in model.parameters():
+        parameter.data.mul_(2.0)
+    assert torch.equal(teacher.model(x), before)
+    model.forward = lambda x: type(model).forward(model, x)
+    with pytest.raises(
+        InputError, match=r"whose own forward was replaced by the function .*lambda.*, which computes with"
+    ):
+        Teacher(model, TeacherConfig())

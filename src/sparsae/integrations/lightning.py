@@ -156,7 +156,7 @@ class SparsaeCallback(Callback):  # type: ignore[misc, unused-ignore]  # where L
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation loss may end the teacher's warm-up."""
         loss = trainer.callback_metrics.get(self._monitor)
-        if loss is not None and not trainer.sanity_checking and trainer.training:
+        if loss is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
             self._companion.validated(float(loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -152,7 +152,7 @@ class SparsaeCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """The validation loss may end the teacher's warm-up."""
         loss = (around.get("metrics") or {}).get("eval_loss")
-        if loss is not None and state.global_step:
+        if loss is not None and self._companion.rows:
             self._companion.validated(float(loss))
 
     def on_log(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -161,4 +163,20 @@ def _copy_sharing_indices(student: nn.Module) -> nn.Module:
     twins = sparse_layers(teacher)
     for name, layer in sparse_layers(student).items():
         twins[name].set_topology(layer.topology, twins[name].values.data)
+    for name, module in teacher.named_modules():
+        _own_forward(name, module)
     return teacher
+
+
+def _own_forward(name: str, module: nn.Module) -> None:
+    """See that the copy of a module computes with itself: a function on it that replaces its forward is no copy."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, FunctionType):
+        return
+    is_compiled = hasattr(forward, "_torchdynamo_orig_callable")
+    if not is_compiled or getattr(inspect.unwrap(forward), "__func__", None) is not type(module).forward:
+        raise InputError(
+            f"the teacher is a copy of the model, whose {name or 'own'} forward was replaced by the function "
+            f"{forward.__qualname__}, which computes with the model itself: replace it after Sparsifier is made"
+        )
+    del module.forward  # which was compiled for the student: the class has another
