@@ -180,7 +180,9 @@ def test_a_wrong_grid_gives_one_line(grid: dict[str, list[float]], message: str)
 def test_what_is_tried_beyond_a_grid_is_of_the_settings_type_and_inside_its_bounds(
     setting: str, values: list[float], is_best: str, ends: list[float]
 ) -> None:
-    plan = parse_plan({"methods": ["sparsae-evolved"], "tuning": {"grid": {setting: values}}}, "plan.yaml", Plan)
+    plan = parse_plan(
+        {"methods": ["sparsae-evolved"], "tuning": {"grid": {setting: values}}}, "plan.yaml", ComparisonPlan
+    )
     (axis,) = plan.axes("sparsae-evolved", 0.9)
 
     def allowed(point: Point) -> bool:

@@ -316,7 +316,7 @@ def test_windows_and_a_schedule_cost_what_was_planned(
     own = [f"topology.{setting}" for setting in [*settings, "window=4", "every=5"]]
     moving = [f"sparsity.schedule.{setting}" for setting in (f"kind={kind}", f"every={every}")]
     config = config_of(text, text / "cache", "training.steps=24", *own, *moving, method=method)
-    summary, planned = start(config, tmp_path / "run", quiet=True), plan(config)
+    summary, planned = start(config, tmp_path / "run", quiet=True), forecast(config)
     assert summary["train_flops_by_part"] == planned["train_flops"]
     assert planned["state_bytes"]["window"] > 0
     if kind == "bump":  # a restoring run grows where it is sparser than where it begins, with fewer sums

@@ -241,7 +241,7 @@ def _checked(settings: Mapping[str, Any]) -> SparsifierConfig:
         return SparsifierConfig(**settings, steps=1)
     except ValidationError as errors:
         first = errors.errors(include_url=False)[0]
-        raise InputError(explain(first, first["loc"], {first["loc"][:1]: "SparsaeCallback"})) from None
+        raise InputError(explain(first, first["loc"], {(str(first["loc"][0]),): "SparsaeCallback"})) from None
 
 
 def _held_out(

@@ -26,7 +26,7 @@ class Axis:
 
     setting: str
     values: tuple[float, ...]
-    range: Range = Range()
+    range: Range = field(default_factory=Range)
 
 
 @dataclass
