@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from sparsae.nn.sparsify import densify as densify
     from sparsae.nn.sparsify import sparsify as sparsify
     from sparsae.nn.summary import summary as summary
+    from sparsae.observers import OBSERVERS as OBSERVERS
+    from sparsae.observers import Observer as Observer
     from sparsae.optim import AdamW as AdamW
     from sparsae.optim import parameter_groups as parameter_groups
     from sparsae.parameterization import Parameterization as Parameterization
@@ -66,8 +68,6 @@ if TYPE_CHECKING:
     from sparsae.score import Term as Term
     from sparsae.score import Trial as Trial
     from sparsae.search.sparsifier import Sparsifier as Sparsifier
-    from sparsae.train.observers import OBSERVERS as OBSERVERS
-    from sparsae.train.observers import Observer as Observer
 
 __version__ = "0.1.0"
 
@@ -95,9 +95,9 @@ _HOMES = {
     "LayerView": "sparsae.core.observation",
     "Layout": "sparsae.kernels.backend",
     "Never": "sparsae.core.cadence",
-    "OBSERVERS": "sparsae.train.observers",
+    "OBSERVERS": "sparsae.observers",
     "Observation": "sparsae.core.observation",
-    "Observer": "sparsae.train.observers",
+    "Observer": "sparsae.observers",
     "Once": "sparsae.core.cadence",
     "Parameterization": "sparsae.parameterization",
     "PastValues": "sparsae.core.observation",

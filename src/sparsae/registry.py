@@ -90,7 +90,7 @@ class Names(Generic[Thing]):
 
     def _load(self, name: str, points: list[metadata.EntryPoint]) -> None:
         if not points:
-            known = f"use one of {', '.join(self.names())}" if self.names() else f"name its file by {IMPORT}"
+            known = f"use one of {', '.join(self.names())}, or name its file by {IMPORT}"
             raise InputError(f"no {self.kind} '{name}': {known}")
         where = f"the entry point {name} = {points[0].value}"
         try:

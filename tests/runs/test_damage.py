@@ -18,10 +18,10 @@ from sparsae.errors import InputError
 from sparsae.evaluate.generation import generate_text
 from sparsae.evaluate.loading import load_run
 from sparsae.files import read_json, sealed, sha256_of, write_atomically
+from sparsae.observers import OBSERVERS, Observer
 from sparsae.report.page import write_report
 from sparsae.runs.directory import RunDirectory, describe
 from sparsae.runs.metrics import MetricsWriter
-from sparsae.train import run as run_module
 from sparsae.train.run import resume, start
 from tests.runs.conftest import Make
 from tests.support.faults import damage, failing_disk, in_child, seen
@@ -35,22 +35,23 @@ class TestWhatIsNotOurs:
     ) -> None:
         out = tmp_path / "new" / "run"
 
-        def fail(*arguments: object) -> None:
+        def fail(path: Path) -> Observer:
             raise InputError("a tracker cannot start")
 
-        monkeypatch.setattr(run_module, "Trackers", fail)
+        monkeypatch.setitem(OBSERVERS._entries, "failing", fail)
+        config = make("tracking.observers=[failing]")
         with pytest.raises(InputError, match="cannot start"):
-            start(make(), out, quiet=True)
+            start(config, out, quiet=True)
         assert not (tmp_path / "new").exists()
 
-        def fail_later(*arguments: object) -> None:
+        def fail_later(path: Path) -> Observer:
             (out / "notes.txt").write_text("mine")
             (out / "tokenizer" / "notes.txt").write_text("mine too")
             raise InputError("a tracker cannot start")
 
-        monkeypatch.setattr(run_module, "Trackers", fail_later)
+        monkeypatch.setitem(OBSERVERS._entries, "failing", fail_later)
         with pytest.raises(InputError, match="cannot start"):
-            start(make(), out, quiet=True)
+            start(config, out, quiet=True)
         assert contents(out) == {"notes.txt": b"mine", "tokenizer/notes.txt": b"mine too"}
 
     def test_an_error_in_a_directory_that_was_there_leaves_it(self, make: Make, tmp_path: Path) -> None:

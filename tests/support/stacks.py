@@ -10,13 +10,13 @@ import torch
 
 from sparsae.core.randomness import generator
 from sparsae.nn.linear import sparse_layers
+from sparsae.observers import Observer, Standing
 from sparsae.registry import RULES
 from sparsae.runs.rows import Row
 from sparsae.stack.drive import together
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.data import TrainData
 from sparsae.train.loop import Trainer
-from sparsae.train.observers import Observer, Standing
 from sparsae.train.stopping import StopRequest
 from tests.support.loops import LLAMA, SUPAR, built, config_of, frequent
 

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from sparsae.config.schema import TrainingConfig
+from sparsae.observers import Standing
 from sparsae.runs.rows import TopologyRow, TrainRow, ValidationRow
 from sparsae.train.divergence import diverged
-from sparsae.train.observers import Standing
 from sparsae.train.progress import Display
 
 

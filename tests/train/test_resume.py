@@ -37,25 +37,6 @@ def test_checkpoints_are_kept_and_damage_is_named(small: Callable[..., Config], 
         evaluate_run(run)
 
 
-def test_trackers_get_the_numbers(small: Callable[..., Config], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    start(small("tracking.tensorboard=true", "training.steps=10"), tmp_path / "run", quiet=True)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/cross_entropy")] == [5, 10]
-
-
-def test_a_tracker_that_is_missing_is_named(
-    small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"pip install 'sparsae\[wandb\]'"):
-        start(small("tracking.wandb=true"), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

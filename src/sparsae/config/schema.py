@@ -299,6 +299,12 @@ class TrackingConfig(Section):
         default=120, description="tokens of the sample in the report"
     )
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The observers of a run, each once."""
+        own = {"tensorboard": self.tensorboard, "trackio": self.trackio, "wandb": self.wandb}
+        return tuple(dict.fromkeys([*(name for name, wanted in own.items() if wanted), *self.observers]))
+
 
 class Config(Section):
     """A whole run."""

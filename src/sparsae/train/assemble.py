@@ -12,6 +12,7 @@ from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.data.batches import Batches
 from sparsae.models import parameterized
 from sparsae.nn.linear import sparse_layers
+from sparsae.observers import Observer
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
 from sparsae.runs.manifest import Extension
@@ -24,7 +25,6 @@ from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
 from sparsae.train.model import density_of, head_layouts
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
-from sparsae.train.observers import Observer
 
 
 def epoch_steps(config: Config, batches: Batches) -> int:

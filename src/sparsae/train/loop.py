@@ -11,6 +11,7 @@ import torch
 
 from sparsae.config.schema import TrainingConfig
 from sparsae.errors import DivergedError
+from sparsae.observers import Observer, Standing
 from sparsae.optim import clip_gradients
 from sparsae.runs.checkpoint import CheckpointTimes
 from sparsae.runs.rows import DivergedRow, ExtendedRow, Row, TopologyRow
@@ -21,7 +22,6 @@ from sparsae.train.data import TrainData
 from sparsae.train.divergence import diverged
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.objective import Objective
-from sparsae.train.observers import Observer, Standing
 from sparsae.train.passes import Pass, Passes, alone
 from sparsae.train.stopping import StopRequest
 from sparsae.train.validation import Validation

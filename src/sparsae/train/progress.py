@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere, nothing when quiet."""
+"""What a person sees during a run: a live line on a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sparsae.observers import Observer, Standing
 from sparsae.runs.rows import Row, TopologyRow, TrainRow, ValidationRow
-from sparsae.train.observers import Observer, Standing
 
 _STAGES = {  # name of a stage -> (what it does, what it counts)
     "read": ("reading", "bytes"),
@@ -19,7 +19,7 @@ _STAGES = {  # name of a stage -> (what it does, what it counts)
     "tokenize": ("tokenizing", "documents"),
     "evaluate": ("evaluating", "tokens"),
 }
-_SILENCE = 10.0  # seconds after which a line without a terminal says that a stage goes on
+_SILENCE = 10.0  # seconds after which a line without a terminal says that a stage is still at work
 
 
 class Display(Observer):
@@ -59,7 +59,7 @@ class Display(Observer):
         self._advance(done, total)
 
     def begin(self, standing: Standing) -> None:
-        """Training starts, or goes on."""
+        """Training starts, or continues."""
         self.close()
         self._standing = standing
         self._started = (time.monotonic(), standing.step)

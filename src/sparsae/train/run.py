@@ -16,6 +16,7 @@ from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
 from sparsae.data import Corpus, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
+from sparsae.observers import OBSERVERS, Observer
 from sparsae.optim import AdamW
 from sparsae.runs.claim import claimed, refuse_occupied
 from sparsae.runs.directory import RunDirectory
@@ -28,14 +29,12 @@ from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.model import choose_device, model_of, require_fit
-from sparsae.train.observers import OBSERVERS, Observer
 from sparsae.train.passes import Passes, alone
 from sparsae.train.progress import Display
 from sparsae.train.saving import SavedRun, read_saved, save_run
 from sparsae.train.source import Source, read_source
 from sparsae.train.stopping import StopRequest
 from sparsae.train.summary import closing, headline, summarize
-from sparsae.train.trackers import Trackers, check_installed
 
 _THREADS = 256  # or four for each core: more than that is a slip, and systems refuse to make them
 
@@ -95,7 +94,7 @@ def starting(
 
 
 def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[str, Any]:
-    """Go on with the run in `path` from its newest checkpoint, as if it had never stopped; returns its summary.
+    """Resume the run in `path` from its newest checkpoint, as if it had never stopped; returns its summary.
 
     A run that was stopped before its first checkpoint begins again. steps: train so many steps altogether, more than
     the run was to have: schedules are drawn anew over all of them, and the learning rate rises again over one in a
@@ -124,7 +123,7 @@ def resuming(
                 # The order of sums, and so the last bit, can depend on the number of threads.
                 torch.set_num_threads(saved.state["threads"])
         elif manifest is not None and (manifest.started_from or manifest.extensions):
-            raise InputError(f"{path}: this run's checkpoint is gone: restore it, or start a new run")
+            raise InputError(f"{path}: this run's checkpoint is missing: restore it, or start a new run")
         parts = _prepare(config, display)
         if saved is None:
             manifest = _begin(run, config, parts, None)
@@ -161,9 +160,10 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)
-    check_installed(config.tracking)
-    for name in config.tracking.observers:
-        OBSERVERS[name]  # InputError where there is none, before anything is read
+    for name in config.tracking.named:
+        make = OBSERVERS[name]
+        if isinstance(make, type) and issubclass(make, Observer):
+            make.require()
     require_fit(config)
     corpus = prepare(config.data, display.stage)
     display.close()
@@ -193,7 +193,7 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, source: Source | No
 
 
 def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved: SavedRun | None) -> None:
-    """Nothing is wrong with what was read: from here on the directory is that of a run that goes on."""
+    """Nothing is wrong with what was read: from here on the directory is that of a run that has begun."""
     if manifest != run.manifest():  # it was extended
         manifest.write(run.path)
     if resolve(run.config_file) != manifest.config:
@@ -216,17 +216,19 @@ def _train(
     if saved is not None:
         saved.load_into(parts.model, parts.optimizer)
         run.check_metrics(saved.state["metrics"])
-    trackers = Trackers(config.tracking, run.path, config.model_dump(mode="json"))
-    guests = [OBSERVERS[name](run.path) for name in config.tracking.observers]
     diverged: DivergedError | None = None
-    with contextlib.closing(trackers), MetricsWriter(run.metrics) as metrics:
+    with contextlib.ExitStack() as not_begun, MetricsWriter(run.metrics) as metrics:
+        named = []
+        for name in config.tracking.named:
+            named.append(OBSERVERS[name](run.path))
+            not_begun.callback(named[-1].end)
         trainer = trainer_of(
             config,
             parts.model,
             parts.optimizer,
             parts.data,
             parts.device,
-            observers=(_Recorder(metrics), trackers, *guests, display),
+            observers=(_Recorder(metrics), *named, display),
             extension=manifest.extensions[-1] if manifest.extensions else None,
         )
         if saved is not None:
@@ -244,6 +246,7 @@ def _train(
 
         if saved is None and manifest.started_from:
             save()  # from here on the run needs the other one no more
+        not_begun.pop_all()  # from here on the loop ends them
         try:
             with (stop or StopRequest()).listening() as request, out_of_memory_is_told("training"):
                 yield from trainer.running(request, save)

@@ -1,7 +1,7 @@
-"""Who looks at a run while it goes on: the metrics file, the display, trackers, and whoever wants to.
+"""Who looks at a run while it trains: the metrics file, the display, trackers, and whoever wants to.
 
-The loop tells each row to all of them and knows none by name. `tracking.observers` has the names of those that somebody
-else's file or package brings along. Needs no torch.
+The loop tells each row to all of them and knows none by name. Those that settings name (`tracking`) are each a file
+here, or somebody else's file or package. Needs no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsae.runs.rows import Row
 
 @dataclass(frozen=True)
 class Standing:
-    """Where training begins or goes on: steps done and planned, topology updates made and accepted."""
+    """Where training begins or continues: steps done and planned, topology updates made and accepted."""
 
     step: int
     steps: int
@@ -30,12 +30,16 @@ class Standing:
 class Observer(ABC):
     """Sees every row of a run in its order."""
 
+    @classmethod  # noqa: B027
+    def require(cls) -> None:
+        """Raises InputError, before anything of a run is read, where a package that is wanted is missing."""
+
     @abstractmethod
     def observe(self, row: Row) -> None:
         """A row that was just measured."""
 
-    def begin(self, standing: Standing) -> None:  # noqa: B027 - who has nothing to do writes nothing
-        """Training begins, or goes on."""
+    def begin(self, standing: Standing) -> None:  # noqa: B027
+        """Training begins, or continues."""
 
     def end(self) -> None:  # noqa: B027
         """Training ended: at its last step, by a stop or by an error."""

@@ -10,8 +10,8 @@ import pytest
 from sparsae import OBSERVERS, InputError, Observer
 from sparsae.config import Config
 from sparsae.config.load import resolve
+from sparsae.observers import Standing
 from sparsae.runs.rows import Row
-from sparsae.train.observers import Standing
 from sparsae.train.run import resume, start
 
 
@@ -39,7 +39,7 @@ class Note(Observer):
 def note() -> Iterator[None]:
     OBSERVERS.register("note")(Note)
     yield
-    OBSERVERS._entries.clear()
+    del OBSERVERS._entries["note"]
 
 
 def config(tmp_path: Path, *observers: str) -> Config:
@@ -75,7 +75,7 @@ def test_a_run_with_more_steps_tells_it_where_it_goes_on(tmp_path: Path) -> None
 
 
 def test_one_that_is_not_known_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^no observer 'none': name its file by SPARSAE_IMPORT$"):
+    with pytest.raises(InputError, match=r"^no observer 'none': use one of tensorboard, .* file by SPARSAE_IMPORT$"):
         start(config(tmp_path, "none"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -88,3 +88,20 @@ def test_a_name_belongs_to_one(tmp_path: Path) -> None:
     OBSERVERS.register("note")(Note)
     with pytest.raises(InputError, match=r"observer 'note' is registered already, by .*Note: take another name"):
         OBSERVERS.register("note")(Other)
+
+
+class Failing(Note):
+    """Cannot be made."""
+
+    def __init__(self, run: Path) -> None:
+        raise InputError("it cannot start")
+
+
+@pytest.mark.usefixtures("note")
+def test_one_that_was_made_is_ended_where_another_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Path] = []
+    monkeypatch.setattr(Note, "end", lambda self: ended.append(self.file))
+    monkeypatch.setitem(OBSERVERS._entries, "failing", Failing)
+    with pytest.raises(InputError, match="it cannot start"):
+        start(config(tmp_path, "note", "failing"), tmp_path / "run", quiet=True)
+    assert ended == [tmp_path / "run" / "note.txt"]

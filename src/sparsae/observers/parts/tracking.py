@@ -1,0 +1,55 @@
+"""Trackers: the numbers of the metrics rows under the same names, in a package that may not be installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sparsae.errors import InputError
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.rows import Row
+
+
+def package(module: str, extra: str) -> ModuleType:
+    """A module of an optional package. Raises InputError, with the extra that brings it, where it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"tracking.{extra} needs a package that is not installed: pip install 'sparsae[{extra}]'"
+        ) from None
+
+
+def started(name: str, run: Path, **places: str) -> ModuleType:
+    """trackio or W&B, which have the same calls, with the run's settings. Raises InputError where it cannot start."""
+    tracker, config = package(name, name), RunDirectory(run).config()
+    failures: tuple[type[Exception], ...] = (OSError, RuntimeError, *_own_errors(tracker))
+    try:
+        tracker.init(project=config.tracking.project, name=run.name, config=config.model_dump(mode="json"), **places)
+    except failures as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"tracking.{name} cannot start: {reason}") from None
+    return tracker
+
+
+def numbers_of(row: Row) -> dict[str, float]:
+    """The numbers of a row as "kind/name"; nested ones as "kind/name/inner"."""
+    return dict(_numbers(row.to_dict(), row.kind))
+
+
+def _own_errors(tracker: ModuleType) -> tuple[type[Exception], ...]:
+    """The base of W&B's own exceptions; trackio has none."""
+    base = getattr(getattr(tracker, "errors", None), "Error", None)
+    return (base,) if isinstance(base, type) and issubclass(base, Exception) else ()
+
+
+def _numbers(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, Mapping):
+            yield from _numbers(value, name)
+        elif isinstance(value, int | float) and key not in ("step", "kind"):
+            yield name, float(value)

@@ -1,0 +1,30 @@
+"""trackio: one database on this machine has all runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsae.observers import OBSERVERS, Observer
+from sparsae.observers.parts.tracking import numbers_of, package, started
+from sparsae.runs.rows import Row
+
+
+@OBSERVERS.register("trackio")
+class Trackio(Observer):
+    """Logs to trackio."""
+
+    def __init__(self, run: Path) -> None:
+        self._tracker = started("trackio", run)
+
+    @classmethod
+    def require(cls) -> None:
+        """See `Observer`."""
+        package("trackio", "trackio")
+
+    def observe(self, row: Row) -> None:
+        """See `Observer`."""
+        self._tracker.log(numbers_of(row), step=row.step)
+
+    def end(self) -> None:
+        """See `Observer`."""
+        self._tracker.finish()

@@ -1,0 +1,30 @@
+"""Weights & Biases, which keeps its files with the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsae.observers import OBSERVERS, Observer
+from sparsae.observers.parts.tracking import numbers_of, package, started
+from sparsae.runs.rows import Row
+
+
+@OBSERVERS.register("wandb")
+class WeightsAndBiases(Observer):
+    """Logs to Weights & Biases; WANDB_MODE=offline works."""
+
+    def __init__(self, run: Path) -> None:
+        self._tracker = started("wandb", run, dir=str(run))
+
+    @classmethod
+    def require(cls) -> None:
+        """See `Observer`."""
+        package("wandb", "wandb")
+
+    def observe(self, row: Row) -> None:
+        """See `Observer`."""
+        self._tracker.log(numbers_of(row), step=row.step)
+
+    def end(self) -> None:
+        """See `Observer`."""
+        self._tracker.finish()
