@@ -176,7 +176,7 @@ def test_union_teacher_forgets_what_has_faded_and_keeps_the_rest() -> None:
     swap = Swap({"a": torch.tensor([0, 1])}, {"a": torch.tensor([4, 5])})
     prepare_swap(student, swap, "zero", generator(0)).commit(None, {"a": teacher})
     module = teacher.module
-    # Unit 1 had faded and is gone; unit 0 is remembered though the student dropped it.
+    # Unit 1 had faded and is deleted; unit 0 is remembered though the student dropped it.
     assert module.topology.indices.tolist() == [0, 2, 4, 5]
     assert module.values.tolist() == [0.5, 0.25, 0.0, 0.0]
     assert teacher.active is not None

@@ -1,4 +1,4 @@
-"""AdamW that counts steps per weight where connections come and go.
+"""AdamW that counts steps per weight where connections are dropped and grown.
 
 A connection that was regrown has zero moments. Under the layer's old step count its bias correction would be that of a
 long average, and its first update (1 - beta1) / sqrt(1 - beta2) of a fresh start's: 3.2 times too large at (0.9,

@@ -1,16 +1,16 @@
 """What an optimizer keeps of sparse values, and how that follows when connections move.
 
-Of each entry of its state has to be known whether it goes by unit. Its shape tells: that of the values, or a reduction
-of it over the sides of a block (factored second moments), goes by unit; what has no side that could be the units is
-common to them and stays. An optimizer with anything else (preconditioners, histories over all parameters, buffers of
-its own) is refused, before anything has changed.
+Which entries of its state have a part for each unit is told by their shape: that of the values, or a reduction of it
+over the sides of a block (factored second moments). What has no side that could be the units is common to them and
+stays. An optimizer with anything else (preconditioners, histories over all parameters, buffers of its own) is refused,
+before anything has changed.
 
 What is new starts from zeros, as a new parameter's moments do; but a copy of the weights (slow, averaged or first ones)
 starts from the new weight.
 
 A parameter can also be succeeded by another: by the values of a layer that becomes sparse, or by the weight of one that
-becomes dense. The successor stands in the old one's place in the groups, and of the state goes over what has a number
-for each weight.
+becomes dense. The successor stands in the old one's place in the groups, and of the state it takes over what has a
+number for each weight.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def _within(thing: Any, kind: type[Any]) -> Iterator[Any]:
 
 
 def _moving(optimizer: Optimizer, values: Values) -> list[_Entry]:
-    """The entries that go by unit. Raises InputError for one of which that cannot be told, or that is none."""
+    """The entries with a part for each unit. Raises InputError where that cannot be told, or for what is none."""
     by_key: dict[tuple[str, str], list[_Entry]] = {}
     for entry in _entries(optimizer, values):
         if not isinstance(entry.tensor, Tensor):
@@ -303,12 +303,12 @@ def _moving(optimizer: Optimizer, values: Values) -> list[_Entry]:
         for entry, reading in zip(entries, readings, strict=True):
             if not reading:
                 shape = tuple(entry.tensor.shape)
-                raise entry.refusal(f"has shape {shape}, which does not go by connection; {_INSTEAD}")
+                raise entry.refusal(f"has shape {shape}, which has no part for each connection; {_INSTEAD}")
         # One layer of as many blocks as a block has rows can be read in two ways; the others tell which is meant.
         common = set.intersection(*readings)
         if len(common) != 1:
             shape = tuple(entries[0].tensor.shape)
-            raise entries[0].refusal(f"has shape {shape}: whether it goes by block cannot be told")
+            raise entries[0].refusal(f"has shape {shape}: whether it has a part for each block cannot be told")
         if common == {"unit"}:
             moving += entries
     for entry in moving:

@@ -64,7 +64,8 @@ class PreparedSwap:
             yield
 
     def commit(self, optimizer: torch.optim.Optimizer | None, followers: Mapping[str, Follower] | None = None) -> None:
-        """Carry the swap out: values, every optimizer state tensor that goes by unit, and the follower of each layer.
+        """Carry the swap out: values, every optimizer state tensor with an entry a unit, and the follower of each
+        layer.
 
         Raises InputError, with nothing changed, where the optimizer's state cannot follow.
         """

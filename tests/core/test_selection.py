@@ -51,8 +51,8 @@ def holds(groups: Groups, before: Tensor, after: Tensor) -> bool:
     return bool(((low <= new) & (new <= high)).all())
 
 
-def swapped(topology: Topology, goes: Tensor, comes: Tensor) -> Tensor:
-    return topology.replace(topology.indices[goes], comes)[0].indices
+def swapped(topology: Topology, dropped: Tensor, grow: Tensor) -> Tensor:
+    return topology.replace(topology.indices[dropped], grow)[0].indices
 
 
 def best(order: list[int], n: int, group: list[int], least: list[int], most: list[int]) -> list[int]:
@@ -66,23 +66,25 @@ def best(order: list[int], n: int, group: list[int], least: list[int], most: lis
     return sorted(taken)
 
 
-def naive(goes: Tensor, comes: Tensor, n: int, partition: Partition, back: list[int] | None) -> tuple[list[int], ...]:
-    """One partition: what goes is the best that can be made up for; then what comes is the best that fits."""
-    assert isinstance(partition.goes, Tensor)
-    assert isinstance(partition.comes, Tensor)
-    group, other = partition.goes.tolist(), partition.comes.tolist()
+def naive(
+    drop_scores: Tensor, grow_scores: Tensor, n: int, partition: Partition, back: list[int] | None
+) -> tuple[list[int], ...]:
+    """One partition: what is dropped is the best that can be made up for; then what is grown is the best that fits."""
+    assert isinstance(partition.active, Tensor)
+    assert isinstance(partition.candidates, Tensor)
+    group, other = partition.active.tolist(), partition.candidates.tolist()
     slack, room = partition.slack.tolist(), partition.room.tolist()
-    out = sorted(range(len(group)), key=lambda i: (goes[i], i))
-    into = sorted(range(len(other)), key=lambda i: (comes[i], i))
+    out = sorted(range(len(group)), key=lambda i: (drop_scores[i], i))
+    into = sorted(range(len(other)), key=lambda i: (grow_scores[i], i))
     limits = [low + other.count(g) for g, low in enumerate(slack)]
     for size in range(min(n, len(group)), -1, -1):
-        going = best(out, size, group, [0] * len(slack), limits)
-        open_ = [i for i in into if back is None or back[i] < 0 or back[i] in going]
-        gone = [sum(group[i] == g for i in going) for g in range(len(slack))]
-        most = [min(r + d, sum(other[i] == g for i in open_)) for g, (r, d) in enumerate(zip(room, gone, strict=True))]
-        if len(going) == size and sum(most) >= size:
-            least = [max(0, d - s) for d, s in zip(gone, slack, strict=True)]
-            return going, best(open_, size, other, least, most)
+        dropped = best(out, size, group, [0] * len(slack), limits)
+        open_ = [i for i in into if back is None or back[i] < 0 or back[i] in dropped]
+        lost = [sum(group[i] == g for i in dropped) for g in range(len(slack))]
+        most = [min(r + d, sum(other[i] == g for i in open_)) for g, (r, d) in enumerate(zip(room, lost, strict=True))]
+        if len(dropped) == size and sum(most) >= size:
+            least = [max(0, d - s) for d, s in zip(lost, slack, strict=True)]
+            return dropped, best(open_, size, other, least, most)
     raise AssertionError
 
 
@@ -90,51 +92,51 @@ def naive(goes: Tensor, comes: Tensor, n: int, partition: Partition, back: list[
 def test_one_partition_is_obeyed_exactly(layer: tuple[Topology, Tensor], data: st.DataObject) -> None:
     topology, candidates = layer
     groups = data.draw(partitions(topology.grid))
-    goes, comes = scores(data.draw, topology.count), scores(data.draw, candidates.numel())
+    drop_scores, grow_scores = scores(data.draw, topology.count), scores(data.draw, candidates.numel())
     n = data.draw(st.integers(0, topology.count))
     partition = Partition.of(groups, topology.indices, candidates)
-    going, coming = exchange(goes, comes, n, [partition])
-    assert (going.tolist(), coming.tolist()) == naive(goes, comes, n, partition, None)
-    assert holds(groups, topology.indices, swapped(topology, going, candidates[coming]))
+    dropped, grown = exchange(drop_scores, grow_scores, n, [partition])
+    assert (dropped.tolist(), grown.tolist()) == naive(drop_scores, grow_scores, n, partition, None)
+    assert holds(groups, topology.indices, swapped(topology, dropped, candidates[grown]))
     if groups.tile == groups.grid and topology.count <= groups.most:
-        assert going.numel() == min(n, candidates.numel())
+        assert dropped.numel() == min(n, candidates.numel())
 
 
 @given(layers(), st.data())
-def test_what_goes_is_the_least_of_all_that_could_be_made_up_for(
+def test_what_is_dropped_is_the_least_of_all_that_could_be_made_up_for(
     layer: tuple[Topology, Tensor], data: st.DataObject
 ) -> None:
     topology, candidates = layer
     groups = data.draw(partitions(topology.grid))
-    goes = scores(data.draw, topology.count)
+    drop_scores = scores(data.draw, topology.count)
     n = data.draw(st.integers(0, min(4, topology.count)))
     partition = Partition.of(groups, topology.indices, candidates)
-    going, _ = exchange(goes, scores(data.draw, candidates.numel()), n, [partition])
-    assert isinstance(partition.goes, Tensor)
+    dropped, _ = exchange(drop_scores, scores(data.draw, candidates.numel()), n, [partition])
+    assert isinstance(partition.active, Tensor)
     limits = partition.slack + groups.counts(candidates)
     sums = [
-        float(goes[list(some)].sum())
-        for some in itertools.islice(itertools.combinations(range(topology.count), going.numel()), 3000)
+        float(drop_scores[list(some)].sum())
+        for some in itertools.islice(itertools.combinations(range(topology.count), dropped.numel()), 3000)
         if bool((groups.counts(topology.indices[list(some)]) <= limits).all())
     ]
-    assert float(goes[going].sum()) <= min(sums) + 1e-6
+    assert float(drop_scores[dropped].sum()) <= min(sums) + 1e-6
 
 
 @given(layers(), st.data())
-def test_what_goes_may_come_back(layer: tuple[Topology, Tensor], data: st.DataObject) -> None:
+def test_what_is_dropped_may_be_grown_again(layer: tuple[Topology, Tensor], data: st.DataObject) -> None:
     topology, candidates = layer
     groups = data.draw(partitions(topology.grid))
     units, order = torch.cat([candidates, topology.indices]).sort()
     back = torch.cat([torch.full((candidates.numel(),), -1), torch.arange(topology.count)])[order]
-    goes, comes = scores(data.draw, topology.count), scores(data.draw, units.numel())
+    drop_scores, grow_scores = scores(data.draw, topology.count), scores(data.draw, units.numel())
     n = data.draw(st.integers(0, topology.count))
     partition = Partition.of(groups, topology.indices, units)
-    going, coming = exchange(goes, comes, n, [partition], back)
-    assert (going.tolist(), coming.tolist()) == naive(goes, comes, n, partition, back.tolist())
-    assert going.numel() == n  # whatever goes could come back
-    stays = back[coming][back[coming] >= 0]
-    leaves = going[~torch.isin(going, stays)]
-    assert holds(groups, topology.indices, swapped(topology, leaves, units[coming[back[coming] < 0]]))
+    dropped, grown = exchange(drop_scores, grow_scores, n, [partition], back)
+    assert (dropped.tolist(), grown.tolist()) == naive(drop_scores, grow_scores, n, partition, back.tolist())
+    assert dropped.numel() == n  # whatever is dropped could be grown again
+    stays = back[grown][back[grown] >= 0]
+    leaves = dropped[~torch.isin(dropped, stays)]
+    assert holds(groups, topology.indices, swapped(topology, leaves, units[grown[back[grown] < 0]]))
 
 
 @given(layers(), st.data(), st.booleans())
@@ -147,15 +149,17 @@ def test_several_partitions_are_never_left(
     back = (
         torch.cat([torch.full((candidates.numel(),), -1), torch.arange(topology.count)])[order] if returning else None
     )
-    goes, comes = scores(data.draw, topology.count), scores(data.draw, units.numel())
+    drop_scores, grow_scores = scores(data.draw, topology.count), scores(data.draw, units.numel())
     n = data.draw(st.integers(0, topology.count))
-    going, coming = exchange(goes, comes, n, [Partition.of(g, topology.indices, units) for g in several], back)
-    assert going.numel() == coming.numel() <= n
+    dropped, grown = exchange(
+        drop_scores, grow_scores, n, [Partition.of(g, topology.indices, units) for g in several], back
+    )
+    assert dropped.numel() == grown.numel() <= n
     if back is not None:
-        assert bool(torch.isin(back[coming][back[coming] >= 0], going).all())
-        going = going[~torch.isin(going, back[coming])]
-        coming = coming[back[coming] < 0]
-    after = swapped(topology, going, units[coming])
+        assert bool(torch.isin(back[grown][back[grown] >= 0], dropped).all())
+        dropped = dropped[~torch.isin(dropped, back[grown])]
+        grown = grown[back[grown] < 0]
+    after = swapped(topology, dropped, units[grown])
     assert all(holds(groups, topology.indices, after) for groups in several)
 
 
@@ -164,12 +168,14 @@ def test_partitions_that_exclude_nothing_change_nothing(layer: tuple[Topology, T
     topology, candidates = layer
     rows, columns = topology.grid
     free = [Groups(topology.grid, tile, 0, tile[0] * tile[1]) for tile in [(1, columns), (rows, 1), topology.grid]]
-    goes, comes = scores(data.draw, topology.count), scores(data.draw, candidates.numel())
+    drop_scores, grow_scores = scores(data.draw, topology.count), scores(data.draw, candidates.numel())
     n = data.draw(st.integers(0, topology.count))
     fewest = min(n, candidates.numel())
-    going, coming = exchange(goes, comes, n, [Partition.of(g, topology.indices, candidates) for g in free])
-    assert going.tolist() == goes.sort(stable=True).indices[:fewest].sort().values.tolist()
-    assert coming.tolist() == comes.sort(stable=True).indices[:fewest].sort().values.tolist()
+    dropped, grown = exchange(
+        drop_scores, grow_scores, n, [Partition.of(g, topology.indices, candidates) for g in free]
+    )
+    assert dropped.tolist() == drop_scores.sort(stable=True).indices[:fewest].sort().values.tolist()
+    assert grown.tolist() == grow_scores.sort(stable=True).indices[:fewest].sort().values.tolist()
 
 
 def test_rows_stay_constant_while_columns_keep_within_bounds() -> None:
@@ -179,11 +185,11 @@ def test_rows_stay_constant_while_columns_keep_within_bounds() -> None:
     candidates = topology.inactive_at(torch.arange(144 - 36))
     rng = generator(0, "test")
     rows, columns = Groups((12, 12), (1, 12), 3, 3), Groups((12, 12), (12, 1), 2, 4)
-    goes, comes = torch.rand(36, generator=rng), torch.rand(candidates.numel(), generator=rng)
+    drop_scores, grow_scores = torch.rand(36, generator=rng), torch.rand(candidates.numel(), generator=rng)
     parts = [Partition.of(g, topology.indices, candidates) for g in (rows, columns)]
-    going, coming = exchange(goes, comes, 10, parts)
-    assert going.numel() >= 8
-    after = swapped(topology, going, candidates[coming])
+    dropped, grown = exchange(drop_scores, grow_scores, 10, parts)
+    assert dropped.numel() >= 8
+    after = swapped(topology, dropped, candidates[grown])
     assert set(rows.counts(after).tolist()) == {3}
     assert set(columns.counts(after).tolist()) <= {2, 3, 4}
 
@@ -193,13 +199,13 @@ def test_layers_one_after_another_are_groups_like_others(sizes: list[int], data:
     others = [data.draw(st.integers(0, 6)) for _ in sizes]
     slack = torch.tensor([data.draw(st.integers(0, size)) for size in sizes])
     room = torch.tensor([data.draw(st.integers(0, 6)) for _ in sizes])
-    goes, comes = scores(data.draw, sum(sizes)), scores(data.draw, sum(others))
+    drop_scores, grow_scores = scores(data.draw, sum(sizes)), scores(data.draw, sum(others))
     n = data.draw(st.integers(0, sum(sizes)))
     labels = [torch.arange(len(sizes)).repeat_interleave(torch.tensor(counts)) for counts in (sizes, others)]
-    short = exchange(goes, comes, n, [Partition(sizes, others, slack, room)])
-    long = exchange(goes, comes, n, [Partition(labels[0], labels[1], slack, room)])
+    short = exchange(drop_scores, grow_scores, n, [Partition(sizes, others, slack, room)])
+    long = exchange(drop_scores, grow_scores, n, [Partition(labels[0], labels[1], slack, room)])
     assert [at.tolist() for at in short] == [at.tolist() for at in long]
-    reverse = exchange(comes, goes, n, [Partition(sizes, others, slack, room).swapped()])
+    reverse = exchange(grow_scores, drop_scores, n, [Partition(sizes, others, slack, room).swapped()])
     assert reverse[0].numel() == reverse[1].numel()
 
 

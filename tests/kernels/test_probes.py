@@ -24,7 +24,7 @@ WIDTH, HIDDEN = 24, 48
 
 
 class Net(nn.Module):
-    """A block that is gone through `times`, inside `through`: a shared layer where that is more than once."""
+    """A block that is passed through `times`, inside `through`: a shared layer where that is more than once."""
 
     def __init__(self, times: int) -> None:
         super().__init__()

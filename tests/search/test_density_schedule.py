@@ -207,7 +207,7 @@ def test_it_goes_on_under_another_rule(kind: str) -> None:
     run_steps(model, optimizer, sparsifier, 20)
     assert sum(counts(model).values()) == round((1 - SPARSITY) * 4 * WIDTH * WIDTH)
     model, optimizer, sparsifier = prepare("set", KINDS[kind])
-    with pytest.raises(InputError, match=r"goes on: leave out sparsity 0\.9"):
+    with pytest.raises(InputError, match=r"continues: leave out sparsity 0\.9"):
         sparsifier.set_rule(RiglConfig(), sparsity=0.9)
     with pytest.raises(InputError, match="prunes by a schedule of its own"):
         sparsifier.set_rule(GmpConfig())

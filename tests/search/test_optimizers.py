@@ -258,7 +258,7 @@ def test_factored_states_follow_whatever_the_shapes(first: int, second: int, uni
     }
     made = prepare_swap(layers, Swap(drop, grow), "zero", rng)
     if {first, second} <= {*unit} - {1}:
-        with pytest.raises(InputError, match="whether it goes by block cannot be told"):
+        with pytest.raises(InputError, match="whether it has a part for each block cannot be told"):
             made.commit(optimizer)
         return
     made.commit(optimizer)

@@ -136,7 +136,7 @@ def test_a_rule_that_grows_nothing_has_no_ramp_of_grown_connections(config: Stat
 
 @pytest.mark.parametrize("name", ["torch", "sparsae"])
 def test_a_ramp_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
-    """Stopped in the middle of an infancy, and gone on with: the same values, bit for bit."""
+    """Stopped in the middle of a ramp, and resumed: the same values, bit for bit."""
 
     def make() -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
         torch.manual_seed(0)

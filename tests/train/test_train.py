@@ -339,7 +339,7 @@ def test_a_run_that_prunes_costs_less_as_it_goes_and_ends_at_its_target(
     assert rows[-1]["nnz"] == summary["nnz"]
     # The step before the first update, and the last one: neither takes a dense gradient.
     spent = [two["train_flops"] - one["train_flops"] for one, two in itertools.pairwise([{"train_flops": 0}, *rows])]
-    # Three products a token with each weight that is gone.
+    # Three products a token with each weight that was dropped.
     assert spent[0] - spent[-1] == 6 * 4 * 32 * (rows[0]["nnz"] - rows[-1]["nnz"])
     student = summary["train_flops_by_part"]["student"]
     # To within the rounding of layers, and of which layers a global ranking prunes.

@@ -98,12 +98,12 @@ class Subject:
         self._active_gradient = getattr(probe, "active", None)
 
     def ask(self, rule: str) -> None:
-        """What goes and what comes, by a rule."""
+        """What is dropped and grown, by a rule."""
         observation = Observation({_NAME: self._view()}, 0, 1)
         self._swap = self._rules[rule].ask(observation, self._rules[rule].initial_state(), self.rng)[0].swap
 
     def propose(self, proposer: str) -> None:
-        """What goes and what comes, by a proposer of the evolution strategy."""
+        """What is dropped and grown, by a proposer of the evolution strategy."""
         observation = Observation({_NAME: self._view()}, 1, 2)
         self._swap = PROPOSERS[proposer](observation, self.moved, self.guidance, self.rng)
 

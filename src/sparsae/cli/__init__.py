@@ -325,7 +325,7 @@ def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:
 
 @contextlib.contextmanager
 def _reporting(run: Path) -> Iterator[None]:
-    """A run that diverges inside leaves a report too, and its error goes on."""
+    """A run that diverges inside leaves a report too, and its error is raised again."""
     try:
         yield
     except DivergedError:

@@ -74,7 +74,7 @@ Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray c
 
 
 Minutes = Annotated[
-    float | None, typer.Option(metavar="F", help="Save and stop after so long; the same command goes on.")
+    float | None, typer.Option(metavar="F", help="Save and stop after so long; the same command continues.")
 ]
 STACK = 32
 
@@ -107,7 +107,7 @@ def compare(
     minutes: Minutes = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare methods at the same cost: each method, seed and sparsity is a run. Started again, it goes on."""
+    """Compare methods at the same cost: each method, seed and sparsity is a run. Started again, it continues."""
     options = _options(
         preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share, tuning_extensions
     )
@@ -212,7 +212,7 @@ def transfer(
     ray: Ray = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Find the best learning rate at every width and sparsity: does it stay? Started again, it goes on."""
+    """Find the best learning rate at every width and sparsity: does it stay? Started again, it continues."""
     options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
     swept = {
         "learning_rates": learning_rates,
@@ -348,7 +348,7 @@ def _run(
         experiment = KINDS[plan.kind].experiment(plan, out, quiet, None if stack is None else refuse)
         found = experiment.run(executor)
         if found is None:
-            typer.echo(f"stopped and saved; go on with the same command: {out}", err=True)
+            typer.echo(f"stopped and saved; continue with the same command: {out}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)
         result.update(found)
     if not quiet:

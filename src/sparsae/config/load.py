@@ -159,7 +159,7 @@ def resolve(
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same settings wherever they are read from: a run can be gone on with from any directory."""
+    """The same settings wherever they are read from: a run can be resumed from any directory."""
     data = config.data
     paths = {"source": data.source, "validation_source": data.validation_source, "tokenizer": data.tokenizer}
     paths["cache"] = data.cache
@@ -209,7 +209,7 @@ class _Layers:
         name, entries, section = keys[-1], _entries(annotation), _section(annotation)
         if (entries is None and section is None) or (value is None and type(None) in get_args(annotation)):
             tree[name] = value
-            # Keys below it are gone; its own moves to the end, so that the origins stay in the order of the layers.
+            # Keys below it are removed; its own moves to the end, so that the origins stay in the order of the layers.
             self._forget(keys)
             self.origins[keys] = origin
             return

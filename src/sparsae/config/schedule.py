@@ -41,7 +41,7 @@ class ScheduleConfig(Section):
     every: Span | None = Field(
         default=None,
         description="between its steps: steps, 5%, 1 epoch; null: 1%, but with a rule that moves connections it falls "
-        "as the rule's updates come",
+        "at each update of the rule",
     )
 
     @property

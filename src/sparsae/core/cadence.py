@@ -58,7 +58,7 @@ def decayed(kind: Literal["constant", "linear", "cosine"], progress: float) -> f
 
 
 class Cadence(ABC):
-    """When updates come."""
+    """When updates happen."""
 
     @abstractmethod
     def due(self, step: int, horizon: Horizon) -> bool:
@@ -160,9 +160,9 @@ class Cubic(Cadence):
     def span(self, horizon: Horizon) -> tuple[int, int]:
         """The steps after which it begins and ends to move."""
         steps = horizon.steps
-        # The last one comes before the last step, so that no model ends untrained at its final sparsity.
+        # The last one is before the last step, so that no model ends untrained at its final sparsity.
         last = max(1, min(math.floor(self.stop * steps), steps - 1))
-        # From a start of 0 the first one comes after `every` steps, not at once: nothing has been learned yet.
+        # From a start of 0 the first one is after `every` steps, not at once: nothing has been learned yet.
         return min(math.ceil(self.start * steps), last), last
 
 

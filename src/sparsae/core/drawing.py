@@ -53,7 +53,7 @@ def _above_floors(
 def sample_in_groups(groups: Groups, taken: Tensor, counts: Tensor, rng: torch.Generator) -> Tensor:
     """counts[g] units of each group g, none of the distinct units `taken`, uniformly: sorted, (n,) int64 on the CPU.
 
-    Of a group that has fewer left, all come.
+    Of a group that has fewer left, all are drawn.
     """
     taken = groups.place(taken.cpu()).sort().values
     free = groups.size - _count_of_each(taken // groups.size, groups.count)
@@ -119,25 +119,25 @@ def _moved_between_lines(
     target = _levelled(counts, *limits, rng)
     pending = sample_from_each(counts, (counts - target).clamp_(min=0), rng)  # ranks among the codes
     into = torch.arange(lines, device="cpu").repeat_interleave((target - counts).clamp_(min=0))
-    gone, added = torch.zeros_like(codes, dtype=torch.bool), codes[:0]
+    taken, added = torch.zeros_like(codes, dtype=torch.bool), codes[:0]
     while pending.numel():
         into = into[torch.randperm(into.numel(), generator=rng, device="cpu")]
         moved = into * along + codes[pending] % along
         free = ~_among(codes, moved) & ~_among(added, moved) & _first_of_equals(moved)
         if not bool(free.any()):
-            # A line that has too many units has one whose place is free in a line that has too few: it goes instead.
+            # A line that has too many units has one whose place is free in a line that has too few: it is moved there.
             first = codes[pending[0]] // along
-            able = ((codes >= first * along) & (codes < (first + 1) * along) & ~gone).nonzero().squeeze(1)
+            able = ((codes >= first * along) & (codes < (first + 1) * along) & ~taken).nonzero().squeeze(1)
             there = into[0] * along + codes[able] % along
             able = able[~_among(codes, there) & ~_among(added, there)]
             other = able[torch.randint(able.numel(), (1,), generator=rng, device="cpu")]
             pending[pending == other] = pending[0]
             pending[0] = other
             moved[0], free[0] = into[0] * along + codes[other] % along, True
-        gone[pending[free]] = True
+        taken[pending[free]] = True
         added = torch.cat([added, moved[free]]).sort().values
         pending, into = pending[~free], into[~free]
-    return torch.cat([codes[~gone], added])
+    return torch.cat([codes[~taken], added])
 
 
 def _levelled(counts: Tensor, least: int, most: int, rng: torch.Generator) -> Tensor:

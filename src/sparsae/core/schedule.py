@@ -1,4 +1,4 @@
-"""A density schedule: how many connections each layer has as a run goes on, beside a rule that by itself keeps them.
+"""A density schedule: how many connections each layer has during a run, beside a rule that by itself keeps them.
 
 Every layer is on its way between two numbers of units, `first` and `last`. The level says where: at 1 it has `first`,
 at 0 `last`, in between last + round(level (first - last)). The level falls by the cubic of Zhu & Gupta (2017), and of a
@@ -27,7 +27,7 @@ Ends = Mapping[str, tuple[int, int]]  # by layer: units at level 1 and at level 
 class Schedule:
     """When and how far density moves. falls, rises: None where it never does.
 
-    with_updates: it falls as the rule's updates come, so that what has just grown is not judged between two of them.
+    with_updates: it falls at the rule's updates, so that what has just grown is not judged between two of them.
     """
 
     falls: Cubic | None = None

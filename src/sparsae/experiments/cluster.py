@@ -1,7 +1,7 @@
 """Runs over a Ray cluster (the extra `ray`): each a task of its own, as many at a time as the cluster has cores for.
 
 The experiment's directory, the text and the cache must lie under the same paths on all machines; whatever a job is
-resumed from is read there, so that it does not matter which machine goes on with it.
+resumed from is read there, so that it does not matter which machine resumes it.
 """
 
 from __future__ import annotations

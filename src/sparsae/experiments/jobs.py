@@ -1,4 +1,4 @@
-"""One run of an experiment: where it lies, and how it is begun, gone on with, or left as it is."""
+"""One run of an experiment: where it lies, and how it is begun, resumed, or left as it is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Job:
 
 
 def job_of(name: str, config: Config, flops: int) -> Job:
-    """A job that can be gone on with from anywhere, and loses at most a tenth of itself when it is killed."""
+    """A job that can be resumed from anywhere, and loses at most a tenth of itself when it is killed."""
     training = config.training
     if training.checkpoint_every is None:
         every = max(10, training.steps // 10)
@@ -68,7 +68,7 @@ def check_same(directory: Path, config: Config) -> None:
 def run_job(directory: Path, config: Config, stop: StopRequest | None = None) -> bool:
     """Bring a run to its end: True; False where a signal stopped it after it was saved.
 
-    A finished run is left as it is, and one that was begun is gone on with. stop: what else may stop it.
+    A finished run is left as it is, and one that was begun is resumed. stop: what else may stop it.
     """
     from sparsae.train.passes import alone
 

@@ -312,7 +312,7 @@ class SparseLinear(nn.Module):
                 self.indices = topology.indices.clone()
             # Not so after `to_empty`: what is loaded then is looked at by the first forward pass.
             if self.indices.is_meta or same_indices(self.indices, topology.indices):
-                # The same topology: probes go on knowing the layer, wherever it is moved between two steps.
+                # The same topology: probes still know the layer, wherever it is moved between two steps.
                 self._prepared = self._structured(self.indices, topology, before.structures[0])
         return self
 

@@ -33,7 +33,7 @@ class SavePretrained:
         if count := len(sparse_layers(model)):
             log.warning(
                 "save_pretrained: from_pretrained will fill these %d sparse layers with RANDOM weights. For one that "
-                "loads, save densify(copy.deepcopy(model)) instead (of a run: sparsae export); to go on training, "
+                "loads, save densify(copy.deepcopy(model)) instead (of a run: sparsae export); to continue training, "
                 "keep model.state_dict() by torch.save and load it after sparsify",
                 count,
             )

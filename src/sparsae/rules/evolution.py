@@ -48,7 +48,7 @@ class ResetConfig(Section):
     """Conditional global resets: a candidate that is a large jump."""
 
     probability: Share = Field(default=0.0, description="p_reset, probability that a candidate is a global reset")
-    reshuffle: Shares = Field(default=(0.05, 0.10), description="share of the connections that a reshuffle moves")
+    reshuffle: Shares = Field(default=(0.05, 0.10), description="share of the connections that a reshuffle exchanges")
     redraw: Share = Field(
         default=0.5, description="probability that a reset is a new Erdos-Renyi topology instead of a reshuffle"
     )
@@ -72,7 +72,7 @@ class AdaptationConfig(Section):
 
 
 class EvolutionConfig(RuleConfig):
-    """The (1+lambda) or (1,lambda) evolution strategy over topologies."""
+    """Proposes several topologies, scores them on held-out text, takes the best: an evolution strategy (1+/,lambda)."""
 
     every: Span | None = Field(
         default=None, description="K, between updates: steps, 5%, 1 epoch; null: a twentieth of the run, at least 10"
@@ -90,10 +90,10 @@ class EvolutionConfig(RuleConfig):
         "or shifts between layers",
     )
     mutation_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.3, description="p_mutate, share of connections a candidate moves"
+        default=0.3, description="p_mutate, share of the connections that a candidate exchanges"
     )
     mutation_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="how p_mutate goes from start to stop"
+        default="cosine", description="how p_mutate changes from start to stop"
     )
     drop_temperature: NonNegative = Field(
         default=1.0, description="Gumbel noise on 2 log|w| when a guided proposal drops; 0: smallest first"
@@ -240,7 +240,7 @@ class Evolution(Rule[EvolutionState]):
 
         now = self.config.proxy.combined(current, self.terms, running, progress)
         values = tuple(None if score is None else rated(score) for score in scores)
-        # min() takes the first of equals, so ties go to the lowest index on every rank.
+        # min() takes the first of equals, so of ties the lowest index is taken on every rank.
         ranked = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
         best = min(ranked, default=None)
         improved = best is not None and best[0] < now

@@ -1,18 +1,18 @@
-"""Generations of connections: random variation, protected infancy, selection by size. The rule of the method `sparsae`.
+"""Random growth, a learning rate that ramps up, and selection by magnitude. The rule of the method `sparsae`.
 
-The individuals are connections. At the end of each generation, every K steps, in each layer l:
+A generation is K steps. At its end, in each layer l:
 
     k_l = floor(f_t nnz_l),     f_t = alpha / 2 (1 + cos(pi t / T_end))
-    selection: the k_l smallest |w| go
-    variation: k_l inactive units come, uniformly, at zero
+    drop: the k_l smallest |w|
+    grow: k_l inactive units, uniformly; they start at zero
 
     (or, with random_share < 1, that share of them, and of a random sample those with the largest |dL/dW|)
 
-    infancy: a connection of age a, in steps, learns at min(1, a / ramp) of the learning rate
+    ramp: a weight that was grown a steps ago learns at min(1, a / ramp) of the learning rate
 
-With infancy off this is SET (set.py) under other defaults. What a connection is worth cannot be known when it is born:
-one that starts at zero leaves the function as it is. So it is drawn blindly, grows up without the full step that Adam
-takes for whatever is new, and is judged by the size that it has reached a generation later.
+Without the ramp this is SET (set.py) under other defaults. What a connection is worth cannot be known when it is grown:
+one that starts at zero leaves the function as it is. So it is drawn at random, is spared the full step that Adam takes
+for whatever is new, and competes by the magnitude that it has a generation later.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ from sparsae.rules.parts.strategy import StrategyConfig
 
 
 class GenerationsConfig(RuleConfig):
-    """Generations: small connections go, random ones come and ramp up."""
+    """Drops the smallest weights, grows random ones, whose learning rate then ramps up to that of all others."""
 
     every: Span = Field(
-        default="2%", description="K, the length of a generation: steps, 5%, 1 epoch, but of a share at least 10 steps"
+        default="2%", description="K, between updates: steps, 5%, 1 epoch; a share gives at least 10 steps"
     )
     stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.75, description="share of the run at which the drop fraction is 0 and updates end"
     )
     drop_fraction: Share = Field(
-        default=0.3, description="alpha, share of a layer's connections moved by the first update; cosine decay"
+        default=0.3,
+        description="alpha, share of a layer's connections dropped and grown by the first update; cosine decay",
     )
     ramp: RampSpan = Field(
         default="1 update",
-        description="infancy: over how long a grown connection's learning rate rises to its own: steps, 5%, 2 updates; "
-        "0: none",
+        description="over how long a grown connection's learning rate rises to that of all others: steps, 5%, "
+        "2 updates; 0: none",
     )
     random_share: Share = Field(
         default=1.0,
-        description="share of the growth that is uniformly random; the rest has a sample's largest gradients",
+        description="share of what is grown that is uniformly random; the rest has the largest gradients of a sample",
     )
     sample_ratio: Positive = Field(
         default=1.0, description="gamma, sampled inactive positions in terms of nnz, of growth by gradients"

@@ -2,10 +2,11 @@
 
     k_t = k_end + (k_start - k_end) (1 - (t - t_0) / (t_1 - t_0))^3
 
-At t = t_0, t_0 + every, ... and t_1 the smallest |w| go, until k_t units are left; none comes back. "local" is the
+At t = t_0, t_0 + every, ... and t_1 the smallest |w| are dropped, until k_t units are left; none is
+grown. "local" is the
 paper: each layer follows the schedule, from its first to its last number of units, which the budget gives (the paper's
 layers have one sparsity: `sparsity.budget=uniform`). "global" ranks the weights of all layers together; no layer falls
-below its k_min. What is pruned is gone from values, optimizer and teacher, and the steps that follow cost less.
+below its k_min. What is pruned is deleted from values, optimizer and teacher, and the steps that follow cost less.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparsae.rules.parts.pruning import Pruning
 
 
 class GmpConfig(RuleConfig):
-    """Gradual magnitude pruning by a cubic schedule (Zhu & Gupta, 2017)."""
+    """GMP: drops the smallest weights little by little, grows none: gradual magnitude pruning (Zhu & Gupta, 2017)."""
 
     start_sparsity: StartSparsity = Field(default=0.0, description="sparsity of the first model; 0: every connection")
     every: Span = Field(default=100, description="between prunings: steps, 5%, 1 epoch")

@@ -2,12 +2,12 @@
 
 At each step of the cubic schedule (Zhu & Gupta, 2017; see gmp.py), from k_start to k_end units:
 
-    prune: the smallest |w| go, until k_t units are left (over the whole model, or "local" in each layer)
+    prune: the smallest |w| are dropped, until k_t units are left (over the whole model, or "local" in each layer)
     regenerate, in each layer, with k_l = floor(r_t nnz_l) of what is left:
-        the k_l smallest |w| go, and the k_l inactive units with the largest |gradient| come, at zero
+        drop the k_l smallest |w|, grow the k_l inactive units with the largest |gradient|, at zero
 
-with r_t = r / 2 (1 + cos(pi t / T)). As in RigL, what has just gone is among what may come, and a weight that does both
-keeps its value and moments. Without regeneration it is GMP. The reference code goes on regenerating after the
+with r_t = r / 2 (1 + cos(pi t / T)). As in RigL, what was just dropped may be grown again, and a weight that is both
+keeps its value and moments. Without regeneration it is GMP. The reference code continues to regenerate after the
 schedule's end, until the end of the training; the paper does so within it. Its scripts begin at the first epoch and end
 after 80 of 160 on CIFAR, which are the shares here, and after 30 of 100 on ImageNet.
 """
@@ -30,7 +30,7 @@ from sparsae.rules.parts.pruning import Pruning
 
 
 class GranetConfig(RuleConfig):
-    """GraNet: gradual pruning with zero-cost neuroregeneration (Liu et al., 2021)."""
+    """GraNet: prunes the smallest weights little by little, and exchanges some as RigL does (Liu et al., 2021)."""
 
     start_sparsity: StartSparsity = Field(default=0.5, description="sparsity of the first model; 0: every connection")
     every: Span = Field(default=100, description="between prunings: steps, 5%, 1 epoch")
@@ -41,7 +41,7 @@ class GranetConfig(RuleConfig):
     )
     regeneration: Share = Field(
         default=0.5,
-        description="r, share of a layer's connections regenerated, at the start; cosine decay over the run",
+        description="r, share of a layer's connections dropped and grown elsewhere at first; cosine decay over the run",
     )
     accumulate: Literal["last", "sum"] = Field(
         default="last",

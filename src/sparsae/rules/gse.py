@@ -19,7 +19,7 @@ Time and memory of a layer are O(tokens (in + out + nnz)), up to logarithms; not
 
 The reference code simulates with masks: it computes dense gradients, on batches of their own, and looks at every
 position of a layer that is at least half dense. It knows no bounds on layers; here layers, heads and neurons keep
-theirs, and where the global ranking would break them, the next smallest weights of others go.
+theirs, and where the global ranking would break them, the next smallest weights of others are dropped.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from sparsae.rules.parts.grow import LargestSampledGradient
 
 
 class GseConfig(RuleConfig):
-    """GSE: the largest gradients of a sampled subset come, then small weights go (Heddes et al., 2024)."""
+    """GSE: drops the smallest weights, grows where the gradient is largest in a random sample (Heddes et al., 2024)."""
 
     every: Span = Field(default=1000, description="between updates: steps, 5%, 1 epoch")
     stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.6, description="share of the run at which the rate is 0 and updates end"
     )
     drop_fraction: Share = Field(
-        default=0.2, description="alpha, share of the connections moved by the first update; cosine decay"
+        default=0.2, description="alpha, share of the connections dropped and grown by the first update; cosine decay"
     )
     sampling: Literal["uniform", "grabo", "graest"] = Field(
         default="uniform",

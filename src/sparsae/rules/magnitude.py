@@ -1,4 +1,4 @@
-"""One-shot magnitude pruning: train dense, drop all but the largest weights once, go on training (Han et al., 2015).
+"""One-shot magnitude pruning: train dense, drop all but the largest weights once, continue training (Han et al., 2015).
 
 Han et al. set a threshold a layer and may repeat; here the threshold is that which leaves exactly the model's budget,
 over the whole model ("global") or in each layer ("local").
@@ -18,7 +18,7 @@ from sparsae.rules.parts.pruning import Pruning
 
 
 class MagnitudeConfig(RuleConfig):
-    """One-shot magnitude pruning of a trained model, then fine-tuning (Han et al., 2015)."""
+    """One-shot magnitude pruning: drops all but the largest weights once, then trains on (Han et al., 2015)."""
 
     start_sparsity: StartSparsity = Field(default=0.0, description="sparsity of the first model; 0: every connection")
     at: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(

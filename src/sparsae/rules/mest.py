@@ -4,8 +4,8 @@
     drop: the k_l smallest |theta| + lambda |dL/dtheta| of layer l
     grow: k_l of its inactive units, uniformly; they start at zero
 
-A small weight with a large gradient is on its way, and stays. The gradient is that of the step before the update. In
-the paper the fraction falls in stages that are set by hand; here it falls as in RigL.
+A small weight with a large gradient is still changing, and stays. The gradient is that of the step before the update.
+In the paper the fraction falls in stages that are set by hand; here it falls as in RigL.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
 
 
 class MestConfig(RuleConfig):
-    """MEST: weights that are small and have small gradients are dropped, random ones grown (Yuan et al., 2021)."""
+    """MEST: drops weights that are small and have small gradients, grows random ones (Yuan et al., 2021)."""
 
     every: Span = Field(default=100, description="between updates: steps, 5%, 1 epoch")
     stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.75, description="share of the run at which the drop fraction is 0 and updates end"
     )
     drop_fraction: Share = Field(
-        default=0.3, description="alpha, share of a layer's connections moved by the first update; cosine decay"
+        default=0.3,
+        description="alpha, share of a layer's connections dropped and grown by the first update; cosine decay",
     )
     gradient_weight: NonNegative = Field(default=0.01, description="lambda, weight of the gradient beside the weight")
 

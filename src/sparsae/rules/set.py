@@ -26,14 +26,15 @@ from sparsae.rules.parts.grow import RandomGrowth
 
 
 class SetConfig(RuleConfig):
-    """SET: small weights go, random ones come (Mocanu et al., 2018)."""
+    """SET: drops the smallest weights, grows random ones (Mocanu et al., 2018)."""
 
     every: Span = Field(default=100, description="between updates: steps, 5%, 1 epoch")
     stop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.75, description="share of the run at which the drop fraction is 0 and updates end"
     )
     drop_fraction: Share = Field(
-        default=0.3, description="alpha, share of a layer's connections moved by the first update; cosine decay"
+        default=0.3,
+        description="alpha, share of a layer's connections dropped and grown by the first update; cosine decay",
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StaticConfig(RuleConfig):
-    """The topology that was drawn first stays."""
+    """Drops and grows nothing: the random topology of the start stays. The baseline of every other rule."""
 
 
 @RULES.register("static", StaticConfig)

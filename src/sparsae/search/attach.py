@@ -56,7 +56,7 @@ class StepHooks:
     def remove(self) -> None:
         """Listen no more."""
         self._is_over = True
-        if not self._is_inside:  # torch goes through the hooks just then
+        if not self._is_inside:  # torch calls the hooks just then
             for handle in self._handles:
                 handle.remove()
 

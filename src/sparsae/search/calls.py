@@ -1,4 +1,4 @@
-"""Whether the loop around a `Sparsifier` lets it work: what was forgotten, or comes in the wrong order, is told.
+"""Whether the loop around a `Sparsifier` lets it work: what was forgotten, or happens in the wrong order, is told.
 
 What silently ends the search is an error. What may be meant (a step that a gradient scaler skips) is logged, once.
 """
@@ -37,7 +37,7 @@ class LoopCalls:
         self._checks_state = True
 
     def before_step(self, due: bool, is_hooked: bool = False) -> None:
-        """due: whether an update follows the coming optimizer step. is_hooked: whether its hooks make the calls."""
+        """due: whether an update follows the next optimizer step. is_hooked: whether its hooks make the calls."""
         if not self._is_moved:
             return
         refuse_ranks(self._rule)
@@ -95,7 +95,7 @@ class LoopCalls:
                 )
 
     def _moves(self, values: Tensor) -> bool:
-        """Whether the coming step changes values: their gradient is finite and not zero, and their rate is not zero."""
+        """Whether the next step changes values: their gradient is finite and not zero, and their rate is not zero."""
         groups = (group for group in self._optimizer.param_groups if any(p is values for p in group["params"]))
         at_rest = any(group.get("lr") is not None and float(group["lr"]) == 0 for group in groups)
         gradient = values.grad

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 class GradientCapture:
     """Gathers just what a rule needs, just in the steps that an update follows or whose gradients are averaged for it.
 
-    trained: the layers that take part in the coming update. views: what was seen of them, by layer, from `take` until
-    `clear`; None else. windows: sums of gradients for updates to come. norms: of their gradients. not_finite: the first
+    trained: the layers that take part in the next update. views: what was seen of them, by layer, from `take` until
+    `clear`; None else. windows: sums of gradients for later updates. norms: of their gradients. not_finite: the first
     layer with a gradient that is not finite. groups: of each layer, those that have limits.
     """
 
@@ -89,7 +89,7 @@ class GradientCapture:
             self._probe(rule, state, steps)
 
     def gather(self, rule: Rule[Any], state: Any, step: int) -> None:
-        """Before the backward pass of a step that no update follows: probe what is averaged for one to come."""
+        """Before the backward pass of a step that no update follows: probe what is averaged for a later one."""
         if self.windows.wanted(rule, state):
             self.trained = trained_layers(self._layers, self._optimizer)
             self._probe(rule, state, range(step, step + 1))
@@ -147,7 +147,7 @@ class GradientCapture:
             probe.close()
 
     def clear(self) -> None:
-        """Forget the step; sums for an update to come stay."""
+        """Forget the step; sums for a later update stay."""
         self.close()
         self.views, self.norms, self.probes = None, {}, {}
         self._due, self._moved, self._counts = False, set(), {}

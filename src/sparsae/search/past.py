@@ -39,7 +39,7 @@ class PastCapture:
             if is_near or (window in self._taken and window in self._watched):
                 self._renew(self._taken.setdefault(window, {}))
             else:
-                self._taken.pop(window, None)  # taken for an update that does not come: the run was extended
+                self._taken.pop(window, None)  # taken for an update that will not happen: the run was extended
             self._watched.add(window)
 
     def of(self, layer: str) -> dict[int, Tensor]:

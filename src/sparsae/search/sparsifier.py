@@ -123,12 +123,12 @@ class Sparsifier:
 
     @property
     def burning_in(self) -> bool:
-        """Whether the coming optimizer step is one of burn-in."""
+        """Whether the next optimizer step is one of burn-in."""
         return self._burn_in.active
 
     @property
     def update_due(self) -> bool:
-        """Whether a topology update follows the coming optimizer step."""
+        """Whether a topology update follows the next optimizer step."""
         return self.search.due(self.step + 1)
 
     @property
@@ -153,7 +153,7 @@ class Sparsifier:
         """Search by another rule from the next step on; call it between two steps, before the backward pass.
 
         The rule begins with its first state, and with bounds around the densities that layers have now. Steps,
-        telemetry, teacher and density schedule go on; a burn-in, and an update that waits for finite gradients, are
+        telemetry, teacher and density schedule continue; a burn-in, and an update that waits for finite gradients, are
         given up. sparsity: where a rule that prunes ends; None: the rule keeps the model's.
 
         Raises InputError as the constructor does; then nothing has changed.
@@ -163,7 +163,7 @@ class Sparsifier:
         if not self.config.schedule.moves:
             changes |= {"sparsity": sparsity, "density": {} if sparsity is None else self.config.density}
         elif sparsity is not None:
-            raise InputError(f"the schedule {self.config.schedule.kind} goes on: leave out sparsity {sparsity:g}")
+            raise InputError(f"the schedule {self.config.schedule.kind} continues: leave out sparsity {sparsity:g}")
         made = as_rule(rule)
         if isinstance(rule, RuleConfig):
             changes["topology"] = rule
@@ -219,7 +219,7 @@ class Sparsifier:
             _ATTACHED.discard(self)
 
     def close(self) -> None:
-        """End the search: hooks and probes are gone, and the topology stays as it is. The teacher may still be used."""
+        """End the search: hooks and probes are removed, the topology stays as it is. The teacher may still be used."""
         self.detach()
         self.search.close()
         self._is_closed = True

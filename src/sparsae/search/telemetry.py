@@ -21,7 +21,7 @@ from sparsae.surgery import Change
 
 
 class TopologyTelemetry:
-    """Per layer: the initial units, all units ever active, and the step at which each active one was born."""
+    """Per layer: the initial units, all units ever active, and the step at which each active one was grown."""
 
     def __init__(self, layers: Mapping[str, SparseLinear], heads: Mapping[str, HeadLayout]) -> None:
         self._layers = layers
@@ -74,12 +74,12 @@ class TopologyTelemetry:
         }
 
     def _share_not_in_start(self) -> float:
-        gone, total = 0, 0
+        dropped, total = 0, 0
         for name, layer in self._layers.items():
             now = _cpu(layer.topology)
-            gone += int((~self._start[name].contains(now.indices)).sum())
+            dropped += int((~self._start[name].contains(now.indices)).sum())
             total += now.count
-        return gone / total
+        return dropped / total
 
     def nbytes(self) -> int:
         """Bytes held."""

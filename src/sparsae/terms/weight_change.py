@@ -24,7 +24,7 @@ class WeightChangeConfig(TermConfig):
 
 @TERMS.register("weight_change", WeightChangeConfig)
 class WeightChange(Term[WeightChangeConfig]):
-    """Activity by what the active weights have learned, where `activity` goes by what they would learn."""
+    """Activity by what the active weights have learned, where `activity` looks at what they would learn."""
 
     label, unit = "Mean recent weight change", "L2 norm"
     higher_is_better = True

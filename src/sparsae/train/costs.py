@@ -1,4 +1,4 @@
-"""The analytic cost of a run as it goes: what each step and each update computes, at the sparsity of that moment."""
+"""The analytic cost of a run, step by step: what each step and each update computes, at the sparsity of that moment."""
 
 from __future__ import annotations
 

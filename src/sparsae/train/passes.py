@@ -1,4 +1,4 @@
-"""A run as a conversation: it says which gradients it wants next, and goes on once its parameters have them.
+"""A run as a conversation: it says which gradients it wants next, and continues once its parameters have them.
 
 What trains alone answers each pass by its own forward and backward pass; several runs can be answered by one.
 """

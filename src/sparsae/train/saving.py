@@ -81,8 +81,8 @@ class SavedRun:
 
 
 def read_saved(run: RunDirectory, manifest: Manifest, extending: bool) -> SavedRun:
-    """The checkpoint from which a run goes on. InputError where it is damaged, or older than what the run became."""
-    # Going on from an earlier one ends the same; where more steps begin is part of what the run is.
+    """The checkpoint from which a run continues. InputError where it is damaged, or older than what the run became."""
+    # Continuing from an earlier one ends the same; where more steps begin is part of what the run is.
     checkpoint = run.latest_checkpoint(or_earlier=not extending)
     run.check_tokenizer()
     saved = SavedRun(checkpoint, *load_checkpoint(checkpoint))

@@ -163,7 +163,7 @@ class Comparison:
         return search(self.plan.axes(variant, sparsity), tuning.rounds, tuning.extensions, loss, allowed)
 
     def wanted(self) -> list[tuple[str, float, Point]]:
-        """(variant, sparsity, point) of the trials without which tuning cannot go on; none when it is done."""
+        """(variant, sparsity, point) of the trials without which tuning cannot continue; none when it is done."""
         return [(*tuned, point) for tuned in self._tuned() for point in self.found(*tuned).wanted]
 
     @cached_property

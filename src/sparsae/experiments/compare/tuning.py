@@ -4,7 +4,7 @@ The first axis is the learning rate's. On each, every value is tried with the be
 by then, and the lowest validation loss decides. A best value at an end of its axis may be far from the best there is:
 the next one beyond it, by the ratio of the last two, is tried as well, until the best one has neighbours on both sides
 or the setting can have no further value.
-What is tried follows from the losses alone, so an experiment that was stopped goes on as if it had not been.
+What is tried follows from the losses alone, so an experiment that was stopped continues as if it had not been.
 """
 
 from __future__ import annotations

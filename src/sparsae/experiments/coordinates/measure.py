@@ -5,7 +5,8 @@
     update       (W_{t+1} - W_t) x_t: what the step, a topology update after it included, changes of the output
 
 The update is taken as the difference of two products of the layer with the same input, before and after the step, so
-that no dense weight is made and the connections that went and those that came both count; the bias's change does not.
+that no dense weight is made and the connections that were dropped and those that were grown both count; the bias's
+change does not.
 """
 
 from __future__ import annotations

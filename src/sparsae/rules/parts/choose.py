@@ -1,4 +1,4 @@
-"""Which units go and which come, by their scores, inside the limits of layers, heads and neurons.
+"""Which units are dropped and which are grown, by their scores, inside the limits of layers, heads and neurons.
 
 Where no limit can bind, the scores alone choose. Else `core.selection` does: what moves may be less than was asked for,
 and no group ends outside its limits.
@@ -24,40 +24,41 @@ Units = tuple[Tensor, Tensor]  # units to drop, units to grow: they have none in
 
 
 def in_layer(view: LayerView, scores: Tensor, n: int, growth: Growth) -> Units:
-    """n active units with the smallest scores go and n candidates come, in a layer whose number of units stays."""
+    """Drops the n active units with the smallest scores, grows the n best candidates: the layer's count stays."""
     groups = binding(view.groups)
     if not groups:
         return without_limits(view, smallest(scores, n), n, growth)
     active, everything = view.topology.indices, torch.arange(view.topology.count, device=scores.device)
-    units, comes, needs = _candidates(view, everything, growth)
+    units, grow_scores, needs = _candidates(view, everything, growth)
     partitions = [Partition.of(part, active, units) for part in groups]
-    return _units(active, units, needs, *exchange(scores, comes, n, partitions, needs))
+    return _units(active, units, needs, *exchange(scores, grow_scores, n, partitions, needs))
 
 
-def without_limits(view: LayerView, leaving: Tensor, n: int, growth: Growth) -> Units:
-    """The active units at the positions `leaving` go, and the n best candidates come."""
-    units, comes, needs = _candidates(view, leaving, growth)
-    return _units(view.topology.indices, units, needs, leaving, smallest(comes, n))
+def without_limits(view: LayerView, dropped: Tensor, n: int, growth: Growth) -> Units:
+    """Drops the active units at the positions `dropped`, grows the n best candidates."""
+    units, grow_scores, needs = _candidates(view, dropped, growth)
+    return _units(view.topology.indices, units, needs, dropped, smallest(grow_scores, n))
 
 
 def over_layers(
     views: Mapping[str, LayerView], scores: Mapping[str, Tensor], growths: Mapping[str, Growth], n: int
 ) -> dict[str, Units]:
-    """The n best candidates of all layers together come, and as many go as the layers' bounds and groups allow.
+    """Grows the n best candidates of all layers together, drops as many: as bounds and groups allow.
 
-    What comes is chosen first; candidates that are dropped at once are not asked for.
+    What is grown is chosen first; candidates that are dropped at once are not asked for.
     """
-    goes, comes = torch.cat([scores[name] for name in views]), torch.cat([-growths[name].scores for name in views])
+    drop_scores = torch.cat([scores[name] for name in views])
+    grow_scores = torch.cat([-growths[name].scores for name in views])
     partitions = _partitions(views, {name: growths[name].units for name in views})
-    coming, going = exchange(comes, goes, n, [partition.swapped() for partition in partitions])
-    return _by_layer(views, growths, going, coming)
+    grown, dropped = exchange(grow_scores, drop_scores, n, [partition.swapped() for partition in partitions])
+    return _by_layer(views, growths, dropped, grown)
 
 
 def pruned(view: LayerView, scores: Tensor, n: int) -> Tensor:
     """Positions of n active units with the smallest scores, that leave the groups inside what they shall have then.
 
-    Their limits are those for as many units as are left. n always go: where neurons are bounded on both sides, or were
-    outside before, the limits give way.
+    Their limits are those for as many units as are left. n are always dropped: where neurons are bounded on both sides,
+    or were outside before, the limits give way.
     """
     groups = binding([part.at(view.topology.count - n) for part in view.groups])
     if not groups:
@@ -65,7 +66,7 @@ def pruned(view: LayerView, scores: Tensor, n: int) -> Tensor:
     active = view.topology.indices
     order = places(scores, torch.zeros_like(active, dtype=torch.int64), 1)
     for part in groups[1:]:
-        # Before all others go those that a ceiling wants gone, after all others those that a floor wants kept.
+        # First in the order is what a ceiling wants dropped, last what a floor wants kept.
         labels, counts = part.of(active), part.counts(active)
         must = best_of_each(order, labels, (counts - part.most).clamp_(min=0))
         may = best_of_each(order, labels, (counts - part.least).clamp_(min=0))
@@ -80,30 +81,30 @@ def pruned(view: LayerView, scores: Tensor, n: int) -> Tensor:
     return select(order, n, head.of(active), least, most)
 
 
-def regenerated(view: LayerView, scores: Tensor, gone: Tensor, n: int, growth: Growth) -> Units:
-    """The units at the positions `gone` go for good or come back, and of what is left n more go, for n candidates.
+def regenerated(view: LayerView, scores: Tensor, pruned_at: Tensor, n: int, growth: Growth) -> Units:
+    """Prunes the units at the positions `pruned_at`; of what is left n more are dropped, for n candidates.
 
-    Where candidates may return, those of `gone` may.
+    Where candidates may be units that were dropped, those of `pruned_at` may be grown again.
     """
-    groups = binding([part.at(view.topology.count - gone.numel()) for part in view.groups])
+    groups = binding([part.at(view.topology.count - pruned_at.numel()) for part in view.groups])
     if not groups:
         # The n smallest of what is left are the next smallest.
-        return without_limits(view, smallest(scores, gone.numel() + n), n, growth)
+        return without_limits(view, smallest(scores, pruned_at.numel() + n), n, growth)
     active = view.topology.indices
     stays = torch.ones(view.topology.count, dtype=torch.bool, device=active.device)
-    stays[gone] = False
+    stays[pruned_at] = False
     left = Topology(view.topology.shape, active[stays], view.topology.unit)
     if growth.returning is not None:
         growth = Growth(
-            torch.cat([growth.units.to(active), active[gone]]),
-            torch.cat([growth.scores, growth.returning[gone]]),
+            torch.cat([growth.units.to(active), active[pruned_at]]),
+            torch.cat([growth.scores, growth.returning[pruned_at]]),
             growth.returning[stays],
         )
     view = dataclasses.replace(view, topology=left, groups=tuple(groups))
     drop, grow = in_layer(view, scores[stays], n, growth)
-    back = torch.isin(grow, active[gone])
-    gone_units = active[gone]
-    return torch.cat([gone_units[~torch.isin(gone_units, grow[back])], drop]), grow[~back]
+    back = torch.isin(grow, active[pruned_at])
+    pruned_units = active[pruned_at]
+    return torch.cat([pruned_units[~torch.isin(pruned_units, grow[back])], drop]), grow[~back]
 
 
 def keeps_limits(views: Mapping[str, LayerView], swap: Swap) -> bool:
@@ -147,9 +148,9 @@ def within_limits(observation: Observation, swap: Swap, rng: torch.Generator) ->
 
 
 def _candidates(view: LayerView, pool: Tensor, growth: Growth) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(k,) units that may come, in order; their scores, the best smallest; and of which position each is the unit.
+    """(k,) units that may be grown, in order; their scores, the best smallest; and of which position each is the unit.
 
-    pool: positions of active units that may come back once they went.
+    pool: positions of active units that may be grown again once they are dropped.
     """
     if growth.returning is None:
         return growth.units, -growth.scores, None
@@ -160,18 +161,18 @@ def _candidates(view: LayerView, pool: Tensor, growth: Growth) -> tuple[Tensor, 
     return units, -scores[order], needs[order]
 
 
-def _units(active: Tensor, units: Tensor, needs: Tensor | None, going: Tensor, coming: Tensor) -> Units:
-    """The units at these positions, without those that go and come."""
+def _units(active: Tensor, units: Tensor, needs: Tensor | None, dropped: Tensor, grown: Tensor) -> Units:
+    """The units at these positions, without those that are both dropped and grown."""
     if needs is None:
-        return active[going], units[coming]
-    came = needs[coming] < 0
-    goes = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
-    goes[going] = True
-    goes[needs[coming][~came]] = False
-    return active[goes], units[coming[came]]
+        return active[dropped], units[grown]
+    is_new = needs[grown] < 0
+    leaves = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
+    leaves[dropped] = True
+    leaves[needs[grown][~is_new]] = False
+    return active[leaves], units[grown[is_new]]
 
 
-def _partitions(views: Mapping[str, LayerView], comes: Mapping[str, Tensor]) -> list[Partition]:
+def _partitions(views: Mapping[str, LayerView], candidates: Mapping[str, Tensor]) -> list[Partition]:
     """Of units of several layers, one after another: groups, those with the least freedom first; the layers' bounds."""
     found = {name: binding(view.groups) for name, view in views.items()}
     parts = []
@@ -180,23 +181,23 @@ def _partitions(views: Mapping[str, LayerView], comes: Mapping[str, Tensor]) -> 
         for name, view in views.items():
             whole = Groups.of_layer(view.topology.grid, 0, view.topology.units)
             part = found[name][i] if i < len(found[name]) else whole
-            of_each.append(Partition.of(part, view.topology.indices, comes[name]))
+            of_each.append(Partition.of(part, view.topology.indices, candidates[name]))
         parts.append(joined(of_each))
     counts = {name: view.topology.count for name, view in views.items()}
     above = [max(0, counts[name] - view.bounds[0]) for name, view in views.items()]
     below = [max(0, view.bounds[1] - counts[name]) for name, view in views.items()]
     slack, room = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (above, below))
-    sizes = [comes[name].numel() for name in views]
+    sizes = [candidates[name].numel() for name in views]
     return [*parts, Partition(list(counts.values()), sizes, slack, room)]
 
 
 def _by_layer(
-    views: Mapping[str, LayerView], growths: Mapping[str, Growth], going: Tensor, coming: Tensor
+    views: Mapping[str, LayerView], growths: Mapping[str, Growth], dropped: Tensor, grown: Tensor
 ) -> dict[str, Units]:
     """Positions in the lists of all layers, one after another, as units of each."""
     active = [view.topology.indices for view in views.values()]
     units = [growths[name].units for name in views]
-    drops, grows = _split(going, active), _split(coming, units)
+    drops, grows = _split(dropped, active), _split(grown, units)
     return {
         name: (a[drop.to(a.device)], u[grow.to(u.device)])
         for name, a, u, drop, grow in zip(views, active, units, drops, grows, strict=True)

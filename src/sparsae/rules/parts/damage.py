@@ -3,7 +3,7 @@
     d_l = (L without the weakest f k_l units of layer l - L) / (f k_l)             damage of a unit of layer l, in nats
     factor_l <- factor_l (d_l / mean d)^rate, within [1 / limit, limit]
 
-The layers' counts then go towards the first ones times their factors, from where dropping costs little to where it
+The layers' counts then move towards the first ones times their factors, from where dropping costs little to where it
 costs much. Units are left out by an exchange for new ones, which start at zero and leave the function as it is.
 """
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Genes that are no setting of a rule: updates between changes, and over how many updates a grown connection ramps up.
 INTERVAL, RAMP = "interval", "ramp"
 _DENSITY = "density."
-_FIXED = ("every", "stop")  # these say when updates come, which the forecast and the loop have to know beforehand
+_FIXED = ("every", "stop")  # these say when updates happen, which the forecast and the loop have to know beforehand
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def genes_of(config: StrategyConfig, settings: RuleConfig) -> tuple[Gene, ...]:
 
 
 class Evolved(Rule[EvolvedState]):
-    """A rule that exchanges connections, with numbers in the place of some of its settings that evolve as it goes.
+    """A rule that exchanges connections, with numbers in the place of some of its settings that evolve during the run.
 
     An update measures the loss of the current topology on held-out text. Where the genome has an interval, only every
-    so many updates change anything. Where it has densities, layers go from their first counts towards these times
+    so many updates change anything. Where it has densities, layers move from their first counts towards these times
     their factors (`shift.py`).
     """
 
@@ -214,7 +214,7 @@ class Evolved(Rule[EvolvedState]):
         return self._build(_with(self._settings, {name: values[name] for name in self._numbers}))
 
     def _moves(self, state: EvolvedState) -> bool:
-        """Whether the coming update changes anything."""
+        """Whether the next update changes anything."""
         return state.idle + 1 >= self.strategy.values(state.strategy).get(INTERVAL, 1.0)
 
     def _looks(self, steps: range, horizon: Horizon) -> bool:

@@ -174,7 +174,7 @@ def tempered(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Ten
 def with_random(view: LayerView, growth: Growth, n: int, rng: torch.Generator) -> Growth:
     """The candidates of `growth` after `n` uniformly random inactive units, which are grown before all others.
 
-    Where limits of groups have no room for one of these, the best of the others come instead.
+    Where limits of groups have no room for one of these, the best of the others are grown instead.
     """
     import torch
 

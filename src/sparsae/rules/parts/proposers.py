@@ -1,7 +1,7 @@
 """Mutation operators: each makes one swap from an observation.
 
-`count` is the number of units to move over the whole model, k * p_mutate. Guided ones choose inside the limits of
-groups; what a random one proposes may leave them, and the bounds of layers: the strategy sees to it.
+`count` is the number of units to drop and to grow over the whole model, k * p_mutate. Guided ones choose inside the
+limits of groups; what a random one proposes may leave them, and the bounds of layers: the strategy sees to it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Guidance:
     """How guided proposals choose.
 
-    drop, grow: temperatures, of Gumbel noise on 2 log|w| of what goes and on 2 log|g| of what comes; 0: none. random:
-    the share of what comes that is uniformly random.
+    drop, grow: temperatures, of Gumbel noise on 2 log|w| of what is dropped and on 2 log|g| of what is grown; 0: none.
+    random: the share of what is grown that is uniformly random.
     """
 
     drop: float = 0.0
@@ -41,7 +41,7 @@ Proposer = Callable[[Observation, int, Guidance, torch.Generator], Swap]
 
 
 def uniform(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
-    """`count` active units of the whole model go, `count` inactive ones come, all uniformly."""
+    """Drops `count` active units of the whole model, grows `count` inactive ones, all uniformly."""
     topologies = observation.topologies
     inactive = {name: topology.units - topology.count for name, topology in topologies.items()}
     count = min(count, sum(inactive.values()))
@@ -65,7 +65,7 @@ def layerwise(observation: Observation, count: int, guidance: Guidance, rng: tor
 
 
 def guided(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
-    """Per layer: small weights go, with tempered chance, and the largest gradients of a sample of inactive units come.
+    """Per layer: drops small weights, with tempered chance, grows the largest gradients of a sample of inactive units.
 
     Drop: the n smallest of 2 log|w| + tau_d G; grow: the n largest of 2 log|g| + tau_g G among the sampled units,
     with G standard Gumbel noise. So the kept units are a draw without replacement with odds |w|^(2 / tau_d), the grown
@@ -118,9 +118,10 @@ def reset(observation: Observation, config: ResetConfig, rng: torch.Generator) -
 
 
 def rigl(observation: Observation, count: int, guidance: Guidance, rng: torch.Generator) -> Swap:
-    """Per layer: small weights go, with tempered chance, and the largest of all its inactive units' gradients come.
+    """Per layer: drops small weights, with tempered chance, grows where the gradient of all its units is largest.
 
-    What goes is among what may come, as in RigL (rigl.py); candidates of one update differ in what they drop only.
+    What is dropped is among what may be grown, as in RigL (rigl.py); candidates of one update differ in what they drop
+    only.
     """
     drop, grow = {}, {}
     for name, n in shares(observation.topologies, count).items():

@@ -4,7 +4,7 @@
 
 Its terms are files of their own (`sparsae.terms`): these three, unless others are added to them or they are left out.
 Standardized, each term is (x - mean) / deviation over everything scored so far in the run. Annealed, all weights but
-that of CE go to 0 over the run.
+that of CE fall to 0 over the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ProxyConfig(Section):
     )
     standardize: bool = Field(default=False, description="standardize each term by its running mean and deviation")
     anneal: Literal["none", "linear", "cosine"] = Field(
-        default="none", description="how the weights of all terms but the cross entropy go to 0 over the run"
+        default="none", description="how the weights of all terms but the cross entropy fall to 0 over the run"
     )
 
     @field_validator("terms", mode="before")

@@ -75,13 +75,13 @@ class Pruning(Rule[NoState]):
         losses = pruned_counts(observation, scores, left, self._scope)
         drop, grow = {}, {}
         for name, view in observation.layers.items():
-            gone = pruned(view, scores[name], losses[name])
+            pruned_at = pruned(view, scores[name], losses[name])
             n = int(self._regeneration(observation.progress) * (view.topology.count - losses[name]))
             if n and self._grow is not None:
-                growth = self._grow.candidates(view, gone, n, rng)
-                drop[name], grow[name] = regenerated(view, scores[name], gone, n, growth)
+                growth = self._grow.candidates(view, pruned_at, n, rng)
+                drop[name], grow[name] = regenerated(view, scores[name], pruned_at, n, growth)
             else:
-                drop[name] = view.topology.indices[gone]
+                drop[name] = view.topology.indices[pruned_at]
         return [candidate(self.name, drop, grow)]
 
     def telemetry(self, state: NoState, progress: float) -> dict[str, float]:

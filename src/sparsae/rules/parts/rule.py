@@ -67,7 +67,7 @@ class Decision:
 
 
 class Rule(ABC, Generic[State]):
-    """A topology rule: `when` its updates come, and what `ask` proposes.
+    """A topology rule: `when` its updates happen, and what `ask` proposes.
 
     `State` is a frozen dataclass of plain numbers, so that checkpoints are JSON. moves: whether it ever changes the
     topology. needs: what has to be captured for it, and for its terms. window: the steps that gradients at inactive
@@ -152,7 +152,7 @@ class Rule(ABC, Generic[State]):
         return {}
 
     def windows(self, layers: Iterable[str], state: State) -> dict[str, Window]:
-        """The steps that each layer's gradients are averaged over for the update that comes next."""
+        """The steps that each layer's gradients are averaged over for the next update."""
         return dict.fromkeys(layers, self.window)
 
     def of(self, layer: str) -> Rule[Any]:
@@ -160,7 +160,7 @@ class Rule(ABC, Generic[State]):
         return self
 
     def growth(self, topologies: Mapping[str, Topology], state: State, progress: float) -> Mapping[str, int]:
-        """At most so many units will each layer grow at the update that comes next ("dense_gradient")."""
+        """At most so many units will each layer grow at the next update ("dense_gradient")."""
         return {}
 
     def probed_units(self, active: int, inactive: int) -> int:

@@ -24,7 +24,7 @@ def sample_inactive(topologies: Mapping[str, Topology], ratio: float, rng: torch
 
 
 def with_replacements(view: LayerView, dropped: Tensor, grown: Tensor, rng: torch.Generator) -> Growth:
-    """The random units `grown` as candidates, and where groups have limits, others that could come in their place.
+    """The random units `grown` as candidates, and where groups have limits, others that could be grown in their place.
 
     For each of the units `dropped` there is one in the same group, unless it is full: no group has to lose anything.
     """

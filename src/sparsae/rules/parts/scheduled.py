@@ -1,4 +1,4 @@
-"""What a density schedule adds to an update: small weights that go, or random units that come."""
+"""What a density schedule adds to an update: small weights that are dropped, or random units that are grown."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def on_schedule(
     """The rule's swap and what takes the layers from one level of the schedule to the next, as one swap.
 
     Each layer changes by as many units as lie between its numbers at the two levels, so that whatever density a rule
-    has moved between layers stays where it is. On the way down the smallest weights of what the rule keeps go, never
-    what it has just grown unless nothing else is left; on the way up units that are inactive come, uniformly. A layer
+    has moved between layers stays where it is. On the way down the smallest weights of what the rule keeps are dropped,
+    never what it has just grown unless nothing else is left; on the way up inactive units are grown, uniformly. A layer
     that has no room for its part leaves it to the others. Groups are then inside their limits for the new number of
     units, as far as these allow.
     """
@@ -34,19 +34,19 @@ def on_schedule(
         if not n:
             continue
         view, empty = views[name], views[name].topology.indices[:0]
-        went, came = drop.get(name, empty).to(empty), grow.get(name, empty).to(empty)
-        chosen, source = view.topology.replace(went, came)
+        dropped, grown = drop.get(name, empty).to(empty), grow.get(name, empty).to(empty)
+        chosen, source = view.topology.replace(dropped, grown)
         after = dataclasses.replace(view, topology=chosen)
         if n < 0:
             sizes = view.magnitude[source.clamp(min=0)].masked_fill(source < 0, torch.inf)
-            gone = chosen.indices[pruned(after, sizes, -n)]
-            drop[name] = torch.cat([went, gone[~torch.isin(gone, came)]])
-            grow[name] = came[~torch.isin(came, gone)]
+            fewer = chosen.indices[pruned(after, sizes, -n)]
+            drop[name] = torch.cat([dropped, fewer[~torch.isin(fewer, grown)]])
+            grow[name] = grown[~torch.isin(grown, fewer)]
         else:
             new = _drawn(after, n, rng).to(empty)
-            # What the rule has just dropped and comes again never left.
-            drop[name] = went[~torch.isin(went, new)]
-            grow[name] = torch.cat([came, new[~torch.isin(new, went)]])
+            # What the rule has just dropped and is grown again was never away.
+            drop[name] = dropped[~torch.isin(dropped, new)]
+            grow[name] = torch.cat([grown, new[~torch.isin(new, dropped)]])
     sizes_of = [sum(units.numel() for units in side.values()) for side in (drop, grow)]
     return Swap(drop, grow, sizes_of[0] - sizes_of[1])
 

@@ -58,8 +58,8 @@ class StrategyConfig(Section):
     )
     genes: dict[str, Range] = Field(
         default={"drop_fraction": (0.1, 0.5), "interval": (1.0, 4.0)},
-        description="ranges of what evolves: numbers of the rule, interval and ramp (updates from change to change, "
-        "and of infancy)",
+        description="ranges of what evolves: numbers of the rule, interval (updates from change to change) "
+        "and ramp (in updates)",
     )
     density: dict[str, Range] = Field(
         default={},
