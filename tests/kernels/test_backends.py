@@ -140,13 +140,11 @@ class Guest(Reference):
 
 
 @pytest.fixture
-def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
-    monkeypatch.setattr(registry, "BACKENDS", dict(BACKENDS))
-    for module in ("kernels.function", "kernels.mlp", "nn.linear", "nn.mlp", "evaluate.decoding"):
-        monkeypatch.setattr(f"sparsae.{module}.BACKENDS", registry.BACKENDS)
+def guest() -> Iterator[Guest]:
     made = Guest()
     assert register_backend(made) is made
-    return made
+    yield made
+    del BACKENDS["guest"]
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])
@@ -178,6 +176,73 @@ def test_a_guest_multiplies_single_tokens(guest: Guest) -> None:
     assert guest.calls.count("token") == len(sparse_layers(model))
     torch.testing.assert_close(fast.read([1, 2, 3]), slow.read([1, 2, 3]))
     torch.testing.assert_close(fast.step(4), slow.step(4), rtol=1e-4, atol=1e-5)
+
+
+PACKAGED = """
+from sparsae import register_backend
+from sparsae.kernels.reference import Reference
+
+
+class Packaged(Reference):
+    name = "packaged"
+
+
+register_backend(Packaged())
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Puts a package with one module and its backend where they are found."""
+    before = set(sys.modules), dict(BACKENDS)
+
+    def installed(name: str, code: str) -> None:
+        information = tmp_path / f"{name}-1.0.dist-info"
+        information.mkdir()
+        (tmp_path / f"{name}_backend.py").write_text(code)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (information / "entry_points.txt").write_text(f"[sparsae.kernels]\n{name} = {name}_backend\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(registry._NAMES, "_known_points", None)
+
+    yield installed
+    for module in [module for module in set(sys.modules) - before[0] if module.endswith("_backend")]:
+        del sys.modules[module]
+    for name in set(BACKENDS) - set(before[1]):
+        del BACKENDS[name]
+
+
+def test_a_backend_of_an_installed_package_is_loaded_where_it_is_named(install: Callable[[str, str], None]) -> None:
+    install("packaged", PACKAGED)
+    assert "packaged" in registry.backend_names()
+    assert "packaged" not in BACKENDS
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5, backend="packaged")
+    assert {layer.kernel for layer in sparse_layers(model).values()} == {"packaged"}
+    x = torch.ones(2, 8)
+    torch.testing.assert_close(model(x), model(x).detach())
+    assert "packaged_backend" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "cannot be loaded: ZeroDivisionError"),
+        (f"{PACKAGED}\nimport nothing_of_the_kind", "cannot be loaded: No module named"),
+        ("", "registers no backend of that name"),
+    ],
+)
+def test_one_that_cannot_be_loaded_is_told_in_a_line(
+    code: str, message: str, install: Callable[[str, str], None]
+) -> None:
+    install("packaged", code)
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match="backend 'packaged': the entry point packaged = packaged_backend"
+        ) as caught:
+            sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5, backend="packaged")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert "packaged" not in BACKENDS
 
 
 def test_auto_takes_no_guest(guest: Guest) -> None:

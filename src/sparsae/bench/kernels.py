@@ -16,7 +16,7 @@ from sparsae.bench.rows import Column, Row, groups
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size
 from sparsae.errors import InputError
-from sparsae.kernels.registry import BACKENDS
+from sparsae.kernels.registry import backend_named, backend_names
 from sparsae.nn.linear import SparseLinear
 from sparsae.train.memory import keep_freed_memory
 
@@ -162,7 +162,7 @@ class Kernels:
 
 
 # Every name that --backends takes: ours (auto chooses among them), and the other libraries'.
-CONTENDERS = ("auto", *BACKENDS, *RIVALS)
+CONTENDERS = ("auto", *backend_names(), *RIVALS)
 
 
 def layer_of(name: str, topology: Topology, values: Tensor) -> nn.Module:
@@ -196,7 +196,7 @@ def _refusal(name: str, unit: tuple[int, int], dtype: str) -> str | None:
     element: torch.dtype = getattr(torch, dtype)
     if name in RIVALS:
         return RIVALS[name].absence() or RIVALS[name].refusal(unit, element)
-    return None if name == "auto" else BACKENDS[name].refusal(unit, torch.device("cpu"), element)
+    return None if name == "auto" else backend_named(name).refusal(unit, torch.device("cpu"), element)
 
 
 def _work(layer: nn.Module, x_TI: Tensor, dy_TO: Tensor, which: str) -> Phases:

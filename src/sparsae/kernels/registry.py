@@ -1,13 +1,13 @@
 """The backends there are, and which of them serves a layer.
 
 A folder here is a backend: it owns all that belongs to a device, and its backend.py holds the backend as `BACKEND`. A
-guest's, in a package or program of its own, comes in by `register_backend`.
+guest's registers itself (`register_backend`) in a program, or in a module that its package names as an entry point.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Backend, Layout
 from sparsae.kernels.reference import Reference
+from sparsae.registry import Names
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,24 @@ def _of_folders() -> Iterator[Backend]:
         yield import_module(f"{__package__}.{file.parent.name}.backend").BACKEND
 
 
+class _Backends(Names[Backend]):
+    """By name: those of this package, of programs, and of the entry points of installed packages."""
+
+    def __init__(self, own: Sequence[Backend]) -> None:
+        super().__init__("backend", "sparsae.kernels", frozenset({"auto"}), "which chooses among this package's own")
+        self._entries |= {backend.name: backend for backend in own}
+        self._own = tuple(self._entries)
+
+    @property
+    def known(self) -> dict[str, Backend]:
+        """Those that are loaded, this package's first; a layer that has a backend finds it here."""
+        return self._entries
+
+
 # In the order in which `auto` prefers them. The last one takes everything.
 _OWN = (*_of_folders(), Reference())
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _OWN}
+_NAMES = _Backends(_OWN)
+BACKENDS = _NAMES.known
 
 _logged: set[tuple[object, ...]] = set()
 
@@ -48,10 +64,24 @@ def register_backend(backend: Backend) -> Backend:
     return backend
 
 
+def backend_names() -> tuple[str, ...]:
+    """Every backend that can be named, this package's first, then those of installed packages, loaded or not."""
+    return tuple(dict.fromkeys([*BACKENDS, *_NAMES.names()]))
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name. Raises InputError where there is none, or where its package cannot be loaded."""
+    if name in BACKENDS:
+        return BACKENDS[name]
+    if name not in _NAMES:
+        raise InputError(f"unknown backend '{name}' (sparsity.backend): use auto, {', '.join(backend_names())}")
+    return _NAMES[name]
+
+
 def choose_backend(name: str, layout: Layout, dtype: torch.dtype) -> Backend:
     """The backend of that name, or for `auto` the first of this package that accepts the layer and pays at its density.
 
-    dtype: that of the values. The choice of `auto` is logged once a layer shape. Raises InputError for an unknown name,
+    dtype: that of the values. The choice of `auto` is logged once a layer shape. Raises InputError as `backend_named`,
     and with the backend's reason where one that was named refuses.
     """
     shape, unit, device = layout.shape, layout.unit, layout.indices.device
@@ -63,12 +93,11 @@ def choose_backend(name: str, layout: Layout, dtype: torch.dtype) -> Backend:
             log.info("backend %s for %dx%d weights in units of %dx%d on %s", chosen.name, *shape, *unit, device.type)
         _say_what_is_missing(device)
         return chosen
-    if name not in BACKENDS:
-        raise InputError(f"unknown backend '{name}' (sparsity.backend): use auto, {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].refusal(unit, device, dtype)
+    backend = backend_named(name)
+    reason = backend.refusal(unit, device, dtype)
     if reason is not None:
         raise InputError(f"backend '{name}' (sparsity.backend) cannot serve a {shape[0]}x{shape[1]} layer: {reason}")
-    return BACKENDS[name]
+    return backend
 
 
 def _place(backend: Backend) -> str:
