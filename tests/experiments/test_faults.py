@@ -12,7 +12,7 @@ from sparsae.config.load import dump
 from sparsae.errors import InputError
 from sparsae.experiments import execution
 from sparsae.experiments.compare.plan import ComparisonPlan
-from sparsae.experiments.jobs import check_same
+from sparsae.experiments.jobs import require_same_settings
 from sparsae.experiments.matching import with_steps
 
 
@@ -55,6 +55,6 @@ def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:
     config = ComparisonPlan(methods=["static"], preset="tiny").config("static", 0.9, 0)
     (tmp_path / "config.yaml").write_text(dump(config))
     (tmp_path / "summary.json").write_text(json.dumps({"finished": True}))
-    check_same(tmp_path, config)
+    require_same_settings(tmp_path, config)
     with pytest.raises(InputError, match="other settings"):
-        check_same(tmp_path, with_steps(config, 7))
+        require_same_settings(tmp_path, with_steps(config, 7))

@@ -79,7 +79,7 @@ def kernels(
     blocks = _several("--units", units, "1x1,4x4", _pair)
     elements = _several("--dtypes", dtypes, "float32", _dtype)
     cores = _several("--threads", threads, "1", _count)
-    _check(json_file, plot_file)
+    _require_places(json_file, plot_file)
     from sparsae.bench import kernels as module
     from sparsae.bench import plots
     from sparsae.bench.rows import show
@@ -116,7 +116,7 @@ def step(
 ) -> None:
     """Whole training steps of a model on random tokens, dense beside sparse, in turns; what an update adds to one."""
     shares = _several("--sparsity", sparsity, "0.9", _share)
-    _check(json_file, plot_file)
+    _require_places(json_file, plot_file)
     from sparsae.bench import plots
     from sparsae.bench import step as module
 
@@ -146,7 +146,7 @@ def topology(
     sizes = _several("--widths", widths, "2048,4096,8192,16384", _count)
     shares = _several("--sparsities", sparsities, "0.9,0.99,0.999", _share)
     block, moved = _one("--unit", unit, _pair), _one("--share", str(share), _share)
-    _check(json_file, plot_file)
+    _require_places(json_file, plot_file)
     from sparsae.bench import plots
     from sparsae.bench import topology as module
     from sparsae.bench.rows import show
@@ -168,7 +168,7 @@ def roofline(
 ) -> None:
     """What the machine can do: multiply-adds in registers, and bytes through memory."""
     given = _several("--threads", threads, "1", _count) if threads else None
-    _check(json_file, plot_file)
+    _require_places(json_file, plot_file)
     from sparsae.bench import plots
     from sparsae.bench import roofline as module
 
@@ -194,7 +194,7 @@ def _console(json_file: str | None) -> Console:
     return Console(stderr=json_file == "-")
 
 
-def _check(json_file: str | None, plot_file: str | None) -> None:
+def _require_places(json_file: str | None, plot_file: str | None) -> None:
     refuse_unwritable("--json", json_file)
     if plot_file == "-":
         raise InputError("--plot: give a file; standard output takes JSON only (--json -)")

@@ -16,7 +16,7 @@ DensityFactors = Mapping[str, float | Sequence[float]]
 _LOWEST, _HIGHEST = 1e-6, 1e6
 
 
-def check_factors(density: object) -> None:
+def require_factors(density: object) -> None:
     """Raises ValueError for what cannot be factors of densities."""
     if not isinstance(density, Mapping):
         raise ValueError(f"must map patterns to factors, such as {{'*.mlp.*': 0.8}}, not {density!r}")
@@ -54,9 +54,9 @@ def by_pattern(density: Mapping[str, float | list[float]], family: str) -> dict[
     return found
 
 
-def _checked(density: Any) -> Any:
-    check_factors(density)
+def _validated(density: Any) -> Any:
+    require_factors(density)
     return density
 
 
-Density = Annotated[dict[str, float | list[float]], BeforeValidator(_checked)]
+Density = Annotated[dict[str, float | list[float]], BeforeValidator(_validated)]

@@ -18,7 +18,7 @@ Shares = Annotated[tuple[Share, Share], Field(strict=False)]
 Counts = Annotated[tuple[Count, Count], Field(strict=False)]
 
 
-def check_share_of_mean(value: object) -> None:
+def require_share_of_mean(value: object) -> None:
     """Raises ValueError for what is no (least, most) in terms of a mean, which has to be inside."""
     ends = value if isinstance(value, tuple | list) else ()
     numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
@@ -26,13 +26,13 @@ def check_share_of_mean(value: object) -> None:
         raise ValueError(f"must be the least and the most in terms of the mean, such as [0.25, 4], not {value!r}")
 
 
-def _checked_share_of_mean(value: Any) -> Any:
-    check_share_of_mean(value)
+def _validated_share_of_mean(value: Any) -> Any:
+    require_share_of_mean(value)
     return value
 
 
 # The least and the most of a quantity in terms of its mean.
-ShareOfMean = Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_checked_share_of_mean)]
+ShareOfMean = Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_validated_share_of_mean)]
 
 
 class Section(BaseModel):

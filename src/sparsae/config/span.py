@@ -52,7 +52,7 @@ def require_span(span: object) -> None:
         raise InputError(wrong)
 
 
-def _checked(span: Any) -> Any:
+def _validated(span: Any) -> Any:
     if wrong := _wrong(span):
         raise ValueError(wrong)
     return span
@@ -72,7 +72,7 @@ def _wrong(span: object) -> str | None:
     )
 
 
-Span = Annotated[int | str, BeforeValidator(_checked), From(1)]
+Span = Annotated[int | str, BeforeValidator(_validated), From(1)]
 
 
 def in_updates(span: int | str) -> int | None:
@@ -81,7 +81,7 @@ def in_updates(span: int | str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _checked_ramp(span: Any) -> Any:
+def _validated_ramp(span: Any) -> Any:
     if (isinstance(span, int) and not isinstance(span, bool) and span == 0) or in_updates(span) is not None:
         return span
     if wrong := _wrong(span):
@@ -89,4 +89,4 @@ def _checked_ramp(span: Any) -> Any:
     return span
 
 
-RampSpan = Annotated[int | str, BeforeValidator(_checked_ramp), From(0)]
+RampSpan = Annotated[int | str, BeforeValidator(_validated_ramp), From(0)]

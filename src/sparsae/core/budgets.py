@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from sparsae.config.density import DEPTH, DensityFactors, check_factors
+from sparsae.config.density import DEPTH, DensityFactors, require_factors
 from sparsae.errors import InputError
 
 BUDGETS = ("uniform", "er", "erk")
@@ -43,7 +43,7 @@ def density_factors(density: DensityFactors, layers: Sequence[str]) -> dict[str,
     layer in no block has none. Raises InputError for what is no factor, or concerns no layer.
     """
     try:
-        check_factors(density)
+        require_factors(density)
     except ValueError as error:
         raise InputError(f"density: {error}") from None
     factors = dict.fromkeys(layers, 1.0)

@@ -245,7 +245,7 @@ def _write_entry(
     finally:
         for writer in writers.values():
             writer.close()
-    _check_counts(config, writers)
+    _require_counts(config, writers)
     tokenizer.save(directory / "tokenizer")
     _save_counts(writers["train"].counts, directory / "counts.safetensors")
     manifest = {
@@ -352,7 +352,7 @@ def _encoded(
     yield from encode()
 
 
-def _check_counts(config: DataConfig, writers: dict[str, ShardWriter]) -> None:
+def _require_counts(config: DataConfig, writers: dict[str, ShardWriter]) -> None:
     if not writers["train"].tokens:
         raise InputError(f"{config.source}: no text to train on; give a source with text in it")
     if not writers["validation"].tokens:

@@ -170,7 +170,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: no token marks the end of a document; name one as eos_token in tokenizer_config.json "
             f"(known by themselves: {', '.join(_KNOWN_ENDS)})"
         )
-    _check_ids(path, vocabulary)
+    _require_ids(path, vocabulary)
     bos = _token(settings.get("bos_token"))
     pad = _token(settings.get("pad_token"))
     return _ready(raw, eos, bos if bos in vocabulary else eos, pad if pad in vocabulary else eos)
@@ -205,7 +205,7 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
             yield piece
 
 
-def _check_ids(path: Path, vocabulary: Mapping[str, int]) -> None:
+def _require_ids(path: Path, vocabulary: Mapping[str, int]) -> None:
     """Counts, embeddings and logits have a place for every id up to the largest, so that one entry can ask for all."""
     token, largest = max(vocabulary.items(), key=itemgetter(1))
     if largest >= LARGEST_VOCABULARY:

@@ -35,7 +35,7 @@ def saved_plan(out: Path) -> BasePlan:
     return parse_plan(tree, str(file), kind_in(tree, str(file)).plan)
 
 
-def check_place(out: Path, plan: BasePlan) -> None:
+def require_place(out: Path, plan: BasePlan) -> None:
     """InputError where the directory holds anything but an experiment of this very plan."""
     if not is_experiment(out):
         refuse_occupied(out)

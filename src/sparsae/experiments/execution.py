@@ -16,7 +16,7 @@ from types import FrameType
 
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
-from sparsae.experiments.jobs import Job, check_same, outcome, run_job
+from sparsae.experiments.jobs import Job, outcome, require_same_settings, run_job
 from sparsae.train.stopping import StopRequest, handled
 
 Ended = Callable[[Job], None]
@@ -43,7 +43,7 @@ def execute(jobs: Sequence[Job], out: Path, board: Board, ended: Ended, executor
     """
     jobs = list({job.name: job for job in jobs}.values())
     for job in jobs:
-        check_same(out / job.name, job.config)
+        require_same_settings(out / job.name, job.config)
     todo = [job for job in jobs if outcome(out / job.name) is None]
     with board.watching(jobs, out):
         return executor.run(todo, out, board, ended) if todo else True

@@ -58,7 +58,7 @@ def outcome(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_same(directory: Path, config: Config) -> None:
+def require_same_settings(directory: Path, config: Config) -> None:
     """InputError where a directory holds the run of other settings."""
     run = RunDirectory(directory)
     if run.begun() and run.config() != config:

@@ -41,7 +41,7 @@ class Choice:
 
         Raises InputError for a pattern that names no layer, and with the reasons where there is nothing to replace.
         """
-        self._check_patterns(model)
+        self._require_patterns(model)
         found = self.candidates(model)
         if not found:
             modules = modules_by_name(model)
@@ -82,7 +82,7 @@ class Choice:
             return "output head"
         return "router of experts" if id(module) in context.routers else None
 
-    def _check_patterns(self, model: nn.Module) -> None:
+    def _require_patterns(self, model: nn.Module) -> None:
         """Raises InputError for the first pattern that names no layer."""
         modules, names = modules_by_name(model), full_names(model)
         layers = {name: {name, names[name]} for name, module in modules.items() if module._parameters}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsae.config.section import check_share_of_mean
+from sparsae.config.section import require_share_of_mean
 from sparsae.core.drawing import with_heads_floors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
@@ -26,7 +26,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, share in (("fan_in", self.fan_in), ("fan_out", self.fan_out)):
             try:
-                check_share_of_mean((0.0, 1.0) if share is None else share)
+                require_share_of_mean((0.0, 1.0) if share is None else share)
             except ValueError as error:
                 raise InputError(f"{name}: {error}") from None
 

@@ -277,7 +277,7 @@ class SparseLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if before is not None and same_indices(indices, before.topology.indices):
                 return before.topology.to(indices.device)
-            return _checked(shape, indices, self.unit, "the indices of a sparse layer")
+            return _validated(shape, indices, self.unit, "the indices of a sparse layer")
 
     def _has(self, topology: Topology) -> bool:
         """Whether this is the layer's topology: values that are loaded for it change nothing else, as in any module."""
@@ -328,7 +328,7 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         indices, values = state_dict.get(prefix + "indices"), state_dict.get(prefix + "values")
         if indices is not None and values is not None:
-            topology = _checked((self.out_features, self.in_features), indices, self.unit, prefix + "indices")
+            topology = _validated((self.out_features, self.in_features), indices, self.unit, prefix + "indices")
             if not self._has(topology) or tuple(values.shape) != topology.values_shape:
                 device = self.values.device
                 self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
@@ -347,7 +347,7 @@ def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
         probe.add(BACKENDS["reference"], prepared.layout, gradient_OI.T.contiguous(), identity_II)
 
 
-def _checked(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], what: str) -> Topology:
+def _validated(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], what: str) -> Topology:
     """The topology of indices from outside. Raises InputError for what no SparseLinear of this shape saves."""
     problem = None
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:

@@ -92,15 +92,15 @@ def sparsify(
     patterns, factors and heads that match nothing, bounds that cannot hold the budget, hooks on the gradient of a
     weight, and an optimizer whose state cannot follow; then nothing has changed.
     """
-    _check_types(model, sparsity, unit)
-    _check_choices(keep, optimizer, initializer)
+    _require_types(model, sparsity, unit)
+    _require_choices(keep, optimizer, initializer)
     if not 0.0 <= sparsity < 1.0:
         raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
     _refuse_synchronized(model)
     choice = Choice(sparsity, tuple(include), tuple(exclude), sparsify_head)
     targets = choice.layers(model)
     shapes = layer_shapes(targets)
-    check_heads(heads, head_min_density, shapes)
+    validated_heads(heads, head_min_density, shapes)
     limits = Limits(head_min_density, fan_in, fan_out)
     densities = (min_density, max_density)
     factors = density_factors(density or {}, list(shapes))
@@ -146,7 +146,7 @@ def sparsify(
     return model
 
 
-def _check_choices(keep: object, optimizer: object, initializer: object) -> None:
+def _require_choices(keep: object, optimizer: object, initializer: object) -> None:
     if keep not in ("random", "magnitude"):
         raise InputError(f"keep: must be 'random' or 'magnitude', not {repr(keep)}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -155,7 +155,7 @@ def _check_choices(keep: object, optimizer: object, initializer: object) -> None
         raise InputError("an initializer draws new values, to which nothing of the optimizer's belongs: leave out one")
 
 
-def _check_types(model: object, sparsity: object, unit: object) -> None:
+def _require_types(model: object, sparsity: object, unit: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model: must be a torch.nn.Module, not {repr(model)}")
     if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
@@ -173,7 +173,7 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     Raises InputError where a layer's values have a hook on their gradient, and for an optimizer whose state cannot
     follow; then nothing has changed.
     """
-    _check_choices("random", optimizer, None)
+    _require_choices("random", optimizer, None)
     _refuse_synchronized(model)
     sparse = sparse_modules(model)
     twins = {name: dense_twin(name, module) for name, module in sparse.items()}
@@ -189,7 +189,7 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     return model
 
 
-def check_heads(
+def validated_heads(
     heads: Mapping[str, HeadLayout] | None, head_min_density: float, layers: Collection[str]
 ) -> Mapping[str, HeadLayout]:
     """The layouts. Raises InputError for one of a layer that is not sparse, and for a floor of heads without any."""

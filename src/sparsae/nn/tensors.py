@@ -39,7 +39,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], origin: str = "t
                     f"{origin} does not fit the model: {name} is {tuple(tensors[name].shape)}, not {tuple(own.shape)}"
                 )
     for name, layer in layers.items():
-        _check_sparse(name, layer, tensors, origin)
+        _require_sparse(name, layer, tensors, origin)
     model.load_state_dict({full: tensors[plain] for plain, full, _ in named}, strict=False)
 
 
@@ -58,7 +58,7 @@ def _named(model: nn.Module) -> list[tuple[str, str, Tensor]]:
     return found
 
 
-def _check_sparse(name: str, layer: SparseLinear, tensors: Mapping[str, Tensor], origin: str) -> None:
+def _require_sparse(name: str, layer: SparseLinear, tensors: Mapping[str, Tensor], origin: str) -> None:
     indices, values = tensors[f"{name}.indices"], tensors[f"{name}.values"]
     units = layer.topology.units
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:

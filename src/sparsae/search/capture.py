@@ -112,7 +112,7 @@ class GradientCapture:
         self.trained = {name: layer for name, layer in self.trained.items() if layer.values.requires_grad}
         gradients = {name: _gradient(layer, scale) for name, layer in self.trained.items()}
         factor = scale if loss_scale is None else loss_scale
-        self._check(gradients)
+        self._note(gradients)
         self._sum(factor)
         if not self._due:
             return
@@ -182,7 +182,7 @@ class GradientCapture:
         count = None if is_summed else kept
         self.probes[name] = LargestGradients(layer.key, count, rule.accumulate, self._passes, layer.values)
 
-    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+    def _note(self, gradients: Mapping[str, Tensor]) -> None:
         """Note norms, and what is not finite. Raises InputError where a probe was not answered."""
         self.not_finite = None
         for name, gradient in gradients.items():

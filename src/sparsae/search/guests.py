@@ -74,11 +74,11 @@ def named(rule: Rule[Any], step: int) -> Iterator[None]:
         raise
 
 
-def checked(rule: Rule[Any], candidates: Any, views: Mapping[str, LayerView]) -> list[Candidate]:
+def validated(rule: Rule[Any], candidates: Any, views: Mapping[str, LayerView]) -> list[Candidate]:
     """A rule's candidates, those rejected that leave bounds or limits. Raises InputError for what is no proposal."""
     if not isinstance(candidates, Sequence) or not all(isinstance(each, Candidate) for each in candidates):
         raise InputError(f"rule '{rule.name}': ask() must return a list of Candidate, not {type(candidates).__name__}")
-    return [_checked(rule, candidate, views) for candidate in candidates]
+    return [_validated(rule, candidate, views) for candidate in candidates]
 
 
 def chosen(rule: Rule[Any], decision: Any, candidates: Sequence[Candidate]) -> Decision:
@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _checked(rule: Rule[Any], candidate: Candidate, views: Mapping[str, LayerView]) -> Candidate:
+def _validated(rule: Rule[Any], candidate: Candidate, views: Mapping[str, LayerView]) -> Candidate:
     swap = candidate.swap
     for name, units in [*swap.drop.items(), *swap.grow.items()]:
         if name not in views:

@@ -30,7 +30,7 @@ from sparsae.core.schedule import Schedule
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import check_heads
+from sparsae.nn.sparsify import validated_heads
 from sparsae.optim import follow_density
 from sparsae.optimizer_state import parts_of, refuse_unsupported
 from sparsae.parameterization import Parameterization
@@ -93,7 +93,7 @@ class Sparsifier:
             raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
         made = build_rule(config.topology, config.rules) if rule is None else as_rule(rule)
         rule, schedule, ends = self._admitted(made, config)
-        heads = check_heads(heads, config.head_min_density, self._layers)
+        heads = validated_heads(heads, config.head_min_density, self._layers)
         if teacher is None and config.teacher.enabled:
             teacher = Teacher(model, config.teacher, config.steps)
         self.teacher = teacher

@@ -26,7 +26,7 @@ from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.rules.parts.scheduled import on_schedule
 from sparsae.score import Score
 from sparsae.search.capture import GradientCapture
-from sparsae.search.guests import checked, chosen, in_force, named, saved
+from sparsae.search.guests import chosen, in_force, named, saved, validated
 from sparsae.search.past import PastCapture
 from sparsae.search.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.search.telemetry import TopologyTelemetry
@@ -189,7 +189,7 @@ class TopologySearch:
         if self._asks(observation.made_up):
             with named(self.rule, step):
                 asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
-            candidates = checked(self.rule, asked, views)
+            candidates = validated(self.rule, asked, views)
             current, scores = self._scored(candidates, observation)
             study = {} if current is None else self._scoring.study(self._prepare_all(candidates, step))
             with named(self.rule, step):

@@ -20,7 +20,7 @@ from sparsae.nn.choice import Choice, layer_shapes
 from sparsae.nn.conversion import Initializer
 from sparsae.nn.limits import Limits
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import check_heads, layer_counts, sparsify
+from sparsae.nn.sparsify import layer_counts, sparsify, validated_heads
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 
@@ -46,7 +46,7 @@ def require_fit(config: Config) -> None:
     factors = density_factors(density_of(config), list(shapes))
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
     heads = head_layouts(shapes, config)
-    check_heads(heads, sparsity.head_min_density, shapes)
+    validated_heads(heads, sparsity.head_min_density, shapes)
     limits = Limits(sparsity.head_min_density, sparsity.fan_in, sparsity.fan_out)
     sparsest = {name: min(ends) for name, ends in Schedule.of(sparsity.schedule, True).ends(counts, counts).items()}
     for name, shape in shapes.items():

@@ -75,7 +75,7 @@ def starting(
 ) -> Passes[dict[str, Any]]:
     """As `start`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
     refuse_ranks()
-    _check_threads(config)
+    _require_threads(config)
     refuse_occupied(out, config)
     if source is not None and config.data.tokenizer == "train":
         tokenizer = RunDirectory.open(source).tokenizer
@@ -110,11 +110,11 @@ def resuming(
     """As `resume`, by whoever answers its passes; stop: as `starting` has it."""
     refuse_ranks()
     run = RunDirectory.open(path)
-    _check_steps(run, run.config(), steps)
+    _require_steps(run, run.config(), steps)
     with claimed(path):
         run, display = RunDirectory.open(path), Display(quiet)
         config, manifest = run.config(), run.manifest()
-        _check_steps(run, config, steps)
+        _require_steps(run, config, steps)
         saved = None
         if run.saved_steps():
             assert manifest is not None
@@ -137,7 +137,7 @@ def resuming(
         return (yield from _train(parts, run, manifest, display, saved, stop))
 
 
-def _check_steps(run: RunDirectory, config: Config, steps: int | None) -> None:
+def _require_steps(run: RunDirectory, config: Config, steps: int | None) -> None:
     planned = config.training.steps
     if steps is not None and steps < planned:
         raise InputError(f"{run.path}: --steps {steps} is fewer than the {planned} of this run, which can only grow")
@@ -149,14 +149,14 @@ def _check_steps(run: RunDirectory, config: Config, steps: int | None) -> None:
         )
 
 
-def _check_threads(config: Config) -> None:
+def _require_threads(config: Config) -> None:
     threads, cores = config.training.threads, os.cpu_count() or 1
     if threads is not None and threads > max(_THREADS, 4 * cores):
         raise InputError(f"training.threads {threads}: this machine has {cores} cores; give at most so many, or null")
 
 
 def _prepare(config: Config, display: Display, source: Source | None = None) -> _Parts:
-    _check_threads(config)
+    _require_threads(config)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)

@@ -16,7 +16,7 @@ from sparsae.experiments.board import Board
 from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells
 from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
 from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
-from sparsae.experiments.directory import check_place, claimed
+from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Budget, Cost, with_steps
@@ -112,7 +112,7 @@ class Comparison:
     def __init__(
         self, plan: ComparisonPlan, out: Path, quiet: bool = False, admit: Callable[[Job], None] | None = None
     ) -> None:
-        check_place(out, plan)
+        require_place(out, plan)
         admit = admit or (lambda _: None)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsae.data import prepare
 from sparsae.experiments.board import Board
-from sparsae.experiments.directory import check_place, claimed
+from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Cost
@@ -30,7 +30,7 @@ class Transfer:
     def __init__(
         self, plan: TransferPlan, out: Path, quiet: bool = False, admit: Callable[[Job], None] | None = None
     ) -> None:
-        check_place(out, plan)
+        require_place(out, plan)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._configs = {point: plan.config(point) for point in plan.points()}

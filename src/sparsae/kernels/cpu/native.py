@@ -67,7 +67,7 @@ def forward(values: Tensor, layout: Layout, index: Index, x_TI: Tensor, bias: Te
     """Y = X W^T + b. values and bias: float32; x_TI and the result: float32 or bfloat16."""
     out_features, in_features = layout.shape
     x_TI = x_TI.contiguous()
-    _check("x", x_TI, (x_TI.shape[0], in_features))
+    _require("x", x_TI, (x_TI.shape[0], in_features))
     y_TO = x_TI.new_empty(x_TI.shape[0], out_features)
     problem = _whole_problem(values, layout, index, bias, x_TI)
     problem.x, problem.y = _pointer(x_TI), _pointer(y_TO)
@@ -121,8 +121,8 @@ def backward(
     out_features, in_features = layout.shape
     dy_TO = dy_TO.contiguous()
     tokens = dy_TO.shape[0]
-    _check("dy", dy_TO, (tokens, out_features))
-    _check("column starts", col_ptr, (in_features // layout.unit[1] + 1,), torch.int32)
+    _require("dy", dy_TO, (tokens, out_features))
+    _require("column starts", col_ptr, (in_features // layout.unit[1] + 1,), torch.int32)
     problem = _problem(layout, col_ptr, dy_TO)
     problem.dy = _pointer(dy_TO)
     dx_TI = dvalues = dbias = None
@@ -130,12 +130,12 @@ def backward(
         dbias = _empty(out_features)
         problem.dbias = _pointer(dbias)
     if values is not None:
-        _check("values", values, layout.values_shape, torch.float32)
+        _require("values", values, layout.values_shape, torch.float32)
         dx_TI = dy_TO.new_empty(tokens, in_features)
         problem.values, problem.dx = _pointer(values), _pointer(dx_TI)
     if x_TI is not None:
         x_TI = x_TI.contiguous()
-        _check("x", x_TI, (tokens, in_features), dy_TO.dtype)
+        _require("x", x_TI, (tokens, in_features), dy_TO.dtype)
         dvalues = _empty(*layout.values_shape)
         problem.x, problem.dvalues = _pointer(x_TI), _pointer(dvalues)
     _call("sparsae_backward", problem)
@@ -168,7 +168,7 @@ def mlp_forward(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Ten
 def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
     """All gradients of `mlp_forward` but that of the output's bias: dX in the dtype of x_TI, the others in float32."""
     x_TI, dy_TO = x_TI.contiguous(), dy_TO.contiguous()
-    _check("dy", dy_TO, (x_TI.shape[0], weights[1].layout.shape[0]), x_TI.dtype)
+    _require("dy", dy_TO, (x_TI.shape[0], weights[1].layout.shape[0]), x_TI.dtype)
     mlp = _mlp(weights, x_TI, activation)
     gradients = MlpGradients(torch.empty_like(x_TI), [_empty(*w.layout.values_shape) for w in weights], [])
     mlp.down.dy, mlp.up.dx = _pointer(dy_TO), _pointer(gradients.x)
@@ -184,7 +184,7 @@ def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activat
 
 def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Mlp:
     (hidden, in_features), down = weights[0].layout.shape, weights[1].layout
-    _check("x", x_TI, (x_TI.shape[0], in_features))
+    _require("x", x_TI, (x_TI.shape[0], in_features))
     if down.shape[1] != hidden or any(w.layout.shape != weights[0].layout.shape for w in weights[2:]):
         raise ValueError(f"these weights are no MLP: {[w.layout.shape for w in weights]}")
     if (reason := mlp_refusal([w.layout for w in weights])) is not None:
@@ -202,7 +202,7 @@ def multiply_add(rounds: int, threads: int) -> float:
 def triad(a_N: Tensor, b_N: Tensor, c_N: Tensor, threads: int) -> None:
     """a = b + 3 c in float32 on `threads` threads, a written past the caches."""
     for name, tensor in (("a", a_N), ("b", b_N), ("c", c_N)):
-        _check(name, tensor, tuple(a_N.shape), torch.float32)
+        _require(name, tensor, tuple(a_N.shape), torch.float32)
     if a_N.data_ptr() % 64:
         raise ValueError("a must begin at a cache line")
     library().sparsae_triad(_pointer(a_N), _pointer(b_N), _pointer(c_N), a_N.numel(), threads)
@@ -217,7 +217,7 @@ def _index(layout: Layout, index: Index) -> None:
     count = layout.indices.numel()
     if count >= 2**31:
         raise ValueError(f"the native kernels take up to {2**31 - 1} active units a layer, not {count}")
-    indices = _checked_indices(layout)
+    indices = _validated_indices(layout)
     whole = index.row_ptr.numel() > 0
     status = library().sparsae_index(
         _pointer(indices),
@@ -238,7 +238,7 @@ def _index(layout: Layout, index: Index) -> None:
 def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> Problem:
     if activations.dtype not in DTYPES:
         raise ValueError(f"the native kernels take float32 or bfloat16 activations, not {activations.dtype}")
-    indices = _checked_indices(layout)
+    indices = _validated_indices(layout)
     return Problem(
         tokens=activations.shape[0],
         out=layout.shape[0],
@@ -255,10 +255,10 @@ def _problem(layout: Layout, col_ptr: Tensor, activations: Tensor) -> Problem:
 
 
 def _whole_problem(values: Tensor, layout: Layout, index: Index, bias: Tensor | None, activations: Tensor) -> Problem:
-    _check("values", values, layout.values_shape, torch.float32)
+    _require("values", values, layout.values_shape, torch.float32)
     if bias is not None:
-        _check("bias", bias, layout.shape[:1], torch.float32)
-    _check_index(layout, index)
+        _require("bias", bias, layout.shape[:1], torch.float32)
+    _require_index(layout, index)
     problem = _problem(layout, index.col_ptr, activations)
     problem.row_ptr, problem.columns, problem.source = map(_pointer, index[1:])
     problem.columns_narrow = index.columns.dtype == torch.int16
@@ -270,23 +270,23 @@ def _column_dtype(layout: Layout) -> torch.dtype:
     return torch.int16 if layout.shape[1] // layout.unit[1] <= 2**16 else torch.int32
 
 
-def _checked_indices(layout: Layout) -> Tensor:
+def _validated_indices(layout: Layout) -> Tensor:
     indices = layout.indices
-    _check("indices", indices, (indices.numel(),), indices.dtype)
+    _require("indices", indices, (indices.numel(),), indices.dtype)
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"unit indices must be int32 or int64, not {indices.dtype}")
     return indices
 
 
-def _check_index(layout: Layout, index: Index) -> None:
+def _require_index(layout: Layout, index: Index) -> None:
     kept = (_in_row_order(layout),)
-    _check("column starts", index.col_ptr, (layout.shape[1] // layout.unit[1] + 1,), torch.int32)
-    _check("row starts", index.row_ptr, (layout.grid_rows + 1,), torch.int32)
-    _check("columns", index.columns, kept, _column_dtype(layout))
-    _check("sources", index.source, kept, torch.int32)
+    _require("column starts", index.col_ptr, (layout.shape[1] // layout.unit[1] + 1,), torch.int32)
+    _require("row starts", index.row_ptr, (layout.grid_rows + 1,), torch.int32)
+    _require("columns", index.columns, kept, _column_dtype(layout))
+    _require("sources", index.source, kept, torch.int32)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Raises ValueError for a tensor that the library would misread."""
     if tensor.shape == shape and (dtype is None or tensor.dtype is dtype) and tensor.is_cpu and tensor.is_contiguous():
         return

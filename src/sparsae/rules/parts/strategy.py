@@ -37,7 +37,7 @@ _LARGEST_FITNESS = 3.0
 _RECENT = 2  # times a trial and its reach: with a shorter running mean trials would be held against themselves
 
 
-def _checked_range(ends: Any) -> Any:
+def _validated_range(ends: Any) -> Any:
     numbers = ends if isinstance(ends, list | tuple) else ()
     plain = [end for end in numbers if isinstance(end, int | float) and not isinstance(end, bool)]
     if len(plain) != 2 or len(numbers) != 2 or not 0 <= plain[0] < plain[1] < math.inf:
@@ -45,7 +45,7 @@ def _checked_range(ends: Any) -> Any:
     return ends
 
 
-Range = Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_checked_range)]
+Range = Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_validated_range)]
 
 
 class StrategyConfig(Section):
