@@ -1,26 +1,19 @@
-"""A GPT-2 that the Hugging Face Trainer trains sparse from the first step: `python examples/hf_trainer.py`.
+"""A GPT-2 that the Trainer of transformers trains sparse from the first step: `python examples/hf_trainer.py`.
 
-One callback is all that the Trainer needs: `attach` hangs the Sparsifier on the optimizer's own step. Wants
-`pip install accelerate`, as every Trainer does.
+`sparsify` comes before the Trainer, and one callback into it. SparsaeTrainer, a Trainer, lets the teacher have its part
+in the loss. Stopped at half and resumed, training ends as if it had not been stopped, bit for bit. Wants
+`pip install accelerate`, as every Trainer does; docs/trainers.md tells the rest.
 """
 
 import tempfile
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from sparsae import AdamW, Sparsifier, SparsifierConfig, densify, parameter_groups, sparsify
+from sparsae import AdamW, parameter_groups, sparsify
+from sparsae.config import TeacherConfig
+from sparsae.integrations.transformers import SparsaeCallback, SparsaeTrainer
 
 STEPS = 60
 
@@ -36,54 +29,42 @@ class Counting(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-class Sparse(TrainerCallback):
-    """Moves connections in the optimizer's step, and prints what each update did."""
-
-    sparsifier: Sparsifier
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model, optimizer, **_
-    ) -> None:
-        config = SparsifierConfig(steps=state.max_steps)
-        self.sparsifier = Sparsifier(model, optimizer, config).attach(
-            on_update=lambda update: print(f"{update.row['swaps']} connections replaced")
-        )
-
-    def on_train_end(self, *_: object, **__: object) -> None:
-        self.sparsifier.close()
-
-
-def main() -> None:
-    torch.manual_seed(0)
+def training(folder: str) -> SparsaeTrainer:
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 16, "vocab_size": 64}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     sparsify(model, sparsity=0.9)
-    # The optimizer is made of the sparse parameters: moments exist for connections only.
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=32,
+        save_steps=STEPS // 2,
+        logging_steps=20,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callback = SparsaeCallback(
+        teacher=TeacherConfig(beta=0.9, alpha=0.1),
+        on_update=lambda update: print(f"{update.row['swaps']} connections replaced"),
+    )
+    # Without `optimizers` the Trainer makes its own. This one also counts steps for each weight.
     optimizer = AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-2)
-    with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
-            output_dir=out,
-            max_steps=STEPS,
-            per_device_train_batch_size=32,
-            save_strategy="no",  # a checkpoint of the Trainer's knows nothing of the Sparsifier
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        callback = Sparse()
-        trainer = Trainer(
-            model, arguments, train_dataset=Counting(), optimizers=(optimizer, None), callbacks=[callback]
-        )
-        loss = trainer.train().training_loss
-        print(f"{callback.sparsifier.nnz:,} connections, mean loss {loss:.3f}")
+    return SparsaeTrainer(
+        model, arguments, train_dataset=Counting(), optimizers=(optimizer, None), callbacks=[callback]
+    )
 
-        dense = densify(model).eval()  # zeros where there is no connection: whatever knows transformers loads it
-        dense.save_pretrained(Path(out) / "model")
-        loaded = AutoModelForCausalLM.from_pretrained(Path(out) / "model")
-        tokens = torch.arange(8)[None]
-        with torch.no_grad():
-            print("counts on with", loaded(tokens).logits[0, -1].argmax().item())
-            assert torch.allclose(loaded(tokens).logits, dense(tokens).logits, atol=1e-5)
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = training(folder)
+        trainer.train()
+        resumed = training(folder)
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}")
+    model, again = trainer.model.eval(), resumed.model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+    print(f"stopped at step {STEPS // 2} and resumed: the same {len(again)} tensors, bit for bit")
+    with torch.no_grad():
+        print("counts on with", model(torch.arange(8)[None]).logits[0, -1].argmax().item())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What the output of each must hold.
 SAYS = {
+    "accelerate_loop": r"1,638 connections, \d+ updates of the topology, loss 0.*\nstopped at epoch 10 .*bit for bit",
     "export": r"9\d% of a layer is zero; files: .*model\.safetensors.*topology\.safetensors",
-    "hf_trainer": r"(\d+ connections replaced\n)+(.*\n)*9,830 connections, mean loss .*\n(.*\n)*counts on with 8",
+    "hf_trainer": r"(\d+ connections replaced\n)+(.*\n)*stopped at step 30 .*bit for bit\n(.*\n)*counts on with 8",
+    "lightning_trainer": r"3,277 connections, \d+ updates(.*\n)*stopped at epoch 10 .*bit for bit\n(9[5-9]|100)%",
     "own_loop": r"replaced, loss(.*\n)*3,277 connections; (9[5-9]|100)% of new points are right",
     "own_observer": r"^best validation loss \d\.\d{4} at step \d+\n$",
     "own_rule": r"temperature 0\.0: \d\d+ .*\ntemperature 0\.5: \d\d+ connections moved",

@@ -89,7 +89,7 @@ def test_the_compiled_module_has_a_teacher_of_its_own(tmp_path: Path) -> None:
 
     callback = SparsaeCallback(topology=SetConfig(every=6), teacher=TeacherConfig(warmup_fraction=0.0))
     module = Whole()
-    trainer = fit(tmp_path, callback, torch.compile(module, backend="eager"), max_epochs=1)
+    trainer = fit(tmp_path, callback, torch.compile(module, backend="eager"), max_steps=3, log_every_n_steps=1)
     assert callback.sparsifier.teacher.model is not module
     assert trainer.logged_metrics["sparsae/distillation"] > 0
 
