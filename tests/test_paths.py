@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsae.config.load import resolve, with_absolute_paths
-from sparsae.data.corpus import cache_root
+from sparsae.data.entry import cache_root
 from sparsae.data.sources import documents
 from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError

@@ -14,7 +14,9 @@ from safetensors.numpy import save_file
 
 from sparsae.config.schema import DataConfig
 from sparsae.data import corpus as corpora
-from sparsae.data.corpus import cache_root, open_corpus, prepare, tokenize_text
+from sparsae.data import prepare
+from sparsae.data.corpus import open_corpus, tokenize_text
+from sparsae.data.entry import cache_root
 from sparsae.data.tokenizer import train_tokenizer
 from sparsae.errors import InputError
 
@@ -74,7 +76,7 @@ def test_the_second_time_it_is_found(config, monkeypatch):
     first = prepare(config, lambda stage, done, total: stages.append((stage, done, total)))
     assert ("tokenize", 30, 30) in stages
     assert list(dict.fromkeys(stage for stage, *_ in stages)) == ["read", "tokenizer", "tokenize"]
-    monkeypatch.setattr(corpora, "_make", None)
+    monkeypatch.setattr(corpora, "make_entry", None)
     second = prepare(config)
     assert second.manifest == first.manifest
     assert np.array_equal(second.train[:], first.train[:])

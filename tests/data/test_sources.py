@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsae.data import readers
-from sparsae.data.corpus import cache_root
+from sparsae.data.entry import cache_root
 from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError
@@ -127,7 +127,7 @@ def test_a_text_that_is_too_long_is_named(tmp_path, monkeypatch):
 PEAK = """
 import resource, sys
 from sparsae.data import readers
-from sparsae.data.corpus import cache_root
+from sparsae.data.entry import cache_root
 from sparsae.data.sources import documents
 from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError
@@ -202,7 +202,16 @@ def test_bad_files_are_named(tmp_path, name, content, expected):
 
 
 def test_what_does_not_exist_is_refused_before_anything_is_read(tmp_path):
-    for source in (str(tmp_path / "absent.txt"), str(tmp_path / "*.txt"), "", "hf:", "hf:a:b:c:d", str(tmp_path)):
+    for source in (
+        str(tmp_path / "absent.txt"),
+        str(tmp_path / "*.txt"),
+        "",
+        "hf:",
+        "hf:a:b:c:d",
+        "hf:a@",
+        "hf:@b",
+        str(tmp_path),
+    ):
         with pytest.raises(InputError):
             documents(source)
     write(tmp_path / "a.csv", "x")
@@ -233,11 +242,12 @@ def test_a_remote_dataset_is_streamed(monkeypatch):
 
     fake_datasets(monkeypatch, load)
     assert list(documents("hf:org/name", max_documents=2)) == TEXTS[:2]
-    assert list(documents("hf:org/name:config:test")) == TEXTS
+    assert list(documents("hf:org/name@v1.2:config:test")) == TEXTS
     assert asked == [
-        (("org/name", None), {"split": "train", "streaming": True}),
-        (("org/name", "config"), {"split": "test", "streaming": True}),
+        (("org/name", None), {"revision": None, "split": "train", "streaming": True}),
+        (("org/name", "config"), {"revision": "v1.2", "split": "test", "streaming": True}),
     ]
+    assert fingerprint("hf:org/name@v1.2") != fingerprint("hf:org/name")
     assert "hf:org/name: row 1: no field 'body'" in refusal("hf:org/name", "body")
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
 from sparsae.config.narrow import narrowed, refuse_huge
 from sparsae.config.rules import RuleConfig, TermConfig
-from sparsae.config.schema import Config, ModelConfig
+from sparsae.config.schema import STDLIB, Config, ModelConfig
 from sparsae.config.section import Section
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.errors import InputError, require_utf8
@@ -161,17 +161,28 @@ def resolve(
 def with_absolute_paths(config: Config) -> Config:
     """The same settings wherever they are read from: a run can be resumed from any directory."""
     data = config.data
-    paths = {"source": data.source, "validation_source": data.validation_source, "tokenizer": data.tokenizer}
-    paths["cache"] = data.cache
-    keep = ("stdlib", "train")
-    absolute = {
-        key: os.path.abspath(expanded(path))
-        for key, path in paths.items()
-        if path is not None and path not in keep and not path.startswith("hf:")
+    found: Tree = {
+        key: None if path is None else _absolute(path, f"data.{key}")
+        for key in ("source", "validation_source", "tokenizer", "cache")
+        for path in [getattr(data, key)]
     }
-    for key, path in absolute.items():
-        require_utf8(f"data.{key}", path)
-    return config.model_copy(update={"data": data.model_copy(update=absolute)})
+    found["sources"] = [
+        each.model_copy(update={"source": _absolute(each.source, "data.sources")}) for each in data.sources
+    ]
+    return config.model_copy(update={"data": data.model_copy(update=found)})
+
+
+def _absolute(path: str, key: str) -> str:
+    """A path as it is from anywhere; what is no path as it is. A local folder may stand where the Hub's name does."""
+    if path in (STDLIB, "train"):
+        return path
+    prefix, folder = ("hf:", path.removeprefix("hf:")) if path.startswith("hf:") else ("", path)
+    folder = expanded(folder)
+    if prefix and not os.path.isdir(folder.partition(":")[0]):
+        return path
+    absolute = prefix + os.path.abspath(folder)
+    require_utf8(key, absolute)
+    return absolute
 
 
 class _Layers:

@@ -22,6 +22,7 @@ from sparsae.registry import method_named
 
 DECAY = 0.2  # share of a run over which wsd falls
 LAST_RATE = 0.1
+STDLIB = "stdlib"
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
 
@@ -65,12 +66,25 @@ class ModelConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """One of several texts."""
+
+    source: Text = Field(description="as data.source")
+    weight: Positive = Field(default=1.0, description="its part of the training sequences, in terms of the others'")
+    text_field: Text | None = Field(default=None, description="as data.text_field; null: that one")
+
+
 class DataConfig(Section):
     """The text, the tokenizer and where their prepared form is kept."""
 
     source: Text = Field(
-        default="stdlib",
-        description="stdlib (Python's own source), path or glob of .txt/.py/.md/.jsonl[.xz|.gz|.zst]/.parquet, hf:NAME",
+        default=STDLIB,
+        description="stdlib (Python's own source), path or glob of .txt/.py/.md/.jsonl[.xz|.gz|.zst]/.parquet, "
+        "hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
+    )
+    sources: list[SourceConfig] = Field(
+        default=[],
+        description="several texts in place of source, by weight: [{source: a.jsonl, weight: 3}, {source: hf:NAME}]",
     )
     validation_source: Text | None = Field(default=None, description="validation text; null: a share of source")
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
@@ -88,6 +102,20 @@ class DataConfig(Section):
     cache: Text | None = Field(
         default=None, description="where prepared data is kept; null: $SPARSAE_CACHE or ~/.cache/sparsae"
     )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        names = [each.source for each in self.sources]
+        if names and self.source != STDLIB:
+            raise ValueError(f"source {self.source} is given beside sources: put it there, with its weight")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"sources has {twice} twice: give it once, with the sum of the weights")
+        return self
+
+    @property
+    def texts(self) -> tuple[SourceConfig, ...]:
+        """What there is to train on; one text alone has the weight 1."""
+        return tuple(self.sources) or (SourceConfig(source=self.source, text_field=self.text_field),)
 
 
 class SparsityConfig(Section):

@@ -1,7 +1,9 @@
 """From text to batches: sources, tokenizer, prepared shards, windows."""
 
 from sparsae.data.batches import Batches, evenly_spaced, left_over
-from sparsae.data.corpus import Corpus, Progress, prepare, tokenize_text
+from sparsae.data.corpus import Corpus, Progress, tokenize_text
+from sparsae.data.mixture import Mixture
+from sparsae.data.prepare import prepare
 from sparsae.data.sources import documents
 from sparsae.data.tokenizer import Tokenizer, load_tokenizer
 from sparsae.data.unigram import unigram_perplexity
@@ -9,6 +11,7 @@ from sparsae.data.unigram import unigram_perplexity
 __all__ = [
     "Batches",
     "Corpus",
+    "Mixture",
     "Progress",
     "Tokenizer",
     "documents",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from sparsae.core.randomness import generator
+from sparsae.data.mixture import Mixture, turn_of
 from sparsae.data.shards import TokenSequence
 from sparsae.errors import InputError
 
@@ -31,39 +32,48 @@ class Batches:
 
     An epoch visits every window of `context` + 1 tokens once, over all ranks together, in an order of its own drawn
     from (seed, epoch). One rank with batches of R x B sequences reads at each step what R ranks with B read.
+    Of a mixture, each part has epochs of its own, and the turns that its share gives it.
     Raises InputError where `tokens` does not hold one window, and where a batch would repeat a text over and over.
     """
 
     def __init__(
-        self, tokens: TokenSequence, context: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
+        self, tokens: TokenSequence | Mixture, context: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
     ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is not one of {ranks}")
-        self.windows = window_count(tokens, context)
+        self._mixture = Mixture.of(tokens)
+        self._counts = [window_count(part, context) for part in self._mixture.parts]
+        self.windows = sum(self._counts)
         if batch_size > (most := max(_FEW_WINDOWS, 16 * self.windows)):
             raise InputError(
                 f"training.batch_size {batch_size}: the text has {self.windows:,} sequences of context {context}: "
                 f"give at most {most:,}"
             )
-        self._tokens, self._context, self._batch_size = tokens, context, batch_size
+        self._context, self._batch_size = context, batch_size
         self._seed, self._rank, self._ranks = seed, rank, ranks
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._orders: list[dict[int, npt.NDArray[np.int64]]] = [{} for _ in self._counts]
 
     def at(self, step: int) -> torch.Tensor:
         """The batch of optimizer or accumulation step `step` >= 0: int64 (batch_size, context + 1)."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         first = (step * self._ranks + self._rank) * self._batch_size
-        places = (divmod(first + i, self.windows) for i in range(self._batch_size))
-        return _stack(self._tokens, self._context, [int(self._order(epoch)[place]) for epoch, place in places])
+        return torch.from_numpy(np.stack([self._window(place) for place in range(first, first + self._batch_size)]))
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # A batch may reach into the next epoch: two orders are kept.
-                del self._orders[next(iter(self._orders))]
-            shuffled = torch.randperm(self.windows, generator=generator(self._seed, "batches", epoch), device="cpu")
-            self._orders[epoch] = shuffled.numpy()
-        return self._orders[epoch]
+    def _window(self, place: int) -> npt.NDArray[np.int64]:
+        part, turns = turn_of(self._mixture.shares, place)
+        epoch, index = divmod(turns, self._counts[part])
+        return _read(self._mixture.parts[part], self._context, int(self._order(part, epoch)[index]))
+
+    def _order(self, part: int, epoch: int) -> npt.NDArray[np.int64]:
+        orders = self._orders[part]
+        if epoch not in orders:
+            while len(orders) > 1:  # A batch may reach into the next epoch: two orders are kept.
+                del orders[next(iter(orders))]
+            purpose = (epoch, part) if part else (epoch,)  # the first part reads what it reads alone
+            rng = generator(self._seed, "batches", *purpose)
+            orders[epoch] = torch.randperm(self._counts[part], generator=rng, device="cpu").numpy()
+        return orders[epoch]
 
 
 def evenly_spaced(tokens: TokenSequence, context: int, count: int) -> torch.Tensor:
@@ -94,5 +104,8 @@ def _spread(windows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]
 
 
 def _stack(tokens: TokenSequence, context: int, windows: Iterable[int]) -> torch.Tensor:
-    parts = [np.asarray(tokens[w * context : (w + 1) * context + 1], dtype=np.int64) for w in windows]
-    return torch.from_numpy(np.stack(parts))
+    return torch.from_numpy(np.stack([_read(tokens, context, window) for window in windows]))
+
+
+def _read(tokens: TokenSequence, context: int, window: int) -> npt.NDArray[np.int64]:
+    return np.asarray(tokens[window * context : (window + 1) * context + 1], dtype=np.int64)

@@ -14,14 +14,11 @@ first one's result. An entry whose files do not match their digests is made anew
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -29,13 +26,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from sparsae.config.schema import DataConfig
-from sparsae.data.entry import hold, publish, remove_abandoned
-from sparsae.data.shards import ShardedTokens, ShardWriter, digest, map_shards, token_dtype
+from sparsae.data.entry import entry_of, make_entry, read_whole, seal
+from sparsae.data.mixture import Mixture
+from sparsae.data.shards import ShardWriter, TokenSequence, map_shards, token_dtype
 from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.splits import Part, split_documents
 from sparsae.data.tokenizer import TRAINING_BYTES, Tokenizer, load_tokenizer, pieces, train_tokenizer
 from sparsae.errors import InputError
-from sparsae.files import expanded, open_as_directory, read_sealed, write_sealed
+from sparsae.files import expanded, open_as_directory
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (stage, done, total): `read` and `tokenizer` count bytes, `tokenize` documents; total may be None.
@@ -53,8 +51,8 @@ class Corpus:
     directory: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
-    train: ShardedTokens
-    validation: ShardedTokens
+    train: TokenSequence | Mixture
+    validation: TokenSequence
     train_counts: npt.NDArray[np.int64]
 
     @property
@@ -80,7 +78,8 @@ class Corpus:
         parts = [f"{whole:,} whole document{'s' if whole > 1 else ''}"] if whole else []
         parts += ["the end of a long document" if cut == 1 else f"the ends of {cut:,} long documents"] if cut else []
         share = validation["tokens"] / (validation["tokens"] + train["tokens"])
-        return f"held out: {validation['tokens']:,} tokens, {100 * share:.2g} % of all: {' and '.join(parts)}"
+        read = f"; {self.validation_tokens:,} are read" if self.validation_tokens < validation["tokens"] else ""
+        return f"held out: {validation['tokens']:,} tokens, {100 * share:.2g} % of all: {' and '.join(parts)}{read}"
 
     @property
     def validation_bytes(self) -> int:
@@ -88,39 +87,31 @@ class Corpus:
         return int(self.manifest["splits"]["validation"]["bytes"])
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
-    """The corpus that `config` describes, from the cache or made now.
-
-    `max_documents` holds for each of the two sources. A source that is prepared text is taken as it is. Raises
-    InputError for a source or a tokenizer that cannot be read, for too little text, for a cache that cannot be written,
-    and for prepared text beside settings that would prepare it otherwise.
-    """
-    report = progress or _silent
+def prepare_source(config: DataConfig, progress: Progress | None = None) -> Corpus:
+    """The corpus of `config.source`, from the cache or made now; errors as `prepare.prepare` has them."""
+    report = progress or silent
     if is_prepared(config.source):
         return _as_prepared(config)
     given = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     made_from = _made_from(config, given)
-    root = cache_root(config.cache)
-    directory = root / sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
-    found = open_corpus(directory)
-    if found is not None:
+    directory = entry_of(config.cache, made_from)
+    if (found := open_corpus(directory)) is not None:
         return found
-    try:
-        return _make(directory, config, given, made_from, report)
-    except (OSError, SafetensorError) as error:
-        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
-        raise InputError(
-            f"{where or root}: prepared data cannot be written: {why or error}; "
-            "set data.cache or SPARSAE_CACHE to a directory that can"
-        ) from None
+    make_entry(
+        directory,
+        lambda unfinished: _write_entry(unfinished, config, given, made_from, report),
+        lambda path: open_corpus(path) is not None,
+    )
+    corpus = open_corpus(directory)
+    if corpus is None:
+        raise InputError(f"{directory}: prepared data was changed while it was written; start again")
+    return corpus
 
 
 def open_corpus(directory: Path) -> Corpus | None:
     """The finished entry in `directory`, or None where there is none or its files are not what was written."""
     try:
-        manifest = read_sealed(directory / "manifest.json")
-        if any(digest(directory / name) != expected for name, expected in manifest["files"].items()):
-            return None
+        manifest = read_whole(directory)
         dtype = np.dtype(manifest["dtype"])
         train, validation = (
             map_shards(directory, manifest["splits"][name]["shards"], dtype) for name in ("train", "validation")
@@ -150,14 +141,6 @@ def _as_prepared(config: DataConfig) -> Corpus:
     return found
 
 
-def cache_root(cache: str | None) -> Path:
-    """`cache`, else $SPARSAE_CACHE, else ~/.cache/sparsae. Raises InputError for what can be no path."""
-    path = expanded(cache or os.environ.get("SPARSAE_CACHE") or "~/.cache/sparsae")
-    if "\0" in path:
-        raise InputError(f"data.cache: {path!r} is no path; set data.cache or SPARSAE_CACHE to a directory")
-    return Path(path)
-
-
 def tokenize_text(
     source: str,
     tokenizer: Tokenizer,
@@ -177,7 +160,7 @@ def tokenize_text(
             f"the tokenizer has {tokenizer.vocab_size} entries, the model has {vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
-    report = progress or _silent
+    report = progress or silent
     total = expected_documents(source, max_documents)
     tokens: list[npt.NDArray[np.int64]] = []
     text_bytes = 0
@@ -192,38 +175,34 @@ def tokenize_text(
 
 def _made_from(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
     """Everything that the prepared form depends on; JSON."""
-    import tokenizers
-
-    trained = {"entries": config.tokenizer_vocab, "bytes": TRAINING_BYTES, "library": tokenizers.__version__}
-    held_out = config.validation_source
     return {
         "format": FORMAT,
+        **content_of(config),
+        "tokenizer": trained_as(config) if given is None else given.hash,
+    }
+
+
+def content_of(config: DataConfig) -> dict[str, Any]:
+    """The text that is meant, as far as it can be told without reading it; JSON."""
+    held_out = config.validation_source
+    return {
         "source": fingerprint(config.source),
         "validation": config.validation_share if held_out is None else fingerprint(held_out),
         "text_field": config.text_field,
         "max_documents": config.max_documents,
-        "tokenizer": trained if given is None else given.hash,
     }
 
 
-def _make(
-    directory: Path, config: DataConfig, given: Tokenizer | None, made_from: dict[str, Any], report: Progress
-) -> Corpus:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(directory.parent)
-    unfinished = directory.with_name(f"unfinished-{directory.name}-{os.getpid()}-{token_hex(4)}")
-    unfinished.mkdir()
-    held = hold(unfinished)
-    try:
-        _write_entry(unfinished, config, given, made_from, report)
-        publish(unfinished, directory, lambda path: open_corpus(path) is not None)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.close(held)
-    corpus = open_corpus(directory)
-    if corpus is None:
-        raise InputError(f"{directory}: prepared data was changed while it was written; start again")
-    return corpus
+def trained_as(config: DataConfig) -> dict[str, Any]:
+    """What a tokenizer that is trained here depends on beside the text; JSON."""
+    import tokenizers
+
+    return {"entries": config.tokenizer_vocab, "bytes": TRAINING_BYTES, "library": tokenizers.__version__}
+
+
+def training_texts(config: DataConfig, size: int, report: Progress) -> list[str]:
+    """The first texts to train on of `config.source`, so many bytes of them or, with the last text, more."""
+    return _first_texts(_split_texts(config, report), config, size, report)[0]
 
 
 def _write_entry(
@@ -232,7 +211,7 @@ def _write_entry(
     parts = _split_texts(config, report)
     tokenizer = given
     if tokenizer is None:
-        first, parts = _for_tokenizer(parts, config, report)
+        first, parts = _first_texts(parts, config, TRAINING_BYTES, report)
         size = min(TRAINING_BYTES, sum(len(text.encode()) for text in first))
         report("tokenizer", size, None)
         tokenizer = train_tokenizer(first, config.tokenizer_vocab, lambda: report("tokenizer", size, None))
@@ -255,13 +234,8 @@ def _write_entry(
         "dtype": dtype.str,
         "splits": {name: writer.summary() for name, writer in writers.items()},
         "cut_documents": ends,
-        "files": {
-            path.relative_to(directory).as_posix(): digest(path)
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        },
     }
-    write_sealed(directory / "manifest.json", manifest)
+    seal(directory, manifest)
 
 
 def _split_texts(config: DataConfig, report: Progress) -> Iterator[Part]:
@@ -272,17 +246,19 @@ def _split_texts(config: DataConfig, report: Progress) -> Iterator[Part]:
     return chain((Part("train", text) for text in texts), (Part("validation", text) for text in held_out))
 
 
-def _for_tokenizer(parts: Iterator[Part], config: DataConfig, report: Progress) -> tuple[list[str], Iterator[Part]]:
-    """The first training texts, `TRAINING_BYTES` of them, and all texts again from the start."""
+def _first_texts(
+    parts: Iterator[Part], config: DataConfig, size: int, report: Progress
+) -> tuple[list[str], Iterator[Part]]:
+    """The first training texts, `size` bytes of them, and all texts again from the start."""
     read: list[Part] = []
-    size = 0
+    found = 0
     for part in parts:
         read.append(part)
-        size += len(part.text.encode()) if part.side == "train" else 0
-        report("read", size, None)
-        if size >= TRAINING_BYTES:
+        found += len(part.text.encode()) if part.side == "train" else 0
+        report("read", found, None)
+        if found >= size:
             break
-    if not size:
+    if not found:
         raise InputError(f"{config.source}: no text to train on; give a source with text in it")
     return [part.text for part in read if part.side == "train"], chain(read, parts)
 
@@ -374,5 +350,5 @@ def _load_counts(path: Path) -> npt.NDArray[np.int64]:
     return load_file(path)["train"]
 
 
-def _silent(stage: str, done: int, total: int | None) -> None:
+def silent(stage: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""

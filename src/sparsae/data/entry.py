@@ -1,16 +1,92 @@
-"""Directories of the cache in the making: held by their maker, named when complete, removed if abandoned."""
+"""Directories of the cache: held by their maker, named when complete, removed if abandoned, whole or made anew.
+
+Each bears the hash of everything that its content depends on, and its manifest has a digest of every other file.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
+from safetensors import SafetensorError
+
+from sparsae.data.shards import digest
+from sparsae.errors import InputError
+from sparsae.files import expanded, read_sealed, write_sealed
+
+MANIFEST = "manifest.json"
 _YOUNG, _ABANDONED = 60.0, 24 * 3600.0  # seconds
+
+
+def cache_root(cache: str | None) -> Path:
+    """`cache`, else $SPARSAE_CACHE, else ~/.cache/sparsae. Raises InputError for what can be no path."""
+    path = expanded(cache or os.environ.get("SPARSAE_CACHE") or "~/.cache/sparsae")
+    if "\0" in path:
+        raise InputError(f"data.cache: {path!r} is no path; set data.cache or SPARSAE_CACHE to a directory")
+    return Path(path)
+
+
+def entry_of(cache: str | None, made_from: Mapping[str, Any]) -> Path:
+    """Where what is made from this (JSON) lies in the cache, or would lie."""
+    return cache_root(cache) / sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def make_entry(directory: Path, write: Callable[[Path], None], is_sound: Callable[[Path], bool]) -> None:
+    """Let `write` fill a directory, which then becomes this one. Raises InputError where it cannot be written."""
+    root = directory.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(root)
+        unfinished = directory.with_name(f"unfinished-{directory.name}-{os.getpid()}-{token_hex(4)}")
+        unfinished.mkdir()
+        held = hold(unfinished)
+        try:
+            write(unfinished)
+            publish(unfinished, directory, is_sound)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.close(held)
+    except (OSError, SafetensorError) as error:
+        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
+        raise InputError(
+            f"{where or root}: prepared data cannot be written: {why or error}; "
+            "set data.cache or SPARSAE_CACHE to a directory that can"
+        ) from None
+
+
+def seal(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, with a digest of every file that the directory has."""
+    files = {
+        path.relative_to(directory).as_posix(): digest(path) for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    write_sealed(directory / MANIFEST, {**manifest, "files": files})
+
+
+def read_whole(directory: Path) -> dict[str, Any]:
+    """The manifest; raises OSError or InputError where files are not what was written."""
+    manifest = read_sealed(directory / MANIFEST)
+    for name, expected in manifest["files"].items():
+        if digest(directory / name) != expected:
+            raise InputError(f"{directory / name}: damaged")
+    return manifest
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether there is an entry, and its files are what was written."""
+    try:
+        read_whole(directory)
+    except (OSError, InputError, KeyError, AttributeError):
+        return False
+    return True
 
 
 def publish(unfinished: Path, directory: Path, is_sound: Callable[[Path], bool]) -> None:

@@ -7,12 +7,14 @@ holds more than a document and a block of its file in memory, whatever the file 
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +102,27 @@ def parquet_rows(path: Path, text_field: str) -> Iterator[str]:
         raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
 
 
-def streamed_rows(name: str, configuration: str | None, split: str, text_field: str) -> Iterator[str]:
-    """The field `text_field` of the rows of a dataset on the Hugging Face Hub, streamed."""
-    source = f"hf:{name}"
+@dataclass(frozen=True)
+class Remote:
+    """A part of a dataset on the Hugging Face Hub, at a commit, tag or branch (None: the newest), or of a folder."""
+
+    name: str
+    configuration: str | None
+    split: str
+    revision: str | None = None
+
+
+def streamed_rows(remote: Remote, text_field: str) -> Iterator[str]:
+    """The field `text_field` of the rows of a dataset, streamed: the data is never held, on disk or in memory."""
+    source = f"hf:{remote.name}" + (f"@{remote.revision}" if remote.revision else "")
     try:
         import datasets
     except ImportError:
         raise InputError(f"{source}: reading it needs the library datasets: {_EXTRA}") from None
     try:
         with _quiet_hub():
-            rows = iter(datasets.load_dataset(name, configuration, split=split, streaming=True))
+            load = functools.partial(datasets.load_dataset, remote.name, remote.configuration, revision=remote.revision)
+            rows = iter(load(split=remote.split, streaming=True))
             number = 0
             while (row := next(rows, None)) is not None:
                 number += 1

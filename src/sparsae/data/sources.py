@@ -16,7 +16,8 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-from sparsae.data.readers import decoded, json_lines, parquet_rows, plain_text, streamed_rows
+from sparsae.config.schema import STDLIB
+from sparsae.data.readers import Remote, decoded, json_lines, parquet_rows, plain_text, streamed_rows
 from sparsae.errors import InputError
 from sparsae.files import expanded
 
@@ -29,23 +30,24 @@ _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 @dataclass(frozen=True)
 class Opened:
-    """A source whose name has been resolved: files, or (dataset, configuration, split) on the Hugging Face Hub."""
+    """A source whose name has been resolved: files, or a dataset in the form of the Hugging Face Hub's."""
 
     name: str
     root: Path
     files: tuple[Path, ...] = ()
-    remote: tuple[str, str | None, str] | None = None
+    remote: Remote | None = None
 
     @property
     def is_stdlib(self) -> bool:
-        return self.name == "stdlib"
+        return self.name == STDLIB
 
 
 def documents(source: str, text_field: str = "text", max_documents: int | None = None) -> Iterator[str]:
     """The documents of `source`, in an order that does not change, at most `max_documents` of them.
 
     `source` is `stdlib`; a file, a directory or a glob of .txt, .py, .md (a file is a document), .jsonl[.xz|.gz|.zst]
-    (a line is a document) and .parquet (a row is a document); or `hf:ORG/NAME[:CONFIG[:SPLIT]]`. A directory is read
+    (a line is a document) and .parquet (a row is a document); or `hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]`, where a
+    folder in the Hub's form may stand for its name. A directory is read
     with its subdirectories, hidden ones and files of other suffixes aside; a plain file of more than 16 MiB is several
     documents, cut where lines end. `text_field` names the field or column with the text of lines and rows; null there
     is no document. Raises InputError, at once for what does not exist and when it is reached for what cannot be read.
@@ -57,11 +59,12 @@ def documents(source: str, text_field: str = "text", max_documents: int | None =
 def fingerprint(source: str) -> dict[str, str | int]:
     """What identifies the present content of `source` without reading it: names, sizes and times of its files.
 
-    The standard library is told by Python's version and the sizes of its files; a remote dataset by its name alone,
-    so that what is kept of it stays in use when the Hub's copy changes. Raises InputError as `documents` does.
+    The standard library is told by Python's version and the sizes of its files; a dataset of the Hub by its name and
+    revision alone, so that what is kept of it stays in use when the Hub's copy changes. Raises InputError as
+    `documents` does.
     """
     opened = open_source(source)
-    if opened.remote is not None:
+    if opened.remote is not None and not opened.files:
         return {"source": source}
     digest = blake2b(sys.version.encode() if opened.is_stdlib else b"", digest_size=16)
     size = 0
@@ -87,7 +90,7 @@ def expected_documents(source: str, max_documents: int | None = None) -> int | N
 
 def open_source(source: str) -> Opened:
     """Resolve the name of a source; raises InputError where nothing readable bears it."""
-    if source == "stdlib":
+    if source == STDLIB:
         return _standard_library()
     if source.startswith("hf:"):
         return _remote(source)
@@ -115,7 +118,8 @@ def open_source(source: str) -> Opened:
 
 def _texts(opened: Opened, text_field: str) -> Iterator[str]:
     if opened.remote is not None:
-        yield from streamed_rows(*opened.remote, text_field)
+        yield from streamed_rows(opened.remote, text_field)
+        return
     for path in opened.files:
         if path.name.endswith(JSON_LINES):
             yield from json_lines(path, text_field)
@@ -140,15 +144,20 @@ def _standard_library() -> Opened:
     files = sorted(path for path in _walk(root, _NOT_STDLIB) if path.suffix == ".py")
     if not files:
         raise InputError(f"stdlib: {root} holds no .py file; this Python comes without its source, give another source")
-    return Opened("stdlib", root, tuple(files))
+    return Opened(STDLIB, root, tuple(files))
 
 
 def _remote(source: str) -> Opened:
-    name, *rest = source.removeprefix("hf:").split(":")
-    if not name or len(rest) > 2:
-        raise InputError(f"{source}: a Hugging Face dataset is given as hf:ORG/NAME, hf:ORG/NAME:CONFIG or ...:SPLIT")
+    place, *rest = source.removeprefix("hf:").split(":")
+    folder = Path(expanded(place))
+    is_folder = os.path.isdir(folder)
+    name, mark, revision = (os.fspath(folder), "", "") if place and is_folder else place.partition("@")
+    if not name or len(rest) > 2 or (mark and not revision):
+        raise InputError(f"{source}: a Hugging Face dataset is given as hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]")
     configuration, split = [*rest, "", ""][:2]
-    return Opened(source, Path(), remote=(name, configuration or None, split or "train"))
+    remote = Remote(name, configuration or None, split or "train", revision or None)
+    files = sorted(_walk(folder, set())) if is_folder else []
+    return Opened(source, folder, tuple(file.absolute() for file in files), remote)
 
 
 def _walk(root: Path, without: set[str]) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sparsae import __version__
-from sparsae.config.schema import Config
+from sparsae.config.schema import STDLIB, Config, SourceConfig
 from sparsae.evaluate.loading import LoadedRun
 from sparsae.families import FAMILIES
 from sparsae.nn.linear import SparseLinear
@@ -85,9 +85,9 @@ def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters
             what=sparse if layers else "All of them exist",
             version=__version__,
             facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            text=_named(config.data.source),
+            text="\n".join(map(_weighed, config.data.texts)) if config.data.sources else _named(config.data.source),
             measured=_measured(loaded, teacher),
-            prompt="def " if config.data.source == "stdlib" else "The ",
+            prompt="def " if config.data.texts[0].source == STDLIB else "The ",
             new_tokens=max(1, min(40, config.model.context - 4)),  # the prompt has four bytes, so at most four tokens
             storage=storage if layers else "",
         ).rstrip()
@@ -99,9 +99,13 @@ def _tokens(config: Config) -> int:
     return config.training.batch_size * config.training.accumulation * config.model.context
 
 
+def _weighed(text: SourceConfig) -> str:
+    return f"- weight {text.weight:g}: {_named(text.source)}"
+
+
 def _named(source: str) -> str:
     """The name of a source alone: where it lay is nobody's business."""
-    if source == "stdlib":
+    if source == STDLIB:
         return "The source code of Python's own standard library."
     if source.startswith("hf:"):
         return f"The dataset `{source.removeprefix('hf:')}` of the Hugging Face Hub."

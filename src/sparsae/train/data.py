@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsae.config.schema import Config
 from sparsae.data.batches import Batches
+from sparsae.data.mixture import Mixture
 from sparsae.data.shards import TokenSequence
 from sparsae.rules import build_rule
 from sparsae.train.micro_batch import MicroBatches
@@ -28,7 +29,7 @@ class TrainData:
     def of(
         cls,
         config: Config,
-        train: TokenSequence,
+        train: TokenSequence | Mixture,
         validation: Tensor,
         held_out: TokenSequence,
         device: torch.device,
