@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparsae.on_import import when_imported
+
 if TYPE_CHECKING:
     from sparsae.config.rules import RuleConfig as RuleConfig
     from sparsae.config.rules import TermConfig as TermConfig
@@ -70,6 +72,9 @@ if TYPE_CHECKING:
     from sparsae.search.sparsifier import Sparsifier as Sparsifier
 
 __version__ = "0.1.0"
+
+# `from_pretrained` then knows what `save_pretrained` writes of a sparse model.
+when_imported("transformers.modeling_utils", "sparsae.nn.stored.plug")
 
 _HOMES = {
     "AdamW": "sparsae.optim",

@@ -134,9 +134,9 @@ def read_json(path: Path) -> dict[str, Any]:
     InputError if it cannot be read, is something else, or has a seal and is not what was sealed.
     """
     value = _read_object(path)
-    seal = value.pop(SEAL, None)
-    if seal is not None and seal != _seal(value):
+    if SEAL in value and not is_whole(value):
         raise InputError(f"{path}: was changed since it was written; the file is damaged")
+    value.pop(SEAL, None)
     return value
 
 
@@ -154,7 +154,17 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 def sealed(value: Mapping[str, Any], indent: int | None = None) -> str:
     """A JSON object as text, with its seal at the end."""
-    return to_json({**value, SEAL: _seal(json.loads(to_json(value)))}, indent)
+    return to_json(with_seal(value), indent)
+
+
+def with_seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object and its seal."""
+    return {**value, SEAL: _seal(json.loads(to_json(value)))}
+
+
+def is_whole(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object has a seal, and is what was sealed."""
+    return bool(value.get(SEAL) == _seal({key: entry for key, entry in value.items() if key != SEAL}))
 
 
 def refuse_unwritable(option: str, file: str | None) -> None:

@@ -21,6 +21,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
 from sparsae.families import FAMILIES, Family
 from sparsae.nn.kinds.kind import KINDS
+from sparsae.nn.linear import SparseLinear
 from sparsae.parameterization import Parameterization, initial_value
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def scale_attention(model: nn.Module, parameterization: Parameterization) -> Non
 
 @torch.no_grad()
 def fold_attention_scale(model: nn.Module) -> None:
-    """Move the scale of attention into the queries of a dense model, in place: the same function at 1 / sqrt(d_head).
+    """Move the scale of attention into the queries of a model, in place: the same function at 1 / sqrt(d_head).
 
     What a configuration of transformers cannot say, its weights can: anything that loads them computes the same.
     """
@@ -142,22 +143,28 @@ def fold_attention_scale(model: nn.Module) -> None:
         factor = getattr(attention, "scaling", standard) / standard
         if factor == 1.0:
             continue
-        for part in _linear_in_queries(attention, family, model.config.num_attention_heads):  # type: ignore[union-attr,arg-type]
-            part *= factor
+        _multiply_queries(attention, family, model.config.num_attention_heads, factor)  # type: ignore[union-attr,arg-type]
         attention.scaling = standard
 
 
-def _linear_in_queries(attention: Any, family: Family, heads: int) -> Iterator[Tensor]:
-    """What queries are proportional to, all together: views of parameters of a dense attention."""
+def _multiply_queries(attention: Any, family: Family, heads: int, factor: float) -> None:
+    """By a factor, whatever queries are proportional to, all together."""
     if family.head_norms is not None:  # after which nothing is left of a factor on the projection
-        yield from getattr(attention, family.head_norms[0]).parameters()
+        for parameter in getattr(attention, family.head_norms[0]).parameters():
+            parameter *= factor
         return
     projection = getattr(attention, family.projections[0])
     # Where one layer gives queries, keys and values, the queries come first.
     queries = heads * attention.head_dim
-    yield KINDS.of(projection).split("weight", projection.weight)[""][:queries]
+    if isinstance(projection, SparseLinear):
+        topology, (b_out, b_in) = projection.topology, projection.unit
+        rows_NO = topology.rows[:, None] * b_out + torch.arange(b_out, device=topology.rows.device)
+        values = projection.values.view(-1, b_out, b_in)
+        values *= torch.where(rows_NO < queries, factor, 1.0)[:, :, None].to(values.dtype)
+    else:
+        KINDS.of(projection).split("weight", projection.weight)[""][:queries] *= factor
     if projection.bias is not None:
-        yield projection.bias[:queries]
+        projection.bias[:queries] *= factor
 
 
 def materialize(model: nn.Module, parameterization: Parameterization, seed: int, device: torch.device) -> None:

@@ -81,6 +81,7 @@ CASES: dict[str, list[str]] = {
     "generate run --prompt a --temperature inf": ["--temperature", "finite"],
     "export run": ["--to"],
     "export run --to folder": ["folder", "not empty"],
+    "export run --to new --format spars": ["--format", "sparse"],
     "info": ["RUN"],
     "info missing": ["missing", "no such directory"],
     "info folder": ["folder", "config.yaml"],

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import logging
-import pickle
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sparsae import InputError, SparseLinear, densify, sparsify
@@ -210,48 +206,6 @@ def test_private_state_of_a_sparse_layer_is_made_when_it_is() -> None:
     model.double()(torch.randn(4, 16, dtype=torch.float64))
     assert set(vars(model[0])) == names
     assert set(vars(densify(model)[0])) == set(vars(nn.Linear(1, 1)))  # type: ignore[index]
-
-
-def saved(model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
-    caplog.clear()
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
-    return [record.getMessage() for record in caplog.records if record.name.startswith("sparsae")]
-
-
-def through_pickle(model: nn.Module) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, through_pickle], ids=["itself", "deepcopy", "pickle"])
-def test_save_pretrained_says_what_will_happen(copied, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
-    caplog.set_level(logging.WARNING)
-    model = copied(sparsify(gpt2(), 0.5))
-    (message,) = saved(model, tmp_path, caplog)
-    assert "4 sparse layers with RANDOM weights" in message
-    assert "densify" in message
-    assert "\n" not in message
-    assert (tmp_path / "model.safetensors").is_file()
-    (message,) = saved(model.transformer, tmp_path / "part", caplog)
-    densify(model)
-    assert "save_pretrained" not in vars(model)
-    assert saved(model, tmp_path, caplog) == []
-    again = GPT2LMHeadModel.from_pretrained(tmp_path)
-    tokens = torch.arange(9)[None]
-    with torch.no_grad():
-        assert torch.equal(again.eval()(tokens).logits, model.eval()(tokens).logits)
-
-
-def test_a_copy_saves_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = sparsify(gpt2(), 0.5)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    saved(other, tmp_path, caplog)
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(tmp_path / "model.safetensors")
-    assert not any(t.any() for name, t in tensors.items() if not name.endswith("indices"))
 
 
 def test_a_model_is_gone_when_nobody_holds_it() -> None:

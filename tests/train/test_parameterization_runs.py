@@ -150,10 +150,11 @@ def test_training_evaluation_decoding_and_export_compute_the_same(
         assert isinstance(fast, FastDecoder)
         stepped = [fast.read(tokens[0, :5].tolist()), *(fast.step(t) for t in tokens[0, 5:].tolist())]
         torch.testing.assert_close(torch.stack(stepped), logits[0, 4:], rtol=1e-4, atol=1e-4)
-    export_run(tmp_path / "run", tmp_path / "exported")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(exported(tokens).logits, logits, rtol=1e-5, atol=1e-5)
+    for form in ("dense", "sparse"):
+        export_run(tmp_path / "run", tmp_path / form, form=form)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / form).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(exported(tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", [[], LLAMA], ids=["gpt2", "llama"])

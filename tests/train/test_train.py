@@ -255,6 +255,16 @@ def test_evaluate_generate_and_export_agree_with_the_run(
     assert all(torch.equal(topology[f"{name}.indices"], layer.indices) for name, layer in layers.items())
     with pytest.raises(InputError, match="is there already"):
         export_run(run, tmp_path / "exported")
+    export_run(run, tmp_path / "sparse", form="sparse")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    one, two = loaded.model.state_dict(), kept.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert kept.config.pad_token_id == exported_tokenizer.pad_token_id
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert "import sparsae" in card
+    assert f"{sum(p.numel() for p in exported.parameters()):,} weights" in card
+    assert not (tmp_path / "sparse" / "topology.safetensors").exists()
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")

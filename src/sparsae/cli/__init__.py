@@ -249,12 +249,20 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.", show_default=False)],
     teacher: Teacher = False,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="NAME", help="dense: anything loads it, zeros are stored; sparse: import sparsae first."
+        ),
+    ] = "dense",
 ) -> None:
-    """Write a run's model as a Hugging Face directory, with the topology beside it."""
+    """Write a run's model as a Hugging Face directory: dense, with the topology beside it, or sparse."""
+    if form not in ("dense", "sparse"):
+        raise InputError(f"--format: must be dense or sparse, not {form}")
     refuse_occupied(to)
     from sparsae.evaluate.export import export_run
 
-    export_run(run, to, teacher)
+    export_run(run, to, teacher, form)
     typer.echo(to)
 
 

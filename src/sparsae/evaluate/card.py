@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -10,7 +9,7 @@ from sparsae import __version__
 from sparsae.config.schema import STDLIB, Config, SourceConfig
 from sparsae.evaluate.loading import LoadedRun
 from sparsae.families import FAMILIES
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.linear import sparse_layers
 from sparsae.train.progress import readable_perplexity
 from sparsae.train.validation import perplexity
 
@@ -43,7 +42,7 @@ Nothing else was measured: neither what it knows nor what harm its text could do
 ## Loading
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -55,14 +54,24 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens})[0])
 """
 
 
-def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters: int, teacher: bool) -> str:
-    """The README.md of an export of the run's student or teacher, which has so many parameters as a dense model."""
-    config = loaded.config
+# By the form of an export.
+_STORAGE = {
+    "dense": "The zeros are stored and multiplied like any weight. `topology.safetensors` has the flat indices of the "
+    "active units of each sparse layer, for tools that can use them.",
+    "sparse": "Only weights that exist are stored, and multiplied: import `sparsae` before loading. Without it "
+    "transformers looks for a file that is not there, and stops.",
+}
+
+
+def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
+    """The README.md of an export of the run's student or teacher, whose model is still sparse, in a form."""
+    config, layers = loaded.config, sparse_layers(loaded.model)
+    is_sparse = bool(layers) and form == "sparse"
     active = sum(layer.topology.nnz for layer in layers.values())
+    others = "not there" if is_sparse else "zero"
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
-    sparse = (
-        f"{len(layers)} of its layers are sparse: {active:,} of their {weights:,} weights exist, the others are zero"
-    )
+    exist = f"{active:,} of their {weights:,} weights exist, the others are {others}"
+    sparse = f"{len(layers)} of its layers are sparse: {exist}"
     facts = {
         "architecture": f"{config.model.layers} blocks of width {config.model.width}, {config.model.heads} heads",
         "context": f"{config.model.context:,} tokens",
@@ -72,16 +81,12 @@ def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters
         "steps": f"{loaded.step:,} of {config.training.steps:,}, of {_tokens(config):,} tokens each",
         "seed": str(config.seed),
     }
-    storage = (
-        "The zeros are stored and multiplied like any weight. `topology.safetensors` has the flat indices of the "
-        "active units of each sparse layer, for tools that can use them."
-    )
     return (
         _CARD.format(
             tags="\n".join(f"- {tag}" for tag in ("sparsae", *(["sparse"] if layers else []))),
             name=loaded.run.path.resolve().name,
             family=FAMILIES[config.model.family].title,
-            parameters=parameters,
+            parameters=sum(parameter.numel() for parameter in loaded.model.parameters()) + weights - active,
             what=sparse if layers else "All of them exist",
             version=__version__,
             facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
@@ -89,7 +94,8 @@ def model_card(loaded: LoadedRun, layers: Mapping[str, SparseLinear], parameters
             measured=_measured(loaded, teacher),
             prompt="def " if config.data.texts[0].source == STDLIB else "The ",
             new_tokens=max(1, min(40, config.model.context - 4)),  # the prompt has four bytes, so at most four tokens
-            storage=storage if layers else "",
+            imports="import sparsae  # whose form of files this is\n" if is_sparse else "",
+            storage=_STORAGE[form] if layers else "",
         ).rstrip()
         + "\n"
     )

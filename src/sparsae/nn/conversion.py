@@ -46,7 +46,8 @@ class Maker:
         return SparseLinear(topology, values, backend=self.backend, kind=kind)
 
 
-def sparse_twin(name: str, module: nn.Module, make: Maker) -> nn.Module:
+def sparse_twin(name: str, module: nn.Module, make: Callable[[str, Tensor, Kind], SparseLinear]) -> nn.Module:
+    """What takes the place of a dense module; make: gives each of its layers, by name, dense matrix and kind."""
     kind, layers = KINDS.of(module), dict[str, SparseLinear]()
     for weight in kind.weights:
         parameter = parameter_of(module, weight)

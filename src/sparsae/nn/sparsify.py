@@ -40,7 +40,6 @@ from sparsae.nn.conversion import (
 from sparsae.nn.dense import strongest
 from sparsae.nn.limits import Limits
 from sparsae.nn.mlp import FusedMLP, recognized
-from sparsae.nn.saving import save_as_before, tell_when_saving
 from sparsae.nn.summary import forget, note
 from sparsae.optimizer_state import Successor, succession
 
@@ -125,14 +124,8 @@ def sparsify(
     succeed = _succession(
         optimizer, {k: s for name, twin in twins.items() for k, s in to_sparse(name, targets[name], twin)}
     )
-    _replace(model, [(module, twins[name]) for name, module in targets.items()])
+    put_in_place(model, targets, twins)
     succeed()
-    mlps = [
-        module
-        for name, module in model.named_modules()
-        if recognized(module) and not is_patched(module) and not name.endswith("_orig_mod")
-    ]
-    _replace(model, [(module, _fused(module)) for module in mlps])
     note(model, replace(choice, factors=factors))
     if cut := cut_short(shapes, sparsity, budget, unit, densities, factors):
         name = cut[0]
@@ -142,7 +135,6 @@ def sparsify(
             name,
             topologies[name].density,
         )
-    tell_when_saving(model)
     return model
 
 
@@ -185,8 +177,18 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     fused = [module for module in model.modules() if isinstance(module, FusedMLP)]
     _replace(model, [(module, _unfused(module)) for module in fused])
     forget(model)
-    save_as_before(model)
     return model
+
+
+def put_in_place(model: nn.Module, targets: Mapping[str, nn.Module], twins: Mapping[str, nn.Module]) -> None:
+    """The sparse twins of dense modules, by the same names, into the model; MLPs of sparse layers are fused."""
+    _replace(model, [(module, twins[name]) for name, module in targets.items()])
+    mlps = [
+        module
+        for name, module in model.named_modules()
+        if recognized(module) and not is_patched(module) and not name.endswith("_orig_mod")
+    ]
+    _replace(model, [(module, _fused(module)) for module in mlps])
 
 
 def validated_heads(

@@ -25,6 +25,8 @@ class DenseView(Tensor):
 
     _build: Callable[[], Tensor]
     _made_of: Tensor
+    # By this mark transformers knows what it need not initialize.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(
