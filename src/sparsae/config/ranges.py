@@ -56,6 +56,9 @@ class Range:
         return None if after == last else after
 
 
+NUMBERS = Range()  # all of them
+
+
 def _parts(annotation: Any) -> Iterator[Any]:
     """The types and the bounds that an annotation is made of."""
     if isinstance(annotation, FieldInfo):

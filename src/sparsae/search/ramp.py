@@ -2,7 +2,8 @@
 
 With a the age of a connection in steps, its own step included, it learns at min(1, a / ramp) of the rate. `AdamW`,
 which counts steps per weight, does so inside its step. What another optimizer did is undone in part: each value ends
-where `before + min(1, a / ramp) (after - before)` puts it, `before` being after a weight decay that is decoupled.
+where `before + min(1, a / ramp) (after - before)` puts it, `before` being after a weight decay that is decoupled
+(`decay.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 from sparsae.optim import AdamW, ramp_share
 from sparsae.optimizer_state import parts_of
+from sparsae.search.decay import Decay, decay_of, refuse_ahead
 from sparsae.surgery import Change
 
 _GROWN = 2**30  # the age of what no ramp, however long, concerns
@@ -26,14 +28,15 @@ _GROWN = 2**30  # the age of what no ramp, however long, concerns
 class Ramp:
     """A ramp over `steps` steps (0: none), of the first connections too or of grown ones alone.
 
-    ages: of the layers whose optimizer does not count, (count,) int32 of each unit.
+    ages: of the layers whose optimizer does not count, (count,) int32 of each unit. Raises InputError for an optimizer
+    of theirs that a ramp cannot hold back, or whose weight decay it would.
     """
 
     def __init__(
         self, steps: int, first: bool, layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
     ) -> None:
         self.steps, self._first, self._layers, self._optimizer = steps, first, layers, optimizer
-        self._before: dict[str, Tensor | None] = {}
+        self._before: dict[str, tuple[Tensor, Decay] | None] = {}
         counted = {id(p) for group in self._counting() for p in group["params"]}
         for group in self._counting():
             group["ramp"], group["ramp_first"] = steps, first
@@ -43,6 +46,9 @@ class Ramp:
             name: torch.full((layer.topology.count,), age, dtype=torch.int32, device=layer.values.device)
             for name, layer in others.items()
         }
+        for layer in others.values():
+            refuse_ahead(optimizer, layer.values)
+            decay_of(optimizer, layer.values)
 
     def last(self, steps: int) -> None:
         """From now on over so many steps, of a ramp that there is."""
@@ -57,19 +63,23 @@ class Ramp:
             values = self._layers[name].values
             if values.grad is not None:
                 is_young = int(age.min()) + 1 < self.steps
-                self._before[name] = values.detach().clone() if is_young else None
+                self._before[name] = None
+                if is_young:
+                    refuse_ahead(self._optimizer, values)
+                    self._before[name] = values.detach().clone(), decay_of(self._optimizer, values)
 
     def after_step(self) -> None:
         """After the optimizer's step, or after one that was skipped: nothing has moved then, and nothing ages."""
-        for name, before in self._before.items():
+        for name, seen in self._before.items():
             values = self._layers[name].values.data
-            if before is not None and torch.equal(before, values):
+            if seen is not None and torch.equal(seen[0], values):
                 continue
             self.ages[name] += 1
-            if before is None:
+            if seen is None:
                 continue
+            before, decay = seen
             share = ramp_share(self.ages[name], self.steps).to(values.dtype)
-            before *= 1.0 - self._decay(name)
+            before *= 1.0 - decay()
             values.copy_(torch.lerp(before, values, share.view(-1, *[1] * (values.dim() - 1))))
         self._before = {}
 
@@ -96,13 +106,3 @@ class Ramp:
         """The groups whose optimizer counts; looked up each time, since loading an optimizer's state replaces them."""
         own = (part for part in parts_of(self._optimizer) if isinstance(part, AdamW))
         return [group for part in own for group in part.param_groups if group["per_weight_step"]]
-
-    def _decay(self, name: str) -> float:
-        """The share of a layer's values that its optimizer's decoupled weight decay takes in a step."""
-        values = self._layers[name].values
-        for part in parts_of(self._optimizer):
-            for group in part.param_groups:
-                if any(p is values for p in group["params"]):
-                    is_decoupled = isinstance(part, AdamW) or group.get("decoupled_weight_decay", False)
-                    return float(group["lr"]) * float(group["weight_decay"]) if is_decoupled else 0.0
-        return 0.0

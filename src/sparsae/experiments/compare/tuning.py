@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparsae.config.ranges import Range
+from sparsae.config.ranges import NUMBERS, Range
 
 Point = Mapping[str, float]
 """Dotted settings and their values; what is not named is as the plan says."""
@@ -26,7 +26,7 @@ class Axis:
 
     setting: str
     values: tuple[float, ...]
-    range: Range = field(default_factory=Range)
+    range: Range = NUMBERS
 
 
 @dataclass
