@@ -1,7 +1,7 @@
 """A network that Lightning trains sparse from the first step: `python examples/lightning_trainer.py`.
 
-`sparsify` belongs into the module's `__init__`, one callback into the Trainer; `training_step` adds what the teacher has
-to say. Stopped at half and resumed, training ends as if it had not been stopped, bit for bit. Wants
+`sparsify` belongs into the module's `__init__`, one callback into the Trainer; `training_step` adds what the teacher
+says. Stopped at half and resumed, training ends as if it had not been stopped, bit for bit. Wants
 `pip install lightning`; docs/trainers.md tells the rest.
 """
 

@@ -8,6 +8,7 @@ affair: here are those that are known. A ramp on another that decays is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +36,7 @@ def decay_of(optimizer: Optimizer, values: Tensor) -> Decay:
                 continue
             known = next((_KNOWN[kind] for kind in map(_place, type(part).__mro__) if kind in _KNOWN), None)
             if known is not None:
-                return known(part, group, lambda part=part: part.state.get(values, {}))
+                return known(part, group, partial(_state_of, part, values))
             unknown = type(part).__name__ if float(group.get("weight_decay") or 0.0) else unknown
     if unknown:
         raise InputError(
@@ -43,6 +44,11 @@ def decay_of(optimizer: Optimizer, values: Tensor) -> Decay:
             "known: set weight_decay to 0 in the groups of sparse values, use AdamW, or set the rule's ramp to 0"
         )
     return lambda: 0.0
+
+
+def _state_of(part: Optimizer, values: Tensor) -> Mapping[str, Any]:
+    state: Mapping[str, Any] = part.state.get(values, {})
+    return state
 
 
 def refuse_ahead(optimizer: Optimizer, values: Tensor) -> None:
