@@ -3,7 +3,7 @@
     python benchmarks/teacher.py books/train-0.jsonl.xz books/valid.jsonl.xz --passes 1 8 32 --steps 1000 --seeds 1
 
 Each number of passes is a comparison by teacher.yaml over the beginning of TEXT that so many passes of the run's tokens
-read; tokenizer and held-out text are the same for all. What was stopped goes on by the same command. Other arguments
+read; tokenizer and held-out text are the same for all. What was stopped continues by the same command. Other arguments
 are those of `sparsae compare` (--seeds 1, --sparsities 0.9, --learning-rates ..., section.key=value). With 1,000
 steps a comparison of one seed is 12 runs of 7 TFLOP.
 """

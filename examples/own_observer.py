@@ -1,4 +1,4 @@
-"""An observer of your own, in one file: it sees every row of a run's metrics while the run goes on.
+"""An observer of your own, in one file: it sees every row of a run's metrics while the run trains.
 
 This one keeps the best validation so far in `best.json` beside the run's other files. A run takes it by name, and
 `python examples/own_observer.py` makes such a run:
@@ -23,7 +23,7 @@ class Best(Observer):
 
     def __init__(self, run: Path) -> None:
         self.file = run / "best.json"
-        # A run that was stopped goes on, and so does its observer, with what it wrote down.
+        # A run that was stopped is resumed, and so is its observer, with what it wrote down.
         self.loss = json.loads(self.file.read_text())["loss"] if self.file.exists() else math.inf
 
     def observe(self, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""Stop a training and go on as if it had never stopped, bit for bit: `python examples/resume.py`.
+"""Stop a training and resume it as if it had never stopped, bit for bit: `python examples/resume.py`.
 
 A checkpoint has three parts: model, optimizer and Sparsifier, which brings its teacher along. They are loaded in that
 order. (`sparsae train --resume RUN` does all this by itself, for runs of the program.)
@@ -32,7 +32,7 @@ class Training:
         return cls(model, optimizer, Sparsifier(model, optimizer, SparsifierConfig(steps=STEPS)))
 
     def run(self, until: int) -> None:
-        """Train up to a step. The data of a step is a function of the step, so that it can be gone on with."""
+        """Train up to a step. The data of a step is a function of the step, so that it can be resumed."""
         while self.sparsifier.step < until:
             x = torch.randn(64, 32, generator=torch.Generator().manual_seed(self.sparsifier.step))
             loss = (self.model(x) - x.roll(1, 1)).square().mean()
@@ -69,7 +69,7 @@ def main() -> None:
 
     ours, theirs = resumed.model.state_dict(), unbroken.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    print(f"stopped at step {STOP} and gone on to step {STEPS}: the same {len(theirs)} tensors, bit for bit")
+    print(f"stopped at step {STOP} and resumed to step {STEPS}: the same {len(theirs)} tensors, bit for bit")
 
 
 if __name__ == "__main__":

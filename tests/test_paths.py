@@ -30,7 +30,7 @@ def test_every_path_of_the_data_may_begin_with_one(tmp_path: Path, monkeypatch: 
     assert cache_root("${PLACE}/cache") == tmp_path / "cache"
     with pytest.raises(InputError, match=f"{tmp_path}/none: no such tokenizer"):
         load_tokenizer("${PLACE}/none")
-    # A run can be gone on with where the variable is not set any more.
+    # A run can be resumed where the variable is not set any more.
     keys = ("source", "validation_source", "tokenizer", "cache")
     data = with_absolute_paths(resolve(overrides=[f"data.{key}=${{PLACE}}/{key}" for key in keys])).data
     assert [getattr(data, key) for key in keys] == [str(tmp_path / key) for key in keys]

@@ -55,6 +55,53 @@ def test_a_page_can_be_written_of_all_results_that_lie_here(tmp_path: Path) -> N
         assert "</html>" in page.read_text("utf-8")
 
 
+# What is said otherwise everywhere, and how.
+DIALECT = {
+    "connections are dropped and grown": r"come and go|come(s?) and go\1|go(es)? and (which |what )?come"
+    r"|what (goes|went)( and| is|,|;|:|\.)|what (comes|came)( is|,|;|:|\.)|went and that came"
+    r"|\b(weights?|connections?|units?|gradients?|ones|w\|) (go|come|went|came)\b(?! (to|from|with|through|by|on|in)\b)"
+    r"|changed hands|other hands",
+    "a grown weight ramps up": r"newborns?|newcomers?|\binfan(cy|t)|\bat birth\b",
+    "`sparsae-written`": r"\bwritten method|method as (it was )?(first )?written",
+    "a run is resumed, or continues": r"gone on with|\brun goes on\b|\bgoes on (training|with)\b",
+    "a loop of your own": r"one's own loop",
+    "a method has hyphens": r"\b(dense_small|random_search)\b",
+}
+# Names where topologies change, of which the first of those words says little.
+NAMES = re.compile(r"^\s*(?:def )?(?:self\.)?(goes|comes|going|went|came|may_go|may_come)\b(?= ?[:=(,])", re.MULTILINE)
+SAYS = {"CHANGELOG.md", "tests/test_repository.py", "tests/golden.py", "tests/config/test_schema.py"}
+
+
+def prose_of(file: Path) -> str:
+    """A text whose sentences are unbroken, whatever lines they are wrapped into."""
+    return " ".join(re.sub(r"^\s*(#|//) ?|\"\n\s*f?\"", "", file.read_text("utf-8"), flags=re.MULTILINE).split())
+
+
+def worded() -> list[Path]:
+    """Everything in which words are chosen: code, tests, settings and pages."""
+    kinds = (".py", ".md", ".yaml", ".hpp", ".cpp")
+    return [file for file in tracked() if file.suffix in kinds and str(file.relative_to(ROOT)) not in SAYS]
+
+
+@pytest.mark.parametrize("rather", DIALECT)
+def test_one_word_is_used_for_one_thing(rather: str) -> None:
+    found = {
+        str(file.relative_to(ROOT)): words
+        for file in worded()
+        if (words := [match[0] for match in re.finditer(DIALECT[rather], prose_of(file), re.IGNORECASE)])
+    }
+    assert found == {}, f"rather: {rather}"
+
+
+def test_names_say_dropped_and_grown() -> None:
+    names = {
+        str(file.relative_to(ROOT)): words
+        for file in worded()
+        if file.is_relative_to(ROOT / "src" / "sparsae") and (words := NAMES.findall(file.read_text("utf-8")))
+    }
+    assert names == {}
+
+
 def test_plans_name_their_data_by_a_variable() -> None:
     plans = [
         file for file in tracked() if file.is_relative_to(ROOT / "benchmarks") or file.is_relative_to(ROOT / "docs")

@@ -34,7 +34,7 @@ def layers_of(topology: Topology, other: Topology, seed: int = 0) -> dict[str, S
 
 
 def random_swap(layers: dict[str, SparseLinear], seed: int) -> Swap:
-    """Units of the first layer go; as many come in either."""
+    """Units of the first layer are dropped; as many are grown in either."""
     rng = generator(seed, "swap")
     a, b = layers["a"].topology, layers["b"].topology
     room = min(a.units - a.count, b.units - b.count)

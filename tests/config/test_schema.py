@@ -114,7 +114,7 @@ def test_methods_with_underscores_of_an_earlier_version_are_read(tmp_path: Path)
         RULES.register("dense_small", type(now.topology))
 
 
-def test_the_written_methods_twin_differs_in_the_ramp_of_the_teacher_alone() -> None:
+def test_the_twin_of_sparsae_written_differs_in_the_ramp_of_the_teacher_alone() -> None:
     written, twin = (resolve(method=name).model_dump() for name in ("sparsae-written", "sparsae-written-ramp"))
     assert not written["teacher"]["ramp"]
     assert twin["teacher"]["ramp"]
@@ -152,7 +152,7 @@ def test_presets_have_the_sizes_they_are_named_for(preset: str, expected: tuple[
     assert (round(linear / 1e6, 1), round(embeddings / 1e6, 1)) == expected
 
 
-def test_the_written_method_has_its_written_defaults() -> None:
+def test_sparsae_written_has_the_defaults_of_its_text() -> None:
     config = resolve(None, None, "sparsae-written")
     search = config.topology
     assert isinstance(search, EvolutionConfig)

@@ -64,7 +64,7 @@ class TestAblations:
         assert untaught.teacher == TeacherConfig(**{**still.teacher.model_dump(), "enabled": False})
         assert untaught.topology == resolve(method=WRITTEN, overrides=["topology.every=7"]).topology
 
-    def test_the_command_compares_with_the_written_method(self, plan: Path, tmp_path: Path) -> None:
+    def test_the_command_compares_with_sparsae_written(self, plan: Path, tmp_path: Path) -> None:
         command = ["ablate", str(plan), "--method", WRITTEN, "--variants", "written,no-teacher"]
         assert main([*command, "--seeds", "2", "--match", "steps", "--out", str(tmp_path / "out")]) == 0
         found = results(tmp_path / "out")

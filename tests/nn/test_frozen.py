@@ -131,7 +131,7 @@ def test_layers_are_frozen_and_thawed_on_the_way(rule: str, caplog: pytest.LogCa
         assert sparsifier.nnz == nnz
         return {name for name, layer in sparse_layers(model).items() if not torch.equal(layer.indices, before[name])}
 
-    assert moved(11) == {"0", "2", "4"}  # the coming step has an update, which is prepared
+    assert moved(11) == {"0", "2", "4"}  # the next step has an update, which is prepared
     model[0].requires_grad_(False)
     assert moved(10) == {"2", "4"}
     model[0].requires_grad_(True)

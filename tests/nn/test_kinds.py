@@ -96,7 +96,7 @@ def test_a_module_becomes_sparse_and_is_itself_again(name: str) -> None:
         torch.testing.assert_close(compute(again), compute(twin[0]))  # type: ignore[index]
 
 
-# Dynamo looks at what it goes on with after the routing, whose sizes it does not know.
+# Dynamo looks at what it has after the routing, whose sizes it does not know.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_sparse_module_compiles_and_computes_under_autocast(name: str) -> None:

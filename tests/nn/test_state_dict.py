@@ -1,4 +1,4 @@
-"""What a checkpoint of somebody else's holds of a search: one mapping, which goes on bit for bit."""
+"""What a checkpoint of somebody else's holds of a search: one mapping, from which it continues bit for bit."""
 
 from __future__ import annotations
 

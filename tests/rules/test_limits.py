@@ -168,9 +168,9 @@ def test_pruning_keeps_one_partition_exactly(seed: int, share: float, fan: tuple
     view = LayerView(topology, torch.ones(150), (1, 240), (before,))
     n = round(share * 150)
     scores = torch.rand(150, generator=generator(seed, "scores"))
-    gone = pruned(view, scores, n)
-    assert gone.numel() == n
-    left = topology.replace(topology.indices[gone], topology.indices[:0])[0]
+    at = pruned(view, scores, n)
+    assert at.numel() == n
+    left = topology.replace(topology.indices[at], topology.indices[:0])[0]
     now, counts = before.at(left.count), before.counts(left.indices)
     started = before.counts(topology.indices)
     # A row that had too few to begin with keeps all; that may leave others more than they shall have.
@@ -189,7 +189,7 @@ def test_granet_regenerates_within_its_neurons() -> None:
         int((~after["0"].contains(before["0"].indices)).sum()) > before["0"].count - after["0"].count
         for before, after in itertools.pairwise(seen)
     ]
-    assert any(changed)  # more went than was pruned: others came
+    assert any(changed)  # more were dropped than pruned: others were grown
 
 
 def test_a_resumed_run_has_the_limits_that_it_began_with() -> None:

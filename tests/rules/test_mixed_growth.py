@@ -91,12 +91,12 @@ def test_shares_are_exact_and_the_rest_is_the_best(case: str, share: float, seed
             reverse=True,
         )
         best = {(name, unit) for _, name, unit in ranked[:by_gradient]}
-        came = {(name, unit) for name in names for unit in units[name].tolist()}
-        assert best <= came
+        taken = {(name, unit) for name in names for unit in units[name].tolist()}
+        assert best <= taken
         if share == 0.0:
-            assert best == came
+            assert best == taken
         # The last by gradient is followed, in their order, by as many as chance had taken of those before it.
-        others = came - best
+        others = taken - best
         assert len(others) == n - by_gradient == round(share * n)
 
 

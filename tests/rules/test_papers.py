@@ -83,24 +83,24 @@ def test_set_drops_the_smallest_and_grows_at_random(alpha: float) -> None:
 
 def test_rigl_drops_the_smallest_and_grows_the_largest_gradients() -> None:
     assert after_update(0, RiglConfig(every=1, drop_fraction=0.4)) == [
-        {0: 0.5, 3: 2.0, 5: 0.0},  # -0.1 goes, the gradient 9 comes
-        {0: 1.0, 2: 0.0, 3: -3.0},  # 0.2 goes, the gradient 4 comes
+        {0: 0.5, 3: 2.0, 5: 0.0},  # drops -0.1, grows the gradient 9
+        {0: 1.0, 2: 0.0, 3: -3.0},  # drops 0.2, grows the gradient 4
     ]
     assert after_update(0, RiglConfig(every=1, drop_fraction=0.7)) == [
-        {1: 0.0, 3: 2.0, 5: 0.0},  # -0.1 and 0.5 go, the gradients 9 and 3 come
-        # 0.2 and 1 go; of the gradients 4 (inactive), 0.2 and 0.2 (gone) the first of the equal ones comes back.
+        {1: 0.0, 3: 2.0, 5: 0.0},  # drops -0.1 and 0.5, grows the gradients 9 and 3
+        # Drops 0.2 and 1; of the gradients 4 (inactive), 0.2 and 0.2 (dropped) the first of the equal ones is grown.
         {0: 1.0, 2: 0.0, 3: -3.0},
     ]
 
 
 def test_in_rigl_a_dropped_weight_with_the_largest_gradient_never_leaves() -> None:
     assert after_update(1, RiglConfig(every=1, drop_fraction=0.4)) == [
-        W1,  # -0.1 goes, but has the gradient 9: it is still there, and still -0.1
+        W1,  # drops -0.1, which has the gradient 9: it is grown again, and still -0.1
         {0: 2.8, 2: 0.0, 3: -0.8},
     ]
     assert after_update(1, RiglConfig(every=1, drop_fraction=0.7)) == [
-        {2: 0.0, 3: 2.0, 4: -0.1},  # -0.1 and 0.5 go, the gradients 9 (-0.1 itself) and 6 come
-        {0: 2.8, 2: 0.0, 3: -0.8},  # -0.2 and -0.8 go, the gradients 4 and -4 (-0.8 itself) come
+        {2: 0.0, 3: 2.0, 4: -0.1},  # drops -0.1 and 0.5, grows the gradients 9 (-0.1 itself) and 6
+        {0: 2.8, 2: 0.0, 3: -0.8},  # drops -0.2 and -0.8, grows the gradients 4 and -4 (-0.8 itself)
     ]
 
 
@@ -110,12 +110,12 @@ def test_gse_grows_first_and_protects_what_has_grown() -> None:
         {0: 0.5, 3: 2.0, 5: 0.0},
         {0: 1.0, 2: 0.0, 3: -3.0},
     ]
-    # Unlike in RigL, what goes cannot come back: the largest gradient among the inactive is 6.
+    # Unlike in RigL, what is dropped cannot be grown again: the largest gradient among the inactive is 6.
     assert after_update(1, GseConfig(every=1, drop_fraction=0.4, scope="local"))[0] == {0: 0.5, 2: 0.0, 3: 2.0}
 
 
 def test_gse_compares_all_layers() -> None:
-    # floor(0.7 6) = 4: all inactive units come, and the smallest of all weights go: 0.1, 0.2, 0.5, 1.
+    # floor(0.7 6) = 4: all inactive units are grown, and the smallest of all weights dropped: 0.1, 0.2, 0.5, 1.
     assert after_update(0, GseConfig(every=1, drop_fraction=0.7)) == [
         {1: 0.0, 2: 0.0, 3: 2.0, 5: 0.0},
         {2: 0.0, 3: -3.0},
@@ -212,11 +212,11 @@ def test_pruning_by_hand() -> None:
 
 
 def test_granet_prunes_and_then_regenerates() -> None:
-    # Pruned over the model to 4 of 6: -0.1 and 0.2 go. Regenerated with r = 1/2: one of two left in each layer.
+    # Pruned over the model to 4 of 6: -0.1 and 0.2 are dropped. Regenerated with r = 1/2: one of two in each layer.
     rule = GranetConfig(start=0.0, stop=1e-6, every=1, regeneration=0.51)
     assert after_update(0, rule, sparsity=0.6) == [
-        {3: 2.0, 5: 0.0},  # then 0.5 goes too, and the gradient 9 comes
-        {2: 0.0, 3: -3.0},  # then 1 goes too, and the gradient 4 comes
+        {3: 2.0, 5: 0.0},  # then drops 0.5 too, and grows the gradient 9
+        {2: 0.0, 3: -3.0},  # then drops 1 too, and grows the gradient 4
     ]
     # In the second network what was just pruned from the first layer has the largest gradient, and stays.
     assert after_update(1, rule, sparsity=0.6)[0] == {3: 2.0, 4: -0.1}

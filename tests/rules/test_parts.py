@@ -112,7 +112,7 @@ def view_of(values: list[float], units: int, **fields: object) -> LayerView:
     return LayerView(topology, torch.tensor(values), (1, units), **fields)  # type: ignore[arg-type]
 
 
-def test_what_goes_may_come_back_and_is_then_no_change() -> None:
+def test_what_is_dropped_may_be_grown_again_and_is_then_no_change() -> None:
     view = view_of(
         [1.0, 2.0, 3.0],
         6,
@@ -121,7 +121,7 @@ def test_what_goes_may_come_back_and_is_then_no_change() -> None:
         active_gradient=torch.tensor([5.0, 1.0, 9.0]),
     )
     drop, grow = without_limits(view, torch.tensor([0, 1]), 2, largest_gradients(view))
-    # Of the gradients 5 and 1 (gone), 4 and 7 (inactive), 7 and 5 are the largest: unit 0 never left.
+    # Of the gradients 5 and 1 (dropped), 4 and 7 (inactive), 7 and 5 are the largest: unit 0 never left.
     assert (drop.tolist(), grow.tolist()) == ([1], [5])
     drop, grow = without_limits(view, torch.tensor([0, 1]), 1, largest_gradients(view))
     assert (drop.tolist(), grow.tolist()) == ([0, 1], [5])

@@ -66,7 +66,7 @@ def test_every_proposer_makes_a_swap_that_holds(unit: tuple[int, int], name: str
     swap = PROPOSERS[name](observation, count, Guidance(1.0), generator(seed))
     check_swap(observation, swap)
     assert swap.size <= count
-    if rate < 0.5 and name != "rigl":  # whose units may come back at once
+    if rate < 0.5 and name != "rigl":  # whose dropped units may be grown at once
         assert swap.size == count
 
 
@@ -103,7 +103,7 @@ def test_tempered_drops_follow_the_inverse_square_of_the_weight() -> None:
     )
     observation, rng = Observation({"a": view}, 0, 100), generator(5)
     drops = [int(PROPOSERS["guided"](observation, 1, Guidance(1.0), rng).drop["a"]) for _ in range(2000)]
-    # Odds 1 / w^2: the unit weight goes 4 times out of 5.
+    # Odds 1 / w^2: the unit weight is dropped 4 times out of 5.
     assert sum(d == 0 for d in drops) / 2000 == pytest.approx(0.8, abs=0.04)
 
 

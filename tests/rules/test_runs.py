@@ -109,7 +109,7 @@ def test_no_update_changes_the_count_or_hands_down_anything_stale(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_no_momentum_of_a_dropped_weight_revives_it(optimizer: str) -> None:
-    """A mask beside a dense momentum lets a dropped weight come back to where its momentum has moved it."""
+    """A mask beside a dense momentum lets a dropped weight return to where its momentum has moved it."""
     model = mlp()
     layers, made = sparse_layers(model), OPTIMIZERS[optimizer](model)
     layer = layers["0"]
@@ -147,7 +147,7 @@ def test_ties_break_the_same_way_every_time_and_by_index(name: str) -> None:
     first, second = run(), run()
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     if name in ("gmp", "magnitude-local"):
-        # The first of equals go, so the last of the full layers are left.
+        # The first of equals are dropped, so the last of the full layers are left.
         for indices, units in zip(first, (24 * 48, 48 * 24), strict=True):
             assert torch.equal(indices, torch.arange(units - indices.numel(), units, dtype=indices.dtype))
 

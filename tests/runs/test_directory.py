@@ -143,7 +143,7 @@ class TestMetrics:
                 writer.write({"step": step, "loss": 0.1})
             position = writer.position()
         kept = run.metrics.read_bytes()
-        with MetricsWriter(run.metrics) as writer:  # another process goes on
+        with MetricsWriter(run.metrics) as writer:  # another process resumes it
             assert writer.position() == position
         run.metrics.write_bytes(kept + after)
         run.check_metrics(position)

@@ -320,7 +320,7 @@ def test_an_optimizer_that_is_not_used_any_more_is_in_nobodys_way() -> None:
 
 @pytest.mark.parametrize("end", ["detach", "close"])
 def test_the_search_can_end_in_the_middle_of_a_step(end: str) -> None:
-    """torch goes through its hooks then."""
+    """torch calls its hooks then."""
     loop = Loop(rule="set")
     loop.sparsifier.detach()
     others: list[int] = []

@@ -351,7 +351,7 @@ def test_a_bump_pays_for_its_beginning_with_steps() -> None:
 @every_kind
 @pytest.mark.parametrize("name", ["rigl", "static", "sparsae-evolved"])
 def test_a_stopped_run_goes_on_to_the_last_bit(name: str, kind: str, text: Path, tmp_path: Path) -> None:
-    # A floor that holds in the middle: where the run goes on it must not be held against a quarter of that.
+    # A floor that holds in the middle: where the run is resumed it must not be held against a quarter of that.
     settings = [f"sparsity.schedule.kind={kind}", "sparsity.head_min_density=0.02", "teacher.enabled=true"]
     if name == "sparsae-evolved":
         settings += ["topology.every=2", "topology.window=2", "topology.window_every=1"]

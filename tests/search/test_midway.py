@@ -1,4 +1,4 @@
-"""Sparse in the middle of somebody's training, and dense again: the optimizer goes on with what stays."""
+"""Sparse in the middle of somebody's training, and dense again: the optimizer continues with what stays."""
 
 from __future__ import annotations
 

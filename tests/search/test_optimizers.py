@@ -228,7 +228,7 @@ def layer_of(count: int, unit: tuple[int, int]) -> SparseLinear:
 
 @given(st.integers(2, 60), st.integers(2, 60), st.sampled_from([(1, 1), (2, 4), (4, 4), (4, 2)]), st.integers(0, 2**20))
 def test_factored_states_follow_whatever_the_shapes(first: int, second: int, unit: tuple[int, int], seed: int) -> None:
-    """Rows, columns and means of blocks go along, in one layer or where the counts change; means over units stay.
+    """Rows, columns and means of blocks move along, in one layer or where the counts change; means over units stay.
 
     Where a layer has as many blocks as a block has sides, another layer tells; where none does, it is refused.
     """

@@ -51,7 +51,7 @@ def _model(seed: int, unit: tuple[int, int], dtype: torch.dtype, backend: str, s
     return sparsify(model, sparsity, unit=unit, backend=backend, seed=seed, budget="uniform")
 
 
-# Each takes (model, another model, a random generator) and gives the model to go on with.
+# Each takes (model, another model, a random generator) and gives the model to continue with.
 def _write(model: nn.Module, other: nn.Module, rng: torch.Generator) -> nn.Module:
     for mine, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         if mine.shape == theirs.shape:

@@ -1,4 +1,4 @@
-"""Hundreds of things that happen to runs: whatever it is, it is found, and every run can go on to the same end."""
+"""Hundreds of things that happen to runs: whatever it is, it is found, and every run can be resumed to the same end."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_cut_of_the_settings_is_found_or_without_effect(
 
 
 def finish(run: Path, config: Config) -> None:
-    """As a person would: go on with what is there, or begin."""
+    """As a person would: resume what is there, or begin."""
     if RunDirectory(run).begun():
         try:
             resume(run, quiet=True)

@@ -78,7 +78,7 @@ def seen(run: Path) -> list[Any]:
 
 
 def assert_found_or_without_effect(run: Path, told: str, before: list[Any], end: Path, steps: int) -> None:
-    """After damage: each command says what it said before or refuses, and what can be gone on with ends the same."""
+    """After damage: each command says what it said before or refuses, and what can be resumed ends the same."""
     for now, then in zip(seen(run), before, strict=True):
         if now != "refused":
             if isinstance(now, dict):

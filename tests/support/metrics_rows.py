@@ -78,7 +78,7 @@ def topology_rows(rng: np.random.Generator) -> Rows:
 
 
 def metric_rows() -> Rows:
-    """Rows of a run of the written method with every kind of gap."""
+    """Rows of a run of `sparsae-written` with every kind of gap."""
     rng = np.random.default_rng(3)
     rows = topology_rows(rng)
     for step in range(0, STEPS + 1, 24):

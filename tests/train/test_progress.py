@@ -1,4 +1,4 @@
-"""What a person sees while something goes on."""
+"""What a person sees while something is at work."""
 
 from __future__ import annotations
 

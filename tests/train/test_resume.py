@@ -1,4 +1,4 @@
-"""Whole runs on a small text that are stopped, damaged, wrong or gone on with."""
+"""Whole runs on a small text that are stopped, damaged, wrong or resumed."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_same_seed_same_metrics_and_resume_changes_nothing(
     extra = [] if method in ("static", "dense", "magnitude") else ["topology.every=3"]
     config = small(*extra, method=method)
     whole = start(config, tmp_path / "whole", quiet=True)
-    # A signal arrives in the middle of a step: the step ends, is saved, and the run goes on from there; for some
+    # A signal arrives in the middle of a step: the step ends, is saved, and the run continues from there; for some
     # methods after their last pruning.
     last = 17 if method in ("gmp", "magnitude") else 8
 
