@@ -157,7 +157,7 @@ class Topology:
         kept_at = keep.nonzero().squeeze(1)
         if self.count - kept_at.numel() != drop.numel():
             raise ValueError("a dropped unit is given twice")
-        # A grown unit stands where as many kept and grown ones come before it; the kept ones fill the other places.
+        # A grown unit stands where as many kept and grown ones are before it; the kept ones fill the other places.
         kept_before = torch.cat([before.new_zeros(1), keep.cumsum(0)])
         at_grown = kept_before[before] + torch.arange(grow.numel(), device=grow.device)
         is_kept = torch.ones(kept_at.numel() + grow.numel(), dtype=torch.bool, device=grow.device)

@@ -1,7 +1,7 @@
 """The manifest of a run: what it is, its settings, and the digests of the files that it reads again.
 
 `manifest.json` is sealed, and written before anything else of a run. `config.yaml` is the same settings for people: a
-run is resumed with settings that both agree on. Each checkpoint's `state.json` is sealed too, names the run, and holds the
+run is resumed where both agree. Each checkpoint's `state.json` is sealed too, names the run, and holds the
 digests of its tensors and of the metrics up to it.
 """
 
