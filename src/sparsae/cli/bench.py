@@ -136,7 +136,7 @@ def topology(
     updates: Annotated[Several, typer.Option(metavar="NAME", help="Kinds of update.  (default: all)")] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="Backend of ours.")] = "auto",
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the gradients at sampled units.")] = 512,
-    share: Annotated[float, typer.Option(metavar="F", help="Share of the active units that moves.")] = 0.3,
+    share: Annotated[float, typer.Option(metavar="F", help="Share of the active units that are dropped.")] = 0.3,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Updates of which the median counts.")] = 3,
     threads: Threads = None,
     json_file: JsonFile = None,

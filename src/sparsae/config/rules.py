@@ -35,10 +35,10 @@ class RuleConfig(Section):
 
     registered_name: ClassVar[str] = ""
 
-    rule: str = Field(default="", description="which rule moves connections")
+    rule: str = Field(default="", description="which rule drops and grows connections")
     ramp: RampSpan = Field(
         default=0,
-        description="over how long a grown connection's learning rate rises to its own, from its birth on: steps, 5%, "
+        description="over how long a grown connection's learning rate rises to that of all others: steps, 5%, "
         "2 updates (as long as two updates lie apart); 0: no ramp",
     )
     ramp_first: bool = Field(default=False, description="the first connections' learning rates ramp as well")
@@ -69,16 +69,16 @@ class TermConfig(Section):
 
 
 class BurnInConfig(Section):
-    """Gradient steps for regrown weights after a change."""
+    """Steps right after an update in which new weights learn faster, or alone."""
 
     steps: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
-        default=0, description="N_burn_in, gradient steps after an accepted change; 0: none"
+        default=0, description="N_burn_in, steps after an update that changed the topology; 0: none"
     )
     multiplier: Positive = Field(
         default=1.5, description="learning rate of new connections in terms of the base learning rate"
     )
     scope: Literal["new", "all"] = Field(
-        default="all", description="what moves: only new connections, or everything with the multiplier on the new"
+        default="all", description="what learns: new connections alone, or all, the new ones at the multiplied rate"
     )
 
 

@@ -40,8 +40,8 @@ class ScheduleConfig(Section):
     )
     every: Span | None = Field(
         default=None,
-        description="between its steps: steps, 5%, 1 epoch; null: 1%, but with a rule that moves connections it falls "
-        "at each update of the rule",
+        description="between its steps: steps, 5%, 1 epoch; null: 1%, but with a rule that has updates it falls at "
+        "each of them",
     )
 
     @property

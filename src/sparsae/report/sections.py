@@ -253,8 +253,8 @@ def _proposers(run: RunData) -> list[list[str]]:
 def movement(run: RunData) -> str:
     """How far the topology moved."""
     lead = (
-        "How far the topology moved: what each update exchanged, how much of the first topology is gone, and which "
-        "share of all positions was ever active (the in-time over-parameterization rate, ITOP)."
+        "How far the topology moved: what each update exchanged, how much of the first topology has been dropped, and "
+        "which share of all positions was ever active (the in-time over-parameterization rate, ITOP)."
     )
     if not run.updates:
         text = "No connection moved." if run.layers else "There are no sparse layers."

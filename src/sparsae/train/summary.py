@@ -91,10 +91,10 @@ def headline(config: Config, model: nn.Module, training_tokens: int, unigram: fl
 
 
 def closing(summary: dict[str, Any], run: RunDirectory) -> str:
-    """What came out, or how to go on."""
+    """What came out, or how to continue."""
     if not summary["finished"]:
         saved = "stopped and saved" if summary["steps"] else "stopped"
-        return f"{saved} at step {summary['steps']}; go on with: sparsae train --resume {run.path}"
+        return f"{saved} at step {summary['steps']}; continue with: sparsae train --resume {run.path}"
     tested = "" if summary["test_loss"] is None else f"test {readable_perplexity(perplexity(summary['test_loss']))}, "
     return (
         f"validation perplexity {readable_perplexity(summary['validation_perplexity'])} "
