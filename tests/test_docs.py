@@ -78,7 +78,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# What these pages make known, or leave in an accelerator's state, would meet the tests that follow in the same process.
+# What these pages make known, or set for all of accelerate, would be met by the tests that follow in this process.
 REGISTERS = ("register(", "register_backend(", ".register\n", "import Accelerator", "sparsae.integrations")
 RUN = """
 import json, sys
