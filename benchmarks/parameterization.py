@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from sparsae.core.intervals import Interval, mean_interval
 from sparsae.experiments.coordinates.slopes import TOLERANCE, slope
-from sparsae.experiments.statistics import Interval, mean_interval
 from sparsae.experiments.transfer.basins import Basin, Cell, Over, movement
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"

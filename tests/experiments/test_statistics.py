@@ -11,13 +11,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from sparsae.core.intervals import mean_interval
 from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
 from sparsae.experiments.compare.tables import contrast_table
 from sparsae.experiments.statistics import (
     Equivalent,
     equivalent_tokens,
     holm,
-    mean_interval,
     paired_difference,
     winner,
 )

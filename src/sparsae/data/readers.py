@@ -66,6 +66,12 @@ def decoded(path: Path) -> str:
 
 def json_lines(path: Path, text_field: str) -> Iterator[str]:
     """The field `text_field` of every line's JSON object; blank lines are passed over."""
+    for where, row in json_rows(path):
+        yield from _text_of(row, text_field, where)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(its place, its JSON value) of every line that is not blank."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -76,11 +82,17 @@ def json_lines(path: Path, text_field: str) -> Iterator[str]:
             raise InputError(f"{where}: not UTF-8; convert the file to UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not a JSON object: {error}") from None
-        yield from _text_of(row, text_field, where)
+        yield where, row
 
 
 def parquet_rows(path: Path, text_field: str) -> Iterator[str]:
     """The column `text_field` of a parquet file, read one row group at a time."""
+    for where, row in parquet_objects(path, text_field):
+        yield from _text_of(row, text_field, where)
+
+
+def parquet_objects(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(its place, its columns) of every row, of one column where a field is named, read one row group at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -89,15 +101,15 @@ def parquet_rows(path: Path, text_field: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if text_field not in names:
-                raise InputError(f"{path}: {_no_field(text_field, names)}")
+            if field is not None and field not in names:
+                raise InputError(f"{path}: {_no_field(field, names)}")
             row = 0
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=_ROWS, columns=None if field is None else [field]):
+                for value in batch.to_pylist():
                     row += 1
-                    yield from _text_of({text_field: value.as_py()}, text_field, f"{path}: row {row}")
+                    yield f"{path}: row {row}", value
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 in field {text_field!r}") from None
+        raise InputError(f"{path}: not UTF-8 in field {field!r}" if field else f"{path}: not UTF-8") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
 
@@ -114,6 +126,12 @@ class Remote:
 
 def streamed_rows(remote: Remote, text_field: str) -> Iterator[str]:
     """The field `text_field` of the rows of a dataset, streamed: the data is never held, on disk or in memory."""
+    for where, row in streamed_objects(remote):
+        yield from _text_of(row, text_field, where)
+
+
+def streamed_objects(remote: Remote) -> Iterator[tuple[str, Any]]:
+    """(its place, its columns) of every row of a dataset, streamed likewise."""
     source = f"hf:{remote.name}" + (f"@{remote.revision}" if remote.revision else "")
     try:
         import datasets
@@ -126,7 +144,7 @@ def streamed_rows(remote: Remote, text_field: str) -> Iterator[str]:
             number = 0
             while (row := next(rows, None)) is not None:
                 number += 1
-                yield from _text_of(row, text_field, f"{source}: row {number}")
+                yield f"{source}: row {number}", row
     except ConnectionError:
         raise InputError(
             f"{source}: the Hugging Face Hub cannot be reached; check the network or give a file"

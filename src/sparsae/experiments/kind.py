@@ -15,7 +15,7 @@ from sparsae.experiments.plan import BasePlan
 if TYPE_CHECKING:
     from sparsae.experiments.execution import Executor
     from sparsae.experiments.jobs import Job
-    from sparsae.experiments.tables import Table
+    from sparsae.report.tables import Table
 
 Results = Mapping[str, Any]
 

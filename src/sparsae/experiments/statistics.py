@@ -14,27 +14,13 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, stats
 
-CONFIDENCE = 0.95
+from sparsae.core.intervals import CONFIDENCE, Interval, mean_interval
+
 Verdict = Literal["reference", "better", "worse", "undecided"]
 
 _FARTHEST = 8.0  # times the reference's tokens: beyond, a power law fitted to its curve says nothing
 _SETTLED = 0.2  # share of the curve, from its beginning, that is left out of the fit: warm-up
 _RESIDUAL = 0.05  # of the fitted curve's drop; a worse fit is no power law
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The mean of n values and its 95 % interval; None where there are too few values for one."""
-
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero; never so without an interval."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -59,16 +45,6 @@ class Equivalent:
 
     ratio: float | None
     how: str
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """mean +- t(n - 1) s / sqrt(n), with s the sample deviation; no bounds for fewer than two values."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n < 2:
-        return Interval(n, mean, None, None)
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Interval(n, mean, mean - half, mean + half)
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:

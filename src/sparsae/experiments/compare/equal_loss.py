@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsae.experiments.tables import Table
 from sparsae.report.readable import UNKNOWN, compact, duration, percent
+from sparsae.report.tables import Table
 
 Row = Mapping[str, Any]
 DENSE = "dense"

@@ -16,11 +16,11 @@ from sparsae.experiments.compare.strategy import strategy_section
 from sparsae.experiments.compare.stuck import stuck_table
 from sparsae.experiments.compare.tables import compared_loss, contrast_table, rank_table, results_table
 from sparsae.experiments.looks import Look, looks
-from sparsae.experiments.tables import Table, interval_text
 from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
 from sparsae.report.markup import Tile
 from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
+from sparsae.report.tables import Table, interval_text
 
 Results = Mapping[str, Any]
 _TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sparsae.experiments.statistics import mean_interval
+from sparsae.core.intervals import mean_interval
 
 Row = Mapping[str, Any]
 

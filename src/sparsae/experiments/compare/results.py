@@ -18,8 +18,8 @@ from sparsae.experiments.compare.tables import contrast_table, results_table
 from sparsae.experiments.compare.tuning import Found, Point, key_of
 from sparsae.experiments.jobs import Job, outcome, stacked
 from sparsae.experiments.matching import Budget
-from sparsae.experiments.tables import notes
 from sparsae.files import to_json, write_atomically
+from sparsae.report.tables import notes
 from sparsae.rules import build_rule
 from sparsae.runs.directory import RunDirectory
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sparsae.experiments.tables import Table
 from sparsae.report.readable import percent
+from sparsae.report.tables import Table
 
 Row = Mapping[str, Any]
 PATIENCE = 5  # updates in a row

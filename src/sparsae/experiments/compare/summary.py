@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from sparsae.core.intervals import CONFIDENCE, Interval, mean_interval
 from sparsae.experiments.statistics import (
-    CONFIDENCE,
     Difference,
-    Interval,
     Verdict,
     equivalent_tokens,
     holm,
-    mean_interval,
     paired_difference,
     winner,
 )

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsae.experiments.compare.summary import FEW_UPDATES, decisive_p
-from sparsae.experiments.tables import Table, interval_text
 from sparsae.report.readable import UNKNOWN, compact, percent
+from sparsae.report.tables import Table, interval_text
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

@@ -14,10 +14,10 @@ from sparsae import __version__
 from sparsae.experiments.coordinates.measure import Quantity
 from sparsae.experiments.coordinates.slopes import Axis
 from sparsae.experiments.looks import keys, looks
-from sparsae.experiments.tables import Table
 from sparsae.report import markup
 from sparsae.report.readable import percent, tick
 from sparsae.report.svg import COLOURS, Panel, axes, panel
+from sparsae.report.tables import Table
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]

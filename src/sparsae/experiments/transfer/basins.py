@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from sparsae.experiments.statistics import Interval, mean_interval
+from sparsae.core.intervals import Interval, mean_interval
 
 Edge = Literal["lowest", "highest", "divergence"]
 Cell = tuple[int, float]

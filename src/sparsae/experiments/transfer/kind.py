@@ -11,7 +11,7 @@ from sparsae.experiments.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
     from sparsae.experiments.jobs import Job
-    from sparsae.experiments.tables import Table
+    from sparsae.report.tables import Table
 
 
 class TransferKind(Kind):

@@ -7,12 +7,12 @@ from html import escape
 from typing import Any
 
 from sparsae import __version__
-from sparsae.experiments.tables import Table
 from sparsae.experiments.transfer import figures as draw
 from sparsae.experiments.transfer.results import LABELS, best_table, movement_table, optimum_table, swept_together
 from sparsae.report import markup
 from sparsae.report.markup import Tile
 from sparsae.report.readable import compact, count, duration
+from sparsae.report.tables import Table
 
 Results = Mapping[str, Any]
 

@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from sparsae import __version__
 from sparsae.config import Config
-from sparsae.experiments.statistics import Interval, mean_interval
-from sparsae.experiments.tables import Table, interval_text
+from sparsae.core.intervals import Interval, mean_interval
 from sparsae.experiments.transfer.basins import (
     Basin,
     Cell,
@@ -23,6 +22,7 @@ from sparsae.experiments.transfer.basins import (
 from sparsae.experiments.transfer.plan import KNOBS, Point, TransferPlan
 from sparsae.files import to_json, write_atomically
 from sparsae.report.readable import UNKNOWN, percent
+from sparsae.report.tables import Table, interval_text
 
 Row = Mapping[str, Any]
 LABELS = {name: name.replace("_", " ") for name in KNOBS}
