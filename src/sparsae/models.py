@@ -45,7 +45,7 @@ def build_model(
         )
     from transformers import AutoModelForCausalLM
 
-    with _quiet_import(), torch.device(device):
+    with quiet_import(), torch.device(device):
         settings = _transformers_config(config, size, eos_id)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     model.tie_weights()  # which transformers 5.0 leaves out on the meta device
@@ -53,7 +53,7 @@ def build_model(
 
 
 @contextmanager
-def _quiet_import() -> Iterator[None]:
+def quiet_import() -> Iterator[None]:
     """transformers imports whatever it finds installed (torchao, ...), and that logs what it misses and deprecates."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

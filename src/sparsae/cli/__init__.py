@@ -1,8 +1,8 @@
 """The commands: arguments in, one call, a table or JSON out. Nothing else imports this module.
 
 Whatever needs torch is imported inside the command that uses it, so that `--help`, a wrong setting and `--print-config`
-answer at once. The commands below `bench` and `check`, and those that run experiments, have modules of their own. An
-InputError becomes one line on standard error and exit code 2, and so does a wrong argument.
+answer at once. The commands below `bench` and `check`, those that run experiments and those on tasks have modules of
+their own. An InputError becomes one line on standard error and exit code 2, and so does a wrong argument.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from sparsae.cli.output import (
     show_table,
     show_values,
 )
+from sparsae.cli.tasks import finetune
 from sparsae.config.complaints import explain
 from sparsae.config.load import annotated, methods, presets, resolve
 from sparsae.config.schema import MOST_GENERATED
@@ -278,6 +279,7 @@ def info(run: Run, json_file: JsonFile = None) -> None:
 
 for _command in (experiments.compare, experiments.ablate, experiments.sensitivity, experiments.transfer):
     app.command()(_command)
+app.command()(finetune)
 app.command("methods")(list_methods)
 
 

@@ -112,7 +112,7 @@ def compare(
         preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share, tuning_extensions
     )
     if compared is not None:
-        options["methods"] = _names(compared)
+        options["methods"] = names_in(compared)
     if not stack and stack_size != STACK:
         raise InputError("--stack-size is for runs that train together: give --stack too")
     size = stack_size if stack else None
@@ -141,7 +141,7 @@ def ablate(
     json_file: JsonFile = None,
 ) -> None:
     """Take a method apart: itself without one of its parts, or with another in its place."""
-    variants = ablation_variants(method, None if names is None else _names(names))
+    variants = ablation_variants(method, None if names is None else names_in(names))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {"kind": "ablation", "methods": [], "variants": variants, "reference": next(iter(variants))}
     _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
@@ -168,11 +168,11 @@ def sensitivity(
     json_file: JsonFile = None,
 ) -> None:
     """How the micro-batch that scores candidates matters: their ranking, acceptance, final loss."""
-    for mode in _names(modes):
+    for mode in names_in(modes):
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
     counts = [int(count) for count in _numbers("--sequences", sequences, int)]
-    variants = sensitivity_variants(method, counts, _names(modes))
+    variants = sensitivity_variants(method, counts, names_in(modes))
     options = {"match": "steps"} | _options(
         preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions
     )
@@ -239,10 +239,10 @@ def grid_options(
         "preset": preset,
         "method": method,
         "heads": heads,
-        "parameterizations": parameterizations and _names(parameterizations),
+        "parameterizations": parameterizations and names_in(parameterizations),
         "widths": widths and _numbers("--widths", widths, int),
         "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
-        "seeds": seeds and _seeds(seeds),
+        "seeds": seeds and seeds_in(seeds),
     }
     return {key: value for key, value in options.items() if value is not None}
 
@@ -272,7 +272,7 @@ def _options(
     """The options that were given, by the keys of a plan."""
     options = {
         "preset": preset,
-        "seeds": seeds and _seeds(seeds),
+        "seeds": seeds and seeds_in(seeds),
         "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
         "match": match,
         "budget": budget,
@@ -284,12 +284,13 @@ def _options(
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _names(text: str) -> list[str]:
+def names_in(text: str) -> list[str]:
+    """The entries of a list with commas between."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
-    return [_number(option, word, kind) for word in _names(text)]
+    return [_number(option, word, kind) for word in names_in(text)]
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
@@ -300,7 +301,7 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
         raise InputError(f"{option}: must be {what} with commas between, not {shown(text)}") from None
 
 
-def _seeds(text: str) -> float | list[float]:
+def seeds_in(text: str) -> float | list[float]:
     """A list of seeds, or how many."""
     found = _numbers("--seeds", text, int)
     return found[0] if found and "," not in text else found

@@ -114,18 +114,18 @@ def head_layouts(layers: Iterable[str], config: Config) -> dict[str, HeadLayout]
     return {name: layout for name in layers for pattern, layout in patterns.items() if fnmatchcase(name, pattern)}
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises InputError for a device that this machine does not have."""
+def choose_device(name: str, setting: str = "training.device") -> torch.device:
+    """`auto` is CUDA where there is one. Raises InputError, which names the setting, for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"training.device '{name}' is no device: use auto, cpu, cuda or cuda:N") from None
+        raise InputError(f"{setting} '{name}' is no device: use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"training.device '{name}' is not there: {torch.cuda.device_count()} CUDA devices found")
+        raise InputError(f"{setting} '{name}' is not there: {torch.cuda.device_count()} CUDA devices found")
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"training.device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
+        raise InputError(f"{setting} '{name}' is not supported: use auto, cpu, cuda or cuda:N")
     return device
 
 

@@ -18,6 +18,7 @@ _STAGES = {  # name of a stage -> (what it does, what it counts)
     "tokenizer": ("training the tokenizer", "bytes"),
     "tokenize": ("tokenizing", "documents"),
     "evaluate": ("evaluating", "tokens"),
+    "finetune": ("fine-tuning", "steps"),
 }
 _SILENCE = 10.0  # seconds after which a line without a terminal says that a stage is still at work
 
@@ -55,7 +56,8 @@ class Display(Observer):
         elif not self._live and now - self._told >= _SILENCE:
             self._told = now
             of = f" of {total:,}" if total else ""
-            self.say(f"{title} ... {done:,}{of} {counted}, {now - self._started[0]:.0f} s")
+            left = f" · ETA {self._eta(done, total)}" if total else ""
+            self.say(f"{title} ... {done:,}{of} {counted}, {now - self._started[0]:.0f} s{left}")
         self._advance(done, total)
 
     def begin(self, standing: Standing) -> None:

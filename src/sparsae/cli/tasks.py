@@ -1,0 +1,105 @@
+"""`sparsae finetune`: a run's model on tasks of GLUE and SuperGLUE."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsae.cli.experiments import names_in, seeds_in
+from sparsae.cli.output import JsonFile, output, show_table
+from sparsae.files import refuse_unwritable
+from sparsae.tasks.catalogue import TASKS
+from sparsae.tasks.settings import MODES, FinetuneConfig, finetune_config
+
+_OPTIONS = {"names": "--task", "data": "--data", "topology": "--topology", "seeds": "--seeds", "epochs": "--epochs"}
+_OPTIONS |= {"learning_rate": "--learning-rate", "batch_size": "--batch-size", "max_examples": "--max-examples"}
+_OPTIONS |= {"max_length": "--max-length", "weight_decay": "--weight-decay", "device": "--device"}
+
+
+def _default(key: str) -> object:
+    return FinetuneConfig.model_fields[key].default
+
+
+def finetune(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    *,
+    task: Annotated[str, typer.Option(metavar="LIST", help=f"Of: {', '.join(TASKS)}.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="A folder with TASK/train.jsonl or .parquet, or hf:ORG/NAME; hf: alone for the suites' own place.",
+            show_default=False,
+        ),
+    ],
+    topology: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help=f"Of: {', '.join(MODES)}.  (default: frozen; a dense run's: dense)"),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 3)")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes over the examples.  (default: {_default('epochs')})")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"Highest, after the warm-up.  (default: {_default('learning_rate')})")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Examples in a batch.  (default: {_default('batch_size')})")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help=f"As AdamW has it.  (default: {_default('weight_decay')})")
+    ] = None,
+    max_examples: Annotated[
+        int | None, typer.Option(metavar="N", help="Train on so many at most.  (default: all)")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of an example at most.  (default: the model's context)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  (default: as the run has it)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results lie.  (default: RUN/tasks)", show_default=False)
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Fine-tune a run's model on tasks, with several seeds. Started again, it goes on."""
+    refuse_unwritable("--json", json_file)
+    given = {
+        "names": names_in(task),
+        "data": data,
+        "topology": None if topology is None else names_in(topology),
+        "seeds": None if seeds is None else seeds_in(seeds),
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "weight_decay": weight_decay,
+        "max_examples": max_examples,
+        "max_length": max_length,
+        "device": device,
+    }
+    settings = finetune_config({key: value for key, value in given.items() if value is not None}, _OPTIONS)
+    where = run / "tasks" if out is None else out
+    with output(json_file) as result:
+        from sparsae.tasks.study import finetune_run
+        from sparsae.train.progress import Display
+
+        with contextlib.closing(Display(quiet=json_file == "-")) as display:
+            try:
+                result.update(finetune_run(run, settings, where, display.stage))
+            except KeyboardInterrupt:
+                if (where / "ended").is_dir():
+                    typer.echo(f"what ended is kept in {where}; go on with the same command", err=True)
+                raise
+    if json_file == "-":
+        return
+    from sparsae.tasks.tables import remarks, scores_table
+
+    table = scores_table(result)
+    show_table(table.title, table.columns, table.rows, table.names)
+    for remark in remarks(result):
+        typer.echo(remark)
+    typer.echo(f"written: {where / 'report.html'}, results.json, table.md")

@@ -1,0 +1,161 @@
+"""One fine-tuning: a run's model on one task with one seed, by the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsae.config.schema import Config
+from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.errors import InputError
+from sparsae.evaluate.loading import load_run
+from sparsae.models import quiet_import
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.sparsify import densify
+from sparsae.optim import AdamW, parameter_groups
+from sparsae.rules import build_rule
+from sparsae.tasks.classifier import classifier, predict
+from sparsae.tasks.data import TaskData
+from sparsae.tasks.encoding import Collator, Encoded, encode
+from sparsae.tasks.metrics import EXTRA, all_scores
+from sparsae.tasks.settings import FinetuneConfig, TopologyMode
+from sparsae.train.build import choose_device
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_WARM_UP = 0.05  # of the steps
+
+StepDone = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one fine-tuning gave: the scores of its end, those after each epoch, and what it cost.
+
+    shortened: examples, of all, that were longer than the model may read. rule: what moved connections, if anything;
+    swaps: how many it replaced.
+    """
+
+    scores: dict[str, float]
+    epochs: list[dict[str, float]]
+    training_loss: float
+    nnz: int
+    parameters: int
+    shortened: int
+    rule: str | None = None
+    swaps: int = 0
+    seconds: float = 0.0
+
+
+def step_count(settings: FinetuneConfig, data: TaskData) -> int:
+    """Optimizer steps of one fine-tuning."""
+    return settings.epochs * math.ceil(len(data.train) / settings.batch_size)
+
+
+def refuse_without_libraries() -> None:
+    """Raise InputError where what the Trainer needs is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError(f"fine-tuning needs accelerate: {EXTRA}")
+
+
+def finetune(
+    run: Path, data: TaskData, mode: TopologyMode, seed: int, settings: FinetuneConfig, step_done: StepDone
+) -> Outcome:
+    """Fine-tune the run's model, its topology in the given mode, and score it on the task's validation examples.
+
+    step_done: called after every optimizer step. Raises InputError for a run that cannot be read, and where training
+    diverges.
+    """
+    loaded = load_run(run)
+    device = loaded.device if settings.device is None else choose_device(settings.device, "--device")
+    length = min(settings.max_length or loaded.config.model.context, loaded.config.model.context)
+    sets = {"train": data.train, **data.validations}
+    encoded, shortened = dict[str, list[Encoded]](), 0
+    for name, examples in sets.items():
+        encoded[name], count = encode(examples, loaded.tokenizer, length)
+        shortened += count
+    train = encoded.pop("train")
+    model = classifier(loaded, data.task, seed)
+    if mode == "dense":
+        model = densify(model)
+    model.to(device)
+    collator = Collator(loaded.tokenizer.pad_id, data.task.chooses)
+
+    def score() -> dict[str, float]:
+        return all_scores(data, {name: predict(model, part, collator, 64) for name, part in encoded.items()})
+
+    trainer = _trainer(model, train, collator, seed, settings, device)
+    from sparsae.tasks.callbacks import Following, Searching
+
+    search = Searching(_search(loaded.config, step_count(settings, data), seed)) if mode == "searched" else None
+    began = time.monotonic()
+    epochs = list[dict[str, float]]()
+    for callback in (Following(step_done, lambda: epochs.append(score())), search):
+        if callback is not None:
+            trainer.add_callback(callback)
+    loss = float(trainer.train().training_loss)
+    if not math.isfinite(loss):
+        raise InputError(f"task {data.task.name}: training diverged: lower --learning-rate {settings.learning_rate:g}")
+    return Outcome(
+        scores=epochs[-1],
+        epochs=epochs,
+        training_loss=loss,
+        nnz=sum(layer.topology.nnz for layer in sparse_layers(model).values()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        shortened=shortened,
+        rule=search.config.topology.rule if search else None,
+        swaps=search.swaps if search else 0,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _trainer(
+    model: nn.Module,
+    train: Sequence[Encoded],
+    collator: Collator,
+    seed: int,
+    settings: FinetuneConfig,
+    device: torch.device,
+) -> Trainer:
+    with quiet_import():
+        from transformers import PrinterCallback, Trainer, TrainingArguments
+    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),  # where nothing is written
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=math.ceil(_WARM_UP * steps),
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, the Trainer would copy the model to each
+    optimizer = AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
+    trainer = Trainer(model, arguments, data_collator=collator, train_dataset=list(train), optimizers=(optimizer, None))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _search(config: Config, steps: int, seed: int) -> SparsifierConfig:
+    """By the run's own rule, where that moves connections without pruning or scores; else by the default one."""
+    rule = build_rule(config.topology, config.rules)
+    goes_on = rule.moves and not rule.prunes and not rule.terms
+    own = {"topology": config.topology, "rules": config.rules} if goes_on else {}
+    return SparsifierConfig.model_validate({"steps": steps, "seed": seed, **own})

@@ -1,0 +1,76 @@
+"""What is fine-tuned on which tasks, and how. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator
+
+from sparsae.config.complaints import explain
+from sparsae.config.section import Count, Positive, Section, Text
+from sparsae.errors import InputError
+from sparsae.tasks.catalogue import TASKS, task_named
+
+TopologyMode = Literal["frozen", "searched", "dense"]
+MODES: tuple[TopologyMode, ...] = get_args(TopologyMode)
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class FinetuneConfig(Section):
+    """Fine-tuning on tasks: every task with every topology and every seed."""
+
+    names: list[str] = Field(min_length=1, description=f"of {', '.join(TASKS)}")
+    data: Text = Field(description="a folder with a folder for each task, or hf:ORG/NAME; hf: alone: the suites' own")
+    topology: list[TopologyMode] = Field(
+        default=["frozen"],
+        min_length=1,
+        description="frozen: connections stay; searched: the rule goes on; dense: densified before (SPDF). "
+        "A dense run knows dense alone",
+    )
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="of the head and the order, or how many")
+    epochs: Count = Field(default=3, description="passes over the training examples")
+    learning_rate: Positive = Field(default=1e-4, description="after a warm-up of a twentieth, linear to 0")
+    batch_size: Count = Field(default=16, description="examples in a batch")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.01, description="as AdamW has it")
+    max_examples: Count | None = Field(default=None, description="training examples at most; null: all")
+    max_length: Annotated[int, Field(ge=8)] | None = Field(
+        default=None, description="tokens of an example at most; null: the model's context"
+    )
+    device: Text | None = Field(default=None, description="cpu, cuda; null: as the run has it")
+
+    @field_validator("names")
+    @classmethod
+    def _names_are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            try:
+                task_named(name)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return names
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_of_seeds(cls, seeds: object) -> object:
+        if isinstance(seeds, int) and not isinstance(seeds, bool):
+            if not 1 <= seeds <= 1000:
+                raise ValueError(f"must be 1 to 1000 seeds, or a list of them, not {seeds}")
+            return list(range(seeds))
+        return seeds
+
+    @field_validator("names", "topology", "seeds")
+    @classmethod
+    def _nothing_twice(cls, values: list[object]) -> list[object]:
+        if len(set(values)) < len(values):
+            raise ValueError("one is given twice")
+        return values
+
+
+def finetune_config(options: Mapping[str, object], names: Mapping[str, str]) -> FinetuneConfig:
+    """Settings from the options that were given; `names` says which option gives a key. Raises InputError."""
+    try:
+        return FinetuneConfig.model_validate(options)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False)[0]
+        key = str(error["loc"][0])
+        raise InputError(explain(error, error["loc"], {(key,): names.get(key, key)})) from None

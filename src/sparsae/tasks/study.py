@@ -1,0 +1,188 @@
+"""Fine-tuning of a run on tasks: every task, topology and seed, one after the other, and what they say together.
+
+    DIR/ended/TASK-TOPOLOGY-SEED-DIGEST.json   one for each fine-tuning that ended
+    DIR/results.json  table.md  report.html
+
+A fine-tuning that ended is not done again: its file names what it was made with, and serves as long as that is equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from sparsae.core.intervals import mean_interval
+from sparsae.data import Progress
+from sparsae.errors import InputError
+from sparsae.files import read_sealed, write_atomically, write_sealed
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.lock import locked
+from sparsae.tasks.catalogue import task_named
+from sparsae.tasks.data import TaskData, read_task
+from sparsae.tasks.metrics import majority
+from sparsae.tasks.settings import FinetuneConfig, TopologyMode
+
+_FORMAT = 1  # of what is written; another one does everything again
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning: what it is made with, and where its outcome lies."""
+
+    data: TaskData
+    mode: TopologyMode
+    seed: int
+    made_with: Mapping[str, Any]
+    file: Path
+
+
+def finetune_run(
+    path: Path, settings: FinetuneConfig, out: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Fine-tune the run in `path` as the settings say; writes into `out` (None: RUN/tasks) and returns the results.
+
+    Raises InputError for a run, data or settings that are wrong, before anything is trained. Stopped at any time and
+    called again, it goes on after the last fine-tuning that ended.
+    """
+    from sparsae.tasks.finetune import finetune, refuse_without_libraries, step_count
+    from sparsae.train.build import choose_device
+
+    run = RunDirectory.open(path)
+    config = run.config()
+    modes = _modes(path, config.sparsity.sparsity > 0, settings)
+    identity = _identity(run)
+    out = path / "tasks" if out is None else out
+    refuse_without_libraries()
+    if settings.device is not None:
+        choose_device(settings.device, "--device")
+    tasks = [read_task(task_named(name), settings.data, settings.max_examples) for name in settings.names]
+    baselines = {data.task.name: majority(data) for data in tasks}
+    jobs = list(_jobs(tasks, modes, settings, identity, out / "ended"))
+    try:
+        (out / "ended").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; choose another directory") from None
+    with locked(out, "these tasks"):
+        left = [job for job in jobs if _ended(job) is None]
+        total, done = sum(step_count(settings, job.data) for job in left), 0
+
+        def step_done() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress("finetune", done, total)
+
+        for job in left:
+            outcome = finetune(path, job.data, job.mode, job.seed, settings, step_done)
+            write_sealed(job.file, {"made_with": dict(job.made_with), **dataclasses.asdict(outcome)})
+        results = {
+            "run": path.resolve().name,
+            "method": config.method,
+            "sparsity": config.sparsity.sparsity,
+            **identity,
+            "settings": settings.model_dump(mode="json"),
+            **_together(jobs, baselines),
+        }
+        write_sealed(out / "results.json", results)
+        _write_pages(results, out)
+    return results
+
+
+def _write_pages(results: Mapping[str, Any], out: Path) -> None:
+    from sparsae.tasks.page import page
+    from sparsae.tasks.tables import scores_table
+
+    write_atomically(out / "table.md", scores_table(results).markdown())
+    write_atomically(out / "report.html", page(results))
+
+
+def _modes(path: Path, is_sparse: bool, settings: FinetuneConfig) -> Sequence[TopologyMode]:
+    """What is done to the topology. Raises InputError where a dense run is to keep or search one that was asked for."""
+    if is_sparse:
+        return settings.topology
+    if "topology" in settings.model_fields_set and settings.topology != ["dense"]:
+        raise InputError(f"{path}: this run is dense and has no topology: leave out --topology")
+    return ("dense",)
+
+
+def _identity(run: RunDirectory) -> dict[str, Any]:
+    manifest = run.manifest()
+    return {"run_of": manifest.run if manifest else "", "step": int(run.latest_checkpoint().name.rpartition("-")[2])}
+
+
+def _jobs(
+    tasks: Sequence[TaskData],
+    modes: Sequence[TopologyMode],
+    settings: FinetuneConfig,
+    identity: Mapping[str, Any],
+    folder: Path,
+) -> Iterator[Job]:
+    # By seeds last: what is stopped early has compared something.
+    own = settings.model_dump(mode="json", exclude={"names", "data", "topology", "seeds", "max_examples"})
+    for seed in settings.seeds:
+        for data in tasks:
+            for mode in modes:
+                named = {"task": data.task.name, "topology": mode, "seed": seed, "examples": data.digest}
+                made_with = {"format": _FORMAT, **identity, **named, **own}
+                digest = blake2b(json.dumps(made_with, sort_keys=True).encode(), digest_size=4).hexdigest()
+                yield Job(data, mode, seed, made_with, folder / f"{data.task.name}-{mode}-{seed}-{digest}.json")
+
+
+def _ended(job: Job) -> dict[str, Any] | None:
+    """The outcome of a fine-tuning that ended. Raises InputError for a file that is damaged."""
+    if not job.file.is_file():
+        return None
+    outcome = read_sealed(job.file)
+    return outcome if outcome.get("made_with") == job.made_with else None
+
+
+def _together(jobs: Sequence[Job], baselines: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Rows of one task and topology over all seeds, and the means over tasks where there are several."""
+    groups: dict[tuple[str, TopologyMode], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.data.task.name, job.mode), []).append(job)
+    rows = []
+    for (name, mode), group in groups.items():
+        outcomes = {job.seed: outcome for job in group if (outcome := _ended(job)) is not None}
+        data, first = group[0].data, next(iter(outcomes.values()))
+        values = {metric: {s: o["scores"][metric] for s, o in outcomes.items()} for metric in first["scores"]}
+        rows.append(
+            {
+                "task": name,
+                "title": data.task.title,
+                "topology": mode,
+                "scores": {metric: _summary(each) for metric, each in values.items()},
+                "majority": dict(baselines[name]),
+                "epochs": {str(s): [epoch["score"] for epoch in o["epochs"]] for s, o in outcomes.items()},
+                "train_examples": len(data.train),
+                "available_examples": data.available,
+                "validation_examples": sum(map(len, data.validations.values())),
+                "held_out": data.held_out,
+                "shortened": first["shortened"],
+                "nnz": first["nnz"],
+                "parameters": first["parameters"],
+                "rule": first["rule"],
+                "swaps": sum(o["swaps"] for o in outcomes.values()),
+                "seconds": sum(o["seconds"] for o in outcomes.values()),
+            }
+        )
+    return {"rows": rows, "means": list(_means(rows))}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each topology, the mean over tasks of their scores, seed by seed."""
+    for mode in dict.fromkeys(row["topology"] for row in rows):
+        values = [row["scores"]["score"]["values"] for row in rows if row["topology"] == mode]
+        if len(values) > 1:
+            yield {"topology": mode, **_summary({s: sum(v[s] for v in values) / len(values) for s in values[0]})}
+
+
+def _summary(values: Mapping[Any, float]) -> dict[str, Any]:
+    """Mean and 95 % interval over seeds, with each seed's value."""
+    interval = mean_interval(list(values.values()))
+    return {**dataclasses.asdict(interval), "values": {str(seed): value for seed, value in values.items()}}

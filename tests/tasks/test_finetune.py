@@ -1,0 +1,199 @@
+"""`sparsae finetune` from end to end: what is trained, what is kept of it, and what a wrong command is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.cli import main
+from sparsae.evaluate.loading import load_run
+from sparsae.nn.linear import sparse_layers
+from sparsae.tasks import finetune as one
+from sparsae.tasks.catalogue import TASKS
+from sparsae.tasks.data import TaskData, read_task
+from sparsae.tasks.finetune import Outcome, finetune
+from sparsae.tasks.settings import FinetuneConfig
+from sparsae.train.run import start
+from tests.support.runs import config_of, write_text
+from tests.support.tasks import sentiment, write_lines
+
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse run, a dense one, and tasks: one that is easy to learn, and one of choices."""
+    folder = tmp_path_factory.mktemp("finetune")
+    text = write_text(folder / "text")
+    for name, method in (("sparse", "set"), ("dense", "dense")):
+        config = config_of(text, folder / "cache", "training.steps=8", "model.context=32", method=method)
+        start(config, folder / name, quiet=True)
+    write_lines(folder / "data" / "sst2" / "train.jsonl", sentiment(160))
+    choices = [
+        {"premise": f"item {n}", "choice1": "good", "choice2": "bad", "question": "effect", "label": 0}
+        for n in range(12)
+    ]
+    write_lines(folder / "data" / "copa" / "train.jsonl", choices)
+    write_lines(folder / "data" / "copa" / "val.jsonl", choices[:4])
+    return folder
+
+
+def settings(place: Path, **more: Any) -> FinetuneConfig:
+    return FinetuneConfig.model_validate(
+        {"names": ["sst2"], "data": str(place / "data"), "learning_rate": 5e-3, **more}
+    )
+
+
+def data(place: Path) -> TaskData:
+    return read_task(TASKS["sst2"], str(place / "data"))
+
+
+def test_a_task_is_learnt_and_equal_seeds_are_equal(place: Path) -> None:
+    def trained(seed: int) -> Outcome:
+        return finetune(place / "sparse", data(place), "dense", seed, settings(place, epochs=4), lambda: None)
+
+    first, again, other = trained(0), trained(0), trained(1)
+    assert first.scores["accuracy"] > 0.95
+    assert first.scores == first.epochs[-1]
+    assert len(first.epochs) == 4
+    assert (first.scores, first.training_loss) == (again.scores, again.training_loss)
+    assert first.training_loss != other.training_loss
+
+
+@pytest.mark.parametrize("mode", ["frozen", "searched", "dense"])
+def test_the_topology_is_frozen_searched_or_given_up(place: Path, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: layer.topology.indices for name, layer in sparse_layers(load_run(place / "sparse").model).items()}
+    made, build = [], one.classifier
+    monkeypatch.setattr(one, "classifier", lambda *given: made.append(build(*given)) or made[0])
+    steps: list[None] = []
+    outcome = finetune(place / "sparse", data(place), mode, 0, settings(place), lambda: steps.append(None))
+    assert len(steps) == one.step_count(settings(place), data(place))
+    (model,) = made
+    layers = sparse_layers(model)
+    if mode == "dense":
+        assert (layers, outcome.nnz) == ({}, 0)
+        return
+    same = all(layer.topology.indices.equal(before[name]) for name, layer in layers.items())
+    assert set(layers) == set(before)
+    assert outcome.nnz == sum(map(len, before.values()))
+    assert same is (mode == "frozen")
+    # The run's own rule goes on.
+    assert outcome.rule == ("set" if mode == "searched" else None)
+    assert (outcome.swaps > 0) is (mode == "searched")
+
+
+def command(place: Path, *more: str) -> list[str]:
+    return ["finetune", str(place / "sparse"), "--data", str(place / "data"), *more]
+
+
+def test_the_command_writes_table_page_and_json(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--task", "sst2,copa", "--topology", "frozen,dense", "--seeds", "2", "--epochs", "2"]
+    options += ["--max-examples", "32", "--learning-rate", "5e-3", "--out", str(tmp_path / "out")]
+    assert main(command(place, *options)) == 0
+    shown = capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {(row["task"], row["topology"]): row for row in written["rows"]}
+    assert list(rows) == [("sst2", "frozen"), ("sst2", "dense"), ("copa", "frozen"), ("copa", "dense")]
+    first = rows["sst2", "frozen"]
+    assert first["held_out"]
+    assert not rows["copa", "dense"]["held_out"]
+    assert (rows["sst2", "dense"]["nnz"], first["scores"]["accuracy"]["n"]) == (0, 2)
+    values = list(first["scores"]["accuracy"]["values"].values())
+    assert first["scores"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+    assert set(first["epochs"]) == {"0", "1"}
+    tasks = [rows[task, "dense"]["scores"]["score"]["mean"] for task in ("sst2", "copa")]
+    (mean,) = [mean for mean in written["means"] if mean["topology"] == "dense"]
+    assert mean["mean"] == pytest.approx(sum(tasks) / 2)
+    table, page = ((tmp_path / "out" / name).read_text() for name in ("table.md", "report.html"))
+    for text in (shown, table):
+        assert "majority class" in text
+        assert "held out" in text
+        assert f"{100 * first['majority']['accuracy']:.1f}" in text
+    assert "SST-2: the data has no validation split" in shown
+    assert f"SST-2: 32 of {first['available_examples']} training examples" in shown
+    assert "SST-2: the data has no validation split" in page
+    assert page.count("<svg") == 4
+    assert "<script" not in page
+
+
+def test_what_ended_is_kept_and_not_done_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, asked = one.finetune, list[int]()
+
+    def interrupted(run: Path, data: TaskData, mode: Any, seed: int, *more: Any) -> Outcome:
+        asked.append(seed)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(run, data, mode, seed, *more)
+
+    monkeypatch.setattr(one, "finetune", interrupted)
+    given = command(place, "--task", "sst2", "--seeds", "3", "--epochs", "1", "--max-examples", "16")
+    given += ["--out", str(tmp_path / "out")]
+    assert main(given) == 130
+    assert "kept" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert main([*given, "--json", "-"]) == 0
+    assert asked == [0, 1, 1, 2]
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["rows"][0]["scores"]["accuracy"]["values"]) == {"0", "1", "2"}
+    assert main([*given, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert asked == [0, 1, 1, 2]
+    # Other settings are another fine-tuning, beside the first.
+    assert main([*given, "--learning-rate", "1e-3"]) == 0
+    assert asked == [0, 1, 1, 2, 0, 1, 2]
+    (first, *_) = sorted((tmp_path / "out" / "ended").glob("*-0-*.json"))
+    first.write_text(first.read_text().replace('"nnz"', '"nnzz"'))
+    capsys.readouterr()
+    codes = [main(given), main([*given, "--learning-rate", "1e-3"])]
+    assert sorted(codes) == [0, 2]
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_dense_run_is_called_dense(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["finetune", str(place / "dense"), "--task", "sst2", "--data", str(place / "data"), "--seeds", "1"]
+    assert main([*given, "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "densified" not in shown
+    assert "dense " in shown
+    assert main([*given, "--topology", "frozen"]) == 2
+    assert "leave out --topology" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task", "sst3"], ["--task", "'sst3'", "did you mean sst2?"]),
+        (["--task", "sst2,sst2"], ["--task", "twice"]),
+        (["--task", "rte"], ["no train.jsonl", "rte"]),
+        (["--task", "sst2", "--topology", "frozn"], ["--topology", "'frozn'", "'frozen'"]),
+        (["--task", "sst2", "--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--task", "sst2", "--seeds", "a"], ["--seeds", "'a'"]),
+        (["--task", "sst2", "--seeds", "0"], ["--seeds", "1 to 1000"]),
+        (["--task", "sst2", "--learning-rate", "nan"], ["--learning-rate", "finite"]),
+        (["--task", "sst2", "--max-length", "2"], ["--max-length", "at least 8"]),
+        (["--task", "sst2", "--device", "tpu"], ["--device", "tpu"]),
+    ],
+)
+def test_a_wrong_command_writes_nothing(
+    place: Path, tmp_path: Path, options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(place, *options, "--out", str(tmp_path / "out"))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_library_is_named(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(command(place, "--task", "sst2", "--out", str(tmp_path / "out"))) == 2
+    assert "pip install 'sparsae[tasks]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
