@@ -1,8 +1,8 @@
 """The commands: arguments in, one call, a table or JSON out. Nothing else imports this module.
 
 Whatever needs torch is imported inside the command that uses it, so that `--help`, a wrong setting and `--print-config`
-answer at once. The commands below `bench` and `check`, those that run experiments and those on tasks have modules of
-their own. An InputError becomes one line on standard error and exit code 2, and so does a wrong argument.
+answer at once. Commands below `bench` and `check`, those that run experiments and those that say what a model is worth
+have modules of their own. An InputError becomes one line on standard error and exit code 2, as a wrong argument does.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from sparsae.cli.output import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
     JsonFile,
+    Run,
+    Teacher,
     output,
     readable,
     show_table,
     show_values,
 )
-from sparsae.cli.tasks import finetune
+from sparsae.cli.tasks import evaluate, finetune
 from sparsae.config.complaints import explain
 from sparsae.config.load import annotated, methods, presets, resolve
 from sparsae.config.schema import MOST_GENERATED
@@ -73,9 +75,6 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(check, name="check")
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
-Teacher = Annotated[bool, typer.Option("--teacher", help="Use the teacher (the average) instead of the student.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -187,31 +186,6 @@ def train(
 
 
 @app.command()
-def evaluate(
-    run: Run,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", help="Text: a path, a glob, stdlib or hf:NAME.  (default: the run's held-out text)"
-        ),
-    ] = None,
-    teacher: Teacher = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Loss, perplexity and bits per byte of a run's model on a text."""
-    refuse_unwritable("--json", json_file)
-    with output(json_file) as result:
-        from sparsae.evaluate.perplexity import evaluate_run
-        from sparsae.train.progress import Display
-
-        with contextlib.closing(Display(quiet=json_file == "-")) as display:
-            result.update(evaluate_run(run, data, teacher, max_tokens, display.stage))
-    if json_file != "-":
-        show_values(f"{run} on {data or 'its held-out text'}", result)
-
-
-@app.command()
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.", show_default=False)],
@@ -279,6 +253,7 @@ def info(run: Run, json_file: JsonFile = None) -> None:
 
 for _command in (experiments.compare, experiments.ablate, experiments.sensitivity, experiments.transfer):
     app.command()(_command)
+app.command()(evaluate)
 app.command()(finetune)
 app.command("methods")(list_methods)
 

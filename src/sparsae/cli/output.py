@@ -1,4 +1,4 @@
-"""What the commands share: results as JSON, tables, numbers as people read them."""
+"""What the commands share: arguments, results as JSON, tables, numbers as people read them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sparsae.report.readable import duration
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
 ]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
+Teacher = Annotated[bool, typer.Option("--teacher", help="Use the teacher (the average) instead of the student.")]
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 
 

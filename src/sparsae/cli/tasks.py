@@ -1,4 +1,4 @@
-"""`sparsae finetune`: a run's model on tasks of GLUE and SuperGLUE."""
+"""`sparsae evaluate` and `sparsae finetune`: what a run's model is worth, on text and on tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from sparsae.cli.experiments import names_in, seeds_in
-from sparsae.cli.output import JsonFile, output, show_table
+from sparsae.cli.output import JsonFile, Run, Teacher, output, show_table, show_values
+from sparsae.errors import InputError
 from sparsae.files import refuse_unwritable
 from sparsae.tasks.catalogue import TASKS
 from sparsae.tasks.settings import MODES, FinetuneConfig, finetune_config
@@ -23,8 +24,76 @@ def _default(key: str) -> object:
     return FinetuneConfig.model_fields[key].default
 
 
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Text: a path, a glob, stdlib or hf:NAME.  (default: the run's held-out text)"
+        ),
+    ] = None,
+    teacher: Teacher = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Tasks of lm-evaluation-harness, in place of a text: blimp,lambada_openai."),
+    ] = None,
+    include_path: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="Task files of your own; may be repeated.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Solved examples before each question.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Questions of each task at most.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Questions in a batch.  (default: 16)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  (default: as the run has it)")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Loss, perplexity and bits per byte of a run's model on a text; or its scores on tasks."""
+    refuse_unwritable("--json", json_file)
+    of_tasks: dict[str, object] = {"--include-path": include_path, "--num-fewshot": num_fewshot, "--limit": limit}
+    of_tasks |= {"--batch-size": batch_size, "--device": device}
+    if tasks is None and (given := [option for option, value in of_tasks.items() if value is not None]):
+        raise InputError(f"{given[0]} is for tasks: give --tasks too")
+    if tasks is not None and (data is not None or max_tokens is not None):
+        raise InputError("--tasks have questions of their own: leave out --data and --max-tokens")
+    with output(json_file) as result:
+        if tasks is not None:
+            from sparsae.tasks.harness import ask
+
+            scores = ask(
+                run,
+                names_in(tasks),
+                teacher=teacher,
+                include=include_path or [],
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+                device=device,
+                quiet=json_file == "-",
+            )
+            result.update(scores)
+        else:
+            from sparsae.evaluate.perplexity import evaluate_run
+            from sparsae.train.progress import Display
+
+            with contextlib.closing(Display(quiet=json_file == "-")) as display:
+                result.update(evaluate_run(run, data, teacher, max_tokens, display.stage))
+    if json_file == "-":
+        return
+    if tasks is None:
+        show_values(f"{run} on {data or 'its held-out text'}", result)
+        return
+    from sparsae.tasks.harness import results_table
+
+    table = results_table(f"{run} on tasks of lm-eval {result['lm_eval']}", result)
+    show_table(table.title, table.columns, table.rows, table.names)
+
+
 def finetune(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    run: Run,
     *,
     task: Annotated[str, typer.Option(metavar="LIST", help=f"Of: {', '.join(TASKS)}.", show_default=False)],
     data: Annotated[

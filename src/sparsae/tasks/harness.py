@@ -1,0 +1,166 @@
+"""A run on tasks of lm-evaluation-harness (Gao et al., 2021): the model as it is, asked for likelihoods."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsae.config.complaints import nearest, shown
+from sparsae.errors import InputError
+from sparsae.files import expanded
+from sparsae.report.tables import Table
+
+EXTRA = "pip install 'sparsae[lm-eval]'"
+_SEED, _BATCH = 0, 16
+
+
+def ask(
+    path: Path,
+    tasks: Sequence[str],
+    *,
+    teacher: bool = False,
+    include: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The run's scores on tasks and groups of tasks, by name or glob, as lm-eval computes them.
+
+    include: folders with task files of one's own, whose names win. num_fewshot: solved examples before each question
+    (None: as each task has it; a task that has none keeps none). limit: questions of each task at most. Returns
+    `tasks`: for each task or group its metrics, standard errors, number of questions and few-shot examples.
+
+    Raises InputError without lm-eval, for a run or a folder that cannot be read, an unknown task, and for data of a
+    task that cannot be had.
+    """
+    for folder in include:
+        if not Path(expanded(folder)).is_dir():
+            raise InputError(f"--include-path: {folder}: no such directory; give one with task files of lm-eval")
+    with _quietly(quiet):
+        evaluator, tasks_of, model_of = _library()
+        manager, names = _known(tasks, [expanded(folder) for folder in include], tasks_of)
+        lm = model_of(path, teacher=teacher, batch_size=batch_size or _BATCH, device=device)
+        seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), _SEED)
+        with _data_errors(tasks):
+            found = evaluator.simple_evaluate(
+                model=lm,
+                tasks=names,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=1000,
+                **seeds,
+            )
+    return {
+        "step": lm.step,
+        "teacher": teacher,
+        "tasks": {name: _scores(name, values, found) for name, values in _all_results(found)},
+        "lm_eval": _version(),
+        "limit": limit,
+    }
+
+
+def results_table(title: str, found: Mapping[str, Any]) -> Table:
+    """A row for each metric of each task."""
+    rows = []
+    for name, task in found["tasks"].items():
+        for metric, score in task["metrics"].items():
+            error = score["stderr"]
+            value = f"{score['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            rows.append(
+                [name, metric, value, f"{task['questions']:,}", "-" if (n := task["fewshot"]) is None else str(n)]
+            )
+    return Table(title, ["task", "metric", "score ± standard error", "questions", "few-shot"], rows)
+
+
+def _library() -> tuple[Any, Any, Any]:
+    try:
+        from lm_eval import evaluator
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise InputError(f"--tasks needs lm-evaluation-harness: {EXTRA}") from None
+    from sparsae.tasks.lm_eval import SparsaeLM
+
+    return evaluator, TaskManager, SparsaeLM
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("lm_eval")
+
+
+def _known(tasks: Sequence[str], folders: Sequence[str], tasks_of: Any) -> tuple[Any, list[str]]:
+    """What finds tasks, and their names, globs put in full. Raises InputError for what is no task's."""
+    if folders:  # lm-eval's own thousands of files take seconds to look through
+        manager = tasks_of(include_path=folders, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in tasks):
+            return manager, manager.match_tasks(list(tasks))
+    manager = tasks_of(include_path=folders or None)
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise InputError(f"--tasks: lm-eval knows no task {shown(name)}; {_near(name, manager.all_tasks)}")
+    return manager, manager.match_tasks(list(tasks))
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    hint = nearest(name, known)
+    return hint if hint.startswith("did") else "give one of `lm-eval ls tasks`, or --include-path DIR with your own"
+
+
+@contextlib.contextmanager
+def _data_errors(tasks: Sequence[str]) -> Iterator[None]:
+    """Data that is not there, or cannot be fetched, is one line; anything else is a fault and stays one."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        yield
+    except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--tasks: the data of {', '.join(tasks)} cannot be had ({first}); without a network, give task files "
+            "that read local data: --include-path DIR"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quietly(quiet: bool) -> Iterator[None]:
+    """Libraries log each step of theirs, which is not shown; of a quiet command, neither are their bars."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")
+            if quiet:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _all_results(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Groups first, whose scores are over their tasks."""
+    yield from found.get("groups", {}).items()
+    yield from ((name, values) for name, values in found["results"].items() if name not in found.get("groups", {}))
+
+
+def _scores(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {}
+    for key, value in values.items():
+        metric, _, variant = key.partition(",")
+        if not variant or metric.endswith("_stderr"):
+            continue
+        error = values.get(f"{metric}_stderr,{variant}")
+        told = metric if variant == "none" else f"{metric}, {variant}"
+        metrics[told] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
+    members = found.get("group_subtasks", {}).get(name) or [name]
+    questions = sum(found["n-samples"][task]["effective"] for task in members if task in found["n-samples"])
+    return {"metrics": metrics, "questions": questions, "fewshot": found["n-shot"].get(name)}

@@ -1,0 +1,140 @@
+"""Runs asked by lm-evaluation-harness: the same likelihoods however the model is stored, and every option handed on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsae.cli import main
+from sparsae.evaluate.export import export_run
+from sparsae.nn.linear import sparse_layers
+from sparsae.train.run import start
+from tests.support.lm_eval import write_tasks
+from tests.support.runs import config_of, write_text
+
+pytest.importorskip("lm_eval")
+# Its libraries warn of each other.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("harness")
+    settings = ["training.steps=40", "model.context=48", "training.learning_rate=3e-3", "teacher.enabled=true"]
+    start(config_of(write_text(folder / "text"), folder / "cache", *settings), folder / "run", quiet=True)
+    write_tasks(folder / "tasks")
+    return folder
+
+
+def likelihoods(place: Path, lm: Any) -> dict[str, list[list[float]]]:
+    """The log-likelihoods of every continuation of every task."""
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
+    tasks = ["toy_pairs", "toy_word", "toy_rolling"]
+    found = evaluator.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    assert found is not None
+    return {
+        task: [
+            [float(answer[0][0] if isinstance(answer[0], tuple) else answer[0]) for answer in sample["resps"]]
+            for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+        ]
+        for task, samples in found["samples"].items()
+    }
+
+
+def test_run_and_export_have_the_same_likelihoods(place: Path, tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from sparsae.tasks.lm_eval import SparsaeLM
+
+    export_run(place / "run", tmp_path / "dense")
+    ours = SparsaeLM(place / "run", batch_size=4)
+    assert sparse_layers(ours.model)
+    own = likelihoods(place, ours)
+    exported = likelihoods(place, HFLM(pretrained=str(tmp_path / "dense"), device="cpu", batch_size=4))
+    assert set(own) == {"toy_pairs", "toy_word", "toy_rolling"}
+    values = [value for task in own.values() for sample in task for value in sample]
+    assert len(values) == 4 * 12
+    assert len(set(values)) > 20
+    for task, samples in own.items():
+        for one, other in zip(samples, exported[task], strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+def asked(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    given = ["evaluate", str(place / "run"), "--include-path", str(place / "tasks"), "--json", "-", *more]
+    assert main(given) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_hands_options_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(place, capsys, "--tasks", "toy")
+    assert list(found["tasks"]) == ["toy", "toy_pairs", "toy_word"]
+    accuracies = [found["tasks"][name]["metrics"]["acc"]["value"] for name in found["tasks"]]
+    assert accuracies[0] == pytest.approx((accuracies[1] + accuracies[2]) / 2)
+    assert accuracies[1] > 0.5  # which of two orders of words is text like that of the run
+    assert [found["tasks"][name]["questions"] for name in found["tasks"]] == [24, 12, 12]
+    less = asked(place, capsys, "--tasks", "toy_w*", "--limit", "5", "--num-fewshot", "1")
+    assert list(less["tasks"]) == ["toy_word"]
+    assert (less["tasks"]["toy_word"]["questions"], less["tasks"]["toy_word"]["fewshot"]) == (5, 1)
+    solved, alone = (each["tasks"]["toy_word"]["metrics"]["perplexity"]["value"] for each in (less, found))
+    assert solved != alone
+    taught = asked(place, capsys, "--tasks", "toy_word", "--teacher")
+    assert taught["tasks"]["toy_word"]["metrics"]["perplexity"]["value"] != alone
+
+
+def test_a_table_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["evaluate", str(place / "run"), "--include-path", str(place / "tasks"), "--tasks", "toy_pairs"]
+    assert main(given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "score ± standard error" in lines[1]
+    assert lines[2].split()[:2] == ["toy_pairs", "acc"]
+
+
+def test_lm_evals_own_command_line_knows_a_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    given = ["run", "--model", "sparsae", "--model_args", f"path={place / 'run'}", "--tasks", "toy_pairs"]
+    given += ["--include_path", str(place / "tasks"), "--output_path", str(tmp_path), "--limit", "4"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
+    cli_evaluate()
+    (written,) = tmp_path.rglob("*.json")
+    results = json.loads(written.read_text())["results"]
+    assert results["toy_pairs"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert "toy_pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "toy_word", "--data", "x.txt"], ["--tasks", "--data"]),
+        (["--limit", "3"], ["--limit", "--tasks"]),
+        (["--include-path", "x"], ["--include-path", "--tasks"]),
+        (["--tasks", "toy_word", "--include-path", "missing"], ["--include-path", "missing"]),
+        (["--tasks", "blimpp"], ["--tasks", "'blimpp'", "did you mean blimp"]),
+        (["--tasks", "x9q"], ["--tasks", "'x9q'", "--include-path"]),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    place: Path, options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(place / "run"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_data_that_is_gone_is_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tasks(tmp_path / "tasks")
+    (tmp_path / "tasks" / "pairs.jsonl").unlink()
+    given = ["evaluate", str(place / "run"), "--include-path", str(tmp_path / "tasks"), "--tasks", "toy_word"]
+    assert main([*given, "--json", "-"]) == 2
+    assert "the data of toy_word cannot be had" in capsys.readouterr().err
