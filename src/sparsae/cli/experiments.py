@@ -325,6 +325,8 @@ def _run(
         raise InputError("--minutes is for runs in one process: leave out --jobs and --ray")
     if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"--minutes: must be above 0, not {minutes:g}")
+    if minutes is not None and getattr(plan, "tasks", None) is not None:
+        raise InputError("--minutes knows no end of fine-tuning: leave it out, or the plan's tasks")
     if ray is not None and jobs != 1:
         raise InputError("--jobs is for one machine and --ray for a cluster: give one of them")
     if ray is not None and importlib.util.find_spec("ray") is None:

@@ -56,7 +56,12 @@ class SparsaeLM(HFLM):
         return {"model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters())}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """lm-eval's command line, by `sys.argv`."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

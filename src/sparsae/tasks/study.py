@@ -41,26 +41,42 @@ class Job:
     file: Path
 
 
+def read_tasks(settings: FinetuneConfig) -> list[TaskData]:
+    """The examples of all tasks. Raises InputError where they cannot be read, scored, or trained on."""
+    from sparsae.tasks.finetune import refuse_without_libraries
+    from sparsae.train.build import choose_device
+
+    refuse_without_libraries()
+    if settings.device is not None:
+        choose_device(settings.device, "--device")
+    tasks = [read_task(task_named(name), settings.data, settings.max_examples) for name in settings.names]
+    for data in tasks:
+        majority(data)
+    return tasks
+
+
 def finetune_run(
-    path: Path, settings: FinetuneConfig, out: Path | None = None, progress: Progress | None = None
+    path: Path,
+    settings: FinetuneConfig,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    data: Sequence[TaskData] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the run in `path` as the settings say; writes into `out` (None: RUN/tasks) and returns the results.
+
+    data: what `read_tasks` gives for the settings, where that is at hand.
 
     Raises InputError for a run, data or settings that are wrong, before anything is trained. Stopped at any time and
     called again, it goes on after the last fine-tuning that ended.
     """
-    from sparsae.tasks.finetune import finetune, refuse_without_libraries, step_count
-    from sparsae.train.build import choose_device
+    from sparsae.tasks.finetune import finetune, step_count
 
     run = RunDirectory.open(path)
     config = run.config()
     modes = _modes(path, config.sparsity.sparsity > 0, settings)
     identity = _identity(run)
     out = path / "tasks" if out is None else out
-    refuse_without_libraries()
-    if settings.device is not None:
-        choose_device(settings.device, "--device")
-    tasks = [read_task(task_named(name), settings.data, settings.max_examples) for name in settings.names]
+    tasks = read_tasks(settings) if data is None else data
     baselines = {data.task.name: majority(data) for data in tasks}
     jobs = list(_jobs(tasks, modes, settings, identity, out / "ended"))
     try:

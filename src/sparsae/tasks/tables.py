@@ -80,5 +80,5 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
             )
     rules = {row["rule"]: sum(r["swaps"] for r in results["rows"]) for row in results["rows"] if row["rule"]}
     found += [f"Searched by the rule {rule}: {swaps:,} connections replaced in all." for rule, swaps in rules.items()]
-    found.append("Scores are of the last epoch: none was chosen by them. Intervals are of 95 %, over seeds.")
+    found.append("Scores are of the last epoch: none was chosen by them. Intervals are of 95 %.")
     return found

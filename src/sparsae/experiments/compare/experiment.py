@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,12 +15,14 @@ from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells
 from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
+from sparsae.experiments.compare.tasks import fine_tune
 from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
+from sparsae.tasks.study import read_tasks
 from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
 
@@ -119,6 +121,7 @@ class Comparison:
         self._vocabularies: dict[DataConfig, int] = {}
         self.lengths = RunLengths(plan, self._vocabulary)
         self._jobs = Jobs()
+        self._tasks = read_tasks(plan.tasks) if plan.tasks else []
         self._trials: dict[tuple[str, float, Key], Trial] = {}
         for seed, sparsity, variant in cells(plan):
             # Wrong settings of any run are refused now, not hours later.
@@ -143,7 +146,18 @@ class Comparison:
                 compared = [cell.job for cell in self.cells]
                 if not execute(compared, self.out, self.board, lambda _: self._write_rows(), runs):
                     return None
+            self._fine_tune(compared)
             return self._write()
+
+    def _fine_tune(self, compared: Sequence[Job]) -> None:
+        """Of runs that ended with a model; one that was stopped here goes on after the last fine-tuning that ended."""
+        if self.plan.tasks is None:
+            return
+        with closing(self._display) as display:
+            for job in {job.name: job for job in compared}.values():
+                if not (outcome(self.out / job.name) or {}).get("diverged"):
+                    display.say(f"{job.name}: tasks")
+                    fine_tune(self.out / job.name, job.config, self.plan.tasks, self._tasks, display.stage)
 
     def found(self, variant: str, sparsity: float) -> Found:
         """What the tuning of a variant at a sparsity has found by now."""

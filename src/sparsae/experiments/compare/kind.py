@@ -43,9 +43,11 @@ class Compare(Kind):
 
     def tables(self, results: Results) -> Sequence[Table]:
         from sparsae.experiments.compare.tables import contrast_table, rank_table, results_table
+        from sparsae.experiments.compare.tasks import tasks_table
 
         tables = [results_table(results).brief()]
         tables += [contrast_table(results)] if results["contrasts"] else []
+        tables += [tasks_table(results)] if results.get("tasks") else []
         return [*tables, rank_table(results)] if results.get("ranking") else tables
 
     def conclusions(self, results: Results) -> Sequence[str]:

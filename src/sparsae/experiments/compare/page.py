@@ -15,6 +15,7 @@ from sparsae.experiments.compare.plan import LEARNING_RATE
 from sparsae.experiments.compare.strategy import strategy_section
 from sparsae.experiments.compare.stuck import stuck_table
 from sparsae.experiments.compare.tables import compared_loss, contrast_table, rank_table, results_table
+from sparsae.experiments.compare.tasks import tasks_section
 from sparsae.experiments.looks import Look, looks
 from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
@@ -53,6 +54,7 @@ def body(results: Results, out: Path) -> str:
     parts = {
         "results": ("Results", _results(results)),
         "ranking": ("Ranking", _ranking(results)),
+        "tasks": ("Tasks", tasks_section(results)),
         "curves": ("Curves", _curves(results)),
         "equal-loss": ("Equal loss", _equal_loss(results)),
         "topology": ("Topology", _topology(results, runs)),

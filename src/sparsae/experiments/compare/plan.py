@@ -21,6 +21,7 @@ from sparsae.config.span import Span
 from sparsae.experiments.compare.tuning import Axis, Point
 from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_said
 from sparsae.registry import method_named
+from sparsae.tasks.settings import FinetuneConfig
 
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -135,6 +136,9 @@ class ComparisonPlan(BasePlan):
         "differences from the reference are adjusted (Holm)",
     )
     tuning: Tuning = Tuning()
+    tasks: FinetuneConfig | None = Field(
+        default=None, description="tasks that every compared run is fine-tuned on when all have ended; null: none"
+    )
 
     @field_validator("methods")
     @classmethod

@@ -15,6 +15,7 @@ from sparsae.experiments.compare.ranking import rank_agreement, summarize_rankin
 from sparsae.experiments.compare.stuck import stuck_counts
 from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
 from sparsae.experiments.compare.tables import contrast_table, results_table
+from sparsae.experiments.compare.tasks import summarize_tasks, task_rows, tasks_table
 from sparsae.experiments.compare.tuning import Found, Point, key_of
 from sparsae.experiments.jobs import Job, outcome, stacked
 from sparsae.experiments.matching import Budget
@@ -96,6 +97,8 @@ def collect(
     results["summary"] = summarize(rows, plan.held_against, loss, plan.planned)
     results["contrasts"] = contrasts(rows, loss, plan.planned)
     results["equal_loss"] = equal_loss(rows)
+    if plan.tasks is not None:
+        results["tasks"] = summarize_tasks(rows)
     results["conclusions"] = conclusions(rows, loss)
     results["warnings"] = [*([_STACKED] if any(row["stacked"] for row in rows) else []), *warnings(results)]
     return results
@@ -105,6 +108,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     """results.json, table.md and table.tex, each whole or not at all."""
     write_atomically(out / "results.json", to_json(results, indent=1) + "\n")
     tables = [results_table(results), *([contrast_table(results)] if results["contrasts"] else [])]
+    tables += [tasks_table(results)] if results.get("tasks") else []
     write_atomically(out / "table.md", "\n".join([table.markdown() for table in tables]) + notes(results["warnings"]))
     write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
 
@@ -147,6 +151,8 @@ def _row(plan: ComparisonPlan, out: Path, cell: Cell, together: set[str]) -> dic
     row["base_method"], row["run"] = plan.all_variants[cell.variant].method, cell.job.name
     metrics = [] if diverged else RunDirectory(run).read_metrics()
     row["curve"], row["stuck"] = _curve(metrics), stuck_counts(metrics)
+    if plan.tasks is not None:
+        row["tasks"] = task_rows(run)
     if row["study_flops"]:
         row["ranking"] = rank_agreement([entry for entry in metrics if entry.get("kind") == "topology"])
     return row
