@@ -343,7 +343,7 @@ def test_a_bump_pays_for_its_beginning_with_steps() -> None:
     ]
     plain, bump = (Cost(config, 300) for config in configs)
     budget = Budget("flops", plain.flops(250))
-    steps = bump.steps(budget, "bump")
+    steps = bump.steps(budget, "bump", "the budget")
     assert steps < 250
     assert bump.flops(steps) == pytest.approx(budget.amount, rel=0.005)
 

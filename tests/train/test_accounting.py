@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsae.config.load import resolve
 from sparsae.config.schema import ModelConfig
 from sparsae.core.accounting import (
     DENSE_BYTES_PER_WEIGHT,
@@ -22,11 +26,14 @@ from sparsae.core.accounting import (
 )
 from sparsae.core.randomness import generator
 from sparsae.models import build_model
+from sparsae.nn.choice import linear_routers
 from sparsae.nn.linear import sparse_layers
+from sparsae.nn.routing import Routing
 from sparsae.nn.sparsify import sparsify
 from sparsae.optim import AdamW, parameter_groups
-from sparsae.train.costs import model_cost
+from sparsae.train.costs import RunCosts, model_cost
 from sparsae.train.memory import state_bytes
+from tests.support.architectures import ARCHITECTURES
 
 VOCAB = 96
 FAMILIES = [
@@ -35,7 +42,9 @@ FAMILIES = [
     ModelConfig(family="llama", layers=2, heads=4, kv_heads=2, width=32, context=24),
     ModelConfig(family="llama", layers=1, heads=2, head_size=24, width=32, context=24),
 ]
-COST = ModelCost(sparse_weights=1000, dense_weights=50, head_weights=300, attention_layers=2, width=8, context=16)
+COST = ModelCost(
+    sparse_weights=1000, met_weights=1000, dense_weights=50, head_weights=300, attention_layers=2, width=8, context=16
+)
 
 
 def eager(config: ModelConfig) -> nn.Module:
@@ -56,6 +65,63 @@ def test_forward_and_backward_agree_with_torchs_counter(config: ModelConfig) -> 
     counted, tokens = forward.get_total_flops(), batch.numel()
     assert cost.forward(0, tokens) == counted
     assert cost.training(0, tokens) == counted + backward.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "gpt_oss"])
+def test_of_experts_those_count_that_a_token_is_sent_to(name: str) -> None:
+    """Against torch's counter on the dense model, and by hand; what the others weigh is counted as memory."""
+    model = ARCHITECTURES[name].build().float()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    own = model.config
+    dimensions = {"layers": own.num_hidden_layers, "heads": own.num_attention_heads, "width": own.hidden_size}
+    config = ModelConfig(
+        family="llama", kv_heads=own.num_key_value_heads, head_size=own.head_dim, context=24, **dimensions
+    )
+    batch = torch.randint(0, own.vocab_size, (3, 24), generator=generator(0))
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        model(batch, use_cache=False)
+    dense = model_cost(model, config)
+    assert dense.forward(0, batch.numel()) == forward.get_total_flops()
+    sparse = sparsify(copy.deepcopy(model), 0.75, seed=1)
+    cost, layers = model_cost(sparse, config), sparse_layers(sparse)
+    chosen, experts = own.num_experts_per_tok, 4
+    assert cost.dense_training(7) == dense.training(0, 7)
+    assert cost.sparse_weights == sum(math.prod(layer.topology.shape) for layer in layers.values())
+    run = resolve(overrides=["model.layers=1"]).model_copy(update={"model": config})
+    costs = RunCosts(sparse, run, None)
+    assert costs.nnz == sum(layer.topology.nnz for layer in layers.values())
+    by_hand = sum(
+        Fraction(chosen, experts) * layer.topology.nnz if ".experts." in layer_name else layer.topology.nnz
+        for layer_name, layer in layers.items()
+    )
+    assert costs.met == round(by_hand)
+    assert costs.met < costs.nnz
+    flops = FlopCounter()
+    costs.count_step(flops, 7, 0, 0)
+    assert flops.parts["student"] == cost.training(costs.met, 7)
+    assert costs.share(next(name for name in layers if ".experts." in name)) == Fraction(chosen, experts)
+    assert costs.share(next(name for name in layers if ".experts." not in name)) == 1
+
+
+class Mixture(nn.Module):
+    """Experts as people write them: a list of modules, and a linear router."""
+
+    def __init__(self, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = top_k, experts
+        self.gate = nn.Linear(8, experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(experts)
+        )
+
+
+def test_experts_in_a_list_count_as_well() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Mixture(4, 1), nn.ModuleList(nn.Linear(8, 8) for _ in range(4)))
+    routing = Routing(model)
+    assert routing.shares == {"1.experts": Fraction(1, 4)}
+    assert routing.met({"0": 64, "1.experts.0.0": 100, "1.experts.3.2": 60}) == 64 + 40
+    assert list(linear_routers(model)) == ["1.gate"]
 
 
 def test_a_sparse_model_costs_its_active_weights_and_its_dense_equivalent_all() -> None:

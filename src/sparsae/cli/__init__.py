@@ -160,6 +160,7 @@ def train(
         method,
         settings or [],
         options={option: (key, value) for option, (key, value) in short.items() if value is not None},
+        counted_by="--dry-run" if dry_run else None,
     )
     if print_config:
         if json_file is not None:

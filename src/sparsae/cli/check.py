@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Preset, Settings, grid_options, read
+from sparsae.cli.experiments import (
+    Given,
+    Heads,
+    Method,
+    Parameterizations,
+    Preset,
+    Settings,
+    grid_options,
+    options_of,
+    read,
+)
 from sparsae.cli.output import output, show_table
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.files import refuse_unwritable
@@ -61,7 +71,7 @@ def coordinates(
     refuse_unwritable("--json", json_file)
     options = grid_options(preset, method, heads, parameterizations, widths, sparsities, seeds)
     own = {"steps": steps, "layers": layers, "learning_rate": learning_rate, "least_fan_in": least_fan_in}
-    options |= {key: value for key, value in own.items() if value is not None}
+    options |= options_of(own)
     plan = read(given, settings, options, CoordinatesPlan)
     if out is not None:
         refuse_occupied(out)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
-from sparsae.config.complaints import nearest, shown
+from sparsae.config.complaints import nearest, option_of, shown
 from sparsae.config.load import methods, parse_override, presets
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
@@ -77,6 +77,8 @@ Minutes = Annotated[
     float | None, typer.Option(metavar="F", help="Save and stop after so long; the same command continues.")
 ]
 STACK = 32
+Options = dict[str, tuple[str, object]]
+"""By its name on the command line the dotted key of a plan, and its value."""
 
 
 def compare(
@@ -112,7 +114,7 @@ def compare(
         preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share, tuning_extensions
     )
     if compared is not None:
-        options["methods"] = names_in(compared)
+        options["--methods"] = ("methods", names_in(compared))
     if not stack and stack_size != STACK:
         raise InputError("--stack-size is for runs that train together: give --stack too")
     size = stack_size if stack else None
@@ -143,7 +145,12 @@ def ablate(
     """Take a method apart: itself without one of its parts, or with another in its place."""
     variants = ablation_variants(method, None if names is None else names_in(names))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
-    options |= {"kind": "ablation", "methods": [], "variants": variants, "reference": next(iter(variants))}
+    options |= {
+        "ablate": ("kind", "ablation"),
+        "ablate: methods": ("methods", []),
+        "--variants": ("variants", variants),
+        "ablate: reference": ("reference", next(iter(variants))),
+    }
     _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
 
 
@@ -168,17 +175,22 @@ def sensitivity(
     json_file: JsonFile = None,
 ) -> None:
     """How the micro-batch that scores candidates matters: their ranking, acceptance, final loss."""
+    if method not in methods():
+        raise InputError(f"--method: no method {shown(method)}; {nearest(method, methods())}")
     for mode in names_in(modes):
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
     counts = [int(count) for count in _numbers("--sequences", sequences, int)]
     variants = sensitivity_variants(method, counts, names_in(modes))
-    options = {"match": "steps"} | _options(
-        preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions
-    )
-    options |= {"kind": "sensitivity", "methods": [], "variants": variants}
+    options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
+    options |= {
+        "sensitivity": ("kind", "sensitivity"),
+        "sensitivity: methods": ("methods", []),
+        "--sequences": ("variants", variants),
+    }
+    options.setdefault("--match", ("match", "steps"))
     if "resampled-4" in variants:  # the default of both methods that score candidates
-        options["reference"] = "resampled-4"
+        options["sensitivity: reference"] = ("reference", "resampled-4")
     _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
 
 
@@ -221,7 +233,7 @@ def transfer(
     }
     for key, text in swept.items():
         if text is not None:
-            options[key] = _numbers(f"--{key.replace('_', '-')}", text, float)
+            options[option_of((key,))] = key, _numbers(option_of((key,)), text, float)
     _run(read(given, settings, options, TransferPlan), out, jobs, ray, json_file)
 
 
@@ -233,8 +245,8 @@ def grid_options(
     widths: str | None,
     sparsities: str | None,
     seeds: str | None,
-) -> dict[str, object]:
-    """The options that were given of an experiment over a grid, by the keys of its plan."""
+) -> Options:
+    """The options that were given of an experiment over a grid."""
     options = {
         "preset": preset,
         "method": method,
@@ -244,10 +256,15 @@ def grid_options(
         "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
         "seeds": seeds and seeds_in(seeds),
     }
-    return {key: value for key, value in options.items() if value is not None}
+    return options_of(options)
 
 
-def read(given: list[str] | None, settings: list[str] | None, options: dict[str, object], plan: type[P]) -> P:
+def options_of(values: Mapping[str, object]) -> Options:
+    """The options that were given, which are called as the keys of the plan are."""
+    return {option_of((key,)): (key, value) for key, value in values.items() if value is not None}
+
+
+def read(given: list[str] | None, settings: list[str] | None, options: Options, plan: type[P]) -> P:
     """The plan that arguments, --set and options say. Raises InputError for whatever is wrong with it."""
     overrides = [entry for entry in given or [] if "=" in entry] + (settings or [])
     files = [entry for entry in given or [] if "=" not in entry]
@@ -268,7 +285,7 @@ def _options(
     learning_rates: str | None,
     tuning_share: float | None,
     tuning_extensions: int | None,
-) -> dict[str, object]:
+) -> Options:
     """The options that were given, by the keys of a plan."""
     options = {
         "preset": preset,
@@ -277,11 +294,13 @@ def _options(
         "match": match,
         "budget": budget,
         "reference": reference,
-        "tuning.learning_rates": learning_rates and _numbers("--learning-rates", learning_rates, float),
         "tuning.share": tuning_share,
         "tuning.extensions": tuning_extensions,
     }
-    return {key: value for key, value in options.items() if value is not None}
+    found = options_of(options)
+    if learning_rates:
+        found["--learning-rates"] = "tuning.learning_rates", _numbers("--learning-rates", learning_rates, float)
+    return found
 
 
 def names_in(text: str) -> list[str]:

@@ -1,14 +1,20 @@
-"""One line for a setting that is wrong: where it was given, its dotted key, what is wrong and what would be right."""
+"""One line for a setting that is wrong: where it was given, its dotted key, what is wrong and what would be right.
+
+Whatever gives settings has an *origin*, by which a line says where to mend them: a name ("plan.yaml", "--steps"), or
+what knows more of where each of its keys lies. A validator that compares several settings names them (`SettingError`).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, ValidationError
 
 Keys = tuple[str, ...]
+Path = tuple[str | int, ...]  # keys, and places in lists
+Origin = str | Callable[[Path], str]
 
 _TYPES = {
     "int_type": "a whole number",
@@ -17,10 +23,23 @@ _TYPES = {
     "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "int_from_float": "a whole number",
     "list_type": "a list",
     "tuple_type": "a list of two entries",
     "finite_number": "a finite number",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a section (key: value)"),
 }
+
+
+class SettingError(ValueError):
+    """For validators of a section: what is wrong with settings that are fine by themselves.
+
+    keys: dotted, from the section on, of those that could be mended; the line names where the last given one was given.
+    """
+
+    def __init__(self, what: str, *keys: str) -> None:
+        super().__init__(f"{keys[0]}: {what}")
+        self.what, self.keys = what, keys
 
 
 def dotted(keys: Iterable[str | int]) -> str:
@@ -50,38 +69,75 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str]) -> str:
-    """What to say of a key that does not exist: names near it beside it, else in other sections, else all beside it."""
+    """What is wrong with a key that does not exist: names near it beside it, or in other sections, or all beside it."""
     *section, name = keys
     beside = list(siblings)
     all_beside = f"{dotted(section) or 'the top level'} has: {', '.join(beside)}"
     ends = {key: key.rpartition(".")[2] for key in everywhere}
     if dotted(keys) in ends:
-        return f"{dotted(keys)}: not a setting of this {dotted(section)}.rule; {all_beside}"
+        return f"not a setting of this {dotted(section)}.rule; {all_beside}"
     close = difflib.get_close_matches(name, beside, n=2)
     found = [dotted((*section, match)) for match in close]
     if not found:
         close = difflib.get_close_matches(name, ends.values(), n=1, cutoff=0.75)
         found = [key for key, end in ends.items() if end in close]
     hint = f"did you mean {' or '.join(found)}?" if found else all_beside
-    return f"{dotted(keys)}: no such setting; {hint}"
+    return f"no such setting; {hint}"
 
 
-def explain(error: ErrorDetails, keys: tuple[str | int, ...], origins: Mapping[Keys, str]) -> str:
+def explain(error: ErrorDetails, keys: Path, origins: Mapping[Keys, Origin]) -> str:
     """The whole line for one of pydantic's errors; `keys` is its location without the tags of unions."""
-    origin = _origin(keys[:-1] if keys[-1:] == ("[key]",) or error["type"] == "missing" else keys, origins)
-    line = f"{origin}: "
+    found = error.get("ctx", {}).get("error")
     what = _what(error)
-    if error["type"] == "missing":
+    if isinstance(found, SettingError):
+        what, named = found.what, [(*keys, *key.split(".")) for key in found.keys]
+        order = [None, *origins]  # of equals the first
+        keys = max(named, key=lambda path: order.index(_giver(path, origins)))
+    elif error["type"] == "missing":
         if isinstance(keys[-1], int):
             keys = keys[:-1]  # pydantic points at the entry that a list lacks
         else:
             what = "must be given"
     elif keys[-1:] == ("[key]",):  # pydantic's name for a key of a mapping that is wrong itself
         keys, what = keys[:-2], f"key {shown(keys[-2])} {what}"
-    names = [key for key in keys if isinstance(key, str)]
-    if keys and [f"--{name.replace('_', '-')}" for name in names] != [origin]:  # an option may be all of the key
-        line += f"{dotted(keys)}: "
-    return line + what
+    return f"{located(keys, origins)}: {what}"
+
+
+def below(key: str, error: ValueError) -> SettingError:
+    """For validators: an error of what lies below a key."""
+    keys = error.keys if isinstance(error, SettingError) else ()
+    what = error.what if isinstance(error, SettingError) else str(error)
+    return SettingError(what, *(f"{key}.{inner}" for inner in keys)) if keys else SettingError(what, key)
+
+
+def within(errors: ValidationError) -> ValueError:
+    """For validators: the first of the errors of settings inside those that are validated."""
+    error = errors.errors(include_url=False)[0]
+    keys, found = error["loc"], error.get("ctx", {}).get("error")
+    if isinstance(found, SettingError):
+        return SettingError(found.what, *(dotted((*keys, *key.split("."))) for key in found.keys))
+    what = "no such setting" if error["type"] == "extra_forbidden" else _what(error)
+    return SettingError(what, dotted(keys)) if keys else ValueError(what)
+
+
+def located(keys: Path, origins: Mapping[Keys, Origin]) -> str:
+    """Where a key was given, and its name there; of a section, the last origin that gave it or a key of it."""
+    giver = _giver(keys, origins)
+    return placed("settings" if giver is None else origins[giver], keys)
+
+
+def placed(origin: Origin, keys: Path) -> str:
+    """An origin and the name that keys have there; the origin alone, where that says it: of an option so called."""
+    if callable(origin):
+        return origin(keys)
+    name = dotted(keys)
+    is_said = origin == option_of(keys) or (": " in origin and origin.endswith(f".{name}"))
+    return origin if is_said or not keys else f"{origin}: {name}"
+
+
+def option_of(keys: Path) -> str:
+    """The command line's name for a key."""
+    return "--" + "-".join(key for key in keys if isinstance(key, str)).replace(".", "-").replace("_", "-")
 
 
 def _what(error: ErrorDetails) -> str:
@@ -90,6 +146,8 @@ def _what(error: ErrorDetails) -> str:
         return f"must be {_TYPES[kind]}, not {shown(given)}"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "too_short":
+        return f"must have at least {context['min_length']} entries, not {context['actual_length']}"
     if kind == "literal_error":
         return f"must be {context['expected']}, not {shown(given)}"
     if kind in ("missing", "too_long"):
@@ -108,8 +166,9 @@ def _what(error: ErrorDetails) -> str:
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {shown(given)}"
 
 
-def _origin(keys: tuple[str | int, ...], origins: Mapping[Keys, str]) -> str:
-    """Where a key was given; of a section, the last layer that gave it or a key of it."""
+def _giver(keys: Path, origins: Mapping[Keys, Origin]) -> Keys | None:
+    """Which given key says a key: the last one in a section, or the section or list that it is in itself."""
     names = tuple(key for key in keys if isinstance(key, str))
-    inside = [origin for given, origin in origins.items() if given[: len(names)] == names]
-    return inside[-1] if inside else "settings"
+    inside = [given for given in origins if given[: len(names)] == names]
+    around = [names[:n] for n in range(len(names)) if names[:n] in origins]
+    return next((found[-1] for found in (inside, around) if found), None)

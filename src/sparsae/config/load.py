@@ -15,12 +15,25 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
-from sparsae.config.complaints import Keys, dotted, explain, nearest, shown, unknown_key
+from sparsae.config.complaints import (
+    Keys,
+    Origin,
+    dotted,
+    explain,
+    located,
+    nearest,
+    placed,
+    shown,
+    unknown_key,
+)
 from sparsae.config.narrow import narrowed, refuse_huge
+from sparsae.config.ranges import is_span
 from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.schema import STDLIB, Config, ModelConfig
 from sparsae.config.section import Section
+from sparsae.config.span import in_epochs
 from sparsae.config.text import annotated, dump, read_yaml
+from sparsae.config.walk import settings_in
 from sparsae.errors import InputError, require_utf8
 from sparsae.families import FAMILIES
 from sparsae.files import expanded
@@ -119,7 +132,8 @@ def resolve(
     overrides: Sequence[str] = (),
     *,
     options: Mapping[str, tuple[str, object]] | None = None,
-    trees: Sequence[tuple[Mapping[str, Any], str]] = (),
+    trees: Sequence[tuple[Mapping[str, Any], Origin]] = (),
+    counted_by: str | None = None,
 ) -> Config:
     """The settings of a run.
 
@@ -130,9 +144,10 @@ def resolve(
     Args:
         file: YAML file, or None.
         preset, method: names that win over the file's; None: the file's, or else `demo` and `sparsae`.
-        trees: further layers between file and overrides, in the form of a file, each with the name of its origin.
+        trees: further layers between file and overrides, in the form of a file, each with its origin.
         overrides: `section.key=value`, the value in YAML.
         options: command line options that stand for one key each: {"--steps": ("training.steps", 20)}.
+        counted_by: what counts the run's operations before its text is read, so that nothing can be in epochs.
 
     Raises:
         InputError: one line that names the key, where it was given, what is wrong and what would be right.
@@ -155,7 +170,7 @@ def resolve(
         layers.add(parse_override(override), "--set")
     for option, (key, value) in (options or {}).items():
         layers.add(_nested(key.split("."), value), option)
-    return layers.config()
+    return layers.config(counted_by)
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -190,7 +205,7 @@ class _Layers:
 
     def __init__(self) -> None:
         self.tree: Tree = {}
-        self.origins: dict[Keys, str] = {}
+        self.origins: dict[Keys, Origin] = {}
 
     def add_names(self, preset: str, method: str) -> None:
         method = method_named(method)
@@ -204,18 +219,19 @@ class _Layers:
                 self.add({"topology": {"rule": name}, "teacher": {"enabled": False}}, f"{kind} {name}")
         self.tree |= {"preset": preset, "method": method}
 
-    def add(self, given: Tree, origin: str) -> None:
+    def add(self, given: Tree, origin: Origin) -> None:
         self._merge(self.tree, given, Config, (), origin)
 
-    def _merge(self, tree: Tree, given: Tree, section: type[Section], path: Keys, origin: str) -> None:
+    def _merge(self, tree: Tree, given: Tree, section: type[Section], path: Keys, origin: Origin) -> None:
         for name, value in given.items():
             field = section.model_fields.get(name)
             if field is None:
                 keys = (*path, name)
-                raise InputError(f"{origin}: {unknown_key(keys, section.model_fields, _all_keys(Config, ()))}")
+                what = unknown_key(keys, section.model_fields, _all_keys(Config, ()))
+                raise InputError(f"{placed(origin, keys)}: {what}")
             self._put(tree, value, field.annotation, (*path, name), origin)
 
-    def _put(self, tree: Tree, value: Any, annotation: Any, keys: Keys, origin: str) -> None:
+    def _put(self, tree: Tree, value: Any, annotation: Any, keys: Keys, origin: Origin) -> None:
         """Merge one value, a section or a mapping of sections by its keys, into the tree of the section around it."""
         name, entries, section = keys[-1], _entries(annotation), _section(annotation)
         if (entries is None and section is None) or (value is None and type(None) in get_args(annotation)):
@@ -229,7 +245,7 @@ class _Layers:
             self._forget(keys)
             return
         if not isinstance(value, dict):
-            raise InputError(f"{origin}: {dotted(keys)}: must be a section (key: value), not {shown(value)}")
+            raise InputError(f"{placed(origin, keys)}: must be a section (key: value), not {shown(value)}")
         if not value:  # an empty section has no key whose origin could be remembered
             self.origins[keys] = origin
         inner = tree[name] = tree.get(name) or {}
@@ -245,17 +261,17 @@ class _Layers:
             self._merge(inner, value, RULES[inner["rule"]].settings, keys, origin)
         elif section is TermConfig:
             if name not in TERMS:
-                raise InputError(f"{origin}: {dotted(keys)}: no term {shown(name)}; {nearest(name, TERMS.names())}")
+                raise InputError(f"{placed(origin, keys)}: no term {shown(name)}; {nearest(name, TERMS.names())}")
             self._merge(inner, value, TERMS[name].settings, keys, origin)
         elif section is not None:
             self._merge(inner, value, section, keys, origin)
 
-    def _of_one_rule(self, tree: Tree, given: Tree, keys: Keys, origin: str) -> Tree:
+    def _of_one_rule(self, tree: Tree, given: Tree, keys: Keys, origin: Origin) -> Tree:
         current = tree.get("rule", _DEFAULT.topology.rule)
         rule = given.get("rule", current)
         if not isinstance(rule, str) or rule not in RULES:
             hint = nearest(str(rule), RULES.names())
-            raise InputError(f"{origin}: {dotted(keys)}.rule: no rule {shown(rule)}; {hint}")
+            raise InputError(f"{placed(origin, (*keys, 'rule'))}: no rule {shown(rule)}; {hint}")
         if rule == current:
             return {**tree, "rule": rule}
         self._forget(keys)
@@ -265,10 +281,20 @@ class _Layers:
         """Where a key and those below it came from."""
         self.origins = {key: where for key, where in self.origins.items() if key[: len(keys)] != keys}
 
-    def config(self) -> Config:
+    def config(self, counted_by: str | None = None) -> Config:
         config = self._validated(self.tree, Config, ())
         refuse_huge(config)
+        if counted_by is not None:
+            self._refuse_epochs(config, counted_by)
         return narrowed(config)
+
+    def _refuse_epochs(self, config: Config, counted_by: str) -> None:
+        for keys, section, name in settings_in(config):
+            if in_epochs(value := getattr(section, name)) and is_span(type(section).model_fields[name]):
+                raise InputError(
+                    f"{located(keys, self.origins)}: '{value}' is known only once the text is read, which {counted_by} "
+                    "does not do: give steps or a share of the run (5%)"
+                )
 
     def _validated(self, tree: Tree, section: type[AnySection], keys: Keys) -> AnySection:
         try:

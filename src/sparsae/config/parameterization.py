@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparsae.config.complaints import SettingError
 from sparsae.config.section import Count, Positive, Section
 
 
@@ -44,7 +45,9 @@ class ParameterizationConfig(Section):
     @model_validator(mode="after")
     def _density_counts(self) -> Self:
         if self.name == "supar" and self.initial_fan_in != "active":
-            raise ValueError("name supar divides initial variances by the density: initial_fan_in must be active")
+            what = "name supar divides initial variances by the density: initial_fan_in must be active"
+            raise SettingError(what, "initial_fan_in", "name")
         if self.dynamic and self.name != "supar":
-            raise ValueError(f"dynamic needs rates that depend on density, which {self.name}'s do not: set name supar")
+            what = f"dynamic needs rates that depend on density, which {self.name}'s do not: set name supar"
+            raise SettingError(what, "dynamic", "name")
         return self

@@ -56,6 +56,11 @@ class Range:
         return None if after == last else after
 
 
+def is_span(field: FieldInfo) -> bool:
+    """Whether a setting is how long something lasts, a number or text."""
+    return any(isinstance(part, From) for part in _parts(field))
+
+
 NUMBERS = Range()  # all of them
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from sparsae.config.complaints import SettingError, within
 from sparsae.config.section import LARGEST, Count, NonNegative, Positive, Section
 from sparsae.config.span import RampSpan, Span
 from sparsae.errors import InputError
@@ -99,7 +100,7 @@ class MicroBatchConfig(Section):
 def require_order(start: float, stop: float) -> None:
     """For validators. Raises ValueError unless `start` comes before `stop`."""
     if start >= stop:
-        raise ValueError(f"start {start:g} must come before stop {stop:g}")
+        raise SettingError(f"start {start:g} must come before stop {stop:g}", "start", "stop")
 
 
 def default_rule() -> RuleConfig:
@@ -125,10 +126,7 @@ def settings_of(registry: Registry, name: Any, data: Any) -> Any:
     except InputError as error:
         raise ValueError(str(error)) from None
     except ValidationError as errors:
-        first = errors.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        what = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
-        raise ValueError(f"{where}: {what}" if where else what) from None
+        raise within(errors) from None
 
 
 AnyRule = Annotated[SerializeAsAny[RuleConfig], BeforeValidator(_of_its_rule)]

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparsae.config.complaints import SettingError
 from sparsae.config.section import Positive, Section, Share
 from sparsae.config.span import Span
 
@@ -76,14 +77,17 @@ class ScheduleConfig(Section):
             "restore": (),
         }[self.kind]
         if given := [name for name in idle if getattr(self, name) is not None]:
-            raise ValueError(f"{given[0]} is not for kind {self.kind}: leave it out, or choose another kind")
+            what = f"{given[0]} is not for kind {self.kind}: leave it out, or choose another kind"
+            raise SettingError(what, given[0], "kind")
         full = self.in_full
         if self.kind == "bump" and not (full.factor or 0) > 1:
-            raise ValueError(f"factor {full.factor:g} must be more than 1: kind bump begins denser than it ends")
+            what = f"factor {full.factor:g} must be more than 1: kind bump begins denser than it ends"
+            raise SettingError(what, "factor", "kind")
         if self.kind == "restore" and not (full.factor or 2) < 1:
-            raise ValueError(f"factor {full.factor:g} must be less than 1: kind restore is sparser in the middle")
+            what = f"factor {full.factor:g} must be less than 1: kind restore is sparser in the middle"
+            raise SettingError(what, "factor", "kind")
         for one, other in pairwise(("start", "stop", "rise_start", "rise_stop")):
             first, second = getattr(full, one), getattr(full, other)
             if second is not None and (first > second or (first == second and one != "stop")):
-                raise ValueError(f"{one} {first:g} must come before {other} {second:g}")
+                raise SettingError(f"{one} {first:g} must come before {other} {second:g}", one, other, "kind")
         return self

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from sparsae.config.complaints import SettingError
 from sparsae.config.density import Density, by_pattern
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
@@ -55,9 +56,10 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.head_size is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise SettingError(f"width {self.width} is not a multiple of heads {self.heads}", "heads", "width")
         if self.kv_heads is not None and self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+            what = f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
+            raise SettingError(what, "kv_heads", "heads")
         return self
 
     @model_validator(mode="after")
@@ -163,13 +165,17 @@ class SparsityConfig(Section):
         low, high = self.density_bounds
         density = 1.0 - self.sparsity
         if not low - TOLERANCE <= density <= high + TOLERANCE:
-            raise ValueError(
+            raise SettingError(
                 f"bounds [{low:g}, {high:g}] cannot hold density {density:g}: "
-                "min_density must be at most, max_density at least it"
+                "min_density must be at most, max_density at least it",
+                "max_density" if high < density else "min_density",
+                "sparsity",
             )
         if self.head_min_density > density + TOLERANCE:
-            raise ValueError(
-                f"head_min_density {self.head_min_density:g} must be at most the model's density {density:g}"
+            raise SettingError(
+                f"head_min_density {self.head_min_density:g} must be at most the model's density {density:g}",
+                "head_min_density",
+                "sparsity",
             )
         return self
 
@@ -177,13 +183,17 @@ class SparsityConfig(Section):
     def _schedule_has_room(self) -> Self:
         kind, first = self.schedule.kind, self.schedule.first_factor * (1.0 - self.sparsity)
         if kind != "constant" and self.sparsity == 0.0:
-            raise ValueError(
-                f"schedule.kind {kind} moves density around that of a sparse model: sparsity must not be 0"
+            raise SettingError(
+                f"schedule.kind {kind} moves density around that of a sparse model: sparsity must not be 0",
+                "schedule.kind",
+                "sparsity",
             )
         if first > 1.0 + TOLERANCE:
-            raise ValueError(
+            raise SettingError(
                 f"schedule.factor {self.schedule.first_factor:g} times density {1.0 - self.sparsity:g} is more than a "
-                f"dense model: it must be at most {1.0 / (1.0 - self.sparsity):g}"
+                f"dense model: it must be at most {1.0 / (1.0 - self.sparsity):g}",
+                "schedule.factor",
+                "sparsity",
             )
         return self
 
@@ -237,7 +247,8 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _dense_forgets_nothing(self) -> Self:
         if self.grown == "student" and self.storage == "dense":
-            raise ValueError("grown 'student' is for a union or masked teacher: a dense one keeps every position")
+            what = "grown 'student' is for a union or masked teacher: a dense one keeps every position"
+            raise SettingError(what, "grown", "storage")
         return self
 
 
@@ -360,7 +371,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _head_is_free(self) -> Self:
         if self.sparsity.sparsify_head and self.model.tie_embeddings:
-            raise ValueError("sparsity.sparsify_head needs a head of its own: set model.tie_embeddings to false")
+            what = "sparsity.sparsify_head needs a head of its own: set model.tie_embeddings to false"
+            raise SettingError(what, "sparsity.sparsify_head", "model.tie_embeddings")
         return self
 
     @model_validator(mode="after")
@@ -369,12 +381,15 @@ class Config(Section):
         if start is None:
             return self
         if self.sparsity.schedule.moves:
-            raise ValueError(
+            raise SettingError(
                 f"sparsity.schedule.kind {self.sparsity.schedule.kind} is for rules that keep the density: rule "
-                f"{self.topology.rule} prunes by a schedule of its own"
+                f"{self.topology.rule} prunes by a schedule of its own",
+                "sparsity.schedule.kind",
+                "topology.rule",
             )
         if start >= end:
-            raise ValueError(f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}")
+            what = f"topology.start_sparsity {start:g} must be less than sparsity.sparsity {end:g}"
+            raise SettingError(what, "topology.start_sparsity", "sparsity.sparsity")
         return self
 
     @model_validator(mode="after")
@@ -382,14 +397,16 @@ class Config(Section):
         try:
             by_pattern(self.sparsity.density, self.model.family)
         except ValueError as error:
-            raise ValueError(f"sparsity.density: {error}") from None
+            raise SettingError(str(error), "sparsity.density", "model.family") from None
         return self
 
     @model_validator(mode="after")
     def _dense_is_dense(self) -> Self:
         if self.method == "dense" and self.sparsity.sparsity:
-            raise ValueError(
-                "method dense needs sparsity.sparsity 0; for a sparse model that keeps its topology: static"
+            raise SettingError(
+                "method dense needs sparsity.sparsity 0; for a sparse model that keeps its topology: static",
+                "sparsity.sparsity",
+                "method",
             )
         return self
 

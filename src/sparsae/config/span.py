@@ -40,8 +40,8 @@ def span_steps(span: int | str, horizon: Horizon) -> int:
         return max(1, math.floor(round(float(found[1]) / 100 * horizon.steps, 6)))
     if horizon.epoch is None:
         raise InputError(
-            f"'{span}' is known only once the text is read, which --dry-run and compare do not, or from "
-            "SparsifierConfig.steps_per_epoch in a loop of your own: give steps or a share of the run (5%)"
+            f"'{span}' is known only once the text is read, or from SparsifierConfig.steps_per_epoch in a loop of your "
+            "own: give steps or a share of the run (5%)"
         )
     return max(1, round(float(span.partition("e")[0]) * horizon.epoch))
 
@@ -73,6 +73,11 @@ def _wrong(span: object) -> str | None:
 
 
 Span = Annotated[int | str, BeforeValidator(_validated), From(1)]
+
+
+def in_epochs(value: object) -> bool:
+    """Whether a setting is a span in epochs, which are known once the text is read."""
+    return isinstance(value, str) and _EPOCHS.fullmatch(value) is not None
 
 
 def in_updates(span: int | str) -> int | None:

@@ -4,7 +4,8 @@ A product with n active weights costs 2 n operations a token. Attention costs 4 
 tokens (scores and weighted values, over the whole square: what is masked by causality is counted). Lookups, norms,
 activations, softmaxes, the optimizer and the average, all linear in their tensors, are not counted. A backward pass
 costs twice its forward pass; what a kernel computes twice to save memory, as the fused MLP its hidden layer, counts
-once, so that counts are the same for every backend.
+once, so that counts are the same for every backend. Of experts, those count that a token is sent to; all of them have
+memory.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ PARTS = ("student", "teacher", "search", "dense_gradients")
 class ModelCost:
     """Sizes that fix a language model's cost: weights of the layers that are sparse, of dense ones, of the head.
 
-    sparse_weights counts every position, active or not. width is that of attention (heads times head size).
+    sparse_weights counts every position, active or not; met_weights those of them that a token meets. dense_weights and
+    the active ones that are given are such that it meets. width is that of attention (heads times head size).
     """
 
     sparse_weights: int
+    met_weights: int
     dense_weights: int
     head_weights: int
     attention_layers: int
@@ -54,7 +57,7 @@ class ModelCost:
 
     def dense_training(self, tokens: int) -> int:
         """A forward and a backward pass of the same model with every weight."""
-        return self.training(self.sparse_weights, tokens)
+        return self.training(self.met_weights, tokens)
 
 
 def gradient_at(weights: int, tokens: int) -> int:

@@ -36,16 +36,17 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def density_factors(density: DensityFactors, layers: Sequence[str]) -> dict[str, float]:
+def density_factors(density: DensityFactors, layers: Sequence[str], where: str = "density") -> dict[str, float]:
     """The factor of each layer: the product of all that concern it.
 
     A block is what has the first number in a layer's name; between the given ones, factors by depth are interpolated. A
-    layer in no block has none. Raises InputError for what is no factor, or concerns no layer.
+    layer in no block has none. where: what the factors are called where they are given. Raises InputError for what is
+    no factor, or concerns no layer.
     """
     try:
         require_factors(density)
     except ValueError as error:
-        raise InputError(f"density: {error}") from None
+        raise InputError(f"{where}: {error}") from None
     factors = dict.fromkeys(layers, 1.0)
     blocks = {name: block for name in layers if (block := _block(name)) is not None}
     for key, value in density.items():
@@ -57,7 +58,7 @@ def density_factors(density: DensityFactors, layers: Sequence[str]) -> dict[str,
             what = "no layer has a number in its name" if key == DEPTH else f"no sparse layer matches '{key}'"
             some = ", ".join([*layers[:3], *(["..."] if len(layers) > 3 else [])])
             roles = " (roles such as attention are known in the settings of a run only)" if key.isidentifier() else ""
-            raise InputError(f"density: {what}; their names are {some}{roles}")
+            raise InputError(f"{where}: {what}; their names are {some}{roles}")
         for name, factor in concerned.items():
             factors[name] *= factor
     return factors

@@ -5,7 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from sparsae.config import Config, ModelConfig
-from sparsae.config.complaints import nearest
+from sparsae.config.complaints import Origin, nearest
 from sparsae.config.load import is_dense, methods, resolve
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Seed
@@ -49,13 +49,15 @@ class Base:
     """What all runs of a grid have in common.
 
     heads: "scaled", as many as keep the size that they have in the settings, or "constant", the settings' number of
-    them at every width. trees: settings in the form of files, later ones winning, each with its origin.
+    them at every width. trees: settings in the form of files, later ones winning, each with its origin. place: where a
+    key of the plan was given.
     """
 
     preset: str
     method: str
     heads: Heads
-    trees: Sequence[tuple[Tree, str]]
+    trees: Sequence[tuple[Tree, Origin]]
+    place: Callable[..., str]
 
     def config(
         self, parameterization: str, width: int, sparsity: float, seed: int, **more: tuple[str, object]
@@ -64,17 +66,18 @@ class Base:
 
         Raises InputError for settings that are wrong, or a width that the heads cannot follow.
         """
-        given: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
+        given: dict[str, tuple[str, object]] = {self.place("seeds"): ("seed", seed)}
         for key, value in PARAMETERIZATIONS[parameterization].items():
-            given[f"parameterizations: {parameterization}: {key}"] = (f"parameterization.{key}", value)
+            given[f"{self.place('parameterizations')}: {parameterization}.{key}"] = (f"parameterization.{key}", value)
         method, trees = self.method, self.trees
         if sparsity > 0:
-            given["sparsities"] = ("sparsity.sparsity", sparsity)
+            given[self.place("sparsities")] = ("sparsity.sparsity", sparsity)
         else:
             # The rule's settings say nothing of a model whose connections all exist.
             method, trees = "dense", [({k: v for k, v in tree.items() if k != "topology"}, at) for tree, at in trees]
-        given |= {f"width {width}: {key}": (f"model.{key}", value) for key, value in self._of_width(width).items()}
-        return resolve(None, self.preset, method, options={**given, **more}, trees=trees)
+        for key, value in self._of_width(width).items():
+            given[f"{self.place('widths')}: {width}: {key}"] = (f"model.{key}", value)
+        return resolve(None, self.preset, method, options={**given, **more}, trees=trees, counted_by="an experiment")
 
     @cached_property
     def _model(self) -> ModelConfig:
@@ -85,23 +88,23 @@ class Base:
         model = self._model
         found = {"width": width}
         if self.heads == "scaled":
-            found["heads"] = _scaled("heads", model.heads, width, model.width)
+            found["heads"] = self._scaled("heads", model.heads, width)
             if model.kv_heads is not None:
-                found["kv_heads"] = _scaled("kv_heads", model.kv_heads, width, model.width)
+                found["kv_heads"] = self._scaled("kv_heads", model.kv_heads, width)
         elif model.head_size is not None:
-            found["head_size"] = _scaled("head_size", model.head_size, width, model.width)
+            found["head_size"] = self._scaled("head_size", model.head_size, width)
         if model.mlp_width is not None:
             found["mlp_width"] = max(1, round(model.mlp_width * width / model.width))
         return found
 
-
-def _scaled(name: str, value: int, width: int, base: int) -> int:
-    if value * width % base:
-        raise InputError(
-            f"widths: {width}: model.{name} would be {value * width / base:g}, being {value} at width {base}: give "
-            "widths that keep it whole, or constant heads"
-        )
-    return value * width // base
+    def _scaled(self, name: str, value: int, width: int) -> int:
+        base = self._model.width
+        if value * width % base:
+            raise InputError(
+                f"{self.place('widths')}: {width}: model.{name} would be {value * width / base:g}, being {value} at "
+                f"width {base}: give widths that keep it whole, or constant heads"
+            )
+        return value * width // base
 
 
 class GridPlan(BasePlan):
@@ -144,4 +147,4 @@ class GridPlan(BasePlan):
 
     def base(self) -> Base:
         """What all runs have in common."""
-        return Base(self.preset, self.method, self.heads, [(self.settings, "settings")])
+        return Base(self.preset, self.method, self.heads, [(self.settings, self.origin("settings"))], self.place)

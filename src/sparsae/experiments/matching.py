@@ -52,12 +52,15 @@ class Cost:
             return self.flops(steps)
         return steps * (tokens_per_step(self.config) if match == "tokens" else 1)
 
-    def steps(self, budget: Budget, name: str) -> int:
-        """The number of steps whose cost is nearest to the budget. InputError where not even one step is near it."""
+    def steps(self, budget: Budget, name: str, advice: str) -> int:
+        """The number of steps whose cost is nearest to the budget. InputError where not even one step is near it.
+
+        advice: what could be raised then.
+        """
         if budget.amount < 0.5 * self.of(budget.match, 1):
             raise InputError(
                 f"{name}: one step takes {self.of(budget.match, 1):.4g} {budget.match}, the budget is "
-                f"{budget.amount:.4g}: raise --budget, training.steps or tuning.share"
+                f"{budget.amount:.4g}: raise {advice}"
             )
         if budget.match != "flops":
             return max(1, round(budget.amount / self.of(budget.match, 1)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as File
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from sparsae.config import Section
-from sparsae.config.complaints import explain, nearest, unknown_key
+from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, unknown_key
 from sparsae.config.load import presets, read_settings
 from sparsae.config.text import dump_yaml
 from sparsae.errors import InputError
@@ -27,6 +27,15 @@ class BasePlan(Section):
     preset: str = Field(default="demo", description="model and run")
     seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="seeds, or how many")
     settings: Tree = Field(default={}, description="settings of every run, in the form of a settings file")
+    _origins: Mapping[Keys, str] = PrivateAttr(default_factory=dict)
+
+    def place(self, *keys: str | int) -> str:
+        """Where a key of the plan was given: "plan.yaml: tuning.share", or "--tuning-share"."""
+        return _place(self._origins, keys)
+
+    def origin(self, *section: str) -> Origin:
+        """What knows where the keys of a tree of settings lie, which is this section of the plan."""
+        return lambda keys: self.place(*section, *keys)
 
     @field_validator("preset")
     @classmethod
@@ -49,7 +58,7 @@ class BasePlan(Section):
         for name in type(self).model_fields:
             values = getattr(self, name)
             if isinstance(values, list) and len(set(values)) < len(values):
-                raise ValueError(f"{name}: one is given twice")
+                raise SettingError("one is given twice", name)
         return self
 
     @model_validator(mode="after")
@@ -80,20 +89,23 @@ def given(tree: Mapping[str, Any], setting: str) -> bool:
 
 
 def refuse_said(tree: Mapping[str, Any], where: str, said: Mapping[str, str]) -> None:
-    """ValueError where settings name one that the plan gives: the run would not be what it is called."""
+    """SettingError where settings name one that the plan gives: the run would not be what it is called."""
     for key, said_by in said.items():
         if given(tree, key):
-            raise ValueError(f"{where}: leave out {key}, which the plan gives by {said_by}")
+            raise SettingError(f"leave out {key}, which the plan gives by {said_by}", f"{where}.{key}")
 
 
-def read_plan(file: Path | None, options: Mapping[str, object], overrides: Sequence[Tree], plan: type[P]) -> P:
-    """The plan of a file, of options (dotted keys of a plan) that win over it, and of settings that win over both.
+def read_plan(
+    file: File | None, options: Mapping[str, tuple[str, object]], overrides: Sequence[Tree], plan: type[P]
+) -> P:
+    """The plan of a file, of options that win over it, and of settings that win over both.
 
-    Raises InputError: one line that names what is wrong and what would be right.
+    options: by their names, {"--tuning-share": ("tuning.share", 0.5)}, the dotted key of the plan and its value.
+    Raises InputError: one line that names what is wrong, where it was given, and what would be right.
     """
     tree = read_settings(file) if file else {}
-    origins: dict[tuple[str, ...], str] = {(): str(file)} if file else {}
-    for key, value in options.items():
+    origins: dict[Keys, str] = {(): str(file) if file else "the command line"}
+    for option, (key, value) in options.items():
         *sections, last = key.split(".")
         inner = tree
         for name in sections:
@@ -101,29 +113,56 @@ def read_plan(file: Path | None, options: Mapping[str, object], overrides: Seque
             if not isinstance(inner, dict):
                 raise InputError(f"{file}: {name}: must be a section (key: value)")
         inner[last] = value
-        origins[tuple(key.split("."))] = f"--{last.replace('_', '-')}"
+        origins[*sections, last] = option
     settings = tree.setdefault("settings", {})
     for override in overrides:
         if isinstance(settings, dict):
             _merge(settings, override)
-    return parse_plan(tree, str(file) if file else "the command line", plan, origins)
+            origins |= {("settings", *keys): _OVERRIDE for keys in _leaves(override)}
+    return parse_plan(tree, origins, plan)
 
 
-def parse_plan(
-    tree: Mapping[str, Any], where: str, plan: type[P], origins: Mapping[tuple[str, ...], str] | None = None
-) -> P:
-    """A plan from the tree of its keys; `where` names its home in the InputError that a wrong one raises."""
+_OVERRIDE = "--set"
+
+
+def parse_plan(tree: Mapping[str, Any], where: str | Mapping[Keys, str], plan: type[P]) -> P:
+    """A plan from the tree of its keys. where: its home, or those of its keys, for the InputError of a wrong one."""
+    origins: Mapping[Keys, str] = {(): where} if isinstance(where, str) else where
+
+    def place(keys: Path) -> str:
+        return _place(origins, keys)
+
     try:
-        return plan.model_validate(tree)
+        found = plan.model_validate(tree)
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
         keys = tuple(str(key) for key in error["loc"])
         if error["type"] == "extra_forbidden":
-            raise InputError(f"{where}: {unknown_key(keys, _around(plan, keys).model_fields, ())}") from None
+            raise InputError(f"{place(keys)}: {unknown_key(keys, _around(plan, keys).model_fields, ())}") from None
         if error["type"] == "missing":
-            raise InputError(f"{where}: {'.'.join(keys)}: is needed") from None
-        homes = {keys[:n]: home for n in range(len(keys) + 1) if (home := (origins or {}).get(keys[:n]))}
-        raise InputError(explain(error, error["loc"], homes or {(): where, keys: where})) from None
+            raise InputError(f"{place(keys)}: is needed") from None
+        raise InputError(explain(error, error["loc"], dict.fromkeys(origins, place))) from None
+    found._origins = origins
+    return found
+
+
+def _place(origins: Mapping[Keys, str], keys: Path) -> str:
+    """Where the key of a plan was given, and its name there."""
+    names = tuple(key for key in keys if isinstance(key, str))
+    said = next((names[:n] for n in range(len(names), 0, -1) if names[:n] in origins), ())
+    if not said:
+        return ": ".join(filter(None, (origins.get((), "the plan"), dotted(keys))))
+    if origins[said] == _OVERRIDE:
+        return f"{_OVERRIDE}: {dotted(keys[1:])}"  # which says no `settings`
+    return ": ".join((origins[said], *filter(None, [dotted(names[len(said) :])])))
+
+
+def _leaves(tree: Tree) -> Iterator[Keys]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from ((key, *keys) for keys in _leaves(value))
+        else:
+            yield (key,)
 
 
 def _around(section: type[Section], keys: Sequence[str]) -> type[Section]:

@@ -106,6 +106,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return Choice().candidates(model)
 
 
+def linear_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that choose among experts, by name: they stay dense."""
+    routers = {id(module) for module in _routers(modules_by_name(model))}
+    return {name: module for name, module in modules_by_name(model).items() if id(module) in routers}
+
+
 def layer_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """(out, in, kernel dimensions...) of the layers that dense modules become, by the layers' names."""
     found: dict[str, tuple[int, ...]] = {}
@@ -254,11 +260,11 @@ def _routers(modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
         if (last not in _ROUTERS and not (above and above[-1] in _ROUTERS)) or not is_linear(module):
             continue
         levels = [modules[".".join(above[:n])] for n in range(len(above), max(-1, len(above) - 3), -1)]
-        if any(_out(module) in _expert_counts(level) for level in levels):
+        if any(_out(module) in expert_counts(level) for level in levels):
             yield module
 
 
-def _expert_counts(module: nn.Module) -> Iterator[int]:
+def expert_counts(module: nn.Module) -> Iterator[int]:
     """What could be the number of experts of a module."""
     for holder in (module, *module.children()):
         yield from (vars(holder)[key] for key in _EXPERT_COUNTS if isinstance(vars(holder).get(key), int))

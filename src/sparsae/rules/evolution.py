@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from sparsae.config.complaints import SettingError
 from sparsae.config.rules import (
     BurnInConfig,
     GradientWindow,
@@ -132,14 +133,16 @@ class EvolutionConfig(RuleConfig):
             "adaptation.mutation_rate": self.adaptation.mutation_rate,
         }.items():
             if low > high:
-                raise ValueError(f"{name} [{low:g}, {high:g}] must be given lowest first")
+                raise SettingError(f"[{low:g}, {high:g}] must be given lowest first", name)
         return self
 
     @model_validator(mode="after")
     def _plateaus_are_of_the_cross_entropy(self) -> Self:
         if self.reset.boosted_probability and self.proxy.terms["cross_entropy"] is None:
-            raise ValueError(
-                "reset.boosted_probability follows the cross entropy: keep proxy.terms.cross_entropy, or set it to 0"
+            raise SettingError(
+                "reset.boosted_probability follows the cross entropy: keep proxy.terms.cross_entropy, or set it to 0",
+                "proxy.terms.cross_entropy",
+                "reset.boosted_probability",
             )
         return self
 

@@ -23,6 +23,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from sparsae.config.complaints import within
 from sparsae.config.rules import RuleConfig
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
@@ -134,7 +135,12 @@ class Sparsifier:
     @property
     def nnz(self) -> int:
         """Active weights of the sparse layers."""
-        return sum(layer.topology.nnz for layer in self._layers.values())
+        return sum(self.layer_nnz.values())
+
+    @property
+    def layer_nnz(self) -> dict[str, int]:
+        """Active weights of each sparse layer."""
+        return {name: layer.topology.nnz for name, layer in self._layers.items()}
 
     def before_step(self, loss_scale: float | None = None) -> None:
         """After `loss.backward()`, before gradients are clipped and `optimizer.step()`.
@@ -170,8 +176,7 @@ class Sparsifier:
         try:
             config = SparsifierConfig(**{**dict(self.config), **changes})
         except ValidationError as errors:
-            first = errors.errors(include_url=False)[0]
-            raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from None
+            raise InputError(str(within(errors))) from None
         admitted, schedule, ends = self._admitted(made, config)
         ends, level = (self.search.ends, self.search.level) if schedule.moves else (ends, 1.0)
         groups = layer_groups(self._layers, config, self._layouts, self._initial_densities, ends)

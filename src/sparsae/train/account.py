@@ -36,13 +36,13 @@ class Account:
         """One optimizer step, in which a teacher of so many weights read so many tokens."""
         self.costs.count_step(self.flops, self.tokens_per_step, taught_tokens, teacher_nnz)
 
-    def update(self, update: Update, nnz: int) -> None:
-        """One topology update, which left `nnz` active weights."""
+    def update(self, update: Update, nnz: Mapping[str, int]) -> None:
+        """One topology update, which left the layers so many active weights."""
         self.updates += 1
         self.accepted += update.accepted
         self.costs.count_update(self.flops, update.cost)
         self.costs.count_study(self.flops, update.cost, self._study_tokens)
-        self.costs.nnz = nnz
+        self.costs.follow(nnz)
 
     def measure_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None, window: int = 0

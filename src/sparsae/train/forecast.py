@@ -155,6 +155,7 @@ def _expected_flops(
                 if growth.get(name) or not is_dense:
                     seen = micro_tokens if is_dense and own.accumulate == "last" else tokens
                     averaged = windows[name].count(step - last.get(name, 0), horizon)
+                    seen = round(seen * costs.share(name))
                     probed[name] = (block * own.probed_units(count, units[name] - count), averaged * seen)
                 last[name] = step
             forwards, own_step = 0, range(step, step + 1)
@@ -165,13 +166,13 @@ def _expected_flops(
         if schedule.due(step, horizon, updates):
             level = schedule.level(step, horizon, level)
             active, last = counts_at(ends, level), dict.fromkeys(topologies, step)
-            costs.nnz = block * sum(active.values())
+            costs.follow({name: block * count for name, count in active.items()})
             # Which units there will be is not known; the first ones stand for as many.
             topologies = {n: Topology(t.shape, t.indices[: active[n]], t.unit) for n, t in first.items()}
         elif updates and not schedule.moves:
             total = rule.active_units(sum(start.values()), end, step, horizon)
             active = {name: round(total / sum(start.values()) * count) for name, count in start.items()}
-            costs.nnz = block * total
+            costs.follow({name: block * count for name, count in active.items()}, total=block * total)
     return flops, dense
 
 

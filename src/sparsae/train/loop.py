@@ -132,7 +132,7 @@ class Trainer:
         with self.account.watch.of("topology"):
             update = self.sparsifier.after_step()
         if update is not None:
-            self.account.update(update, self.sparsifier.nnz)
+            self.account.update(update, self.sparsifier.layer_nnz)
             self._tell(TopologyRow.of(update.row))
 
     def validate(self) -> None:

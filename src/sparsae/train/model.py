@@ -43,7 +43,7 @@ def require_fit(config: Config) -> None:
     shapes = layer_shapes(choice_of(config).layers(model))
     rule = build_rule(config.topology, config.rules)
     rule.refuse_layers(shapes)
-    factors = density_factors(density_of(config), list(shapes))
+    factors = density_factors(density_of(config), list(shapes), "sparsity.density")
     counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
     heads = head_layouts(shapes, config)
     validated_heads(heads, sparsity.head_min_density, shapes)

@@ -55,13 +55,14 @@ class RunLengths:
         reference = self.cost(plan.held_against, sparsity)
         steps = reference.config.training.steps
         if plan.budget is not None:
-            steps = reference.steps(Budget(plan.match, plan.budget), plan.held_against)
+            steps = reference.steps(Budget(plan.match, plan.budget), plan.held_against, self._advice())
         return Budget(match, reference.of(match, steps))
 
     def job(self, variant: str, sparsity: float, seed: int, folder: str, point: Point, share: float = 1.0) -> Job:
         """A run of the length that its budget, or a share of it, allows, at a point of its tuning."""
         cost = self.cost(variant, sparsity, point)
-        steps = cost.steps(self.budget(variant, sparsity).part(share), f"{variant} at sparsity {sparsity:g}")
+        budget, name = self.budget(variant, sparsity).part(share), f"{variant} at sparsity {sparsity:g}"
+        steps = cost.steps(budget, name, self._advice(is_trial=folder == "tuning"))
         config = with_steps(self.plan.config(variant, sparsity, seed, point), steps)
         name = f"{folder}/{variant}-{sparsity:g}-{seed}"
         if folder == "tuning":
@@ -72,6 +73,16 @@ class RunLengths:
     def trial(self, variant: str, sparsity: float, point: Point) -> Job:
         """A run that tries a point, of the length of all trials."""
         return self.job(variant, sparsity, self.plan.tuning.seed, "tuning", point, self.trial_share)
+
+    def _advice(self, *, is_trial: bool = False) -> str:
+        """Where the length of a run, or of a trial, was given."""
+        place, tuning = self.plan.place, self.plan.tuning
+        whole = place("settings", "training", "steps") if self.plan.budget is None else place("budget")
+        if not is_trial:
+            return whole
+        if tuning.budget is not None:
+            return f"{place('tuning', 'budget')} (trials have {self.trial_share:.3g} of a run) or {whole}"
+        return f"{place('tuning', 'share')} or {whole}" if tuning.share < 1.0 else whole
 
     @cached_property
     def trial_share(self) -> float:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparsae.config import Config, Section
-from sparsae.config.complaints import nearest
+from sparsae.config.complaints import SettingError, nearest
 from sparsae.config.load import has_sparsity, methods, resolve, setting_names
 from sparsae.config.ranges import Range
 from sparsae.config.span import Span
@@ -96,13 +96,13 @@ class Tuning(Section):
         names = setting_names()
         for name, values in grid.items():
             if name == LEARNING_RATE:
-                raise ValueError(f"{name}: give it by learning_rates")
+                raise SettingError("give it by learning_rates", name)
             if name == _STEPS:
-                raise ValueError(f"{name}: what the runs are matched on gives every trial its length")
+                raise SettingError("what the runs are matched on gives every trial its length", name)
             if name not in names:
-                raise ValueError(f"no setting '{name}'; {nearest(name, names)}")
+                raise SettingError(f"no setting '{name}'; {nearest(name, names)}", name)
             if len(values) < 2 or len(set(values)) < len(values):
-                raise ValueError(f"{name}: give two or more values, each once")
+                raise SettingError("give two or more values, each once", name)
         return {name: sorted(values) for name, values in grid.items()}
 
 
@@ -152,28 +152,30 @@ class ComparisonPlan(BasePlan):
     def _fits_together(self) -> Self:
         for name in self.variants:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"variants: '{name}' cannot name a directory: use letters, digits and . _ + -")
+                what = f"'{name}' cannot name a directory: use letters, digits and . _ + -"
+                raise SettingError(what, "variants")
             if name in self.methods:
-                raise ValueError(f"variants: '{name}' is among the methods already; give it another name")
-            refuse_said(self.variants[name].settings, f"variants: {name}: settings", self.said())
+                raise SettingError(f"'{name}' is among the methods already; give it another name", "variants")
+            refuse_said(self.variants[name].settings, f"variants.{name}.settings", self.said())
         for setting in self.tuning.grid:
             if setting in self.said():
-                raise ValueError(f"tuning.grid: leave out {setting}, which the plan gives by {self.said()[setting]}")
+                what = f"leave out {setting}, which the plan gives by {self.said()[setting]}"
+                raise SettingError(what, "tuning.grid")
         refuse_said(self.settings, "settings", {"topology.rule": "methods"})
         if not self.named_variants:
-            raise ValueError(f"methods: name at least one of: {', '.join(methods())}")
+            raise SettingError(f"name at least one of: {', '.join(methods())}", "methods")
         if self.reference is not None and self.reference not in self.named_variants:
-            raise ValueError(
-                f"reference: '{self.reference}' is not compared; {nearest(self.reference, self.named_variants)}"
-            )
+            what = f"'{self.reference}' is not compared; {nearest(self.reference, self.named_variants)}"
+            raise SettingError(what, "reference")
         if (self.tuning.learning_rates or self.tuning.grid) and self.tuning.seed in self.seeds:
-            raise ValueError(f"tuning.seed: {self.tuning.seed} is one of the compared seeds; give another")
+            what = f"tuning.seed {self.tuning.seed} is one of the compared seeds; give another"
+            raise SettingError(what, "tuning.seed", "seeds")
         for a, b in self.planned:
             for name in (a, b):
                 if name not in self.all_variants:
-                    raise ValueError(f"planned: '{name}' is not compared; {nearest(name, self.all_variants)}")
+                    raise SettingError(f"'{name}' is not compared; {nearest(name, self.all_variants)}", "planned")
             if a == b or (b, a) in self.planned:
-                raise ValueError(f"planned: {a} and {b}: two different variants, once")
+                raise SettingError(f"{a} and {b}: two different variants, once", "planned")
         return self
 
     def said(self) -> dict[str, str]:
@@ -224,19 +226,22 @@ class ComparisonPlan(BasePlan):
     ) -> Config:
         """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong."""
         chosen = self.all_variants[variant]
-        options: dict[str, tuple[str, object]] = {"seeds": ("seed", seed)}
+        options: dict[str, tuple[str, object]] = {self.place("seeds"): ("seed", seed)}
         if has_sparsity(chosen.method):
-            options["sparsities"] = ("sparsity.sparsity", sparsity)
+            options[self.place("sparsities")] = ("sparsity.sparsity", sparsity)
         for setting, value in (point or {}).items():
-            options[f"tuning of {setting}"] = (setting, value)
+            key = ("learning_rates",) if setting == LEARNING_RATE else ("grid", setting)
+            options[self.place("tuning", *key)] = (setting, value)
         if steps is not None:
             options["steps"] = ("training.steps", steps)
-        trees = [(self.settings, "settings"), (chosen.settings, f"variant {variant}")]
-        config = resolve(None, self.preset, chosen.method, options=options, trees=trees)
+        named = variant.partition("@")[0]
+        own = self.origin("variants", named, "settings")
+        trees = [(self.settings, self.origin("settings")), (chosen.settings, own)]
+        config = resolve(None, self.preset, chosen.method, options=options, trees=trees, counted_by="an experiment")
         absolute = isinstance(getattr(config.topology, "every", None), int)
         if self.cadence is not None and absolute and not any(given(tree, _EVERY) for tree, _ in trees):
-            options = {"cadence": (_EVERY, self.cadence), **options}
-            config = resolve(None, self.preset, chosen.method, options=options, trees=trees)
+            options = {self.place("cadence"): (_EVERY, self.cadence), **options}
+            config = resolve(None, self.preset, chosen.method, options=options, trees=trees, counted_by="an experiment")
         return config
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from sparsae.config import Config
+from sparsae.config.complaints import Origin, SettingError
 from sparsae.config.section import Count
 from sparsae.errors import InputError
 from sparsae.experiments.grid import Base, GridPlan, Tree
@@ -65,7 +66,9 @@ class CoordinatesPlan(GridPlan):
     @model_validator(mode="after")
     def _varies(self) -> Self:
         if len(self.widths) == len(self.sparsities) == 1:
-            raise ValueError("widths, sparsities: one of each has no slope: give two or more of one")
+            raise SettingError(
+                "one width and one sparsity have no slope: give two or more of one", "widths", "sparsities"
+            )
         return self
 
     def said(self) -> dict[str, str]:
@@ -80,8 +83,13 @@ class CoordinatesPlan(GridPlan):
             "model": {"layers": self.layers},
             "training": {"steps": self.steps, "learning_rate": self.learning_rate},
         }
-        trees = [(DEFAULTS, "the check"), (self.settings, "settings"), (own, "the plan"), (FIXED, "the check")]
-        return Base(self.preset, self.method, self.heads, trees)
+        trees: list[tuple[Tree, Origin]] = [
+            (DEFAULTS, "the check"),
+            (self.settings, self.origin("settings")),
+            (own, lambda keys: self.place(keys[-1])),
+            (FIXED, "the check"),
+        ]
+        return Base(self.preset, self.method, self.heads, trees, self.place)
 
     def configs(self) -> Iterator[tuple[Case, Config]]:
         """Every run, small models first. Raises InputError for settings that are wrong."""
@@ -93,7 +101,8 @@ class CoordinatesPlan(GridPlan):
                         config = base.config(name, width, sparsity, seed)
                         if config.initial_sparsity != config.sparsity.sparsity:
                             raise InputError(
-                                f"method {self.method} starts at sparsity {config.initial_sparsity:g} everywhere: "
-                                "its first steps say nothing of density; use one that keeps it, and no schedule"
+                                f"{self.place('method')}: {self.method} starts at sparsity "
+                                f"{config.initial_sparsity:g} everywhere: its first steps say nothing of density; use "
+                                "one that keeps it, and no schedule"
                             )
                         yield Case(name, width, sparsity, seed), config

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sparsae.config import Config
+from sparsae.config.complaints import SettingError
 from sparsae.experiments.grid import Base, GridPlan
 
 Value = Annotated[float, Field(gt=0.0)]
@@ -67,9 +68,9 @@ class TransferPlan(GridPlan):
     @model_validator(mode="after")
     def _sweeps(self) -> Self:
         if not self.knobs:
-            raise ValueError(
-                "learning_rates: one value is no sweep: give two or more, or two or more initial_scales or "
-                "embedding_multipliers"
+            raise SettingError(
+                "one value is no sweep: give two or more, or two or more initial_scales or embedding_multipliers",
+                "learning_rates",
             )
         return self
 
@@ -108,5 +109,6 @@ class TransferPlan(GridPlan):
 
     def config(self, point: Point) -> Config:
         """The settings of one run. Raises InputError for settings that are wrong."""
-        given = {f"{name}s": (key, value) for name, key in KNOBS.items() if (value := getattr(point, name)) is not None}
+        values = {name: value for name in KNOBS if (value := getattr(point, name)) is not None}
+        given = {self.place(f"{name}s"): (KNOBS[name], value) for name, value in values.items()}
         return self._base.config(point.parameterization, point.width, point.sparsity, point.seed, **given)

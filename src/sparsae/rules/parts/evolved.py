@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from sparsae.config.complaints import SettingError, below, within
 from sparsae.config.density import DEPTH, patterns_of
 from sparsae.config.rules import MicroBatchConfig, RuleConfig
 from sparsae.config.span import Horizon, Span, in_updates, span_steps
@@ -72,18 +75,24 @@ def genes_of(config: StrategyConfig, settings: RuleConfig) -> tuple[Gene, ...]:
         value = getattr(settings, name, None)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if name not in (INTERVAL, RAMP) and (name not in fields or not is_number or name in _FIXED):
-            raise ValueError(
-                f"strategy.genes: {name} is no number of rule {settings.rule} that can evolve, nor {INTERVAL} or {RAMP}"
+            raise SettingError(
+                f"{name} is no number of rule {settings.rule} that can evolve, nor {INTERVAL} or {RAMP}",
+                f"strategy.genes.{name}",
             )
         whole = name == INTERVAL or (name != RAMP and isinstance(value, int))
         if whole and math.ceil(ends[0]) > math.floor(ends[1]):
-            raise ValueError(f"strategy.genes.{name}: no whole number lies between {ends[0]:g} and {ends[1]:g}")
+            what = f"no whole number lies between {ends[0]:g} and {ends[1]:g}"
+            raise SettingError(what, f"strategy.genes.{name}")
         found.append(Gene(name, *ends, whole=whole))
         if name not in (INTERVAL, RAMP):
             for end in ends:
-                _with(settings, {name: found[-1].value(found[-1].place(end))})
+                try:
+                    _with(settings, {name: found[-1].value(found[-1].place(end))})
+                except ValidationError as errors:
+                    told = below("strategy.genes", within(errors))
+                    raise SettingError(told.what, f"strategy.genes.{name}") from None
     if RAMP in config.genes and config.genes[RAMP][0] == 0:
-        raise ValueError("strategy.genes.ramp: must be above 0 updates")
+        raise SettingError("must be above 0 updates", "strategy.genes.ramp")
     return (*found, *(Gene(f"{_DENSITY}{key}", *ends) for key, ends in config.density.items()))
 
 
@@ -130,7 +139,7 @@ class Evolved(Rule[EvolvedState]):
 
     def refuse_layers(self, layers: Iterable[str]) -> None:
         for key in self._config.density:
-            density_factors(_by_names(key, 1.0, list(layers)) or {key: 1.0}, list(layers))
+            density_factors(_by_names(key, 1.0, list(layers)) or {key: 1.0}, list(layers), "topology.strategy.density")
 
     def compares(self, steps: range, horizon: Horizon) -> bool:
         return self._config.fitness != "none" or self._looks(steps, horizon)

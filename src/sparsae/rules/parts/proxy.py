@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from sparsae.config.complaints import SettingError, below
 from sparsae.config.rules import AnyTerm, settings_of
 from sparsae.config.section import Section
 from sparsae.core.cadence import decayed
@@ -46,13 +47,13 @@ class ProxyConfig(Section):
             try:
                 found[name] = settings_of(TERMS, name, given.get(name, {}))
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise below(name, error) from None
         return found
 
     @model_validator(mode="after")
     def _has_a_term(self) -> Self:
         if not any(self.terms.values()):
-            raise ValueError("terms: at least one must be left")
+            raise SettingError("at least one must be left", "terms")
         return self
 
     def built(self) -> tuple[Term[Any], ...]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from sparsae.config.complaints import SettingError
 from sparsae.config.section import Count, Positive, Section
 from sparsae.rules.parts.damage import DamageConfig
 
@@ -93,15 +94,19 @@ class StrategyConfig(Section):
     @model_validator(mode="after")
     def _has_genes(self) -> Self:
         if self.fitness != "none" and not (self.genes or self.density):
-            raise ValueError("genes and density are both empty: nothing could evolve")
-        if any(low == 0 for low, _ in self.density.values()):
-            raise ValueError("density: a factor must be above 0")
+            raise SettingError("genes and density are both empty: nothing could evolve", "genes", "density")
+        for key, (low, _) in self.density.items():
+            if low == 0:
+                raise SettingError("a factor must be above 0", f"density.{key}")
         if (longest := self.genes.get("interval", (1.0, 1.0)))[0] < 1:
-            raise ValueError("genes.interval: must be at least 1 update")
+            raise SettingError("must be at least 1 update", "genes.interval")
         if self.fitness != "none" and 2 * longest[1] > self.trial + self.reach:
-            raise ValueError(
+            raise SettingError(
                 f"trial {self.trial} and reach {self.reach} must hold at least two changes that are "
-                f"{longest[1]:g} updates apart (genes.interval)"
+                f"{longest[1]:g} updates apart (genes.interval)",
+                "genes.interval",
+                "trial",
+                "reach",
             )
         return self
 
