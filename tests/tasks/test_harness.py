@@ -151,7 +151,7 @@ def test_own_tasks_come_first_and_near_names_are_offered() -> None:
     assert (manager.known, names) == (["mine", "blimp", "rte"], ["mine", "rte"])
     with pytest.raises(InputError, match="'blimpp'; did you mean blimp"):
         _known(["blimpp"], [], Manager)
-    with pytest.raises(InputError, match="'x9q'.*--include-path"):
+    with pytest.raises(InputError, match=r"'x9q'.*--include-path"):
         _known(["rte", "x9q"], [], Manager)
 
 
