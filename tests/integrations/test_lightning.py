@@ -27,10 +27,9 @@ from tests.support.lit import Classifier, fit, loss_on, points  # noqa: E402
 TEACHER = TeacherConfig(alpha=0.5, warmup_fraction=0.25, share=0.5, beta=0.9, storage="union")
 SCORED = {"topology": EvolutionConfig(every=5, candidates=2), "held_out": points(16, 9), "loss": loss_on}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "default": ({"topology": SetConfig(every=5)}, {}),
     "rigl, accumulation, clipping": (
         {"topology": RiglConfig(every=4, window=3)},
-        {"accumulate_grad_batches": 3, "max_epochs": 8, "gradient_clip_val": 0.1},
+        {"accumulate_grad_batches": 3, "max_epochs": 6, "gradient_clip_val": 0.1},
     ),
     "gmp": ({"topology": GmpConfig(every=4), "sparsity": 0.9}, {}),
     "scored, bfloat16": (SCORED, {"precision": "bf16-mixed"}),

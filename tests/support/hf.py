@@ -51,11 +51,11 @@ def trainer(
 ) -> Trainer:
     model = gpt2() if model is None else model
     given = {
-        "max_steps": 24,
+        "max_steps": 12,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
-        "save_steps": 12,
-        "logging_steps": 4,
+        "save_steps": 6,
+        "logging_steps": 2,
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
