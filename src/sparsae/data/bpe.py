@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from subprocess import PIPE
+from tempfile import TemporaryFile
 
 LONGEST_WORD = 256
 """Bytes after which a word is cut. Merges are found word by word, in time that grows with a word's length squared."""
@@ -26,21 +27,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end: str, waiting: Callable
     `waiting` is called about twice a second while the training goes on; what it raises ends the training.
     """
     order = json.dumps({"vocab_size": vocab_size, "end": end}).encode()
-    given: bytes | None = b"\n".join([order, *(json.dumps(text).encode() for text in texts)])
     # -P: the modules beside this one must not be taken for libraries of the same name.
     command = [sys.executable, "-P", __file__]
-    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
-        try:
-            while True:
-                try:
-                    made, complaint = process.communicate(given, timeout=_TICK)
-                    break
-                except subprocess.TimeoutExpired:
-                    given = None  # which is kept, and refused a second time
-                    waiting()
-        finally:
-            process.kill()
-            process.wait()  # which leaving the block does not after Ctrl-C
+    with TemporaryFile() as given:  # no pipe: what of it is left at a time-out, `communicate` would never write
+        given.write(b"\n".join([order, *(json.dumps(text).encode() for text in texts)]))
+        given.seek(0)
+        with subprocess.Popen(command, stdin=given, stdout=PIPE, stderr=PIPE) as process:
+            try:
+                while True:
+                    try:
+                        made, complaint = process.communicate(timeout=_TICK)
+                        break
+                    except subprocess.TimeoutExpired:
+                        waiting()
+            finally:
+                process.kill()
+                process.wait()  # which leaving the block does not after Ctrl-C
     if process.returncode:
         reason = complaint.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         raise RuntimeError(f"training the tokenizer failed: {reason[0]}")
