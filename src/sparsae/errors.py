@@ -20,6 +20,14 @@ class DivergedError(InputError):
         self.step, self.train_flops, self.reason = step, train_flops, reason
 
 
+class RanksError(Exception):
+    """Ranks that train one model together are no longer one run: they differ, or one of them has ended."""
+
+
+class RankLostError(RanksError):
+    """Another rank does not answer."""
+
+
 def require_state(owner: str, state: object, keys: Iterable[str]) -> None:
     """InputError for a state that lacks one of the keys that `owner.state_dict()` gives."""
     given = state if isinstance(state, Mapping) else {}

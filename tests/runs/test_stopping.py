@@ -224,7 +224,7 @@ class TestOneProcess:
         with claimed(tmp_path):
             pass
 
-    def test_several_ranks_are_refused_and_write_nothing(
+    def test_ranks_without_a_launcher_are_refused_and_write_nothing(
         self,
         make: Make,
         finished: Path,
@@ -233,7 +233,7 @@ class TestOneProcess:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(InputError, match="without torchrun"):
+        with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK is not set: start the ranks by torchrun"):
             start(make(), tmp_path / "new", quiet=True)
         assert main(["train", "--out", str(tmp_path / "new")]) == 2
         assert main(["train", "--resume", str(finished), "--steps", "20"]) == 2

@@ -1,76 +1,106 @@
-"""Rules that move connections are refused on several ranks; what stays trains there."""
+"""Several ranks are one run: one topology, one search, and what one rank with all of the batches gets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import distributed as dist
+from torch import nn
 
-from sparsae.config import RuleConfig
 from sparsae.config.sparsifier import SparsifierConfig
-from sparsae.core.randomness import generator
-from sparsae.errors import InputError
-from sparsae.nn.sparsify import sparsify
-from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig
+from sparsae.core.ranks import ranks
+from sparsae.errors import RanksError
+from sparsae.nn.linear import sparse_layers
 from sparsae.search.sparsifier import Sparsifier
-from tests.support.sections import backward, made
+from tests.support.loops import mlp
+from tests.support.ranks import assert_same, joined, on_ranks, train
 
-# Every registered rule that moves connections, from the first steps on, and some with other settings.
-
-RULES_THAT_MOVE: list[RuleConfig] = [EvolutionConfig(every=1), SetConfig(every=1), RiglConfig(every=1)]
-
-
-@pytest.mark.parametrize("topology", RULES_THAT_MOVE, ids=lambda topology: topology.rule)
-def test_ranks_are_refused_whenever_they_appear(topology: RuleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer, sparsifier = made("rigl")
-    backward(model, 0)
-    pretend_ranks(monkeypatch, 2)
-    with pytest.raises(InputError, match="rule 'rigl' would move other connections on each of 2 ranks"):
-        sparsifier.before_step()
-    with pytest.raises(InputError, match="on each of 2 ranks"):
-        sparsifier.after_step()
-    with pytest.raises(InputError, match=f"rule '{topology.rule}' would move"):
-        Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=topology))
-    with pytest.raises(InputError, match="rule 'gmp' would move"):
-        Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=GmpConfig(), sparsity=0.9))
-    still = Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=StaticConfig()))
-    still.before_step()
-    still.after_step()
-    pretend_ranks(monkeypatch, 1)
-    Sparsifier(model, optimizer, SparsifierConfig(steps=4, topology=topology))
+# What ranks have to tell each other: nothing; samples that a backward pass draws; dense gradients; scores; and numbers
+# of connections that change.
+SECTIONS = ["set", "gse, graest", "rigl", "gmp", "evolution, elitist"]
 
 
-def pretend_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+def _checks(rank: int, count: int, store: str) -> None:
+    torch.set_num_threads(1)
+    alone = {section: train(section, 50, teacher=True) for section in SECTIONS}
+    with joined(rank, count, store):
+        for section, expected in alone.items():
+            _told(section, lambda s=section, e=expected: assert_same(train(s, 50, teacher=True), e))
+        for settings in ({"gradient_as_bucket_view": True}, {"static_graph": True}):
+            _told(settings, lambda s=settings: assert_same(train("gmp", 50, teacher=True, **s), alone["gmp"]))
+        for check in (_active_weights_travel, _dense_gradients_are_counted, _settings_are_compared, _a_bit_is_caught):
+            _told(check.__name__, check)
 
 
-def _static_rank(rank: int, store: str, results: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = sparsify(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), 0.8, seed=3)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator(p.numel())))
+def _told(what: object, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except Exception as error:
+        raise AssertionError(f"{what}, rank {ranks().rank}: {error!r}") from error
+
+
+def _active_weights_travel() -> None:
+    """At 90 % sparsity at most 0.15 of the bytes of dense gradients are sent, topologies and agreements included."""
+    sent = 0
+
+    def counted(bucket: Any) -> Any:
+        nonlocal sent
+        sent += bucket.buffer().nbytes
+        total = dist.all_reduce(bucket.buffer().div_(ranks().count), async_op=True).get_future()
+        return total.then(lambda future: future.value()[0])
+
+    model = mlp(96, sparsity=0.9)
     parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.01)
-    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10, topology=StaticConfig()))
-    for step in range(5):
-        x = torch.randn(8, 16, generator=generator(step, "x", rank))
-        (parallel(x) - x).square().mean().backward()
+    parallel.register_comm_hook(None, lambda state, bucket: counted(bucket))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = SparsifierConfig.model_validate({"steps": 20, "topology": {"rule": "set", "every": 2}})
+    sparsifier, before = Sparsifier(parallel, optimizer, config), ranks().sent.total()
+    for _ in range(20):
+        optimizer.zero_grad()
+        parallel(torch.randn(8, 96)).square().mean().backward()
         sparsifier.before_step()
         optimizer.step()
-        optimizer.zero_grad()
         sparsifier.after_step()
-    torch.save(model.state_dict(), f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    layers = sparse_layers(model).values()
+    biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
+    dense = sum(layer.in_features * layer.out_features * layer.values.element_size() for layer in layers)
+    assert not parallel.modules_buffers
+    assert 0.1 * dense <= (sent + ranks().sent.total() - before) / 20 - biases <= 0.15 * dense
+
+
+def _dense_gradients_are_counted() -> None:
+    before = ranks().sent["dense gradients"]
+    trained = train("rigl", 9)
+    dense = sum(layer.in_features * layer.out_features * 8 for layer in sparse_layers(trained.model).values())
+    assert ranks().sent["dense gradients"] - before == len(trained.updates) * dense
+
+
+def _settings_are_compared() -> None:
+    model = mlp()
+    config = SparsifierConfig(steps=4, seed=ranks().rank)
+    with pytest.raises(RanksError, match=r"^the settings of Sparsifier are not the same on rank 1 as on rank 0"):
+        Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+
+
+def _a_bit_is_caught() -> None:
+    """One bit of one connection's number, in the memory of one rank, before the fourth step; steps 2, 4, ... update."""
+
+    def flip(step: int, sparsifier: Sparsifier) -> None:
+        steps.append(step)
+        if step == 2 and ranks().rank == 1:
+            layer = sparse_layers(sparsifier._model)["2"]
+            layer.topology.indices.numpy()[5] ^= 1  # of which torch knows nothing
+
+    steps: list[int] = []
+    with pytest.raises(RanksError, match=r"^the connections of 2 are not the same on rank 1 as on rank 0"):
+        train("set", 20, look=flip)
+    assert steps[-1] == 3
 
 
 @pytest.mark.slow
-def test_a_static_topology_trains_on_two_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_static_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    states: list[dict[str, Tensor]] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name])
+def test_two_ranks_are_one_run(tmp_path: Path) -> None:
+    on_ranks(_checks, tmp_path)

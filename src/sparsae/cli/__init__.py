@@ -8,12 +8,13 @@ have modules of their own. An InputError becomes one line on standard error and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -29,6 +30,7 @@ from sparsae.cli.listing import list_methods
 from sparsae.cli.output import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
+    EXIT_RANKS,
     JsonFile,
     Run,
     Teacher,
@@ -41,13 +43,13 @@ from sparsae.cli.tasks import evaluate, finetune
 from sparsae.config.complaints import explain
 from sparsae.config.load import annotated, methods, presets, resolve
 from sparsae.config.schema import MOST_GENERATED
-from sparsae.errors import DivergedError, InputError, require_utf8
+from sparsae.errors import DivergedError, InputError, RanksError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
 from sparsae.registry import import_files
 from sparsae.runs.claim import refuse_occupied
 from sparsae.runs.directory import RunDirectory, describe
-from sparsae.runs.lock import refuse_ranks
+from sparsae.runs.lock import is_first_rank, launched_ranks, refuse_ranks
 
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
@@ -88,7 +90,30 @@ def _root(
         typer.echo(context.get_help())
 
 
+def _among_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that the ranks of a launcher carry out together, where one started this program."""
+
+    @functools.wraps(command)
+    def carried_out(*args: Any, **kwargs: Any) -> None:
+        if launched_ranks() == 1:
+            return command(*args, **kwargs)
+        from sparsae.train.joining import joined
+
+        ended: typer.Exit | None = None
+        with joined():
+            try:
+                command(*args, **kwargs)
+            except typer.Exit as code:  # all of them have stopped
+                ended = code
+        if ended is not None:
+            raise ended
+        return None
+
+    return carried_out
+
+
 @app.command()
+@_among_ranks
 def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file of settings.", show_default=False)] = None,
     preset: Annotated[str | None, typer.Option(help=f"Model and run: {', '.join(presets())}.  (default: demo)")] = None,
@@ -122,7 +147,10 @@ def train(
 ) -> None:
     """Train a model that is sparse from the first step to the last."""
     quiet = json_file == "-"
-    refuse_ranks()
+    if print_config or dry_run:
+        refuse_ranks("--print-config" if print_config else "--dry-run")
+    is_first = is_first_rank()
+    json_file = json_file if is_first else None
     refuse_unwritable("--json", json_file)
     if resume is not None:
         options: dict[str, object] = {
@@ -146,7 +174,8 @@ def train(
                 with _reporting(resume):
                     left = continue_run(resume, quiet, steps)
             result.update(left)
-            _finish(resume, result, quiet)
+            if is_first:
+                _finish(resume, result, quiet)
         _exit_if_stopped(result)
         return
     short = {
@@ -176,13 +205,15 @@ def train(
             _show_forecast(result)
         return
     directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
-    refuse_occupied(directory, resolved)
+    if is_first:
+        refuse_occupied(directory, resolved)
     with output(json_file) as result:
         from sparsae.train.run import start
 
         with _reporting(directory):
             result.update(start(resolved, directory, quiet, source))
-        _finish(directory, result, quiet)
+        if is_first:
+            _finish(directory, result, quiet)
     _exit_if_stopped(result)
 
 
@@ -260,7 +291,10 @@ app.command("methods")(list_methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command (of `sys.argv`, unless given); the exit code is 0, 2 after a wrong input, 130 after Ctrl-C."""
+    """Run a command (of `sys.argv`, unless given); the exit code is 0, 2 after a wrong input, 130 after Ctrl-C.
+
+    It is 1 where this is one of several ranks and another one has ended, or they differ.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A text that the terminal's encoding lacks is shown in escapes; standard error does so by itself.
@@ -272,6 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=given, prog_name="sparsae", standalone_mode=False)
     except InputError as error:
         message = str(error)
+    except RanksError as error:
+        print(f"sparsae: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_RANKS
     except _UsageError as error:
         message = _without_pydantic(error)
     except BrokenPipeError:  # whoever reads our output has had enough
@@ -315,6 +352,8 @@ def _reporting(run: Path) -> Iterator[None]:
     try:
         yield
     except DivergedError:
+        if not is_first_rank():
+            raise
         from sparsae.report.page import write_report
 
         # Nothing can be shown of a run that diverged before it wrote a row: why it ended is all that there is to tell.

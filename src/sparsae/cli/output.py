@@ -18,7 +18,7 @@ JsonFile = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
 Teacher = Annotated[bool, typer.Option("--teacher", help="Use the teacher (the average) instead of the student.")]
-EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_RANKS, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ Nothing here ever builds anything of the size of the grid, but for `to_mask`, wh
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -226,3 +227,11 @@ def remap(tensor: Tensor, source: Tensor) -> Tensor:
     carried = tensor.index_select(0, source.clamp(min=0))
     carried[source < 0] = 0
     return carried
+
+
+def digest(*indices: Tensor) -> bytes:
+    """8 bytes that no other indices have."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in indices:
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.digest()

@@ -44,9 +44,9 @@ class Batches:
         self._mixture = Mixture.of(tokens)
         self._counts = [window_count(part, context) for part in self._mixture.parts]
         self.windows = sum(self._counts)
-        if batch_size > (most := max(_FEW_WINDOWS, 16 * self.windows)):
+        if (whole := batch_size * ranks) > (most := max(_FEW_WINDOWS, 16 * self.windows)):
             raise InputError(
-                f"training.batch_size {batch_size}: the text has {self.windows:,} sequences of context {context}: "
+                f"training.batch_size {whole}: the text has {self.windows:,} sequences of context {context}: "
                 f"give at most {most:,}"
             )
         self._context, self._batch_size = context, batch_size

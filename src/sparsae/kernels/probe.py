@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsae.core.ranking import smallest
+from sparsae.core.ranks import ranks
 from sparsae.kernels.backend import Backend, Layout
 
 _numbers = itertools.count()
@@ -89,7 +90,7 @@ class Probe(ABC):
 class SampledGradients(Probe):
     """The gradients at given units, or at those that the first backward pass draws, summed over the passes.
 
-    gradient: (n,) or (n, b_out, b_in) in the dtype of the products.
+    gradient: (n,) or (n, b_out, b_in) in the dtype of the products. `over_ranks` makes it that of all ranks.
     """
 
     def __init__(self, key: Tensor, units: Tensor | Draw, values: Tensor | None = None) -> None:
@@ -110,6 +111,15 @@ class SampledGradients(Probe):
         self.tokens += x_TI.shape[0]
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
+    def or_zeros(self) -> Tensor:
+        """The gradient in the dtype of the values, at least float32; zeros where no pass has come by."""
+        assert self.units is not None
+        assert self._values is not None
+        wide = torch.promote_types(self._values.dtype, torch.float32)
+        if self.gradient is None:
+            return self._values.new_zeros(self.units.numel(), *self._values.shape[1:], dtype=wide)
+        return self.gradient.to(wide)
+
 
 class LargestGradients(Probe):
     """The `count` inactive units with the largest gradients of all, by magnitude (L2 norm of a block).
@@ -117,9 +127,10 @@ class LargestGradients(Probe):
     gradient: (count,) their magnitudes; active: (nnz,) or (blocks,) those of the active units. Without a count it is
     the dense gradient, (in, out), and nothing is chosen. "last": the gradient of
     one backward pass, the last; `passes` is how many there will be, so that the earlier ones cost nothing (more than
-    that many: the last one counts). "sum": of all passes. A layer that a pass comes through several times gets the sum
-    of its calls. The layer's dense gradient is freed as soon as nothing can be added to it: after the last of as many
-    calls as the forward pass made, or under "sum", and where that is not known, at `close`.
+    that many: the last one counts). "sum": of all passes. Of several ranks it is the mean. A layer that a pass comes
+    through several times gets the sum of its calls. The layer's dense gradient is freed as soon as nothing can be added
+    to it: after the last of as many calls as the forward pass made, or under "sum", and where that is not known, at
+    `close`.
     """
 
     def __init__(
@@ -163,11 +174,30 @@ class LargestGradients(Probe):
 
     def _finish(self) -> None:
         if self._sum is not None and self._layout is not None:
+            # Here, so that no rank holds the dense gradients of two layers.
+            ranks().mean_(self._sum, "dense gradients")
             if self._count is None:
                 self.gradient = self._sum
             else:
                 self.units, self.gradient, self.active = largest_of(self._sum, self._layout, self._count)
             self._sum = None
+
+
+def over_ranks(probes: Sequence[Probe]) -> None:
+    """Of closed probes: let each have seen what those of all ranks saw, whose gradients are means over the ranks."""
+    here = ranks()
+    if here.count == 1 or not probes:
+        return
+    seen = here.sums([n for probe in probes for n in (probe.gradient is not None, probe.tokens)])
+    for probe, tokens in zip(probes, seen[1::2], strict=True):
+        probe.tokens = tokens
+    sampled = [p for p, found in zip(probes, seen[::2], strict=True) if found and isinstance(p, SampledGradients)]
+    if not sampled:
+        return
+    parts = [probe.or_zeros() for probe in sampled]
+    total = here.mean_(torch.cat([part.flatten() for part in parts]), "sampled gradients")
+    for probe, part, mean in zip(sampled, parts, total.split([part.numel() for part in parts]), strict=True):
+        probe.gradient = mean.view(part.shape).to(part.dtype)
 
 
 def largest_of(gradient_IO: Tensor, layout: Layout, count: int) -> tuple[Tensor, Tensor, Tensor]:

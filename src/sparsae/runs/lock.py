@@ -38,13 +38,23 @@ def locked(directory: Path, what: str, patience: float = 0.0) -> Iterator[int]:
         os.close(lock)
 
 
-def refuse_ranks() -> None:
-    """InputError in a process that a launcher started as one of several: a run is trained by one process."""
-    ranks = os.environ.get("WORLD_SIZE", "1").strip()
-    if ranks.isdecimal() and int(ranks) > 1:
+def launched_ranks() -> int:
+    """As how many ranks a launcher (torchrun) started this program; 1 without one."""
+    count = os.environ.get("WORLD_SIZE", "1").strip()
+    return int(count) if count.isdecimal() and int(count) > 1 else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process, of those that a launcher started, that writes for all."""
+    return launched_ranks() == 1 or os.environ.get("RANK", "0").strip() == "0"
+
+
+def refuse_ranks(what: str) -> None:
+    """InputError in a process that a launcher started as one of several, for `what` is not done by several."""
+    if (count := launched_ranks()) > 1:
         raise InputError(
-            f"WORLD_SIZE is {ranks}: a run is trained by one process; start it without torchrun "
-            "(several runs at once: sparsae compare --jobs N)"
+            f"WORLD_SIZE is {count}: several ranks train one run together (sparsae train), and {what} is the work of "
+            "one process: start it without torchrun"
         )
 
 

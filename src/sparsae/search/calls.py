@@ -40,7 +40,6 @@ class LoopCalls:
         """due: whether an update follows the next optimizer step. is_hooked: whether its hooks make the calls."""
         if not self._is_moved:
             return
-        refuse_ranks(self._rule)
         if self._between and not is_hooked:
             self._tell(
                 "twice",
@@ -75,7 +74,6 @@ class LoopCalls:
         """Raises InputError for an optimizer whose state cannot follow connections that move."""
         if not self._is_moved:
             return
-        refuse_ranks(self._rule)
         if not self._between:
             raise InputError(
                 "after_step() without before_step(): call before_step() after loss.backward(), before optimizer.step()"
@@ -151,15 +149,3 @@ def refuse_tied(layers: Mapping[str, SparseLinear]) -> None:
                 f"layers {other} and {name} share their values, which cannot follow two topologies: use one module "
                 "under both names, or rule 'static'"
             )
-
-
-def refuse_ranks(rule: Rule[Any]) -> None:
-    """Raise InputError where the process group has more than one rank, for the rule of connections that move."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    ranks = torch.distributed.get_world_size()
-    if ranks > 1:
-        raise InputError(
-            f"rule '{rule.name}' would move other connections on each of {ranks} ranks, for each sees other gradients "
-            "and scores: use rule 'static' (StaticConfig()), or one process"
-        )

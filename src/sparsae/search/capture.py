@@ -16,7 +16,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Need
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
-from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients
+from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients, over_ranks
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Rule
 from sparsae.search.calls import refuse_lost, refuse_tied, trained_layers
@@ -109,6 +109,7 @@ class GradientCapture:
         probe that the rule needs was not answered.
         """
         self.close()
+        over_ranks(list(self.probes.values()))
         self.trained = {name: layer for name, layer in self.trained.items() if layer.values.requires_grad}
         gradients = {name: _gradient(layer, scale) for name, layer in self.trained.items()}
         factor = scale if loss_scale is None else loss_scale

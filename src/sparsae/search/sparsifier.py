@@ -28,7 +28,7 @@ from sparsae.config.rules import RuleConfig
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule
-from sparsae.core.topology import Topology
+from sparsae.core.topology import Topology, digest
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import validated_heads
@@ -40,8 +40,9 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.search.attach import StepHooks
 from sparsae.search.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
 from sparsae.search.burn_in import BurnIn
-from sparsae.search.calls import LoopCalls, refuse_lost, refuse_ranks, refuse_tied, tell_if_still, trained_layers
+from sparsae.search.calls import LoopCalls, refuse_lost, refuse_tied, tell_if_still, trained_layers
 from sparsae.search.guests import as_rule, refuse_unfit
+from sparsae.search.parallel import DataParallel, refuse_sharded
 from sparsae.search.ramp import Ramp
 from sparsae.search.scoring import ScoreFunction, StudyFunction
 from sparsae.search.teacher import Teacher
@@ -65,8 +66,12 @@ class Sparsifier:
     Raises InputError where the model has no sparse layer, its parameters are not the optimizer's, the rule cannot do
     without scores or a parameterization, or a rule prunes without a sparsity to end at, or to one below the model's;
     where all layers are frozen, or two share their values, and the rule would move connections; where the optimizer's
-    state or several ranks cannot follow a rule that moves them; and for heads of what is no sparse layer. `before_step`
-    and `after_step` raise it for calls that are missing; what may be meant (a step that was skipped) is logged.
+    state or values that are sharded over ranks cannot follow a rule that moves them; and for heads of what is no sparse
+    layer. `before_step` and `after_step` raise it for calls that are missing; what may be meant (a step that was
+    skipped) is logged.
+
+    Several ranks (`DistributedDataParallel`) search one topology together. RanksError, on all of them: their settings
+    or connections are not the same.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class Sparsifier:
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
+        self._parallel = DataParallel(self._layers)
+        self._parallel.require_same(**{"the settings of Sparsifier": _settings_digest(config)})
         if rule is not None and config.rules:
             raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
         made = build_rule(config.topology, config.rules) if rule is None else as_rule(rule)
@@ -119,6 +126,7 @@ class Sparsifier:
             horizon=config.horizon,
             passes=config.accumulation,
             seed=config.seed,
+            parallel=self._parallel,
         )
         self._begin(rule)
 
@@ -255,10 +263,9 @@ class Sparsifier:
             )
         rule = rule if self._has_score else rule.without_scores()
         refuse_unfit(rule, self._has_score)
-        if moves:
-            refuse_ranks(rule)
         refuse_lost(self._model, self._layers)
         if moves:
+            refuse_sharded(self._model, self._layers)
             refuse_tied(self._layers)
             refuse_unsupported(self._optimizer, {name: layer.values for name, layer in trained.items()})
         ends = layer_ends(rule, schedule, self._layers, trained, config)
@@ -280,6 +287,7 @@ class Sparsifier:
 
     def _before_step(self, scale: Tensor | None, loss_scale: float | None) -> None:
         refuse_lost(self._model, self._layers)
+        self._parallel.settle()
         self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
         self.search.capture(self.step + 1, scale, loss_scale)
         self._burn_in.before_step(self._optimizer)
@@ -315,7 +323,7 @@ class Sparsifier:
             "burn_in": self._burn_in.state_dict(),
             "ramp": self._ramp.state_dict(),
             "initial_densities": dict(self._initial_densities),
-            "topologies": {name: _digest(layer.topology) for name, layer in self._layers.items()},
+            "topologies": {name: digest(layer.topology.indices).hex() for name, layer in self._layers.items()},
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
         }
 
@@ -334,7 +342,7 @@ class Sparsifier:
         if other := sorted(set(state["topologies"]) ^ set(self._layers)):
             raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
         for name, layer in self._layers.items():
-            if state["topologies"][name] != _digest(layer.topology):
+            if state["topologies"][name] != digest(layer.topology.indices).hex():
                 raise InputError(
                     f"the state is of other connections of {name}: load the model's state of the same step first"
                 )
@@ -376,6 +384,5 @@ class Sparsifier:
 _ATTACHED: WeakSet[Sparsifier] = WeakSet()
 
 
-def _digest(topology: Topology) -> str:
-    """What no other topology of a layer has."""
-    return hashlib.blake2b(topology.indices.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+def _settings_digest(config: SparsifierConfig) -> bytes:
+    return hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).digest()

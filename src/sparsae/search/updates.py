@@ -17,6 +17,7 @@ from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
+from sparsae.core.ranks import ranks
 from sparsae.core.schedule import CONSTANT, Schedule, counts_at
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
@@ -27,6 +28,7 @@ from sparsae.rules.parts.scheduled import on_schedule
 from sparsae.score import Score
 from sparsae.search.capture import GradientCapture
 from sparsae.search.guests import chosen, in_force, named, saved, validated
+from sparsae.search.parallel import DataParallel
 from sparsae.search.past import PastCapture
 from sparsae.search.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.search.telemetry import TopologyTelemetry
@@ -85,6 +87,7 @@ class TopologySearch:
         horizon: Horizon,
         passes: int,
         seed: int,
+        parallel: DataParallel,
         schedule: Schedule = CONSTANT,
     ) -> None:
         """bounds: (k_min, k_max) of each layer; ends: its first and last units, of a rule that prunes, or those between
@@ -96,7 +99,7 @@ class TopologySearch:
         self.telemetry = TopologyTelemetry(layers, heads)
         self._layers, self._optimizer, self._followers = layers, optimizer, followers
         self._scoring, self._initial_std = Scoring(model, score, study), initial_std
-        self._horizon, self._seed = horizon, seed
+        self._horizon, self._seed, self._parallel = horizon, seed, parallel
         self.gradients = GradientCapture(model, layers, optimizer, heads, horizon=horizon, passes=passes, seed=seed)
         self._past = PastCapture(layers, horizon)
         self._told = False
@@ -154,6 +157,8 @@ class TopologySearch:
 
         scale, loss_scale: as `GradientCapture.take` has them.
         """
+        if self.due(step):
+            self._parallel.require_same()
         if self.due(step) or self.gradients.probes:
             self.gradients.take(self.rule, self.bounds, self.ends if self.rule.prunes else {}, scale, loss_scale)
 
@@ -191,7 +196,9 @@ class TopologySearch:
                 asked = self.rule.ask(observation, self.state, generator(self._seed, "ask", step))
             candidates = validated(self.rule, asked, views)
             current, scores = self._scored(candidates, observation)
-            study = {} if current is None else self._scoring.study(self._prepare_all(candidates, step))
+            study = (
+                {} if current is None else self._scoring.study(self._prepare_all(candidates, step, _race(candidates)))
+            )
             with named(self.rule, step):
                 decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
             decision, self.state = chosen(self.rule, decision, candidates), state
@@ -202,6 +209,11 @@ class TopologySearch:
             prepared = self._prepare(swap, step, decision.chosen or 0)
             prepared.commit(self._optimizer, self._followers)
             changes = prepared.changes
+            self._parallel.require_same()
+        # What was only tried, on any rank, has been of another size too.
+        swaps = [] if current is None else [c.swap for c in candidates if c.rejected is None]
+        swaps += [] if swap is None else [swap]
+        self._parallel.follow({name for each in swaps for name, d in each.count_changes().items() if d})
         cost = self._cost()
         row = {
             "kind": "topology",
@@ -312,25 +324,25 @@ class TopologySearch:
             raise InputError(f"rule '{self.rule.name}' proposed a swap that cannot be made: {error}") from error
 
     def _prepare_all(
-        self, candidates: Sequence[Candidate], step: int
+        self, candidates: Sequence[Candidate], step: int, race: Sequence[int | None]
     ) -> Iterator[tuple[int | None, PreparedSwap | None]]:
-        """The current topology, by the index None, and the candidates in the race, one at a time."""
-        yield None, None
-        for i, candidate in enumerate(candidates):
-            if candidate.rejected is None:
-                yield i, self._prepare(candidate.swap, step, i)
+        """Those of `race`, one at a time: candidates, and the current topology by the index None."""
+        for index in race:
+            yield index, None if index is None else self._prepare(candidates[index].swap, step, index)
 
     def _scored(
         self, candidates: Sequence[Candidate], observation: Observation
     ) -> tuple[Score | None, list[Score | None]]:
         """Scores of the current topology and of the candidates; None where there is none."""
         found: dict[int | None, Score] = {}
-        views, step = observation.layers, observation.step
+        views, step, here = observation.layers, observation.step, ranks()
         if self.rule.compares(observation.made_up, observation.horizon):
-            # The chosen swap is prepared again, from the same generator.
-            scored = [c if c.is_scored else dataclasses.replace(c, rejected="not scored") for c in candidates]
-            for index, candidate in self._prepare_all(scored, step):
-                found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)
+            race = [index for index in _race(candidates) if index is None or candidates[index].is_scored]
+            # Each rank scores its share. The chosen swap is prepared again, from the same generator.
+            with self._parallel.silent():
+                for index, candidate in self._prepare_all(candidates, step, race[here.rank :: here.count]):
+                    found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)
+            found = {index: score for part in here.gather(list(found.items())) for index, score in part}
         return found.get(None), [found.get(i) for i in range(len(candidates))]
 
     def _moments(self) -> dict[str, Tensor]:
@@ -353,4 +365,10 @@ class TopologySearch:
 
     def _cost(self) -> SearchCost:
         done = self._scoring
-        return SearchCost(done.forwards, done.backwards, self.gradients.probed(), done.studied)
+        forwards, backwards = ranks().sums([done.forwards, done.backwards])
+        return SearchCost(forwards, backwards, self.gradients.probed(), done.studied)
+
+
+def _race(candidates: Sequence[Candidate]) -> list[int | None]:
+    """The current topology (None) and the candidates that were not rejected."""
+    return [None, *(i for i, candidate in enumerate(candidates) if candidate.rejected is None)]

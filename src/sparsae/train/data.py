@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sparsae.config.schema import Config
+from sparsae.core.ranks import ranks
 from sparsae.data.batches import Batches
 from sparsae.data.mixture import Mixture
 from sparsae.data.shards import TokenSequence
+from sparsae.errors import InputError
 from sparsae.rules import build_rule
 from sparsae.train.micro_batch import MicroBatches
 
@@ -35,10 +37,18 @@ class TrainData:
         device: torch.device,
         test: Tensor | None = None,
     ) -> TrainData:
-        """held_out: the tokens that micro-batches come from, which lie on `device`."""
+        """held_out: the tokens that micro-batches come from, which lie on `device`.
+
+        Raises InputError where the batch cannot be divided among the ranks.
+        """
+        here, size = ranks(), config.training.batch_size
+        if size % here.count:
+            raise InputError(
+                f"training.batch_size {size} cannot be divided among {here.count} ranks: give a multiple of that"
+            )
         context, micro = config.model.context, build_rule(config.topology, config.rules).micro_batch
         return cls(
-            Batches(train, context, config.training.batch_size, config.seed),
+            Batches(train, context, size // here.count, config.seed, here.rank, here.count),
             validation,
             MicroBatches(held_out, context, micro, config.seed, device) if micro else None,
             test,

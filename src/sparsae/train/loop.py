@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsae.config.schema import TrainingConfig
+from sparsae.core.ranks import ranks
 from sparsae.errors import DivergedError
 from sparsae.observers import Observer, Standing
 from sparsae.optim import clip_gradients
@@ -61,12 +62,12 @@ class Trainer:
         try:
             self._begin()
             times = CheckpointTimes(self.settings.checkpoint_every, self.settings.checkpoint_minutes, self.step)
-            while not self.done and not stop.asked:
+            while not self.done and not ranks().any(stop.asked):
                 with self.account.watch.of("train"):
                     yield from self.stepping()
                 if self.validation.due(self.step):
                     self.validate()
-                if times.due(self.step):
+                if ranks().any(times.due(self.step)):
                     save()
                     times.saved(self.step)
             if self.step != times.last:
@@ -109,17 +110,23 @@ class Trainer:
             self._tell(self._averages.row(self.step, self.account, rate, norm, burning_in))
 
     def _gradients(self, alpha: float) -> Passes[int]:
-        """The gradient of the mean loss over all batches of the step; returns the tokens that the teacher read."""
-        passes, taught_tokens = self.settings.accumulation, 0
+        """The gradient of the mean loss over all batches of the step; returns the tokens that the teacher read.
+
+        A batch is divided among the ranks in the order of its sequences, of which the first ones are taught.
+        """
+        passes, taught_tokens, here = self.settings.accumulation, 0, ranks()
         self.objective.begin_step(self.step)
         for index in range(passes):
             batch = self.data.batches.at(self.step * passes + index)
-            taught = self.objective.taught(self.step, index, batch.shape[0])
-            parts = yield Pass(self.objective, batch, alpha, taught, passes)
+            rows = batch.shape[0]
+            taught = self.objective.taught(self.step, index, rows * here.count)
+            own = min(max(0, taught - here.rank * rows), rows)
+            parts = yield Pass(self.objective, batch, alpha, own, passes)
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
-            self._require_finite("the loss", loss)
-            self._averages.add(loss, cross_entropy, distillation * (taught / batch.shape[0]), passes)
-            taught_tokens += batch[:taught, 1:].numel()
+            means = here.means([loss, cross_entropy, distillation * (own / rows)])
+            self._require_finite("the loss", means[0])
+            self._averages.add(*means, passes)
+            taught_tokens += taught * (batch.shape[1] - 1)
         self._averages.end_step(taught_tokens / self.account.tokens_per_step)
         return taught_tokens
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from sparsae.config.schema import TrainingConfig
 from sparsae.core.randomness import derive_seed
+from sparsae.core.ranks import ranks
 from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear
 from sparsae.search.teacher import Teacher, WarmUp
 from sparsae.train.micro_batch import MicroBatches
+from sparsae.train.reduced import over_ranks
 from sparsae.train.stopwatch import Stopwatch
 
 
@@ -39,6 +41,7 @@ class Objective:
         self.model, self.teacher, self.device = model, teacher, device
         self._settings, self._dropout_seed = settings, dropout_seed
         self._warmup = WarmUp(teacher.config, settings.steps) if teacher else None
+        self._loss = over_ranks(model, self._own_loss)
 
     @cached_property
     def _trained(self) -> Any:
@@ -54,7 +57,9 @@ class Objective:
         """Training mode, with the dropout of that step (counted from 0)."""
         self.model.train()
         if self._dropout_seed is not None:
-            torch.manual_seed(derive_seed(self._dropout_seed, "dropout", step))
+            # Each rank drops other things; the first one what one rank does.
+            others = [ranks().rank] if ranks().rank else []
+            torch.manual_seed(derive_seed(self._dropout_seed, "dropout", step, *others))
 
     def alpha(self, step: int) -> float:
         """The weight of the KL term at a step counted from 0; 0 without a teacher."""
@@ -75,12 +80,15 @@ class Objective:
     def loss(
         self, batch: Tensor, alpha: float, taught: int | None = None, hidden_TD: Tensor | None = None
     ) -> LossParts:
-        """What is trained, with the KL term at this weight.
+        """What is trained, with the KL term at this weight; its gradients are means over the ranks.
 
         taught: how many sequences are, the first ones; None: all. The weight is that of a mean over all sequences: what
         is left out of it is made up for, so that it is the same over the steps whatever the share. hidden_TD: the
         decoder's hidden states, where they exist already.
         """
+        return self._loss(batch, alpha, taught, hidden_TD)
+
+    def _own_loss(self, batch: Tensor, alpha: float, taught: int | None, hidden_TD: Tensor | None) -> LossParts:
         rows = batch.shape[0]
         if taught is not None and self.teacher:
             alpha *= taught / (rows * self.teacher.config.share)
@@ -105,11 +113,11 @@ class Objective:
         return float(self._parts(model, decoder_and_head(model)[0], batch).cross_entropy)
 
     def mean(self, rows: Tensor, model: nn.Module | None = None) -> float:
-        """Mean cross entropy over rows (N, context + 1), a batch at a time."""
-        total = 0.0
-        for batch in rows.split(self._settings.batch_size):
+        """Mean cross entropy over rows (N, context + 1), a batch at a time, each rank having its share of these."""
+        here, total = ranks(), 0.0
+        for batch in rows.split(max(1, self._settings.batch_size // here.count))[here.rank :: here.count]:
             total += self.cross_entropy(batch, model) * batch.shape[0]
-        return total / rows.shape[0]
+        return here.means([total])[0] * here.count / rows.shape[0]
 
     def validate(self, rows: Tensor) -> tuple[float, float | None]:
         """Means over held-out rows of the model, in evaluation mode from then on, and of the teacher; see `mean`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 
 from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
+from sparsae.core.ranks import ranks
 from sparsae.data import Corpus, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
 from sparsae.observers import OBSERVERS, Observer
 from sparsae.optim import AdamW
-from sparsae.runs.claim import claimed, refuse_occupied
+from sparsae.runs.claim import Claim, claimed, refuse_occupied
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.lock import refuse_ranks
 from sparsae.runs.manifest import Manifest
@@ -27,6 +29,7 @@ from sparsae.runs.rows import Row
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
+from sparsae.train.joining import joined
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.model import choose_device, model_of, require_fit
 from sparsae.train.passes import Passes, alone
@@ -66,30 +69,43 @@ def start(config: Config, out: Path, quiet: bool = False, source: Path | None = 
     source: another run, whose weights and topology this one starts from. Raises InputError for anything wrong with the
     configuration, the data, the source or the directory; then nothing is left but what was measured, which is why a run
     that diverged keeps its directory (DivergedError).
+
+    Where a launcher (torchrun) started this process as one of several, they train the run together, and the first one
+    writes; RanksError: another one has ended.
     """
-    return alone(starting(config, out, quiet, source))
+    with joined():
+        return alone(starting(config, out, quiet, source))
 
 
 def starting(
     config: Config, out: Path, quiet: bool = False, source: Path | None = None, stop: StopRequest | None = None
 ) -> Passes[dict[str, Any]]:
     """As `start`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
-    refuse_ranks()
+    here = ranks()
+    if here.count == 1:
+        refuse_ranks("one of several runs")
     _require_threads(config)
-    refuse_occupied(out, config)
+    out = Path(here.from_first(str(out)))
+    if here.is_first:
+        refuse_occupied(out, config)
     if source is not None and config.data.tokenizer == "train":
         tokenizer = RunDirectory.open(source).tokenizer
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     config = with_absolute_paths(config)
     taken = None if source is None else read_source(source, config)
-    with claimed(out) as claim:
-        refuse_occupied(out, config)
-        run, display = RunDirectory(out), Display(quiet)
+    with _entered(out) as claim:
+        if claim:
+            refuse_occupied(out, config)
+        run, display = RunDirectory(out), Display(quiet or not here.is_first)
         try:
             parts = _prepare(config, display, taken)
-            return (yield from _train(parts, run, _begin(run, config, parts, taken), display, None, stop))
+            manifest = Manifest(config, started_from=taken.record if taken else None)
+            if here.is_first:
+                manifest = _begin(run, manifest, parts)
+            return (yield from _train(parts, run, manifest, display, None, stop))
         except BaseException:
-            claim.undo()
+            if claim:
+                claim.undo()
             raise
 
 
@@ -101,18 +117,21 @@ def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[st
     hundred of those that were added. Raises InputError where there is no run, where a file of it is damaged or was
     changed, or where the run is finished.
     """
-    return alone(resuming(path, quiet, steps))
+    with joined():
+        return alone(resuming(path, quiet, steps))
 
 
 def resuming(
     path: Path, quiet: bool = False, steps: int | None = None, stop: StopRequest | None = None
 ) -> Passes[dict[str, Any]]:
     """As `resume`, by whoever answers its passes; stop: as `starting` has it."""
-    refuse_ranks()
+    here = ranks()
+    if here.count == 1:
+        refuse_ranks("one of several runs")
     run = RunDirectory.open(path)
     _require_steps(run, run.config(), steps)
-    with claimed(path):
-        run, display = RunDirectory.open(path), Display(quiet)
+    with _entered(path):
+        run, display = RunDirectory.open(path), Display(quiet or not here.is_first)
         config, manifest = run.config(), run.manifest()
         _require_steps(run, config, steps)
         saved = None
@@ -126,7 +145,9 @@ def resuming(
             raise InputError(f"{path}: this run's checkpoint is missing: restore it, or start a new run")
         parts = _prepare(config, display)
         if saved is None:
-            manifest = _begin(run, config, parts, None)
+            manifest = Manifest(config)
+            if here.is_first:
+                manifest = _begin(run, manifest, parts)
         elif parts.corpus.digest != saved.state["corpus"]:
             raise InputError(
                 f"{path}: the text of data.source has changed since the run began; restore it, or start a new run"
@@ -165,7 +186,13 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
         if isinstance(make, type) and issubclass(make, Observer):
             make.require()
     require_fit(config)
+    here = ranks()
+    if not here.is_first:
+        here.wait()  # for the cache
     corpus = prepare(config.data, display.stage)
+    if here.is_first:
+        here.wait()
+    here.require_same({"the texts of data.source": corpus.digest.encode()})
     display.close()
     display.say(corpus.held_out)
     held_out = HeldOut.of(corpus.validation, config)
@@ -181,9 +208,20 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     return _Parts(device, corpus, model, optimizer_of(model, config), data)
 
 
-def _begin(run: RunDirectory, config: Config, parts: _Parts, source: Source | None) -> Manifest:
+@contextlib.contextmanager
+def _entered(path: Path) -> Iterator[Claim | None]:
+    """Work in the directory of a run while inside: the first rank claims it, and the others come in when it has."""
+    if not ranks().is_first:
+        ranks().wait()
+        yield None
+        return
+    with claimed(path) as claim:
+        ranks().wait()
+        yield claim
+
+
+def _begin(run: RunDirectory, manifest: Manifest, parts: _Parts) -> Manifest:
     """Write what a run has before it is trained, the manifest first: without it nothing here is known to be a run."""
-    manifest = Manifest(config, started_from=source.record if source else None)
     manifest.write(run.path)
     manifest.write_config(run.config_file)
     parts.corpus.tokenizer.save(run.tokenizer)
@@ -211,29 +249,36 @@ def _train(
     saved: SavedRun | None,
     stop: StopRequest | None,
 ) -> Passes[dict[str, Any]]:
-    config, began = manifest.config, time.perf_counter()
+    config, began, here = manifest.config, time.perf_counter(), ranks()
     unigram = unigram_perplexity(parts.corpus.train_counts, parts.data.validation[:, 1:])
     if saved is not None:
         saved.load_into(parts.model, parts.optimizer)
         run.check_metrics(saved.state["metrics"])
+    here.wait()  # until all have read what the first one may now change
+    observers: list[Observer] = []
+    metrics: MetricsWriter | None = None
     diverged: DivergedError | None = None
-    with contextlib.ExitStack() as not_begun, MetricsWriter(run.metrics) as metrics:
-        named = []
-        for name in config.tracking.named:
-            named.append(OBSERVERS[name](run.path))
-            not_begun.callback(named[-1].end)
+    with contextlib.ExitStack() as not_begun, contextlib.ExitStack() as opened:
+        if here.is_first:
+            metrics = opened.enter_context(MetricsWriter(run.metrics))
+            observers.append(_Recorder(metrics))
+            for name in config.tracking.named:
+                observers.append(OBSERVERS[name](run.path))
+                not_begun.callback(observers[-1].end)
+            observers.append(display)
         trainer = trainer_of(
             config,
             parts.model,
             parts.optimizer,
             parts.data,
             parts.device,
-            observers=(_Recorder(metrics), *named, display),
+            observers=observers,
             extension=manifest.extensions[-1] if manifest.extensions else None,
         )
         if saved is not None:
             saved.restore(trainer)
-        _go_on(run, manifest, metrics, saved)
+        if metrics is not None:
+            _go_on(run, manifest, metrics, saved)
         display.say(headline(config, parts.model, len(parts.corpus.train), unigram))
         previous = float(saved.state["elapsed"]) if saved else 0.0
 
@@ -242,7 +287,9 @@ def _train(
 
         def save() -> None:
             with trainer.account.watch.of("checkpoint"):
-                save_run(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed())
+                if metrics is not None:
+                    save_run(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed())
+                here.wait()
 
         if saved is None and manifest.started_from:
             save()  # from here on the run needs the other one no more
@@ -252,8 +299,9 @@ def _train(
                 yield from trainer.running(request, save)
         except DivergedError as error:
             diverged = error
-        summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position(), diverged)
-    run.write_json("summary.json", summary)
+        summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position() if metrics else {}, diverged)
+    if here.is_first:
+        run.write_json("summary.json", summary)
     if diverged is not None:
         raise diverged
     display.say(closing(summary, run))

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsae.config.schema import Config
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
+from sparsae.core.ranks import ranks
 from sparsae.errors import DivergedError
 from sparsae.nn.linear import sparse_layers
 from sparsae.runs.directory import RunDirectory
@@ -42,6 +43,7 @@ def summarize(
         "method": config.method,
         "seed": config.seed,
         "steps": trainer.step,
+        "ranks": ranks().count,
         "tokens": tokens,
         "parameters_dense": live - nnz + weights,
         "parameters": live,

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsae.core.drawing import sample_in_groups
 from sparsae.core.groups import binding
 from sparsae.core.observation import LayerView
+from sparsae.core.ranks import ranks
 from sparsae.core.topology import Topology
 from sparsae.kernels.probe import Draw
 from sparsae.rules.parts.grow import Growth
@@ -56,7 +57,7 @@ def _drawn(topology: Topology, n: int, sampling: str, seed: int) -> Draw:
 
     def draw(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
-        signs = torch.randint(2, (x_TI.shape[0],), generator=rng, device="cpu").to(x_TI.device, x_TI.dtype) * 2 - 1
+        signs = _signs(x_TI.shape[0], rng).to(x_TI.device, x_TI.dtype) * 2 - 1
         rows, columns = (
             _draw_from(score(side, signs).view(-1, width).sum(1), n, rng)
             for side, width in ((dy_TO, topology.unit[0]), (x_TI, topology.unit[1]))
@@ -67,14 +68,22 @@ def _drawn(topology: Topology, n: int, sampling: str, seed: int) -> Draw:
     return draw
 
 
+def _signs(tokens: int, rng: torch.Generator) -> Tensor:
+    """(tokens,) of {0, 1}: of those that are drawn for the tokens of all ranks, the ones of this rank's."""
+    here = ranks()
+    counts = here.sums([tokens if rank == here.rank else 0 for rank in range(here.count)])
+    signs = torch.randint(2, (sum(counts),), generator=rng, device="cpu")
+    return signs[sum(counts[: here.rank]) :][:tokens]
+
+
 def _bias(side_TF: Tensor, signs_T: Tensor) -> Tensor:
-    """GraBo: sum_t |a_t| of each feature."""
-    return side_TF.abs().sum(0, dtype=torch.float32)
+    """GraBo: sum_t |a_t| of each feature, over the tokens of all ranks."""
+    return ranks().sum_(side_TF.abs().sum(0, dtype=torch.float32), "sampled gradients")
 
 
 def _estimate(side_TF: Tensor, signs_T: Tensor) -> Tensor:
-    """GraEst: |sum_t s_t a_t| of each feature."""
-    return (signs_T @ side_TF).float().abs()
+    """GraEst: |sum_t s_t a_t| of each feature, over the tokens of all ranks."""
+    return ranks().sum_(signs_T @ side_TF, "sampled gradients").float().abs()
 
 
 def _draw_from(weights: Tensor, n: int, rng: torch.Generator) -> Tensor:

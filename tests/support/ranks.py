@@ -1,0 +1,142 @@
+"""Processes that train one model together, and the same training by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from sparsae.config.schema import TeacherConfig
+from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.core.randomness import generator
+from sparsae.core.ranks import ranks
+from sparsae.nn.linear import sparse_layers
+from sparsae.rules import build_rule
+from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.updates import Update
+from tests.support.loops import mlp
+from tests.support.sections import SECTIONS
+
+WIDTH, ROWS = 24, 16
+
+
+def on_ranks(work: Callable[..., None], folder: Path, *given: Any, count: int = 2) -> None:
+    """Call `work(rank, count, store, *given)` in so many processes; what fails in one of them fails here."""
+    store = folder / f"store-{work.__name__}"
+    store.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(work, (count, str(store), *given), nprocs=count)
+
+
+@contextmanager
+def joined(rank: int, count: int, store: str) -> Iterator[None]:
+    """Inside, this process is one of so many."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass
+class Trained:
+    """What came out of a training: model, search, the updates, a loss of each step, and bytes that went to others."""
+
+    model: nn.Module
+    sparsifier: Sparsifier
+    updates: list[Update]
+    losses: list[float]
+
+    def topologies(self) -> dict[str, Tensor]:
+        return {name: layer.topology.indices for name, layer in sparse_layers(self.model).items()}
+
+
+def train(
+    section: str,
+    steps: int,
+    *,
+    teacher: bool = False,
+    ties: bool = False,
+    dtype: torch.dtype = torch.float64,
+    look: Callable[[int, Sparsifier], None] | None = None,
+    **of_wrapper: Any,
+) -> Trained:
+    """A training such as anybody writes, with this rank's share of batches that do not depend on how many there are.
+
+    ties: weights, inputs and gradients of few different sizes. look: called before every step.
+    """
+    here = ranks()
+    model = mlp(WIDTH).to(dtype)
+    if ties:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_((parameter * 20).round() / 20)
+    parallel: Any = model if here.count == 1 else nn.parallel.DistributedDataParallel(model, **of_wrapper)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    config = config_of(section, steps, teacher)
+
+    def batch(*purpose: int | str) -> Tensor:
+        x = torch.randn(ROWS, WIDTH, generator=generator(7, *purpose), dtype=torch.float64).to(dtype)
+        return x.round() if ties else x
+
+    def score(step: int) -> Tensor:
+        x = batch("held out", step)
+        return (parallel(x) - x.roll(1, 1)).square().mean()
+
+    scores = bool(build_rule(config.topology).needs & {"loss", "candidate_gradient"})
+    sparsifier = Sparsifier(parallel, optimizer, config, score=score if scores else None)
+    updates, losses = [], []
+    own = slice(here.rank * ROWS // here.count, (here.rank + 1) * ROWS // here.count)
+    for step in range(steps):
+        x = batch("x", step)[own]
+        y = parallel(x)
+        loss = (y - x.roll(1, 1)).square().mean()
+        if sparsifier.teacher is not None and sparsifier.teacher.begun:
+            with torch.no_grad():
+                taught = sparsifier.teacher.model(x)
+            loss = loss + 0.1 * (y - taught).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if look is not None:
+            look(step, sparsifier)
+        sparsifier.before_step()
+        optimizer.step()
+        if (update := sparsifier.after_step()) is not None:
+            updates.append(update)
+        losses.append(here.means([float(loss.detach())])[0])
+    return Trained(model, sparsifier, updates, losses)
+
+
+def config_of(section: str, steps: int, teacher: bool = False) -> SparsifierConfig:
+    """The settings of one of SECTIONS."""
+    rule = {"rule": section.partition(",")[0], **SECTIONS[section]}
+    config = SparsifierConfig.model_validate({"steps": steps, "topology": rule})
+    prunes = build_rule(config.topology).prunes
+    return SparsifierConfig.model_validate(
+        {
+            "steps": steps,
+            "topology": rule,
+            "sparsity": 0.9 if prunes else None,
+            "teacher": TeacherConfig(enabled=True, start=0.1).model_dump() if teacher else {"enabled": False},
+        }
+    )
+
+
+def assert_same(one: Trained, other: Trained, tolerance: float = 1e-9) -> None:
+    """The same swaps, and values to within a tolerance."""
+    assert len(one.updates) == len(other.updates) > 0
+    for mine, theirs in zip(one.updates, other.updates, strict=True):
+        assert mine.changes.keys() == theirs.changes.keys(), f"step {mine.row['step']}"
+        for name, change in mine.changes.items():
+            assert torch.equal(change.after.indices, theirs.changes[name].after.indices), f"step {mine.row['step']}"
+        assert mine.row["chosen"] == theirs.row["chosen"]
+        assert mine.cost == theirs.cost
+    for (name, tensor), (_, its) in zip(one.model.state_dict().items(), other.model.state_dict().items(), strict=True):
+        assert tensor.shape == its.shape, name
+        assert bool(((tensor.double() - its.double()).abs() <= tolerance).all()), name
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=0, atol=tolerance)
