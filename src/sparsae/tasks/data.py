@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from sparsae.data.readers import json_rows, parquet_objects, streamed_objects
+from sparsae.data.readers import Remote, json_rows, parquet_objects, streamed_objects
 from sparsae.errors import InputError
 from sparsae.files import expanded
 from sparsae.tasks.catalogue import Example, Task
@@ -91,9 +91,10 @@ def _examples(task: Task, rows: Iterator[tuple[str, Any]]) -> list[Example]:
 
 
 def _remote(task: Task, source: str) -> dict[str, Iterator[tuple[str, Any]]]:
-    name = source.removeprefix("hf:") or HUB[task.suite]
+    given, _, revision = source.removeprefix("hf:").partition("@")
+    name = given or HUB[task.suite]
     splits = ["train", *(f"validation_{v}" for v in _VARIANTS[1:])] if task.name == "mnli" else ["train", "validation"]
-    return {split: streamed_objects(name, task.name, split) for split in splits}
+    return {split: streamed_objects(Remote(name, task.name, split, revision or None)) for split in splits}
 
 
 def _local(task: Task, source: str) -> dict[str, Iterator[tuple[str, Any]]]:
