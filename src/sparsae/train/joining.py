@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sparsae.core.ranks import ranks
 from sparsae.errors import InputError, RankLostError, RanksError
@@ -57,8 +59,8 @@ def _join(count: int) -> tuple[int, Any]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
-    dist.init_process_group(store=dist.PrefixStore("sparsae", store), rank=rank, world_size=count, timeout=_PATIENCE)
+    store, rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    dist.init_process_group(store=PrefixStore("sparsae", store), rank=rank, world_size=count, timeout=_PATIENCE)
     store.set(f"{_ENDED}/place/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if not ranks().is_first:
         logging.getLogger("sparsae").setLevel(logging.ERROR)  # the first rank warns for all

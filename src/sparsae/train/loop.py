@@ -123,9 +123,9 @@ class Trainer:
             own = min(max(0, taught - here.rank * rows), rows)
             parts = yield Pass(self.objective, batch, alpha, own, passes)
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
-            means = here.means([loss, cross_entropy, distillation * (own / rows)])
-            self._require_finite("the loss", means[0])
-            self._averages.add(*means, passes)
+            loss, cross_entropy, distillation = here.means([loss, cross_entropy, distillation * (own / rows)])
+            self._require_finite("the loss", loss)
+            self._averages.add(loss, cross_entropy, distillation, passes)
             taught_tokens += taught * (batch.shape[1] - 1)
         self._averages.end_step(taught_tokens / self.account.tokens_per_step)
         return taught_tokens
