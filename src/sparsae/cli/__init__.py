@@ -190,6 +190,7 @@ def train(
         settings or [],
         options={option: (key, value) for option, (key, value) in short.items() if value is not None},
         counted_by="--dry-run" if dry_run else None,
+        on_idle=_refuse_idle,
     )
     if print_config:
         if json_file is not None:
@@ -369,6 +370,11 @@ def _left_to_write(path: Path, steps: int | None) -> dict[str, Any] | None:
         return None
     summary = run.outcome(run.summary)
     return summary if summary.get("finished") and summary.get("steps") == run.config().training.steps else None
+
+
+def _refuse_idle(lines: Mapping[str, str]) -> None:
+    if lines:
+        raise InputError(next(iter(lines.values())))
 
 
 def _settings_file(source: Path) -> Path:

@@ -120,10 +120,15 @@ def within(errors: ValidationError) -> ValueError:
     return SettingError(what, dotted(keys)) if keys else ValueError(what)
 
 
+def origin_of(keys: Path, origins: Mapping[Keys, Origin]) -> Origin | None:
+    """What gave a key, or was the last to give a key of a section; None: nothing did."""
+    giver = _giver(keys, origins)
+    return None if giver is None else origins[giver]
+
+
 def located(keys: Path, origins: Mapping[Keys, Origin]) -> str:
     """Where a key was given, and its name there; of a section, the last origin that gave it or a key of it."""
-    giver = _giver(keys, origins)
-    return placed("settings" if giver is None else origins[giver], keys)
+    return placed(origin_of(keys, origins) or "settings", keys)
 
 
 def placed(origin: Origin, keys: Path) -> str:

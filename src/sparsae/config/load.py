@@ -8,7 +8,7 @@ section names it, and starts anew where another is named; a term's is found unde
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -22,11 +22,13 @@ from sparsae.config.complaints import (
     explain,
     located,
     nearest,
+    origin_of,
     placed,
     shown,
     unknown_key,
 )
-from sparsae.config.narrow import narrowed, refuse_huge
+from sparsae.config.effect import idle_settings, is_default, value_of
+from sparsae.config.narrow import USED, narrowed, refuse_huge
 from sparsae.config.ranges import is_span
 from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.schema import STDLIB, Config, ModelConfig
@@ -134,6 +136,7 @@ def resolve(
     options: Mapping[str, tuple[str, object]] | None = None,
     trees: Sequence[tuple[Mapping[str, Any], Origin]] = (),
     counted_by: str | None = None,
+    on_idle: Callable[[Mapping[str, str]], None] | None = None,
 ) -> Config:
     """The settings of a run.
 
@@ -147,6 +150,7 @@ def resolve(
         trees: further layers between file and overrides, in the form of a file, each with its origin.
         overrides: `section.key=value`, the value in YAML.
         options: command line options that stand for one key each: {"--steps": ("training.steps", 20)}.
+        on_idle: called with the given settings that have no effect (`effect.py`), by dotted key, each with a line.
         counted_by: what counts the run's operations before its text is read, so that nothing can be in epochs.
 
     Raises:
@@ -170,7 +174,12 @@ def resolve(
         layers.add(parse_override(override), "--set")
     for option, (key, value) in (options or {}).items():
         layers.add(_nested(key.split("."), value), option)
-    return layers.config(counted_by)
+    config = layers.config(counted_by)
+    if on_idle is not None:
+        # A file may be that of a run with another method, whose settings are not all of use.
+        is_other = bool(own_method and own_method != config.method)
+        on_idle(layers.idle(config, str(file) if is_other else None))
+    return config
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -287,6 +296,35 @@ class _Layers:
         if counted_by is not None:
             self._refuse_epochs(config, counted_by)
         return narrowed(config)
+
+    def idle(self, config: Config, besides: Origin | None) -> dict[str, str]:
+        """The settings without effect that were given values of their own, by dotted key, each with a line.
+
+        besides: the origin of further ones that are not told.
+        """
+        given = self._validated(self.tree, Config, ())  # of a narrower dense model, before it was that
+        used = {("sparsity", name) for name in USED} if given != config else set()
+        found = {keys: why for keys, why in idle_settings(config).items() if keys not in used}
+        base: Config | None = None
+        lines = {}
+        for keys, why in found.items():
+            origin = origin_of(keys, self.origins)
+            if origin is None or origin in (f"preset {config.preset}", f"method {config.method}", besides):
+                continue
+            base = base or self._base(config)
+            try:
+                is_own = value_of(given, keys) != value_of(base, keys)
+            except (KeyError, AttributeError):  # of another rule than the method's
+                is_own = True
+            if is_own and not is_default(given, keys):
+                lines[dotted(keys)] = f"{placed(origin, keys)}: has no effect: {why}"
+        return lines
+
+    @staticmethod
+    def _base(config: Config) -> Config:
+        layers = _Layers()
+        layers.add_names(config.preset, config.method)
+        return layers._validated(layers.tree, Config, ())
 
     def _refuse_epochs(self, config: Config, counted_by: str) -> None:
         for keys, section, name in settings_in(config):

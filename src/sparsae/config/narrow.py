@@ -15,6 +15,7 @@ from sparsae.errors import InputError
 from sparsae.families import FAMILIES
 from sparsae.files import expanded
 
+USED = ("unit", "include", "exclude", "sparsify_head")  # of the section sparsity, beside the sparsity itself
 METHOD = "dense-small"  # named here alone, beside its file
 MOST_PARAMETERS = 2**40
 MOST_TOKENS = 2**31 - 1

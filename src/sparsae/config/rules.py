@@ -10,10 +10,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from sparsae.config.complaints import SettingError, within
+from sparsae.config.effect import Idle
 from sparsae.config.section import LARGEST, Count, NonNegative, Positive, Section
 from sparsae.config.span import RampSpan, Span
 from sparsae.errors import InputError
 from sparsae.registry import RULES, Registry
+
+_NO_BURN_IN = Idle(lambda burn_in, _: burn_in.steps == 0, "burn_in.steps is 0")
+
+
+def evolves(rule: Any, number: str) -> bool:
+    """Whether a setting is a gene of the rule's strategy, so that its own value is the first genome's alone."""
+    strategy = getattr(rule, "strategy", None)
+    return strategy is not None and strategy.fitness != "none" and number in strategy.genes
+
 
 StartSparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -22,7 +32,11 @@ GradientWindow = Annotated[
     Span,
     Field(description="growth gradients are averaged over the last steps before an update: steps, 5%, 1 epoch; 1: one"),
 ]
-WindowEvery = Annotated[Count, Field(description="every n-th step of the window is averaged")]
+WindowEvery = Annotated[
+    Count,
+    Idle(lambda rule, _: rule.window == 1 and not evolves(rule, "window"), "window is one step"),
+    Field(description="every n-th step of the window is averaged"),
+]
 RandomShare = Annotated[
     float, Field(ge=0.0, lt=1.0, description="share of the growth that is uniformly random, not by gradient")
 ]
@@ -42,7 +56,9 @@ class RuleConfig(Section):
         description="over how long a grown connection's learning rate rises to that of all others: steps, 5%, "
         "2 updates (as long as two updates lie apart); 0: no ramp",
     )
-    ramp_first: bool = Field(default=False, description="the first connections' learning rates ramp as well")
+    ramp_first: Annotated[bool, Idle(lambda rule, _: not rule.ramp, "ramp is 0")] = Field(
+        default=False, description="the first connections' learning rates ramp as well"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -75,10 +91,10 @@ class BurnInConfig(Section):
     steps: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
         default=0, description="N_burn_in, steps after an update that changed the topology; 0: none"
     )
-    multiplier: Positive = Field(
+    multiplier: Annotated[Positive, _NO_BURN_IN] = Field(
         default=1.5, description="learning rate of new connections in terms of the base learning rate"
     )
-    scope: Literal["new", "all"] = Field(
+    scope: Annotated[Literal["new", "all"], _NO_BURN_IN] = Field(
         default="all", description="what learns: new connections alone, or all, the new ones at the multiplied rate"
     )
 
@@ -90,7 +106,9 @@ class MicroBatchConfig(Section):
         default="resampled", description="one batch for the run, a new one an update, or one of a pool"
     )
     sequences: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="sequences in a micro-batch")
-    pool: Annotated[int, Field(ge=1, le=4096)] = Field(default=8, description="micro-batches in the pool (pooled)")
+    pool: Annotated[int, Field(ge=1, le=4096), Idle(lambda batch, _: batch.mode != "pooled", "mode is not pooled")] = (
+        Field(default=8, description="micro-batches in the pool (pooled)")
+    )
     study: bool = Field(
         default=False,
         description="also score candidates on all validation text, to compare; counted apart from training",

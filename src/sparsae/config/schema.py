@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sparsae.config.complaints import SettingError
 from sparsae.config.density import Density, by_pattern
+from sparsae.config.effect import Idle
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schedule import ScheduleConfig
@@ -26,6 +27,13 @@ LAST_RATE = 0.1
 STDLIB = "stdlib"
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
 TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
+
+
+_NO_SPARSE = "a dense model has no sparse layers"
+
+
+def _is_dense(config: Config) -> bool:
+    return not config.sparsity.sparsity
 
 
 def _known_family(name: str) -> str:
@@ -89,7 +97,11 @@ class DataConfig(Section):
         description="several texts in place of source, by weight: [{source: a.jsonl, weight: 3}, {source: hf:NAME}]",
     )
     validation_source: Text | None = Field(default=None, description="validation text; null: a share of source")
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+    validation_share: Annotated[
+        float,
+        Field(gt=0.0, lt=1.0),
+        Idle(lambda data, _: data.validation_source is not None, "the held-out text is data.validation_source"),
+    ] = Field(
         default=0.02,
         description="share of the text held out when validation_source is null: whole documents, the ends of long ones",
     )
@@ -216,17 +228,20 @@ class TeacherConfig(Section):
         default="masked",
         description="what the teacher remembers: dropped weights as they fade, only active ones, or everything",
     )
-    tolerance: NonNegative = Field(
-        default=1e-8, description="a dropped weight leaves a union teacher once its magnitude is below this"
-    )
+    tolerance: Annotated[
+        NonNegative,
+        Idle(lambda teacher, _: teacher.storage != "union", "only a union teacher has dropped weights that fade"),
+    ] = Field(default=1e-8, description="a dropped weight leaves a union teacher once its magnitude is below this")
     warmup: Literal["fraction", "validation"] = Field(
         default="fraction",
         description="no KL until a share of the steps has passed, or until validation improves past a threshold",
     )
-    warmup_fraction: Share = Field(default=0.25, description="share of the steps without KL (fraction)")
-    warmup_improvement: Positive = Field(
-        default=0.5, description="nats under the untrained validation loss that end the warm-up (validation)"
-    )
+    warmup_fraction: Annotated[
+        Share, Idle(lambda teacher, _: teacher.warmup != "fraction", "teacher.warmup is validation")
+    ] = Field(default=0.25, description="share of the steps without KL (fraction)")
+    warmup_improvement: Annotated[
+        Positive, Idle(lambda teacher, _: teacher.warmup != "validation", "teacher.warmup is fraction")
+    ] = Field(default=0.5, description="nats under the untrained validation loss that end the warm-up (validation)")
     ramp: bool = Field(
         default=True, description="let the decay grow with the teacher's steps t: min(beta, (1 + t) / (10 + t))"
     )
@@ -259,7 +274,7 @@ class TrainingConfig(Section):
     batch_size: Count = Field(default=8, description="sequences in one forward pass")
     accumulation: Count = Field(default=1, description="forward passes an optimizer step")
     learning_rate: Positive = Field(default=2e-3, description="peak learning rate")
-    sparse_learning_rate: Positive | None = Field(
+    sparse_learning_rate: Annotated[Positive | None, Idle(lambda _, config: _is_dense(config), _NO_SPARSE)] = Field(
         default=None,
         description="peak learning rate of the sparse layers' values (dense models have none); null: learning_rate",
     )
@@ -353,12 +368,21 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="fixes everything that is random")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    sparsity: SparsityConfig = SparsityConfig()
-    topology: AnyRule = Field(default_factory=default_rule)
+    sparsity: Annotated[SparsityConfig, Idle(lambda config, _: _is_dense(config), _NO_SPARSE, but=("sparsity",))] = (
+        SparsityConfig()
+    )
+    topology: Annotated[AnyRule, Idle(lambda config, _: _is_dense(config), _NO_SPARSE, but=("rule",))] = Field(
+        default_factory=default_rule
+    )
     rules: dict[Text, AnyRule] = Field(
         default={}, description="rules beside topology's, each for the layers whose names match its pattern (a glob)"
     )
-    teacher: TeacherConfig = TeacherConfig(enabled=False)
+    teacher: Annotated[
+        TeacherConfig,
+        Idle(
+            lambda config, _: not config.teacher.enabled, "there is no teacher: set teacher.enabled", but=("enabled",)
+        ),
+    ] = TeacherConfig(enabled=False)
     parameterization: ParameterizationConfig = ParameterizationConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from sparsae.config import Section
 from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, unknown_key
+from sparsae.config.effect import idle_settings, is_default
 from sparsae.config.load import presets, read_settings
 from sparsae.config.text import dump_yaml
 from sparsae.errors import InputError
@@ -64,6 +65,13 @@ class BasePlan(Section):
     @model_validator(mode="after")
     def _settings_leave_the_rest(self) -> Self:
         refuse_said(self.settings, "settings", self.said())
+        return self
+
+    @model_validator(mode="after")
+    def _all_has_effect(self) -> Self:
+        for keys, why in idle_settings(self).items():
+            if not is_default(self, keys):
+                raise SettingError(f"has no effect: {why}", dotted(keys))
         return self
 
     def said(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from sparsae.config.complaints import SettingError
+from sparsae.config.effect import Idle
 from sparsae.config.rules import (
     BurnInConfig,
     GradientWindow,
@@ -72,6 +73,15 @@ class AdaptationConfig(Section):
     mutation_rate: Shares = Field(default=(0.001, 0.01), description="range of p_mutate")
 
 
+_UNGUIDED = Idle(
+    lambda rule, _: rule.proposer not in ("guided", "rigl"), "proposer is neither guided nor rigl: proposals are random"
+)
+
+
+_NO_SAMPLE = Idle(lambda rule, _: rule.proposer != "guided", "proposer is not guided")
+_STEADY = Idle(lambda rule, _: not rule.adaptation.enabled, "adaptation.enabled is false", but=("enabled",))
+
+
 class EvolutionConfig(RuleConfig):
     """Proposes several topologies, scores them on held-out text, takes the best: an evolution strategy (1+/,lambda)."""
 
@@ -96,18 +106,18 @@ class EvolutionConfig(RuleConfig):
     mutation_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="how p_mutate changes from start to stop"
     )
-    drop_temperature: NonNegative = Field(
+    drop_temperature: Annotated[NonNegative, _UNGUIDED] = Field(
         default=1.0, description="Gumbel noise on 2 log|w| when a guided proposal drops; 0: smallest first"
     )
-    grow_temperature: NonNegative = Field(
+    grow_temperature: Annotated[NonNegative, _UNGUIDED] = Field(
         default=0.0, description="Gumbel noise on 2 log|g| when a guided proposal grows; 0: largest first"
     )
-    sample_ratio: Positive = Field(
+    sample_ratio: Annotated[Positive, _NO_SAMPLE] = Field(
         default=1.0, description="gamma, sampled inactive positions a guided proposal sees, in terms of nnz"
     )
-    window: GradientWindow = 1
-    window_every: WindowEvery = 1
-    random_share: RandomShare = 0.0
+    window: Annotated[GradientWindow, _UNGUIDED] = 1
+    window_every: Annotated[WindowEvery, _UNGUIDED] = 1
+    random_share: Annotated[RandomShare, _UNGUIDED] = 0.0
     initialization: Literal["zero", "kaiming_uniform", "normal"] = Field(
         default="zero", description="values of new connections; normal: as the layer's first ones were drawn"
     )
@@ -115,13 +125,13 @@ class EvolutionConfig(RuleConfig):
         default="obey",
         description="a candidate is made inside the limits of layers, heads and neurons, or drawn again until it is",
     )
-    redraws: Count = Field(
+    redraws: Annotated[Count, Idle(lambda rule, _: rule.bounds != "redraw", "bounds is not redraw")] = Field(
         default=20, description="draws before a candidate that keeps leaving the limits is given up (redraw)"
     )
     proxy: ProxyConfig = ProxyConfig()
     micro_batch: MicroBatchConfig = MicroBatchConfig()
     reset: ResetConfig = ResetConfig()
-    adaptation: AdaptationConfig = AdaptationConfig()
+    adaptation: Annotated[AdaptationConfig, _STEADY] = AdaptationConfig()
     burn_in: BurnInConfig = BurnInConfig()
 
     @model_validator(mode="after")

@@ -21,7 +21,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from sparsae.config.rules import GradientWindow, RuleConfig, WindowEvery
+from sparsae.config.effect import Idle
+from sparsae.config.rules import GradientWindow, RuleConfig, WindowEvery, evolves
 from sparsae.config.section import NonNegative, Positive, Share
 from sparsae.config.span import RampSpan, Span
 from sparsae.core.cadence import Periodic, Window
@@ -31,6 +32,12 @@ from sparsae.rules.parts.evolved import Evolved, genes_of
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
 from sparsae.rules.parts.grow import LargestSampledGradient, RandomGrowth
 from sparsae.rules.parts.strategy import StrategyConfig
+
+_RANDOM = Idle(
+    lambda rule, _: rule.random_share == 1.0 and not evolves(rule, "random_share"),
+    "random_share is 1: what is grown is random, and no gradient is looked at",
+)
+_OF_DAMAGE = ("fitness", "damage", "sequences")
 
 
 class GenerationsConfig(RuleConfig):
@@ -55,15 +62,18 @@ class GenerationsConfig(RuleConfig):
         default=1.0,
         description="share of what is grown that is uniformly random; the rest has the largest gradients of a sample",
     )
-    sample_ratio: Positive = Field(
+    sample_ratio: Annotated[Positive, _RANDOM] = Field(
         default=1.0, description="gamma, sampled inactive positions in terms of nnz, of growth by gradients"
     )
-    window: GradientWindow = 1
-    window_every: WindowEvery = 1
-    grow_temperature: NonNegative = Field(
+    window: Annotated[GradientWindow, _RANDOM] = 1
+    window_every: Annotated[WindowEvery, _RANDOM] = 1
+    grow_temperature: Annotated[NonNegative, _RANDOM] = Field(
         default=0.0, description="Gumbel noise on 2 log|g| of growth by gradients; 0: largest first"
     )
-    strategy: StrategyConfig = StrategyConfig()
+    strategy: Annotated[
+        StrategyConfig,
+        Idle(lambda rule, _: rule.strategy.fitness == "none", "strategy.fitness is none", but=_OF_DAMAGE),
+    ] = StrategyConfig()
 
     @model_validator(mode="after")
     def _has_its_genes(self) -> Self:

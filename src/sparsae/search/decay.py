@@ -20,7 +20,7 @@ from sparsae.optimizer_state import parts_of
 # The share of each value that is taken; asked for after the step, of which some know their rate only then.
 Decay = Callable[[], float]
 Group = Mapping[str, Any]
-State = Callable[[], Any]  # of the values, as it is then
+State = Callable[[], Mapping[str, Any]]  # of the values, as it is then
 
 # These compute weights from copies that they keep of them, which go ahead at the whole rate: by name, and by the copy.
 _AHEAD = ("ScheduleFree", "Lookahead", "MADGRAD", "Ranger21")

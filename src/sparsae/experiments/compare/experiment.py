@@ -13,7 +13,7 @@ from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
-from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells
+from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells, require_effect
 from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
 from sparsae.experiments.compare.tasks import fine_tune
 from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
@@ -134,6 +134,7 @@ class Comparison:
         self._jobs = Jobs()
         self._tasks = read_tasks(plan.tasks) if plan.tasks else []
         self._trials: dict[tuple[str, float, Key], Trial] = {}
+        require_effect(plan)
         for seed, sparsity, variant in cells(plan):
             # Wrong settings of any run are refused now, not hours later.
             admit(self.lengths.job(variant, sparsity, seed, "runs", {}))

@@ -7,17 +7,19 @@ rates among which each variant finds its own. Whatever has a default may be left
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparsae.config import Config, Section
 from sparsae.config.complaints import SettingError, nearest
+from sparsae.config.effect import Idle, idle_settings
 from sparsae.config.load import has_sparsity, methods, resolve, setting_names
 from sparsae.config.ranges import Range
 from sparsae.config.span import Span
+from sparsae.errors import InputError
 from sparsae.experiments.compare.tuning import Axis, Point
 from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_said
 from sparsae.registry import method_named
@@ -51,7 +53,6 @@ class Variant(Section):
 LEARNING_RATE = "training.learning_rate"
 _STEPS = "training.steps"
 _EVERY = "topology.every"
-_OF_SPARSE_LAYERS = ("sparsity.", "topology.", "rules.", "training.sparse_learning_rate")
 
 
 class Tuning(Section):
@@ -68,9 +69,11 @@ class Tuning(Section):
     extensions: Annotated[int, Field(ge=0, le=20)] = Field(
         default=4, description="how many values may be added to a grid whose best one lies at its end"
     )
-    rounds: Annotated[int, Field(ge=1, le=10)] = Field(
-        default=1, description="how many times all settings are tried one after another"
-    )
+    rounds: Annotated[
+        int,
+        Field(ge=1, le=10),
+        Idle(lambda tuning, _: bool(tuning.learning_rates) + len(tuning.grid) < 2, "not two settings are tuned"),
+    ] = Field(default=1, description="how many times all settings are tried one after another")
     share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0, description="length of a trial in terms of a compared run; with a budget: the longest"
     )
@@ -117,12 +120,16 @@ class ComparisonPlan(BasePlan):
     budget: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None, description="how much of that; null: what the reference takes for training.steps"
     )
-    also: list[Match] = Field(
+    also: Annotated[
+        list[Match], Idle(lambda plan, _: plan.has_empty_match, "all runs but the reference's are matched on that")
+    ] = Field(
         default=[],
         description="further matches: every variant but the reference is run under each too, in rows of its own "
         "(rigl@steps), with the settings that it was tuned to",
     )
-    cadence: Span | None = Field(
+    cadence: Annotated[
+        Span | None, Idle(lambda plan, _: given(plan.settings, _EVERY), "settings give topology.every")
+    ] = Field(
         default="2%",
         description="between updates of a rule whose own cadence is a number of steps, where the plan does not give "
         "topology.every; null: the rule's own",
@@ -135,7 +142,14 @@ class ComparisonPlan(BasePlan):
         description="contrasts that were planned before any run, [[a, b], ...]: a less b; p values of all other "
         "differences from the reference are adjusted (Holm)",
     )
-    tuning: Tuning = Tuning()
+    tuning: Annotated[
+        Tuning,
+        Idle(
+            lambda plan, _: not (plan.tuning.learning_rates or plan.tuning.grid),
+            "nothing is tuned: give learning_rates or a grid",
+            but=("learning_rates", "grid"),
+        ),
+    ] = Tuning()
     tasks: FinetuneConfig | None = Field(
         default=None, description="tasks that every compared run is fine-tuned on when all have ended; null: none"
     )
@@ -199,6 +213,12 @@ class ComparisonPlan(BasePlan):
         return self.named_variants | beside
 
     @property
+    def has_empty_match(self) -> bool:
+        """Whether a further match makes no row."""
+        rows = {name.partition("@")[2] for name in self.all_variants} if self.named_variants else set(self.also)
+        return not rows.issuperset(self.also)
+
+    @property
     def held_against(self) -> str:
         """The reference's name."""
         return self.reference or ("static" if "static" in self.named_variants else next(iter(self.named_variants)))
@@ -222,9 +242,18 @@ class ComparisonPlan(BasePlan):
         return axes
 
     def config(
-        self, variant: str, sparsity: float, seed: int, point: Point | None = None, steps: int | None = None
+        self,
+        variant: str,
+        sparsity: float,
+        seed: int,
+        point: Point | None = None,
+        steps: int | None = None,
+        on_idle: Callable[[Mapping[str, str]], None] | None = None,
     ) -> Config:
-        """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong."""
+        """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong.
+
+        on_idle: as `resolve` has it.
+        """
         chosen = self.all_variants[variant]
         options: dict[str, tuple[str, object]] = {self.place("seeds"): ("seed", seed)}
         if has_sparsity(chosen.method):
@@ -237,21 +266,40 @@ class ComparisonPlan(BasePlan):
         named = variant.partition("@")[0]
         own = self.origin("variants", named, "settings")
         trees = [(self.settings, self.origin("settings")), (chosen.settings, own)]
-        config = resolve(None, self.preset, chosen.method, options=options, trees=trees, counted_by="an experiment")
+        more: Any = {"trees": trees, "counted_by": "an experiment", "on_idle": on_idle}
+        config = resolve(None, self.preset, chosen.method, options=options, **more)
         absolute = isinstance(getattr(config.topology, "every", None), int)
         if self.cadence is not None and absolute and not any(given(tree, _EVERY) for tree, _ in trees):
             options = {self.place("cadence"): (_EVERY, self.cadence), **options}
-            config = resolve(None, self.preset, chosen.method, options=options, trees=trees, counted_by="an experiment")
+            config = resolve(None, self.preset, chosen.method, options=options, **more)
         return config
+
+
+def require_effect(plan: ComparisonPlan) -> None:
+    """Raise InputError for settings that have no effect in any of the runs that they are given to."""
+    everywhere: list[dict[str, str]] = []
+    for variant, chosen in plan.named_variants.items():
+        found: list[Mapping[str, str]] = []
+        for sparsity in plan.sparsities:
+            plan.config(variant, sparsity, plan.seeds[0], on_idle=found.append)
+        everywhere += [{key: line for key, line in idle.items() if not given(chosen.settings, key)} for idle in found]
+        _refuse_common([{key: line for key, line in idle.items() if given(chosen.settings, key)} for idle in found])
+    _refuse_common(everywhere)
+    for setting in plan.tuning.grid:
+        if all(setting != a.setting for v in plan.named_variants for s in plan.sparsities for a in plan.axes(v, s)):
+            place = plan.place("tuning", "grid", setting)
+            raise InputError(f"{place}: has no effect: no variant has it without giving it itself")
+
+
+def _refuse_common(idle: Sequence[Mapping[str, str]]) -> None:
+    for key, line in idle[0].items() if idle else ():
+        if all(key in other for other in idle):
+            raise InputError(line)
 
 
 def _concerns(config: Config, setting: str) -> bool:
     """Whether a run with these settings is another one if the setting is: a dense model has no sparse layers."""
-    if setting.startswith(_OF_SPARSE_LAYERS) and not config.sparsity.sparsity:
-        return False
-    if setting.startswith("teacher.") and not config.teacher.enabled:
-        return False
-    return given(config.model_dump(), setting)
+    return given(config.model_dump(), setting) and tuple(setting.split(".")) not in idle_settings(config)
 
 
 def cells(plan: ComparisonPlan) -> Iterator[tuple[int, float, str]]:

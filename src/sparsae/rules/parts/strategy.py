@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from sparsae.config.complaints import SettingError
+from sparsae.config.effect import Idle
 from sparsae.config.section import Count, Positive, Section
 from sparsae.rules.parts.damage import DamageConfig
 
@@ -75,11 +76,13 @@ class StrategyConfig(Section):
         default=8, description="trials of which the better half makes the next genome"
     )
     mutation: Positive = Field(default=0.2, description="deviation of a mutation in terms of a gene's range")
-    sequences: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=32, description="held-out sequences that progress is measured on, the same ones all the run"
-    )
+    sequences: Annotated[
+        int, Field(ge=1, le=64), Idle(lambda strategy, _: not strategy.is_on, "strategy.fitness is none")
+    ] = Field(default=32, description="held-out sequences that progress is measured on, the same ones all the run")
 
-    damage: DamageConfig = DamageConfig()
+    damage: Annotated[
+        DamageConfig, Idle(lambda strategy, _: strategy.damage.every == 0, "damage.every is 0", but=("every",))
+    ] = DamageConfig()
 
     @property
     def is_on(self) -> bool:
