@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from sparsae.config.load import methods, presets, resolve
+from sparsae.cli import main
+from sparsae.config.load import methods, presets, resolve, setting_names
 from sparsae.config.schema import Config
 from sparsae.config.text import inline
 from sparsae.registry import RULES
+from sparsae.rules import StrategyConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("[A-Z]*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -240,3 +244,33 @@ def test_the_glossary_has_the_words_of_the_trade() -> None:
         "prune",
         "sparsae-written",
     } <= set(words)
+
+
+def test_the_tables_of_growth_and_of_a_strategy_are_what_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row's example runs; every setting of a strategy has a row, with its default; genes can evolve."""
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    section = page.partition("## Growth, ramp and teacher by example")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \|.*\| `(sparsae train .*)` \|$", section, re.M)
+    assert len(rows) == 6
+    for setting, example in rows:
+        assert setting in setting_names()
+        assert f"{setting}=" in example
+        assert main([*shlex.split(example)[1:], "--print-config"]) == 0, example
+    capsys.readouterr()
+    page = (ROOT / "docs" / "method.md").read_text("utf-8")
+    table = page.partition("| setting of `topology.strategy` |")[2].partition("\n\n")[0]
+    told = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]*)` \|", table, re.M))
+    strategy = StrategyConfig()
+    fields = {name: getattr(strategy, name) for name in type(strategy).model_fields if name != "damage"}
+    fields |= {f"damage.{name}": getattr(strategy.damage, name) for name in type(strategy.damage).model_fields}
+    assert set(told) == set(fields)
+    for name, value in fields.items():
+        plain = {key: list(ends) for key, ends in value.items()} if isinstance(value, dict) else value
+        assert yaml.safe_load(told[name]) == plain, name
+    table = page.partition("| gene |")[2].partition("\n\n")[0]
+    genes = [name for row in table.splitlines()[2:] for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])]
+    assert len(genes) == 8
+    for gene in genes:
+        ends = [1, 2] if gene not in ("drop_fraction", "random_share") else [0.5, 1]
+        genes_of = f"topology.strategy.genes={{{gene}: {ends}}}"
+        assert resolve(method="sparsae-evolved", overrides=[genes_of]).topology.strategy.genes  # type: ignore[attr-defined]
