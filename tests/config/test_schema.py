@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from sparsae.config import Config, ModelConfig, Section, SparsityConfig, TrainingConfig
-from sparsae.config.load import about, json_schema, methods, presets, resolve
+from sparsae.config.editors import json_schema
+from sparsae.config.load import about, methods, presets, resolve
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.plan import parse_plan

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from sparsae.config import Config, ModelConfig
-from sparsae.config.load import json_schema, resolve
+from sparsae.config.editors import json_schema
+from sparsae.config.load import resolve
 from sparsae.config.narrow import count_parameters
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsae.config.load import dump, json_schema, resolve
+from sparsae.config.editors import json_schema
+from sparsae.config.load import dump, resolve
 from sparsae.config.rules import TermConfig
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout

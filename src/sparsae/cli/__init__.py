@@ -25,8 +25,9 @@ from typer.core import TyperGroup
 import sparsae
 from sparsae.cli import experiments
 from sparsae.cli.bench import bench
+from sparsae.cli.cache import cache
 from sparsae.cli.check import check
-from sparsae.cli.listing import list_methods
+from sparsae.cli.listing import Preset, complete, list_methods, list_presets, list_rules
 from sparsae.cli.output import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
@@ -39,9 +40,10 @@ from sparsae.cli.output import (
     show_table,
     show_values,
 )
+from sparsae.cli.schema import schema
 from sparsae.cli.tasks import evaluate, finetune
 from sparsae.config.complaints import explain
-from sparsae.config.load import annotated, methods, presets, resolve
+from sparsae.config.load import annotated, methods, resolve
 from sparsae.config.schema import MOST_GENERATED
 from sparsae.errors import DivergedError, InputError, RanksError, require_utf8
 from sparsae.experiments.directory import is_experiment
@@ -71,7 +73,6 @@ app = typer.Typer(
     name="sparsae",
     cls=_Commands,
     help="Train language models that are sparse from the first step to the last.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
@@ -116,8 +117,11 @@ def _among_ranks(command: Callable[..., None]) -> Callable[..., None]:
 @_among_ranks
 def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file of settings.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Model and run: {', '.join(presets())}.  (default: demo)")] = None,
-    method: Annotated[str | None, typer.Option(help=f"Method: {', '.join(methods())}.  (default: sparsae)")] = None,
+    preset: Preset = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"Method: {', '.join(methods())}.  (default: sparsae)", autocompletion=complete(methods)),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the run.  (default: runs/PRESET-METHOD-N)", show_default=False)
     ] = None,
@@ -288,7 +292,10 @@ for _command in (experiments.compare, experiments.ablate, experiments.sensitivit
     app.command()(_command)
 app.command()(evaluate)
 app.command()(finetune)
-app.command("methods")(list_methods)
+for _name, _listing in (("presets", list_presets), ("methods", list_methods), ("rules", list_rules)):
+    app.command(_name)(_listing)
+app.command()(cache)
+app.command()(schema)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

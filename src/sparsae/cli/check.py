@@ -7,17 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sparsae.cli.experiments import (
-    Given,
-    Heads,
-    Method,
-    Parameterizations,
-    Preset,
-    Settings,
-    grid_options,
-    options_of,
-    read,
-)
+from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Settings, grid_options, options_of, read
+from sparsae.cli.listing import Preset
 from sparsae.cli.output import output, show_table
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.files import refuse_unwritable

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsae.cli.listing import Preset
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, option_of, shown
-from sparsae.config.load import methods, parse_override, presets
+from sparsae.config.load import methods, parse_override
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
@@ -32,7 +33,6 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of every run; may be repeated."),
 ]
-Preset = Annotated[str | None, typer.Option(help=f"Model and run: {', '.join(presets())}.  (default: demo)")]
 Seeds = Annotated[
     str | None, typer.Option(metavar="N|LIST", help="How many seeds, or which: 3, or 0,1,2.  (default: 3)")
 ]

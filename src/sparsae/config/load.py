@@ -31,23 +31,22 @@ from sparsae.config.effect import idle_settings, is_default, value_of
 from sparsae.config.narrow import USED, narrowed, refuse_huge
 from sparsae.config.ranges import is_span
 from sparsae.config.rules import RuleConfig, TermConfig
-from sparsae.config.schema import STDLIB, Config, ModelConfig
+from sparsae.config.schema import STDLIB, Config
 from sparsae.config.section import Section
 from sparsae.config.span import in_epochs
 from sparsae.config.text import annotated, dump, read_yaml
 from sparsae.config.walk import settings_in
 from sparsae.errors import InputError, require_utf8
-from sparsae.families import FAMILIES
 from sparsae.files import expanded
 from sparsae.registry import METHODS, RULES, TERMS, method_named
 
 __all__ = [
     "about",
+    "about_preset",
     "annotated",
     "dump",
     "has_sparsity",
     "is_dense",
-    "json_schema",
     "methods",
     "parse_override",
     "presets",
@@ -76,10 +75,18 @@ def methods() -> tuple[str, ...]:
 
 def about(method: str) -> str:
     """One sentence on a method: of its file, or of the rule that it is. InputError if there is no such method."""
-    if (method := method_named(method)) in METHODS:
-        text = (resources.files("sparsae.config") / "methods" / f"{method}.yaml").read_text("utf-8")
-        return text.partition("\n")[0].removeprefix("# ")
-    return RULES[method].title
+    method = method_named(method)
+    return _first_line("methods", method) if method in METHODS else RULES[method].title
+
+
+def about_preset(preset: str) -> str:
+    """One sentence on a preset that ships with the package, of its file."""
+    return _first_line("presets", preset)
+
+
+def _first_line(folder: str, name: str) -> str:
+    text = (resources.files("sparsae.config") / folder / f"{name}.yaml").read_text("utf-8")
+    return text.partition("\n")[0].removeprefix("# ")
 
 
 def has_sparsity(method: str) -> bool:
@@ -97,34 +104,6 @@ def is_dense(method: str) -> bool:
 def setting_names() -> tuple[str, ...]:
     """The dotted names of all settings, those of every rule and term that is known here included."""
     return tuple(dict.fromkeys(_all_keys(Config, ())))
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a settings file, for editors: with the settings of every rule and term that is known here."""
-    schema = Config.model_json_schema()
-    rules, terms = [], {}
-    for name in RULES.names():
-        rules.append(_schema_of(RULES[name].settings, schema["$defs"]))
-        rules[-1]["properties"]["rule"] |= {"const": name, "default": name}
-    for name in TERMS.names():
-        terms[name] = {"anyOf": [_schema_of(TERMS[name].settings, schema["$defs"]), {"type": "null"}]}
-    schema["$defs"][ModelConfig.__name__]["properties"]["family"] |= {"enum": list(FAMILIES.names())}
-    schema["properties"]["topology"] = {"oneOf": rules, "title": "Topology"}
-    schema["properties"]["rules"] |= {"additionalProperties": {"oneOf": [*rules, {"type": "null"}]}}
-    for definition in schema["$defs"].values():
-        for field in definition.get("properties", {}).values():
-            if f"/{TermConfig.__name__}" in str(field.get("additionalProperties")):
-                field |= {"properties": terms, "additionalProperties": False}
-    for base in (RuleConfig, TermConfig):
-        schema["$defs"].pop(base.__name__, None)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _schema_of(section: type[Section], definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a registered section; those that it refers to are put beside the others."""
-    schema = section.model_json_schema(ref_template="#/$defs/{model}")
-    definitions |= schema.pop("$defs", {})
-    return schema
 
 
 def resolve(

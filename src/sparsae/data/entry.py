@@ -8,10 +8,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -24,6 +26,7 @@ from sparsae.errors import InputError
 from sparsae.files import expanded, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
+_NAME = re.compile("[0-9a-f]{24}")
 _YOUNG, _ABANDONED = 60.0, 24 * 3600.0  # seconds
 
 
@@ -87,6 +90,46 @@ def is_whole(directory: Path) -> bool:
     except (OSError, InputError, KeyError, AttributeError):
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What lies in the cache: its bytes, when it was made (seconds since 1970), and of what, unless it is damaged."""
+
+    path: Path
+    size: int
+    made: float
+    texts: tuple[str, ...] = ()
+    tokens: int | None = None
+
+
+def kept(root: Path) -> list[Kept]:
+    """Every entry of a cache, newest first; other directories are none of its own, and are left alone."""
+    found = [_look(path) for path in root.glob("*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda one: (-one.made, one.path.name))
+
+
+def remove_entry(one: Kept) -> None:
+    """Remove an entry whole: no reader ever sees half of it. Raises InputError where it cannot be."""
+    try:
+        gone = one.path.rename(one.path.with_name(f"unfinished-{one.path.name}-{token_hex(4)}"))
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise InputError(f"{one.path}: cannot be removed: {error.strerror}") from None
+
+
+def _look(path: Path) -> Kept:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    made = (path / MANIFEST).stat().st_mtime
+    try:
+        manifest = read_sealed(path / MANIFEST)
+        whole = manifest["made_from"]
+        texts = tuple(str(each["source"]["source"]) for each in whole.get("sources", [whole]))
+        splits = manifest.get("splits", {}).values()
+        tokens = sum(int(split["tokens"]) for split in splits) if splits else None
+    except (OSError, InputError, KeyError, TypeError, ValueError, AttributeError):
+        return Kept(path, size, made)
+    return Kept(path, size, made, texts, tokens)
 
 
 def publish(unfinished: Path, directory: Path, is_sound: Callable[[Path], bool]) -> None:
