@@ -190,7 +190,7 @@ class TestOtherCommands:
 
     def test_export(self, calls: Calls) -> None:
         assert main(["export", "r", "--to", "there", "--teacher"]) == 0
-        assert calls == [("export_run", (Path("r"), Path("there"), True, "dense"))]
+        assert calls == [("export_run", (Path("r"), Path("there"), True, "dense", None))]
 
     def test_info(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run = RunDirectory(tmp_path / "r")

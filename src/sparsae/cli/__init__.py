@@ -264,17 +264,22 @@ def export(
     form: Annotated[
         str,
         typer.Option(
-            "--format", metavar="NAME", help="dense: anything loads it, zeros are stored; sparse: import sparsae first."
+            "--format",
+            metavar="NAME",
+            help="dense: anything loads it, zeros are stored; sparse: import sparsae first; compact: few bytes; "
+            "onnx: other runtimes.",
         ),
     ] = "dense",
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a compact one: float32 changes nothing.  (default: bfloat16)"),
+    ] = None,
 ) -> None:
-    """Write a run's model as a Hugging Face directory: dense, with the topology beside it, or sparse."""
-    if form not in ("dense", "sparse"):
-        raise InputError(f"--format: must be dense or sparse, not {form}")
+    """Write a run's model for transformers, dense or sparse, for other runtimes, or in few bytes."""
     refuse_occupied(to)
     from sparsae.evaluate.export import export_run
 
-    export_run(run, to, teacher, form)
+    export_run(run, to, teacher, form, precision)
     typer.echo(to)
 
 

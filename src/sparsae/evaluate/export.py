@@ -1,4 +1,4 @@
-"""A run's model as a Hugging Face directory, dense or sparse.
+"""A run's model as a Hugging Face directory, dense or sparse, or in another form (`formats`).
 
 What a target gains. Dense: everything that loads transformers models loads this one and computes the same logits; zeros
 are stored and multiplied like any weight, so nothing becomes smaller or faster by it, and the topology lies beside the
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +21,47 @@ from torch import Tensor, nn
 
 from sparsae.errors import InputError
 from sparsae.evaluate.card import model_card
-from sparsae.evaluate.loading import load_run
+from sparsae.evaluate.formats.compact import PRECISIONS, write_compact
+from sparsae.evaluate.formats.onnx import require_onnx, write_onnx
+from sparsae.evaluate.loading import LoadedRun, load_run
 from sparsae.files import open_as_directory, temporary_name
 from sparsae.models import fold_attention_scale
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
 
+FORMS = ("dense", "sparse", "compact", "onnx")
 
-def export_run(path: Path, to: Path, teacher: bool = False, form: str = "dense") -> None:
+
+def export_run(path: Path, to: Path, teacher: bool = False, form: str = "dense", precision: str | None = None) -> None:
     """Write the run in `path` to the new directory `to`: model, tokenizer and model card.
 
-    form: "dense", or "sparse" as `save_pretrained` has it. Beside dense weights lies topology.safetensors, which holds,
-    for every sparse layer, `NAME.indices` (flat unit numbers down the columns of the grid of units) and its shape and
-    unit in the metadata. Raises InputError for a run that cannot be read, for another form, or where `to` cannot be
-    written; then nothing is left behind.
+    form: "dense", or "sparse" as `save_pretrained` has it; "compact" and "onnx" have modules of their own in `formats`.
+    precision: of a compact one, bfloat16 unless it is given. Beside dense weights lies topology.safetensors, which
+    holds, for every sparse layer, `NAME.indices` (flat unit numbers down the columns of the grid of units) and its
+    shape and unit in the metadata. Raises InputError for a run that cannot be read, for another form, or where `to`
+    cannot be written; then nothing is left behind.
     """
-    if form not in ("dense", "sparse"):
-        raise InputError(f"--format: must be dense or sparse, not {form}")
+    if form not in FORMS:
+        raise InputError(f"--format: must be {' or '.join(FORMS)}, not {form}")
+    if precision is not None and form != "compact":
+        raise InputError("--precision: is for --format compact")
+    if precision not in (None, *PRECISIONS):
+        raise InputError(f"--precision: must be {' or '.join(PRECISIONS)}, not {precision}")
+    if form == "onnx":
+        require_onnx()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to}: is there already; name a new directory")
     loaded = load_run(path, teacher)
+    with _new(to) as partial:
+        if form == "compact":
+            write_compact(loaded, partial, precision or next(iter(PRECISIONS)), teacher)
+        elif form == "onnx":
+            write_onnx(loaded, partial)
+        else:
+            _write_pretrained(loaded, partial, teacher, form)
+
+
+def _write_pretrained(loaded: LoadedRun, directory: Path, teacher: bool, form: str) -> None:
     card = model_card(loaded, teacher, form)
     model: Any = loaded.model
     topology, layout = _topologies(model)
@@ -47,23 +70,30 @@ def export_run(path: Path, to: Path, teacher: bool = False, form: str = "dense")
     fold_attention_scale(model)
     # Packed text has no padding, so that the run's model had no use for a token of it; a batch of prompts has.
     model.config.pad_token_id = model.generation_config.pad_token_id = loaded.tokenizer.pad_id
+    model.save_pretrained(directory)
+    loaded.tokenizer.save(directory, loaded.config.model.context)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    if topology and form == "dense":
+        save_file(topology, directory / "topology.safetensors", metadata=layout)
+
+
+@contextmanager
+def _new(to: Path) -> Iterator[Path]:
+    """A directory to write into, which then becomes `to`; InputError, and nothing left, where it cannot be written."""
     partial = temporary_name(to, "partial")
     try:
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        loaded.tokenizer.save(partial, loaded.config.model.context)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        if topology and form == "dense":
-            save_file(topology, partial / "topology.safetensors", metadata=layout)
+        yield partial
         for file in partial.glob("*.safetensors"):
             open_as_directory(file)
         if to.exists():
             to.rmdir()
         os.replace(partial, to)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{to}: cannot be written: {reason}; name another directory") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _topologies(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,7 @@ from torch import nn
 from sparsae.config.schema import Config
 from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
+from sparsae.evaluate.formats.compact import is_compact, read_compact
 from sparsae.nn.tensors import load_model
 from sparsae.runs.checkpoint import load_checkpoint
 from sparsae.runs.directory import RunDirectory, read_state
@@ -36,8 +37,12 @@ class LoadedRun:
 def load_run(path: Path, teacher: bool = False) -> LoadedRun:
     """The student, or the teacher, of the run in `path`; torch computes with the run's training.threads from then on.
 
+    `path` may be a compact export of one of them as well.
+
     Raises InputError where there is no run, no checkpoint or no teacher, and where the checkpoint is damaged.
     """
+    if is_compact(path):
+        return _load_compact(path, teacher)
     run = RunDirectory.open(path)
     config = run.config()
     if teacher and not config.teacher.enabled:
@@ -51,13 +56,30 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
     tensors, state = load_checkpoint(checkpoint, group)
     run.check_tokenizer()
     tokenizer = load_tokenizer(run.tokenizer)
-    if config.training.threads is not None:
-        # At most one for each core: a run may come from a larger machine.
-        torch.set_num_threads(min(config.training.threads, os.cpu_count() or 1))
-    device = choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
+    device = _device(config)
     model = model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device)
     if teacher:
         STORAGES[config.teacher.storage].prepare(model)
     load_model(model, tensors[group], str(checkpoint / f"{group}.safetensors"))
     model.requires_grad_(False).eval()
     return LoadedRun(run, config, model, tokenizer, device, int(state["trainer"]["step"]), state["corpus"])
+
+
+def _load_compact(path: Path, teacher: bool) -> LoadedRun:
+    if teacher:
+        raise InputError(f"{path}: an export holds one model: leave out --teacher, or name the run")
+    held = read_compact(path)
+    tokenizer, device = load_tokenizer(held.tokenizer), _device(held.config)
+    model = model_of(held.config, tokenizer.vocab_size, tokenizer.eos_id, device)
+    if held.teacher:
+        STORAGES[held.config.teacher.storage].prepare(model)
+    load_model(model, held.tensors, str(path))
+    model.requires_grad_(False).eval()
+    return LoadedRun(RunDirectory(path), held.config, model, tokenizer, device, held.step, held.corpus)
+
+
+def _device(config: Config) -> torch.device:
+    if config.training.threads is not None:
+        # At most one for each core: a run may come from a larger machine.
+        torch.set_num_threads(min(config.training.threads, os.cpu_count() or 1))
+    return choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)
