@@ -55,18 +55,22 @@ def test_run_and_export_have_the_same_likelihoods(place: Path, tmp_path: Path) -
 
     from sparsae.tasks.lm_eval import SparsaeLM
 
-    export_run(place / "run", tmp_path / "dense")
+    for form in ("dense", "sparse"):
+        export_run(place / "run", tmp_path / form, form=form)
     ours = SparsaeLM(place / "run", batch_size=4)
     assert sparse_layers(ours.model)
     own = likelihoods(place, ours)
-    exported = likelihoods(place, HFLM(pretrained=str(tmp_path / "dense"), device="cpu", batch_size=4))
+    dense, sparse = (HFLM(pretrained=str(tmp_path / form), device="cpu", batch_size=4) for form in ("dense", "sparse"))
+    assert [bool(sparse_layers(lm.model)) for lm in (dense, sparse)] == [False, True]
+    exported = [likelihoods(place, dense), likelihoods(place, sparse)]
     assert set(own) == {"toy_pairs", "toy_word", "toy_rolling"}
     values = [value for task in own.values() for sample in task for value in sample]
     assert len(values) == 4 * 12
     assert len(set(values)) > 20
     for task, samples in own.items():
-        for one, other in zip(samples, exported[task], strict=True):
-            assert one == pytest.approx(other, abs=1e-5)
+        for other in exported:
+            for one, same in zip(samples, other[task], strict=True):
+                assert one == pytest.approx(same, abs=1e-5)
 
 
 def asked(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the Trainer calls while a task is trained: progress, scores after each epoch, and the search."""
+"""What the Trainer calls while a task is trained: progress, and scores after each epoch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
-
-from sparsae.config.sparsifier import SparsifierConfig
-from sparsae.search.sparsifier import Sparsifier
-from sparsae.search.updates import Update
 
 
 class Following(TrainerCallback):
@@ -23,22 +19,3 @@ class Following(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._epoch_done()
-
-
-class Searching(TrainerCallback):
-    """Lets a Sparsifier move connections from the first step to the last; `swaps` counts how many it replaced."""
-
-    def __init__(self, config: SparsifierConfig) -> None:
-        self.config, self.swaps = config, 0
-        self._sparsifier: Sparsifier | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._sparsifier = Sparsifier(given["model"], given["optimizer"], self.config).attach(on_update=self._count)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._sparsifier is not None:
-            self._sparsifier.close()
-
-    def _count(self, update: Update) -> None:
-        if update.accepted:
-            self.swaps += update.row["swaps"]

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sparsae.config.rules import default_rule
 from sparsae.config.schema import Config
-from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.models import quiet_import
@@ -27,7 +27,7 @@ from sparsae.tasks.data import TaskData
 from sparsae.tasks.encoding import Collator, Encoded, encode
 from sparsae.tasks.metrics import EXTRA, all_scores
 from sparsae.tasks.settings import FinetuneConfig, TopologyMode
-from sparsae.train.build import choose_device
+from sparsae.train.model import choose_device
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -95,16 +95,21 @@ def finetune(
     def score() -> dict[str, float]:
         return all_scores(data, {name: predict(model, part, collator, 64) for name, part in encoded.items()})
 
-    trainer = _trainer(model, train, collator, seed, settings, device)
-    from sparsae.tasks.callbacks import Following, Searching
-
-    search = Searching(_search(loaded.config, step_count(settings, data), seed)) if mode == "searched" else None
+    swaps = list[int]()
+    rule = _rule(loaded.config) if mode == "searched" else None
     began = time.monotonic()
     epochs = list[dict[str, float]]()
-    for callback in (Following(step_done, lambda: epochs.append(score())), search):
-        if callback is not None:
-            trainer.add_callback(callback)
-    loss = float(trainer.train().training_loss)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _trainer(model, train, collator, seed, settings, device, scratch)
+        from sparsae.integrations.transformers import SparsaeCallback
+        from sparsae.tasks.callbacks import Following
+
+        trainer.add_callback(Following(step_done, lambda: epochs.append(score())))
+        if rule is not None:
+            trainer.add_callback(
+                SparsaeCallback(seed=seed, on_update=lambda update: swaps.append(update.row["swaps"]), **rule)
+            )
+        loss = float(trainer.train().training_loss)
     if not math.isfinite(loss):
         raise InputError(f"task {data.task.name}: training diverged: lower --learning-rate {settings.learning_rate:g}")
     return Outcome(
@@ -114,8 +119,8 @@ def finetune(
         nnz=sum(layer.topology.nnz for layer in sparse_layers(model).values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         shortened=shortened,
-        rule=search.config.topology.rule if search else None,
-        swaps=search.swaps if search else 0,
+        rule=rule["topology"].rule if rule else None,
+        swaps=sum(swaps),
         seconds=time.monotonic() - began,
     )
 
@@ -127,12 +132,13 @@ def _trainer(
     seed: int,
     settings: FinetuneConfig,
     device: torch.device,
+    scratch: str,
 ) -> Trainer:
     with quiet_import():
         from transformers import PrinterCallback, Trainer, TrainingArguments
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # where nothing is written
+        output_dir=scratch,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         warmup_steps=math.ceil(_WARM_UP * steps),
@@ -153,9 +159,9 @@ def _trainer(
     return trainer
 
 
-def _search(config: Config, steps: int, seed: int) -> SparsifierConfig:
-    """By the run's own rule, where that moves connections without pruning or scores; else by the default one."""
+def _rule(config: Config) -> dict[str, Any]:
+    """The run's own rule, where that moves connections without pruning or scores; else the default one."""
     rule = build_rule(config.topology, config.rules)
-    goes_on = rule.moves and not rule.prunes and not rule.terms
-    own = {"topology": config.topology, "rules": config.rules} if goes_on else {}
-    return SparsifierConfig.model_validate({"steps": steps, "seed": seed, **own})
+    if rule.moves and not rule.prunes and not rule.terms:
+        return {"topology": config.topology, "rules": config.rules}
+    return {"topology": default_rule()}

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from sparsae.evaluate.loading import load_run
-from sparsae.train.build import choose_device
+from sparsae.train.model import choose_device
 
 
 @register_model("sparsae")

@@ -44,7 +44,7 @@ class Job:
 def read_tasks(settings: FinetuneConfig) -> list[TaskData]:
     """The examples of all tasks. Raises InputError where they cannot be read, scored, or trained on."""
     from sparsae.tasks.finetune import refuse_without_libraries
-    from sparsae.train.build import choose_device
+    from sparsae.train.model import choose_device
 
     refuse_without_libraries()
     if settings.device is not None:
