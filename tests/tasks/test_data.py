@@ -121,6 +121,22 @@ def test_splits_are_found_by_their_names(tmp_path: Path) -> None:
     assert not data.held_out
 
 
+def test_a_dataset_of_the_hub_is_read_by_configurations(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    files = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - {{split: {split}, path: {name}/{split}.jsonl}}\n" for split in ("train", "validation"))
+        for name in ("cola", "sst2")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    for first, name in enumerate(("cola", "sst2")):
+        write_lines(tmp_path / name / "train.jsonl", sentiment(6, first))
+        write_lines(tmp_path / name / "validation.jsonl", sentiment(2, first))
+    data = read_task(TASKS["sst2"], f"hf:{tmp_path}")
+    assert data == read_task(TASKS["sst2"], str(tmp_path))
+    assert (len(data.train), len(data.validations[""]), data.held_out) == (6, 2, False)
+
+
 def test_a_limit_draws_the_same_examples_each_time(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", sentiment(100))
     write_lines(tmp_path / "val.jsonl", sentiment(5, first=200))

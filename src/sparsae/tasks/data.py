@@ -49,7 +49,7 @@ class TaskData:
 
 
 def read_task(task: Task, source: str, max_examples: int | None = None) -> TaskData:
-    """The examples of a task from a folder, or from `hf:ORG/NAME` (`hf:` alone: GLUE's and SuperGLUE's own place).
+    """The examples of a task from a folder, or from `hf:ORG/NAME[@REVISION]` (`hf:` alone: the suites' own place).
 
     max_examples: so many for training are drawn, the same for every seed. Raises InputError where there are none, or
     a row is no example of the task.
@@ -91,8 +91,7 @@ def _examples(task: Task, rows: Iterator[tuple[str, Any]]) -> list[Example]:
 
 
 def _remote(task: Task, source: str) -> dict[str, Iterator[tuple[str, Any]]]:
-    given, _, revision = source.removeprefix("hf:").partition("@")
-    name = given or HUB[task.suite]
+    name, _, revision = (source.removeprefix("hf:") or HUB[task.suite]).partition("@")
     splits = ["train", *(f"validation_{v}" for v in _VARIANTS[1:])] if task.name == "mnli" else ["train", "validation"]
     return {split: streamed_objects(Remote(name, task.name, split, revision or None)) for split in splits}
 
