@@ -180,6 +180,26 @@ def refuse_unwritable(option: str, file: str | None) -> None:
         raise InputError(f"{option}: no permission to write in {folder}; give a file elsewhere")
 
 
+def holds_files(path: Path, but: str) -> bool:
+    """Whether the directory at a path holds anything but a file of this name and what a crash left.
+
+    InputError where it is a file or cannot be read, and where it is to be made, or written into, and cannot be.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; give a new directory")
+    try:
+        if path.is_dir() and not all(entry.name == but or is_temporary(entry) for entry in path.iterdir()):
+            return True
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this directory: {error.strerror}; choose another") from None
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise InputError(f"{path}: cannot make this directory: {there} is no directory; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: no permission to write in {there}; choose another directory")
+    return False
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
 from sparsae.errors import InputError
-from sparsae.files import is_temporary
+from sparsae.files import holds_files, is_temporary
 from sparsae.runs import manifest
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.lock import LOCK, locked
@@ -69,14 +68,7 @@ def refuse_occupied(path: Path, config: Config | None = None) -> None:
     config: of a run that is to begin here. It may take over the directory of a run of the same settings that ended
     before its first checkpoint.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; give a new directory")
-    try:
-        occupied = path.is_dir() and not all(entry.name == LOCK or is_temporary(entry) for entry in path.iterdir())
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this directory: {error.strerror}; choose another") from None
-    if not occupied:
-        _refuse_unmakeable(path)
+    if not holds_files(path, but=LOCK):
         return
     run = RunDirectory(path)
     if not run.begun():
@@ -90,11 +82,3 @@ def refuse_occupied(path: Path, config: Config | None = None) -> None:
             f"{path}: holds a run with other settings, which has no checkpoint yet; give a new directory, or continue "
             f"that run with --resume {path}"
         )
-
-
-def _refuse_unmakeable(path: Path) -> None:
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise InputError(f"{path}: cannot make this directory: {there} is no directory; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: no permission to write in {there}; choose another directory")
