@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import importlib.util
-import inspect
 import json
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from sparsae.cli import main
 from sparsae.config.load import methods, presets, resolve, setting_names
 from sparsae.config.schema import Config
 from sparsae.config.text import inline
+from sparsae.core.record import field_names
 from sparsae.registry import RULES
 from sparsae.rules import StrategyConfig
 
@@ -128,16 +125,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_summary_table_is_the_summary() -> None:
-    from sparsae.train.summary import summarize
+    from sparsae.runs.summary import Summary
 
-    tree = ast.parse(textwrap.dedent(inspect.getsource(summarize)))
-    written = {
-        key.value
-        for returned in ast.walk(tree)
-        if isinstance(returned, ast.Return) and isinstance(returned.value, ast.Dict)
-        for key in returned.value.keys
-        if isinstance(key, ast.Constant)
-    }
+    written = set(field_names(Summary))
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     documented = [first_code(row[0]) for row in table_rows(text, "| key | meaning")]
     assert len(documented) == len(set(documented))
@@ -146,15 +136,24 @@ def test_the_summary_table_is_the_summary() -> None:
 
 
 def test_the_fields_of_every_row_of_the_metrics_are_explained() -> None:
-    from sparsae.runs.rows import Row, TopologyRow
+    from sparsae.runs.rows import KINDS
+    from sparsae.search.rows import AgeRow, CandidateRow, LayerRow
 
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     section = text.partition("## Rows of metrics.jsonl")[2].partition("\n## ")[0]
     told = {part.partition("**")[0]: set(re.findall(r"`(\w+)`", part)) for part in section.split("\n**")[1:]}
-    kinds = {row.kind: {field.name for field in dataclasses.fields(row)} for row in Row.__subclasses__()}
-    assert set(told) == set(kinds)
-    for kind, fields in kinds.items():
-        assert fields - ({"data"} if kind == TopologyRow.kind else set()) <= told[kind], kind
+    assert set(told) == set(KINDS)
+    for name, kind in KINDS.items():
+        assert set(field_names(kind)) <= told[name], name
+    inner = {name for part in (AgeRow, CandidateRow, LayerRow) for name in field_names(part)}
+    assert inner <= told["topology"]
+    # A name that is told and no field's is a rule, a term, a value, or what a rule adds.
+    others = {"cross_entropy", "diversity", "activity", "candidates_count", "mutation_rate", "reset_probability"}
+    others |= {"drop_fraction", "progress", "fitness", "gradient", "set", "rigl", "gse", "granet"}
+    assert told["topology"] <= set(field_names(KINDS["topology"])) | inner | others
+    for name, kind in KINDS.items():
+        if name != "topology":
+            assert told[name] - set(field_names(kind)) <= {"test_loss"}, name
 
 
 def test_presets_and_methods_are_all_explained() -> None:

@@ -19,6 +19,7 @@ from sparsae.config import Config
 from sparsae.config.load import dump, resolve
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.runs.directory import RunDirectory
+from tests.support.records import summary_of
 
 SUMMARY = {
     "preset": "demo",
@@ -196,7 +197,7 @@ class TestOtherCommands:
         run = RunDirectory(tmp_path / "r")
         run.path.mkdir()
         run.config_file.write_text(dump(resolve(None, "tiny")))
-        run.write_json("summary.json", {"nnz": 12345, "seconds_by_part": {"train": 1.5}, "finished": True})
+        run.write_summary(summary_of(preset="tiny", nnz=12345, seconds_by_part={"train": 1.5}))
         assert main(["info", str(run.path)]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["nnz", "12,345"] in lines

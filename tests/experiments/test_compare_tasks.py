@@ -10,7 +10,9 @@ import pytest
 
 from sparsae.cli import main
 from sparsae.experiments.compare import tasks
+from sparsae.experiments.compare.record import Row
 from sparsae.experiments.compare.tasks import summarize_tasks, tasks_table
+from tests.support.results import compare_results, compare_row
 from tests.support.runs import write_text
 from tests.support.tasks import sentiment, write_lines
 
@@ -96,24 +98,20 @@ def test_wrong_tasks_are_refused_before_anything_is_trained(
 
 
 def test_means_are_over_runs_and_over_tasks() -> None:
-    def row(seed: int, rte: float, sst2: float) -> dict[str, Any]:
+    def row(seed: int, rte: float, sst2: float) -> Row:
         scores = {"rte": rte, "sst2": sst2}
-        return {
-            "method": "static",
-            "sparsity": 0.9,
-            "seed": seed,
-            "tasks": [
-                {"task": task, "title": task.upper(), "topology": "frozen", "scores": {"score": {"mean": value}},
-                 "majority": {"score": 0.5}}
-                for task, value in scores.items()
-            ],
-        }  # fmt: skip
+        done = tuple(
+            {"task": task, "title": task.upper(), "topology": "frozen", "scores": {"score": {"mean": value}},
+             "majority": {"score": 0.5}}
+            for task, value in scores.items()
+        )  # fmt: skip
+        return compare_row("static", seed, 3.0, tasks=done)
 
     rows = [row(0, 0.5, 0.9), row(1, 0.6, 0.8)]
     (entry,) = found = summarize_tasks(rows)
     assert entry["tasks"]["rte"]["mean"] == pytest.approx(0.55)
     assert (entry["mean"]["n"], entry["mean"]["mean"]) == (2, pytest.approx(0.7))
-    table = tasks_table({"rows": rows, "tasks": found})
+    table = tasks_table(compare_results(rows, tasks=found))
     assert table.columns[3:] == ["RTE", "SST2", "mean"]
     assert table.rows[0][-1] == "70.0 ± 0.0"
     assert list(table.rows[-1]) == ["majority class", "", "", "50.0", "50.0", "50.0"]

@@ -111,9 +111,9 @@ def test_slopes_of_a_known_scaling() -> None:
     assert len(rows) == 3 * 2 + 3 * 3  # three quantities: over density at two widths, over width at three sparsities
     found: dict[tuple[str, str], set[tuple[float, bool]]] = {}
     for row in rows:
-        assert row["layer"] == "layer"
-        assert (row["width"] is None) == (row["axis"] == "width") != (row["sparsity"] is None)
-        found.setdefault((row["axis"], row["quantity"]), set()).add((round(row["slope"], 9), row["within"]))
+        assert row.layer == "layer"
+        assert (row.width is None) == (row.axis == "width") != (row.sparsity is None)
+        found.setdefault((row.axis, row.quantity), set()).add((round(row.slope, 9), row.within))
     assert found == {
         ("density", "activation"): {(0.0, True)},
         ("density", "gradient"): {(0.0, True)},
@@ -122,16 +122,14 @@ def test_slopes_of_a_known_scaling() -> None:
         ("width", "gradient"): {(-1.0, True)},
         ("width", "update"): {(0.5, False)},
     }
-    points = next(row for row in rows if row["quantity"] == "activation" and row["axis"] == "density")["points"]
-    assert [point["scale"] for point in points] == pytest.approx([3.0] * 3)
-    shares = {(e["axis"], e["quantity"]): e["share_within"] for e in summary(rows)}
+    points = next(row for row in rows if row.quantity == "activation" and row.axis == "density").points
+    assert [point.scale for point in points] == pytest.approx([3.0] * 3)
+    shares = {(e.axis, e.quantity): e.share_within for e in summary(rows)}
     assert shares["density", "update"] == 0
     assert shares["width", "gradient"] == 1
     # The update's layer sums width * density weights.
-    few = [row for row in slopes(measured, 32) if row["quantity"] == "update"]
-    assert [(row["axis"], row["width"], [p["sparsity"] for p in row["points"]]) for row in few] == [
-        ("density", 64, [0.0, 0.5])
-    ]
+    few = [row for row in slopes(measured, 32) if row.quantity == "update"]
+    assert [(row.axis, row.width, [p.sparsity for p in row.points]) for row in few] == [("density", 64, [0.0, 0.5])]
 
 
 @pytest.mark.parametrize("method", ["static", "rigl", "dense"])
@@ -248,5 +246,5 @@ def test_layers_that_least_fan_in_leaves_out_are_named() -> None:
         ]
         for sparsity in (0.0, 0.5)
     }
-    assert without_slope(measured, slopes(measured, 8)) == []
-    assert without_slope(measured, slopes(measured, 16)) == ["layer"]
+    assert without_slope(measured, slopes(measured, 8)) == ()
+    assert without_slope(measured, slopes(measured, 16)) == ("layer",)

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from sparsae.config.load import dump
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments import execution
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.jobs import require_same_settings
 from sparsae.experiments.matching import with_steps
+from sparsae.files import to_json
+from tests.support.records import summary_of
 
 
 class Quiet:
@@ -54,7 +57,7 @@ def test_a_full_disk_while_workers_run_ends_the_experiment(monkeypatch: pytest.M
 def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:
     config = ComparisonPlan(methods=["static"], preset="tiny").config("static", 0.9, 0)
     (tmp_path / "config.yaml").write_text(dump(config))
-    (tmp_path / "summary.json").write_text(json.dumps({"finished": True}))
+    (tmp_path / "summary.json").write_text(to_json(encode(summary_of())))
     require_same_settings(tmp_path, config)
     with pytest.raises(InputError, match="other settings"):
         require_same_settings(tmp_path, with_steps(config, 7))

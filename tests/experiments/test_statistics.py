@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sparsae.core.intervals import mean_interval
+from sparsae.experiments.compare.record import Paired, Row
 from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
 from sparsae.experiments.compare.tables import contrast_table
 from sparsae.experiments.statistics import (
@@ -21,6 +23,7 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
+from tests.support.results import compare_results, compare_row
 
 losses = st.floats(0.5, 10.0, allow_nan=False).map(lambda x: round(x, 4))
 
@@ -128,61 +131,53 @@ class TestEquivalentTokens:
         assert equivalent_tokens([(t, 9 + loss) for t, loss in rising], -0.1).ratio is None
 
 
-def row(method: str, seed: int, loss: float, diverged: bool = False) -> dict[str, object]:
-    counts = dict.fromkeys(
-        ("train_flops", "tokens", "steps", "seconds", "parameters", "state_bytes", "accepted_updates", "updates"), 1.0
-    )
-    return {
-        "method": method, "seed": seed, "sparsity": 0.9, "learning_rate": 1e-3, "diverged": diverged,
-        "validation_loss": None if diverged else loss, "test_loss": None if diverged else loss + 0.5 * seed,
-        "curve": [], **counts,
-    }  # fmt: skip
+def row(method: str, seed: int, loss: float, diverged: bool = False, **more: Any) -> Row:
+    row = compare_row(method, seed, loss, diverged, test_loss=None if diverged else loss + 0.5 * seed)
+    return replace(row, **more)
 
 
 def test_methods_are_judged_by_the_test_where_every_run_has_one() -> None:
-    rows = [row("static", n, 3.0) for n in range(3)] + [row("set", n, 3.0) | {"test_loss": 2.0} for n in range(3)]
+    rows = [row("static", n, 3.0) for n in range(3)] + [row("set", n, 3.0, test_loss=2.0) for n in range(3)]
     assert judged_by([*rows, row("rigl", 0, 0.0, diverged=True)]) == "test_loss"
     changed = summarize(rows, "static", "test_loss")[1]
     # 2.0 less 3.0, 3.5 and 4.0, where validation says that nothing differs.
-    assert changed["difference"]["mean"] == pytest.approx(-1.5)
-    assert changed["test_loss"]["mean"] == 2.0
-    assert changed["validation_loss"]["mean"] == 3.0
-    assert conclusions(rows, "test_loss")[0]["winner"] == "set"
-    assert conclusions(rows, "validation_loss")[0]["winner"] is None
-    earlier = [*rows, row("set", 3, 3.0) | {"test_loss": None}]  # a run of the version before, or a short text
+    assert changed.difference
+    assert changed.test_loss
+    assert changed.validation_loss
+    assert changed.difference.mean == pytest.approx(-1.5)
+    assert changed.test_loss.mean == 2.0
+    assert changed.validation_loss.mean == 3.0
+    assert conclusions(rows, "test_loss")[0].winner == "set"
+    assert conclusions(rows, "validation_loss")[0].winner is None
+    earlier = [*rows, row("set", 3, 3.0, test_loss=None)]  # a run of the version before, or a short text
     assert judged_by(earlier) == "validation_loss"
-    assert (
-        "text on which learning rates were tuned"
-        in warnings(
-            {"tuning": [], "rows": [r | {"budget_deviation": 0.0} for r in earlier], "judged_by": "validation_loss"}
-        )[0]
-    )
+    told = warnings(compare_results(earlier, judged_by="validation_loss"))
+    assert "text on which learning rates were tuned" in told[0]
 
 
 def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
     rows = [row("static", n, 3.0 + n) for n in range(3)] + [row("set", n, 2.0 + n + 0.1 * n) for n in range(3)]
     rows += [row("rigl", 0, 1.0), row("rigl", 1, 2.0), row("rigl", 2, 0.0, diverged=True)]
     static, changed, partial = summarize(rows, "static", "validation_loss")
-    assert (static["verdict"], static["difference"]) == ("reference", None)
-    assert changed["difference"]["mean"] == pytest.approx(-0.9)
-    assert changed["verdict"] == "better"
-    assert partial["diverged"] == 1
-    assert partial["difference"]["n"] == 2
-    assert partial["difference"]["mean"] == pytest.approx(-2.0)
-    assert conclusions(rows, "validation_loss") == [{"sparsity": 0.9, "winner": None}]  # the better one diverged once
+    assert (static.verdict, static.difference) == ("reference", None)
+    assert changed.difference
+    assert changed.difference.mean == pytest.approx(-0.9)
+    assert changed.verdict == "better"
+    assert partial.diverged == 1
+    assert partial.difference
+    assert partial.difference.n == 2
+    assert partial.difference.mean == pytest.approx(-2.0)
+    (concluded,) = conclusions(rows, "validation_loss")
+    assert (concluded.sparsity, concluded.winner) == (0.9, None)  # the better one diverged once
 
 
 def test_a_method_that_moved_nothing_is_named_once() -> None:
-    idle = {"updates": 0, "steps": 40, "rule": "rigl", "moves": True, "budget_deviation": 0.0}
-    rows = [
-        row("static", n, 3.0) | {"rule": "static", "moves": False, "budget_deviation": 0.0, "updates": 0}
-        for n in range(2)
-    ]
-    busy = {"updates": 5, "rule": "set", "moves": True, "budget_deviation": 0.0}
-    rows += [row("set", n, 3.0) | busy for n in range(2)]
-    rows += [row("rigl", n, 3.0) | idle for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
-    rows += [row("mest", n, 3.0) | idle | {"updates": 4} for n in range(2)]
-    assert warnings({"tuning": [], "rows": rows, "judged_by": "test_loss"}) == [
+    idle = {"updates": 0, "steps": 40, "rule": "rigl", "moves": True}
+    rows = [row("static", n, 3.0, rule="static", moves=False, updates=0) for n in range(2)]
+    rows += [row("set", n, 3.0, rule="set", moves=True, updates=5) for n in range(2)]
+    rows += [row("rigl", n, 3.0, **idle) for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
+    rows += [row("mest", n, 3.0, **{**idle, "updates": 4}) for n in range(2)]
+    assert warnings(compare_results(rows)) == [
         "gse at sparsity 0.9, seed 0: diverged",
         "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (train longer, or set "
         "topology.every or the plan's cadence lower)",
@@ -191,9 +186,9 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
     ]
 
 
-def contrasted(seeds: int, **losses: list[float]) -> list[dict[str, object]]:
+def contrasted(seeds: int, **losses: list[float]) -> list[Row]:
     """Rows of the given test losses, seed by seed."""
-    return [row(name, n, 3.0) | {"test_loss": values[n]} for name, values in losses.items() for n in range(seeds)]
+    return [row(name, n, 3.0, test_loss=values[n]) for name, values in losses.items() for n in range(seeds)]
 
 
 class TestAdjustment:
@@ -204,43 +199,49 @@ class TestAdjustment:
         better=[2.95, 2.94, 2.91],
     )  # fmt: skip
 
-    def by_name(self, planned: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-        return {entry["method"]: entry for entry in summarize(self.rows, "static", "test_loss", planned)}
+    def by_name(self, planned: list[tuple[str, str]]) -> dict[str, tuple[Paired, str]]:
+        """Difference and verdict of each method but the reference."""
+        found = summarize(self.rows, "static", "test_loss", planned)
+        return {entry.method: (entry.difference, entry.verdict) for entry in found if entry.difference}
 
     def test_stars_are_of_adjusted_p_values(self) -> None:
         found = self.by_name([])
-        p = {name: entry["difference"]["p"] for name, entry in found.items() if entry["difference"]}
-        assert {name: found[name]["difference"]["p_holm"] for name in p} == dict(
+        p = {name: difference.p or 0.0 for name, (difference, _) in found.items()}
+        assert {name: difference.p_holm for name, (difference, _) in found.items()} == dict(
             zip(p, holm(list(p.values())), strict=True)
         )
         # The interval of `better` excludes zero, which of four differences is not enough.
-        assert found["better"]["difference"]["high"] < 0 < p["better"] < 0.05 < found["better"]["difference"]["p_holm"]
-        assert found["better"]["verdict"] == "undecided"
-        assert found["good"]["verdict"] == "better"
+        better, verdict = found["better"]
+        assert better.high is not None
+        assert better.p_holm is not None
+        assert better.high < 0 < p["better"] < 0.05 < better.p_holm
+        assert verdict == "undecided"
+        assert found["good"][1] == "better"
 
     def test_a_planned_contrast_stands_by_itself_and_makes_the_others_fewer(self) -> None:
         alone, together = self.by_name([("better", "static"), ("static", "vague")]), self.by_name([])
-        assert alone["better"]["verdict"] == "better"
-        assert alone["better"]["difference"]["p_holm"] is None
-        assert alone["good"]["difference"]["p_holm"] < together["good"]["difference"]["p_holm"]
+        assert alone["better"][1] == "better"
+        assert alone["better"][0].p_holm is None
+        assert (alone["good"][0].p_holm or 0.0) < (together["good"][0].p_holm or 0.0)
 
     def test_the_family_is_of_all_sparsities(self) -> None:
-        other = [entry | {"sparsity": 0.95} for entry in self.rows]
-        both = summarize([*self.rows, *other], "static", "test_loss")
-        p = [entry["difference"]["p"] for entry in both if entry["difference"]]
-        assert [e["difference"]["p_holm"] for e in both if e["difference"]] == holm(p)
+        other = [replace(entry, sparsity=0.95) for entry in self.rows]
+        both = [e.difference for e in summarize([*self.rows, *other], "static", "test_loss") if e.difference]
+        p = [difference.p or 0.0 for difference in both]
+        assert [difference.p_holm for difference in both] == holm(p)
         assert len(p) == 8
 
     def test_contrasts_need_no_reference(self) -> None:
         (entry,) = contrasts(self.rows, "test_loss", [("good", "fair")])
-        assert (entry["a"], entry["b"], entry["verdict"]) == ("good", "fair", "better")
-        assert entry["difference"]["mean"] == pytest.approx(2.89 - 2.94)
-        table = contrast_table({"contrasts": [entry]})
+        assert (entry.a, entry.b, entry.verdict) == ("good", "fair", "better")
+        assert entry.difference
+        assert entry.difference.mean == pytest.approx(2.89 - 2.94)
+        table = contrast_table(compare_results(self.rows, contrasts=(entry,)))
         assert table.rows[0][:3] == ["90 %", "good less fair", "3"]
         assert "±" in table.rows[0][3]
 
 
 def test_rows_under_a_further_match_win_nothing_and_stop_no_winner() -> None:
     rows = contrasted(2, static=[3.0, 3.0], good=[2.0, 2.0])
-    beside = [entry | {"method": "good@steps", "beside": True} for entry in rows if entry["method"] == "good"]
-    assert conclusions([*rows, *beside], "test_loss")[0]["winner"] == "good"
+    beside = [replace(entry, method="good@steps", beside=True) for entry in rows if entry.method == "good"]
+    assert conclusions([*rows, *beside], "test_loss")[0].winner == "good"

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from sparsae.experiments.compare.record import Loss, Results
 from sparsae.experiments.compare.strategy import strategy_section, verdicts
+from tests.support.records import topology_row
+from tests.support.results import compare_results, compare_row
 
 
-def results_of(losses: dict[str, list[float | None]], **more: Any) -> dict[str, Any]:
+def results_of(losses: dict[str, list[float | None]], judged_by: Loss = "validation_loss") -> Results:
     rows = [
-        {
-            "method": method,
-            "base_method": method,
-            "sparsity": 0.9,
-            "seed": seed,
-            "diverged": loss is None,
-            "validation_loss": loss,
-            "test_loss": None if loss is None else 10.0 - loss,
-        }
+        compare_row(method, seed, 0.0, diverged=True)
+        if loss is None
+        else compare_row(method, seed, loss, test_loss=10.0 - loss)
         for method, each in losses.items()
         for seed, loss in enumerate(each)
     ]
-    return {"rows": rows, "judged_by": "validation_loss", **more}
+    return compare_results(rows, judged_by=judged_by)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +65,9 @@ def test_fixed_numbers_are_held_against_it_by_the_loss_that_is_compared() -> Non
 
 def test_the_section_shows_where_genomes_went_and_is_no_section_of_others(tmp_path: Path) -> None:
     genes = [{"gene.drop_fraction": x, "gene.density.depth": 1.0} for x in (0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.12, 0.14)]
-    rows = [{"kind": "topology", "step": 2 * i + 2, **genome} for i, genome in enumerate(genes)]
+    rows = [topology_row(2 * i + 2, numbers=genome) for i, genome in enumerate(genes)]
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [{"kind": "topology", "step": 0}, *rows])
+        "".join(json.dumps(row.to_dict()) + "\n" for row in [topology_row(0), *rows])
     )
     results = results_of({"sparsae-evolved": [4.0, 4.1], "sparsae-placebo": [4.0, 4.1]})
     page = strategy_section(results, {("sparsae-evolved", 0.9): tmp_path, ("sparsae", 0.9): tmp_path / "none"})

@@ -20,12 +20,17 @@ from hypothesis import strategies as st
 
 from sparsae.cli import main
 from sparsae.config.load import resolve
+from sparsae.core.record import encode
 from sparsae.experiments.compare.results import TIMING
+from sparsae.experiments.jobs import Failure
 from sparsae.experiments.plan import parse_plan
 from sparsae.experiments.transfer.basins import Basin, fit_basin, mean_losses, movement
-from sparsae.experiments.transfer.plan import KNOBS, TransferPlan
-from sparsae.experiments.transfer.results import best_table, collect, movement_table, swept_together
+from sparsae.experiments.transfer.plan import KNOBS, Point, TransferPlan
+from sparsae.experiments.transfer.record import Place, Results
+from sparsae.experiments.transfer.results import best_table, collect, movement_table
+from sparsae.runs.summary import Summary
 from sparsae.train.model import model_of
+from tests.support.records import summary_of
 
 CPU = torch.device("cpu")
 
@@ -110,21 +115,20 @@ def _aside(value: float | None) -> float:
     return math.log2(value or 1.0) ** 2
 
 
-def outcomes(plan: TransferPlan, best: dict[str, float]) -> dict[str, Any]:
+def outcomes(plan: TransferPlan, best: dict[str, float]) -> Results:
     """results.json of runs whose loss is 3 + log2(rate / optimum)^2 + log2(scale)^2 + log2(multiplier)^2.
 
     The optimum is density^best.
     """
-    done, configs = {}, {}
+    done: dict[Point, Summary | Failure] = {}
+    configs = {}
     for point in plan.points():
         optimum = -8 + best[point.parameterization] * math.log2(1 - point.sparsity) + 0.1 * point.seed
         distance = math.log2(point.learning_rate) - optimum
         diverged = distance > 2.5
-        done[point] = (
-            {"diverged": True}
-            if diverged
-            else {"validation_loss": 3 + distance**2 + _aside(point.initial_scale) + _aside(point.embedding_multiplier)}
-        )
+        loss = 3 + distance**2 + _aside(point.initial_scale) + _aside(point.embedding_multiplier)
+        failure = Failure(steps=1, train_flops=1, message="")
+        done[point] = failure if diverged else summary_of(validation_loss=loss)
         configs[point] = plan.config(point)
     return collect(plan, done, configs)
 
@@ -136,19 +140,19 @@ class TestResults:
             "learning_rates": [2.0**-n for n in range(4, 12)],
         }  # fmt: skip
         found = outcomes(parse_plan(tree, "here", TransferPlan), {"sp": -1.0, "supar": 0.0})
-        assert found["complete"]
-        assert len(found["rows"]) == 2 * 2 * 8 * 3
-        optima = {(e["parameterization"], e["sparsity"]): e for e in found["optima"]}
-        assert math.log2(optima["sp", 0.75]["optimum"]) == pytest.approx(-8 + 2 + 0.1)
-        assert optima["supar", 0.5]["interval"]["low"] < 2**-7.9 < optima["supar", 0.5]["interval"]["high"]
-        moved = {e["parameterization"]: e for e in found["movements"]}
-        assert {e["over"] for e in found["movements"]} == {"sparsity"}
-        assert moved["sp"]["factor"] == pytest.approx(2.0)
-        assert moved["sp"]["slope_interval"]["mean"] == pytest.approx(-1.0)
-        assert moved["supar"]["factor"] == pytest.approx(1.0)
-        assert moved["supar"]["factor_interval"]["n"] == 3
-        assert sum(row["diverged"] for row in found["rows"]) > 0
-        assert any("diverged" in warning for warning in found["warnings"])
+        assert found.complete
+        assert len(found.rows) == 2 * 2 * 8 * 3
+        optima = {(e.parameterization, e.sparsity): e for e in found.optima}
+        assert math.log2(optima["sp", 0.75].optimum) == pytest.approx(-8 + 2 + 0.1)
+        assert optima["supar", 0.5].interval.low < 2**-7.9 < optima["supar", 0.5].interval.high
+        moved = {e.parameterization: e for e in found.movements}
+        assert {e.over for e in found.movements} == {"sparsity"}
+        assert moved["sp"].factor == pytest.approx(2.0)
+        assert moved["sp"].slope_interval.mean == pytest.approx(-1.0)
+        assert moved["supar"].factor == pytest.approx(1.0)
+        assert moved["supar"].factor_interval.n == 3
+        assert sum(row.diverged for row in found.rows) > 0
+        assert any("diverged" in warning for warning in found.warnings)
         assert [row[2] for row in movement_table(found).rows] == ["sp", "supar"]
 
     def test_what_lies_at_an_edge_or_nowhere_is_a_bound(self) -> None:
@@ -158,17 +162,17 @@ class TestResults:
         }  # fmt: skip
         # Under "sp" the optimum leaves the grid: every rate diverges at the highest sparsity.
         found = outcomes(parse_plan(tree, "here", TransferPlan), {"sp": 1.2, "supar": -1.0})
-        assert found["without_optimum"] == [{"parameterization": "sp", "width": 256, "sparsity": 0.9}]
-        assert any("no value came to its end with every seed, for sp at" in warning for warning in found["warnings"])
-        moved = {e["parameterization"]: e for e in found["movements"]}
+        assert found.without_optimum == (Place(parameterization="sp", width=256, sparsity=0.9),)
+        assert any("no value came to its end with every seed, for sp at" in warning for warning in found.warnings)
+        moved = {e.parameterization: e for e in found.movements}
         for name in ("sp", "supar"):
-            assert moved[name]["at_least"]
-            assert moved[name]["factor_interval"] is None
-            assert moved[name]["slope_interval"]["high"] is None
+            assert moved[name].at_least
+            assert moved[name].factor_interval is None
+            assert moved[name].slope_interval.high is None
         assert all(row[5].startswith("(") for row in movement_table(found).rows)
-        edges = [entry for entry in found["optima"] if entry["edge"]]
+        edges = [entry for entry in found.optima if entry.edge]
         assert edges
-        assert all(entry["interval"] is None for entry in edges)
+        assert all(entry.interval is None for entry in edges)
 
     def test_more_knobs_are_swept_and_the_best_of_the_others_taken(self) -> None:
         tree = {
@@ -176,12 +180,12 @@ class TestResults:
             "embedding_multipliers": [2.0, 0.25, 1.0], "learning_rates": [2.0**-n for n in range(6, 11)], "seeds": 2,
         }  # fmt: skip
         found = outcomes(parse_plan(tree, "here", TransferPlan), {"supar": 0.0})
-        assert {entry["knob"]: entry["edge"] for entry in found["optima"]} == dict.fromkeys(KNOBS)
-        assert [entry["optimum"] for entry in found["optima"]] == pytest.approx([2.0**-7.95, 1.0, 1.0])
-        assert found["movements"] == []
-        assert {row["initial_scale"] for row in found["rows"]} == {0.5, 1.0, 4.0}
-        (best,) = found["best"]
-        assert best == {
+        assert {entry.knob: entry.edge for entry in found.optima} == dict.fromkeys(KNOBS)
+        assert [entry.optimum for entry in found.optima] == pytest.approx([2.0**-7.95, 1.0, 1.0])
+        assert found.movements == ()
+        assert {row.initial_scale for row in found.rows} == {0.5, 1.0, 4.0}
+        (best,) = found.best
+        assert encode(best) == {
             "parameterization": "supar", "width": 256, "sparsity": 0.5, "learning_rate": 2.0**-8,
             "initial_scale": 1.0, "embedding_multiplier": 1.0, "loss": pytest.approx(3.005),
         }  # fmt: skip
@@ -190,7 +194,7 @@ class TestResults:
     def test_of_several_knobs_a_warning_names_the_one_at_its_edge(self) -> None:
         tree = {"parameterizations": ["supar"], "sparsities": [0.5], "initial_scales": [1.0, 4.0]}
         found = outcomes(parse_plan(tree, "here", TransferPlan), {"supar": 0.0})
-        (edge,) = (warning for warning in found["warnings"] if "too narrow" in warning)
+        (edge,) = (warning for warning in found.warnings if "too narrow" in warning)
         assert edge.endswith("for initial scale of supar at width 256, sparsity 0.5")
 
     def test_what_is_not_swept_is_as_in_the_settings(self) -> None:
@@ -198,8 +202,8 @@ class TestResults:
         plan = parse_plan(tree, "here", TransferPlan)
         assert {plan.config(point).parameterization.initial_scale for point in plan.points()} == {3.0}
         found = outcomes(plan, dict.fromkeys(plan.parameterizations, 0.0))
-        assert {(row["initial_scale"], row["embedding_multiplier"]) for row in found["rows"]} == {(3.0, 1.0)}
-        assert swept_together(found) == []
+        assert {(row.initial_scale, row.embedding_multiplier) for row in found.rows} == {(3.0, 1.0)}
+        assert found.asked.together == []
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.earlier import of_now
 from sparsae.experiments.compare.plan import ComparisonPlan
+from sparsae.experiments.compare.summary import summarize
 from sparsae.experiments.compare.tuning import Axis, Found, Point, key_of, search
 from sparsae.experiments.plan import parse_plan
+from tests.support.results import compare_row
 
 RATE, SCALE = Axis("training.learning_rate", (1.0, 2.0, 4.0)), Axis("parameterization.initial_scale", (1.0, 2.0))
 
@@ -247,12 +251,24 @@ def test_a_wrong_contrast_gives_one_line(planned: list[list[str]], message: str)
 
 def test_what_an_earlier_version_tuned_is_shown_as_a_look_along_the_rate() -> None:
     trials = [{"learning_rate": r, "validation_loss": loss} for r, loss in ((1e-3, 3.0), (2e-3, 2.0))]
-    difference = {"mean": -0.1, "p": 0.01, "p_holm": 0.06}
-    entry = {"method": "set", "difference": difference, "diverged": 0, "verdict": "better"}
+    rows = [compare_row("static", seed, 3.0) for seed in range(3)]
+    rows += [compare_row("set", seed, 2.8 + 0.04 * seed) for seed in range(3)]
+    entry = encode(summarize(rows, "static", "validation_loss")[1])
+    assert entry["verdict"] == "better"
+    entry["difference"]["p_holm"] = 0.06  # of many
+    del entry["planned"]
     old = {"kind": "comparison", "plan": {"tuning": {"share": 0.4}}, "reference": "static", "summary": [entry]}
-    found = of_now({**old, "tuning": [{"learning_rate": 2e-3, "at_edge": True, "trials": trials}]})
+    found = of_now({**old, "tuning": [{"learning_rate": 2e-3, "at_edge": True, "trials": trials}]}, "here")
     assert (found["judged_by"], found["trial_share"]) == ("validation_loss", 0.4)
     (look,) = found["tuning"][0]["looks"]
     assert (look["values"], look["losses"], look["best"]) == ([1e-3, 2e-3], [3.0, 2.0], 2e-3)
     assert found["tuning"][0]["edges"] == ["training.learning_rate"]
     assert entry["verdict"] == "undecided"
+
+
+@pytest.mark.parametrize("part", [{"plan": None}, {"tuning": [{"trials": 3}]}, {"summary": [{"method": "set"}]}])
+def test_what_no_version_wrote_is_told_in_one_line(part: dict[str, Any]) -> None:
+    old = {"kind": "comparison", "plan": {"tuning": {}}, "reference": "static"}
+    with pytest.raises(InputError, match=r"^here: .*the file is damaged") as caught:
+        of_now({**old, **part}, "here")
+    assert "\n" not in str(caught.value)

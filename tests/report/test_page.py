@@ -20,6 +20,7 @@ from sparsae.config.load import dump, resolve
 from sparsae.errors import InputError
 from sparsae.report.page import write_report
 from tests.support.metrics_rows import PROMPT, STEPS, SUMMARY, Rows, candidate, layer_rows, metric_rows, topology_rows
+from tests.support.records import train_row
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SECTIONS = ["training", "density", "search", "movement", "cost", "layers", "sample", "settings"]
@@ -173,7 +174,7 @@ def test_figures_of_a_long_run_stay_small(make_run: Callable[..., Path]) -> None
         rows.append(
             updates[step // 20 % 17] | {"step": step, "accepted": step > 0, "layers": layer_rows(rng, step / 8000)}
         )
-        rows.append({"kind": "train", "step": step + 20, "cross_entropy": float(rng.normal(3)), "learning_rate": 1e-3})
+        rows.append(train_row(step + 20, cross_entropy=float(rng.normal(3))).to_dict())
     text, _ = report(make_run(rows, summary=None))
     assert max(len(svg) for svg in text.split("<svg")[1:]) < 80_000
     assert "burn-in, 1 in 3 shown" in text
@@ -232,11 +233,11 @@ def test_a_single_row(make_run: Callable[..., Path], kind: str) -> None:
     assert [name for name in page.text if name] == SECTIONS
 
 
-def test_a_row_of_nulls(make_run: Callable[..., Path]) -> None:
+def test_rows_whose_numbers_are_null(make_run: Callable[..., Path]) -> None:
     def nulled(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: entry if key in {"kind", "step"} else nulled(entry) for key, entry in value.items()}
-        return None if isinstance(value, float | int) else value
+            return {key: nulled(entry) for key, entry in value.items()}
+        return None if isinstance(value, float) else value
 
     _, page = report(make_run([nulled(row) for row in metric_rows()], summary=None))
     assert [name for name in page.text if name] == SECTIONS
@@ -246,7 +247,7 @@ def test_unscored_candidates(make_run: Callable[..., Path]) -> None:
     rows = metric_rows()
     for row in rows:
         if row["kind"] == "topology":
-            row["current"] = None
+            row["current"] = row["chosen"] = None
             row["candidates"] = [candidate("guided", None) | {"rejected": None}] if row["step"] else []
     _, page = report(make_run(rows))
     assert "No candidate was scored" in page.text["search"]

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from sparsae.report.data import Candidate, Topology, Train
 from sparsae.report.readable import compact, count, decimal, duration, percent, short_names, tick
 from sparsae.report.svg import POINTS, curve, thinned
 
@@ -69,23 +68,6 @@ def test_a_gap_stays_a_gap() -> None:
     _, y = thinned(range(POINTS * 2), [NAN] * POINTS + [1.0] * POINTS)
     assert np.isnan(y[: POINTS // 2]).all()
     assert (y[POINTS // 2 :] == 1.0).all()
-
-
-def test_missing_numbers_are_nan() -> None:
-    row = Train.of({"step": 3, "cross_entropy": None, "learning_rate": "fast"})
-    assert row.step == 3
-    assert math.isnan(row.cross_entropy)
-    assert math.isnan(row.learning_rate)
-    assert row.burn_in is False
-
-
-def test_the_best_candidate_is_scored() -> None:
-    topology = Topology.of(
-        {"step": 1, "candidates": [{"score": None}, {"score": 2.0}, {"score": 1.0, "proposer": "shift"}]}
-    )
-    assert isinstance(topology.best, Candidate)
-    assert topology.best.proposer == "shift"
-    assert Topology.of({"step": 1, "candidates": [{"score": None}]}).best is None
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from sparsae.runs.metrics import MetricsWriter
 from sparsae.train.run import resume, start
 from tests.runs.conftest import Make
 from tests.support.faults import damage, failing_disk, in_child, seen
+from tests.support.records import summary_of
 from tests.support.rundir import assert_same_run
 from tests.support.runs import config_of, contents
 
@@ -68,7 +69,7 @@ class TestWhatIsNotOurs:
             (finished / name).symlink_to(victim)
         run.summary.unlink()
         run.summary.symlink_to(victim)
-        run.write_json("summary.json", {"steps": 1})
+        run.write_summary(summary_of(steps=1))
         write_report_into = finished / "report.html"
         write_atomically(write_report_into, "page")
         run.metrics.rename(tmp_path / "metrics")

@@ -17,9 +17,11 @@ from sparsae.runs.claim import claimed, refuse_occupied
 from sparsae.runs.directory import CHECKPOINT_FORMAT, RunDirectory, describe
 from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import MetricsWriter
+from sparsae.runs.rows import Row
+from tests.support.records import summary_of, train_row, validation_row
 
 
-def append(run: RunDirectory, row: dict[str, object]) -> None:
+def append(run: RunDirectory, row: Row) -> None:
     with MetricsWriter(run.metrics) as writer:
         writer.write(row)
 
@@ -32,6 +34,10 @@ def run(tmp_path: Path) -> RunDirectory:
     manifest.write(run.path)
     manifest.write_config(run.config_file)
     return run
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [row.step for row in run.read_metrics(Row)]
 
 
 def save_checkpoint(run: RunDirectory, step: int) -> Path:
@@ -115,22 +121,27 @@ class TestCheckpoints:
 
 class TestMetrics:
     def test_rows_are_there_as_soon_as_they_are_written(self, run: RunDirectory) -> None:
-        assert run.read_metrics() == []
+        assert run.read_metrics(Row) == []
         with MetricsWriter(run.metrics) as writer:
-            writer.write({"kind": "train", "step": 1, "loss": math.nan, "layers": {"a": [math.inf, 1.5]}})
-            assert run.read_metrics() == [{"kind": "train", "step": 1, "loss": None, "layers": {"a": [None, 1.5]}}]
-        append(run, {"step": 2})
-        assert [row["step"] for row in run.read_metrics()] == [1, 2]
+            writer.write(train_row(1, loss=math.nan, gradient_norm=math.inf))
+            (row,) = run.read_metrics(Row)
+            assert row.to_dict() == {**train_row(1).to_dict(), "loss": None, "gradient_norm": None}
+        append(run, train_row(2))
+        assert steps(run) == [1, 2]
 
     @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step"\n', "\0\0\0", "12", "[" * 100_000])
     def test_a_torn_last_line_is_left_out(self, run: RunDirectory, torn: str) -> None:
-        run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + torn)
-        assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
+        run.metrics.write_text("".join(f"{to_json(train_row(step).to_dict())}\n" for step in (1, 2, 3)) + torn)
+        assert steps(run) == [1, 2, 3]
 
     def test_damage_elsewhere_is_named(self, run: RunDirectory) -> None:
-        run.metrics.write_text('{"step": 1}\nx\n{"step": 3}\n')
-        with pytest.raises(InputError, match=r"metrics\.jsonl: line 2"):
-            run.read_metrics()
+        first, last = (to_json(train_row(step).to_dict()) for step in (1, 3))
+        run.metrics.write_text(f"{first}\nx\n{last}\n")
+        with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not a row"):
+            run.read_metrics(Row)
+        run.metrics.write_text(f"{last}\n{first}\n")
+        with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 goes back"):
+            run.read_metrics(Row)
 
     @settings(max_examples=30)
     @given(before=st.lists(st.integers(0, 20)), after=st.binary(max_size=40), flip=st.integers(0, 500))
@@ -140,7 +151,7 @@ class TestMetrics:
         run = RunDirectory(tmp_path_factory.mktemp("run"))
         with MetricsWriter(run.metrics) as writer:
             for step in before:
-                writer.write({"step": step, "loss": 0.1})
+                writer.write(train_row(step))
             position = writer.position()
         kept = run.metrics.read_bytes()
         with MetricsWriter(run.metrics) as writer:  # another process resumes it
@@ -171,7 +182,7 @@ class TestJson:
         }
 
     def test_a_failed_write_leaves_the_old_file(self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-        run.write_json("summary.json", {"steps": 1})
+        run.write_summary(summary_of(steps=1))
 
         def full(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
@@ -180,7 +191,7 @@ class TestJson:
         with pytest.raises(OSError, match="No space") as caught:
             write_atomically(run.summary, "{}")
         assert caught.value.filename == str(run.summary)
-        assert run.outcome(run.summary) == {"steps": 1}
+        assert run.read_summary() == summary_of(steps=1)
         assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "manifest.json", "summary.json"]
 
 
@@ -194,14 +205,14 @@ class TestDescribe:
     def test_a_run_without_a_summary_shows_its_latest_metrics(self, run: RunDirectory) -> None:
         save_checkpoint(run, 10)
         for step in (10, 20):
-            append(run, {"kind": "train", "step": step, "tokens": step * 8, "nnz": 5})
-            append(run, {"kind": "validation", "step": step, "loss": 1.0 / step, "perplexity": 2.0})
+            append(run, train_row(step, tokens=step * 8, nnz=5))
+            append(run, validation_row(step, 1.0 / step))
         known = describe(run.path)
         assert (known["steps"], known["tokens"], known["nnz"]) == (20, 160, 5)
         assert (known["validation_loss"], known["checkpoint_step"]) == (0.05, 10)
 
     def test_a_summary_is_passed_on(self, run: RunDirectory) -> None:
-        run.write_json("summary.json", {"steps": 2000, "finished": True, "validation_loss": 3.2})
+        run.write_summary(summary_of(steps=2000, finished=True, validation_loss=3.2))
         known = describe(run.path)
         assert (known["steps"], known["finished"], known["validation_loss"]) == (2000, True, 3.2)
 

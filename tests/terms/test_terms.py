@@ -28,15 +28,16 @@ from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.registry import TERMS
 from sparsae.report.data import RunData
-from sparsae.report.data import Topology as TopologyRow
 from sparsae.report.figures import term as term_panel
 from sparsae.rules import EvolutionConfig
 from sparsae.rules.evolution import Evolution
 from sparsae.rules.parts.proxy import ProxyConfig
+from sparsae.runs.rows import TopologyRow, read_row
 from sparsae.score import Running, Score, Term, Trial, combine
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.surgery import Change, prepare_swap
 from tests.support.loops import mlp, score_of
+from tests.support.records import candidate_row, topology_row
 from tests.support.runs import config_of, rows, write_text
 
 NAMES = TERMS.names()
@@ -179,7 +180,8 @@ def test_a_term_is_searched_by_recorded_and_drawn(name: str) -> None:
             assert list(candidate) == ["proposer", "swaps", name, "score", "rejected"]
             assert candidate["score"] == (-2.0 if term.higher_is_better else 2.0) * candidate[name]
         assert row["chosen"] == min((0, 1), key=lambda i: row["candidates"][i]["score"])
-    run = RunData(Path("run"), resolve(), (), (), tuple(map(TopologyRow.of, rows)), None, None)
+    topologies = tuple(row for row in (read_row(row, "here") for row in rows) if isinstance(row, TopologyRow))
+    run = RunData(Path("run"), resolve(), (), (), topologies, None, None)
     assert run.terms == (name,)
     panel = term_panel(run, name)
     assert panel is not None
@@ -188,9 +190,9 @@ def test_a_term_is_searched_by_recorded_and_drawn(name: str) -> None:
 
 
 def test_a_term_that_is_not_known_here_is_drawn_by_its_bare_name() -> None:
-    scored = {"proposer": "uniform", "swaps": 1, "score": 1.0, "rejected": None, "somebodys": 0.5}
-    row = {"step": 1, "current": scored, "candidates": [scored, scored | {"somebodys": None}], "layers": {}}
-    run = RunData(Path("run"), resolve(), (), (), (TopologyRow.of(row),), None, None)
+    scored, other = (candidate_row(1.0, terms={"somebodys": number}) for number in (0.5, math.nan))
+    row = topology_row(1, current=scored, candidates=(scored, other))
+    run = RunData(Path("run"), resolve(), (), (), (row,), None, None)
     assert run.terms == ("somebodys",)
     panel = term_panel(run, "somebodys")
     assert panel is not None

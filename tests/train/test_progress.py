@@ -8,9 +8,9 @@ import pytest
 
 from sparsae.config.schema import TrainingConfig
 from sparsae.observers import Standing
-from sparsae.runs.rows import TopologyRow, TrainRow, ValidationRow
 from sparsae.train.divergence import diverged
 from sparsae.train.progress import Display
+from tests.support.records import topology_row, train_row, validation_row
 
 
 def test_a_stage_that_lasts_shows_that_it_goes_on(
@@ -33,17 +33,16 @@ def test_a_stage_that_lasts_shows_that_it_goes_on(
 def test_numbers_of_a_run_that_went_wrong_stay_readable(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display()
     display.begin(Standing(step=0, steps=20, updates=16, accepted=16))
-    display.observe(ValidationRow(3, 0, 652.0, math.exp(652.0), None, 0, 0.0))
-    topology = {"step": 0, "accepted": False}
+    display.observe(validation_row(3, 652.0, perplexity=math.exp(652.0)))
     for step, accepted in ((0, False), (1, True), (2, True)):  # the first topology is no update
-        display.observe(TopologyRow.of({**topology, "step": step, "accepted": accepted}))
-    row = TrainRow(4, 0, 1.0, 1.0, None, 0.1, 1.0, 7, 0.1, False, 0, 0.0, 9.0)
+        display.observe(topology_row(step, accepted=accepted))
+    row = train_row(4)
     display.observe(row)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "step 3 · validation loss 652.0000, perplexity 1.45e+283"
     assert "updates 18 ·" in second
     assert "validation" not in second  # it has a line of its own, and this one's step is another
-    display.observe(TopologyRow.of({**topology, "step": 5}))
+    display.observe(topology_row(5))
     display.observe(row)
     assert "updates 18/19 ·" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from sparsae.config import Config
 from sparsae.config.load import resolve
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.evaluate.export import export_run
 from sparsae.evaluate.generation import generate_text, write_sample
@@ -38,7 +39,9 @@ def test_a_run_leaves_what_it_promises(small: Callable[..., Config], tmp_path: P
     summary = start(config, tmp_path / "run", quiet=True)
     assert set(summary) >= ISSUE_KEYS
     run = RunDirectory(tmp_path / "run")
-    assert run.outcome(run.summary) == json.loads(json.dumps(summary))
+    written = run.read_summary()
+    assert written is not None
+    assert encode(written) == json.loads(json.dumps(summary))
     assert summary["finished"]
     assert summary["nnz"] == summary["nnz_target"]
     assert summary["validation_perplexity"] < summary["untrained_perplexity"]

@@ -45,6 +45,7 @@ from sparsae.cli.tasks import evaluate, finetune
 from sparsae.config.complaints import explain
 from sparsae.config.load import annotated, methods, resolve
 from sparsae.config.schema import MOST_GENERATED
+from sparsae.core.record import encode
 from sparsae.errors import DivergedError, InputError, RanksError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
@@ -378,10 +379,11 @@ def _reporting(run: Path) -> Iterator[None]:
 def _left_to_write(path: Path, steps: int | None) -> dict[str, Any] | None:
     """The summary of a finished run that was cut off before its sample and its report were written; else None."""
     run = RunDirectory(path)
-    if steps is not None or not run.summary.is_file() or (run.sample.is_file() and run.report.is_file()):
+    if steps is not None or (run.sample.is_file() and run.report.is_file()):
         return None
-    summary = run.outcome(run.summary)
-    return summary if summary.get("finished") and summary.get("steps") == run.config().training.steps else None
+    summary = run.read_summary()
+    is_whole = summary is not None and summary.finished and summary.steps == run.config().training.steps
+    return encode(summary) if is_whole else None
 
 
 def _refuse_idle(lines: Mapping[str, str]) -> None:

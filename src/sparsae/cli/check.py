@@ -10,6 +10,7 @@ import typer
 from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Settings, grid_options, options_of, read
 from sparsae.cli.listing import Preset
 from sparsae.cli.output import output, show_table
+from sparsae.core.record import encode
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.files import refuse_unwritable
 from sparsae.runs.claim import refuse_occupied
@@ -68,14 +69,15 @@ def coordinates(
         refuse_occupied(out)
     with output(json_file, "rows") as result:
         from sparsae.experiments.coordinates.experiment import Coordinates
-        from sparsae.experiments.coordinates.page import slope_table, warnings
+        from sparsae.experiments.coordinates.page import slope_table
 
-        result.update(Coordinates(plan, out, quiet=json_file == "-").run())
-    for warning in warnings(result):
+        found = Coordinates(plan, out, quiet=json_file == "-").run()
+        result.update(encode(found))
+    for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if json_file == "-":
         return
-    table = slope_table(result)
+    table = slope_table(found)
     show_table(table.title, table.columns, table.rows, table.names)
     if out is not None:
         typer.echo(f"written: {out / 'report.html'}, coordinates.json")

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,10 +14,12 @@ from sparsae.cli.listing import Preset
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, option_of, shown
 from sparsae.config.load import methods, parse_override
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.experiments.grid import PARAMETERIZATIONS
+from sparsae.experiments.kind import Results
 from sparsae.experiments.plan import BasePlan, P, read_plan
 from sparsae.experiments.registry import KINDS
 from sparsae.experiments.transfer.plan import TransferPlan
@@ -372,17 +374,17 @@ def _run(
         if found is None:
             typer.echo(f"stopped and saved; continue with the same command: {out}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)
-        result.update(found)
+        result.update(encode(found))
     if not quiet:
         _show(found, out)
 
 
-def _show(results: Mapping[str, Any], out: Path) -> None:
-    kind = KINDS[results["kind"]]
+def _show(results: Results, out: Path) -> None:
+    kind = KINDS[results.kind]
     for table in kind.tables(results):
         show_table(table.title, table.columns, table.rows, table.names)
     for line in kind.conclusions(results):
         typer.echo(line)
-    for warning in results["warnings"]:
+    for warning in results.warnings:
         typer.echo(f"warning: {warning}")
     typer.echo(f"written: {out / 'report.html'}, results.json, table.md, table.tex")

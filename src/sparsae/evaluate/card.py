@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePath
-from typing import Any
 
 from sparsae import __version__
 from sparsae.config.schema import STDLIB, Config, SourceConfig
 from sparsae.evaluate.loading import LoadedRun
 from sparsae.families import FAMILIES
 from sparsae.nn.linear import sparse_layers
+from sparsae.runs.rows import ValidationRow
 from sparsae.train.progress import readable_perplexity
 from sparsae.train.validation import perplexity
 
@@ -120,21 +121,21 @@ def _named(source: str) -> str:
 
 def _measured(loaded: LoadedRun, teacher: bool) -> str:
     """The last validation up to the exported step, and what the run's summary has to hold against it."""
-    rows = [row for row in loaded.run.read_metrics() if row.get("kind") == "validation" and row["step"] <= loaded.step]
-    key = "teacher_loss" if teacher else "loss"
-    rows = [row for row in rows if row.get(key) is not None]
-    if not rows:
+    rows = [row for row in loaded.run.read_metrics(ValidationRow) if row.step <= loaded.step]
+    found = [(row.step, row.teacher_loss if teacher else row.loss) for row in rows]
+    measured = [(step, loss) for step, loss in found if loss is not None and not math.isnan(loss)]
+    if not measured:
         return "No validation loss was measured."
-    loss = float(rows[-1][key])
+    step, loss = measured[-1]
     lines = [
         ("validation loss, nats a token", f"{loss:.4f}"),
         ("validation perplexity", readable_perplexity(perplexity(loss))),
     ]
-    summary: dict[str, Any] = loaded.run.outcome(loaded.run.summary) if loaded.run.summary.is_file() else {}
-    for name, label in (("unigram_perplexity", "of a unigram model"), ("untrained_perplexity", "before training")):
-        if summary.get(name) is not None:
-            lines.append((f"perplexity {label}", readable_perplexity(float(summary[name]))))
+    if summary := loaded.run.read_summary():
+        others = {"of a unigram model": summary.unigram_perplexity, "before training": summary.untrained_perplexity}
+        known = {label: value for label, value in others.items() if not math.isnan(value)}
+        lines += [(f"perplexity {label}", readable_perplexity(value)) for label, value in known.items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in lines)
     other = loaded.config.data.validation_source
     held_out = "held-out text of the same source" if other is None else f"other text. {_named(other)}"
-    return f"At step {rows[-1]['step']:,}, on {held_out}\n\n| | |\n|---|---|\n{table}"
+    return f"At step {step:,}, on {held_out}\n\n| | |\n|---|---|\n{table}"

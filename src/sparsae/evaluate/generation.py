@@ -17,6 +17,7 @@ from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.evaluate.decoding import open_decoder
 from sparsae.evaluate.loading import LoadedRun, load_run
+from sparsae.runs.summary import Sample
 
 _LOOKED_AT = 2**20  # tokens among which the start of a document is sought
 
@@ -65,7 +66,7 @@ def write_sample(path: Path) -> None:
     taught = None
     if loaded.config.teacher.enabled:
         taught = continue_text(load_run(path, teacher=True), prompt, tracking.sample_tokens)
-    loaded.run.write_json("sample.json", {"prompt": prompt, "text": text, "teacher_text": taught})
+    loaded.run.write_sample(Sample(prompt=prompt, text=text, teacher_text=taught))
 
 
 def _start(tokens: npt.NDArray[np.int64], eos: int, most: int) -> list[int]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from sparsae.experiments.jobs import Job, outcome, progress
+from sparsae.experiments.jobs import Failure, Job, outcome, progress
+from sparsae.runs.summary import Summary
 
 
 class Board:
@@ -64,13 +65,16 @@ class Board:
     def end(self, job: Job) -> None:
         """A job reached its end."""
         self._running.pop(job.name, None)
-        result = outcome(self._out / job.name) or {}
-        loss = result.get("validation_loss")
-        what = "diverged" if result.get("diverged") else f"validation loss {loss:.4f}" if loss is not None else "ended"
+        match outcome(self._out / job.name):
+            case Summary() as summary:
+                what = f"validation loss {summary.validation_loss:.4f} in {summary.seconds:.0f} s"
+            case Failure():
+                what = "diverged"
+            case None:
+                what = "ended"
         count = sum(outcome(self._out / each.name) is not None for each in self._jobs)
-        seconds = f" in {result['seconds']:.0f} s" if "seconds" in result else ""
         left = f" · {self._left(self._done())} left" if count < len(self._jobs) else ""
-        self.say(f"[{count}/{len(self._jobs)}] {job.name}: {what}{seconds}{left}")
+        self.say(f"[{count}/{len(self._jobs)}] {job.name}: {what}{left}")
 
     def _done(self) -> float:
         """Operations done so far, of all jobs together."""

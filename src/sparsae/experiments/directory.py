@@ -5,19 +5,22 @@ plan.yaml  runs/  tuning/  results.json  table.md  table.tex  report.html
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sparsae.config.complaints import shown
 from sparsae.config.load import read_settings
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, parse_plan
 from sparsae.experiments.registry import kind_in
-from sparsae.files import write_atomically
+from sparsae.files import to_json, write_atomically
+from sparsae.report.tables import Table
 from sparsae.runs.claim import refuse_occupied
 from sparsae.runs.lock import locked
 
+RESULTS = "results.json"
 _PATIENCE = 30.0  # seconds in which the workers of a killed experiment save and end
 
 
@@ -33,6 +36,13 @@ def saved_plan(out: Path) -> BasePlan:
         raise InputError(f"{out}: not the directory of an experiment: it has no plan.yaml")
     tree = read_settings(file)
     return parse_plan(tree, str(file), kind_in(tree, str(file)).plan)
+
+
+def write_all(results: object, tables: Sequence[Table], out: Path, notes: str = "") -> None:
+    """results.json, table.md with the notes beneath, and table.tex, each whole or not at all; results: a record."""
+    write_atomically(out / RESULTS, to_json(encode(results), indent=1) + "\n")
+    write_atomically(out / "table.md", "\n".join(table.markdown() for table in tables) + notes)
+    write_atomically(out / "table.tex", "\n".join(table.latex() for table in tables))
 
 
 def require_place(out: Path, plan: BasePlan) -> None:

@@ -6,19 +6,32 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
+from sparsae.core.record import decode, encode
 from sparsae.errors import DivergedError, InputError
 from sparsae.files import read_json, to_json, write_atomically
 from sparsae.runs.directory import RunDirectory
+from sparsae.runs.metrics import steps_done
+from sparsae.runs.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     from sparsae.train.passes import Passes
     from sparsae.train.stopping import StopRequest
 
 _DIVERGED, _STACKED = "diverged.json", "stacked.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A run that diverged after so many steps, and what it had taken by then."""
+
+    diverged: bool = True
+    steps: int
+    train_flops: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -48,14 +61,13 @@ def forget_checkpoints(out: Path, job: Job) -> None:
     shutil.rmtree(out / job.name / "checkpoints", ignore_errors=True)
 
 
-def outcome(directory: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; of one that diverged, {"diverged": true, "steps", "train_flops"}; else None."""
-    if (directory / _DIVERGED).is_file():
-        return read_json(directory / _DIVERGED)
-    summary = directory / "summary.json"
-    if summary.is_file() and (read := read_json(summary)).get("finished"):
-        return read
-    return None
+def outcome(directory: Path) -> Summary | Failure | None:
+    """The summary of a finished run; of one that diverged, what is known of it; else None."""
+    if (failure := directory / _DIVERGED).is_file():
+        return decode(Failure, read_json(failure), str(failure))
+    file = RunDirectory(directory).summary
+    summary = read_summary(file) if file.is_file() else None
+    return summary if summary and summary.finished else None
 
 
 def require_same_settings(directory: Path, config: Config) -> None:
@@ -88,10 +100,10 @@ def running(directory: Path, config: Config, stop: StopRequest | None = None) ->
             summary = yield from starting(config, directory, quiet=True, stop=stop)
     except DivergedError as error:
         directory.mkdir(parents=True, exist_ok=True)
-        record = {"diverged": True, "steps": error.step, "train_flops": error.train_flops, "message": str(error)}
-        write_atomically(directory / _DIVERGED, to_json(record, indent=2) + "\n")
+        failure = Failure(steps=error.step, train_flops=error.train_flops, message=str(error))
+        write_atomically(directory / _DIVERGED, to_json(encode(failure), indent=2) + "\n")
         return True
-    return bool(summary["finished"])
+    return summary.finished
 
 
 def mark_stacked(out: Path, job: Job) -> None:
@@ -107,17 +119,5 @@ def stacked(out: Path) -> set[str]:
 
 
 def progress(directory: Path) -> int:
-    """Steps done by a run, as far as its metrics say; reads only their end."""
-    try:
-        with (directory / "metrics.jsonl").open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - 65536))
-            lines = stream.read().split(b"\n")
-    except OSError:
-        return 0
-    for line in reversed(lines[:-1]):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return 0
+    """Steps done by a run, as far as its metrics say."""
+    return steps_done(RunDirectory(directory).metrics)

@@ -6,7 +6,7 @@ Needs no torch: what measures and draws is imported when it is wanted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
@@ -17,13 +17,27 @@ if TYPE_CHECKING:
     from sparsae.experiments.jobs import Job
     from sparsae.report.tables import Table
 
-Results = Mapping[str, Any]
+
+class Results(Protocol):
+    """A record of what an experiment found."""
+
+    @property
+    def kind(self) -> str:
+        """What its plan calls it."""
+
+    @property
+    def rows(self) -> Sequence[object]:
+        """What was measured."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What a reader must know before believing a number."""
 
 
 class Experiment(Protocol):
     """A plan in a directory."""
 
-    def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
+    def run(self, executor: Callable[[int], Executor]) -> Results | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.
 
         executor: what makes the executor from the descriptor that locks the directory; for a kind whose measurements
@@ -48,22 +62,26 @@ class Kind(ABC):
         Raises InputError, before anything is written, for whatever is wrong with plan, directory or runs.
         """
 
-    def of_now(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Results that an earlier version wrote, in the form of this one; may change its argument."""
-        return results
+    @abstractmethod
+    def read(self, content: dict[str, Any], origin: str) -> Results:
+        """The results in the content of a results.json, whose record `study` gave; may change its argument.
+
+        What an earlier version wrote is put in the form of this one. Raises InputError, which names the origin, for
+        anything else.
+        """
 
     @abstractmethod
-    def title(self, results: Results) -> str:
+    def title(self, results: Any) -> str:
         """The heading of the page."""
 
     @abstractmethod
-    def body(self, results: Results, out: Path) -> str:
+    def body(self, results: Any, out: Path) -> str:
         """The page, but for its frame; out: where the runs lie that it may show."""
 
     @abstractmethod
-    def tables(self, results: Results) -> Sequence[Table]:
+    def tables(self, results: Any) -> Sequence[Table]:
         """What a terminal shows, in the order in which it is told."""
 
-    def conclusions(self, results: Results) -> Sequence[str]:
+    def conclusions(self, results: Any) -> Sequence[str]:
         """Lines beneath the tables."""
         return ()

@@ -27,6 +27,7 @@ from sparsae.parameterization import Parameterization
 from sparsae.report.topology import write_topology
 from sparsae.rules import build_rule
 from sparsae.rules.parts.rule import Rule
+from sparsae.runs.rows import TopologyRow, read_row
 from sparsae.search.guests import as_rule
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import WarmUp
@@ -54,7 +55,7 @@ class Circumstances:
 
 
 class Companion:
-    """A Sparsifier from the beginning of a training to its end. rows: the first topology's and those of updates."""
+    """A Sparsifier from the beginning of a training to its end. records: of the first topology and of updates."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Companion:
         made = build_rule(self._config.topology, self._config.rules) if rule is None else as_rule(rule)
         self._batches = _held_out(made, held_out, collate, loss, self._config.seed)
         self._sparsifier: Sparsifier | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.records: list[TopologyRow] = []
 
     @property
     def sparsifier(self) -> Sparsifier:
@@ -118,7 +119,7 @@ class Companion:
             parameterization=self._parameterization,
         ).attach(self._note, around.scaler)
         self._warm_up = WarmUp(config.teacher, config.steps)
-        self.rows = [self._sparsifier.search.initial_row()]
+        self.records = [self._sparsifier.search.initial_row()]
         self._passed = (0, 0)  # a step, and how many of its passes the teacher was asked for
         self._is_heard = False
         self._divergence, self._taught = torch.zeros(()), 0
@@ -170,16 +171,21 @@ class Companion:
         # A share of the sequences stands for all of them.
         return alpha * (mean if total is None else mean * counted.sum() / total)
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as a run of the program has them in metrics.jsonl."""
+        return [record.to_dict() for record in self.records]
+
     def metrics(self) -> dict[str, float]:
         """Where the topology is; and the mean divergence from the teacher since this was asked last."""
-        row = self.rows[-1]
+        row = self.records[-1]
         found = {
-            "nnz": row["nnz"],
-            "density": row["nnz"] / sum(layer["units"] for layer in row["layers"].values()),
-            "updates": sum(bool(update["accepted"]) for update in self.rows),
-            "swaps": sum(update["swaps"] for update in self.rows),
-            "hamming_start": row["hamming_start"],
-            "itop_rate": row["itop_rate"],
+            "nnz": row.nnz,
+            "density": row.nnz / sum(layer.units for layer in row.layers.values()),
+            "updates": sum(update.accepted for update in self.records),
+            "swaps": sum(update.swaps for update in self.records),
+            "hamming_start": row.hamming_start,
+            "itop_rate": row.itop_rate,
         }
         if self._taught:
             found["distillation"] = float(self._divergence) / self._taught
@@ -191,7 +197,7 @@ class Companion:
         page = folder / "topology.html"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_topology(page, title, self.rows)
+            write_topology(page, title, self.records)
         except OSError as error:
             raise InputError(f"{page}: cannot be written: {error.strerror}") from None
 
@@ -200,7 +206,7 @@ class Companion:
         return {
             "sparsifier": self.sparsifier.state_dict(),
             "warm_up": self._warm_up.state_dict(),
-            "rows": list(self.rows),
+            "rows": self.rows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,10 +214,11 @@ class Companion:
         require_state("SparsaeCallback", state, ("sparsifier", "warm_up", "rows"))
         self.sparsifier.load_state_dict(state["sparsifier"])
         self._warm_up.load_state_dict(state["warm_up"])
-        self.rows = list(state["rows"])
+        found = [read_row(row, "the state of SparsaeCallback: rows") for row in state["rows"]]
+        self.records = [row for row in found if isinstance(row, TopologyRow)]
 
     def _note(self, update: Update) -> None:
-        self.rows.append(update.row)
+        self.records.append(update.record)
         if self._on_update is not None:
             self._on_update(update)
 

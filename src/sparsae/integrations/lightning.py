@@ -172,7 +172,7 @@ class SparsaeCallback(Callback):  # type: ignore[misc, unused-ignore]  # where L
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors; nothing before training begins."""
-        return self._companion.state_dict() if self._companion.rows else {}
+        return self._companion.state_dict() if self._companion.records else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until module and optimizer are loaded too."""

@@ -152,7 +152,7 @@ class SparsaeCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """The validation loss may end the teacher's warm-up."""
         loss = (around.get("metrics") or {}).get("eval_loss")
-        if loss is not None and self._companion.rows:
+        if loss is not None and self._companion.records:
             self._companion.validated(float(loss))
 
     def on_log(
@@ -183,9 +183,9 @@ class SparsaeCallback(TrainerCallback):
             self._companion.write_page(Path(str(args.output_dir)), f"Topology of {type(self._model).__name__}")
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not args.save_only_model:
-            rows = self._companion.rows
+            records = self._companion.records
             checkpoint.load(self._companion, self._model, Path(best))
-            self._companion.rows = rows
+            self._companion.records = records
         self._companion.end()
 
 

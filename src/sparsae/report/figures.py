@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparsae.registry import TERMS
-from sparsae.report.data import Candidate, RunData, Topology, Train, number
+from sparsae.report.data import RunData, or_nan
 from sparsae.report.readable import compact, decimal, percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, panel
+from sparsae.runs.rows import TopologyRow, TrainRow
+from sparsae.search.rows import CandidateRow
 
 _MARKERS = (("o", "○"), ("^", "△"), ("s", "□"), ("D", "◇"), ("v", "▽"), ("p", "⬠"))
 _SHOWN_UPDATES = 200
@@ -33,7 +35,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
         ),
         Key("validation of the teacher", "warm", "dash"): (
             [getattr(r, against) for r in run.validation],
-            [r.teacher_loss for r in run.validation],
+            [or_nan(r.teacher_loss) for r in run.validation],
         ),
     }
     curves = {key: (x, y) for key, (x, y) in curves.items() if _any(x) and _any(y)}
@@ -75,7 +77,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
 
 
 def training_curve(
-    run: RunData, name: str, title: str, unit: str, value: Callable[[Train], float], *, log: bool = False
+    run: RunData, name: str, title: str, unit: str, value: Callable[[TrainRow], float], *, log: bool = False
 ) -> Panel | None:
     """A quantity of the training rows, burn-in periods shaded."""
     x, y = [row.step for row in run.train], [value(row) for row in run.train]
@@ -112,7 +114,7 @@ def training_curve(
 
 def scores(run: RunData) -> Panel | None:
     """Every candidate's score less the current topology's, by update; below zero is better."""
-    scored = [u for u in run.updates if u.current is not None and any(map(_scored, u.candidates))]
+    scored = [u for u in run.updates if u.current is not None and any(c.is_scored for c in u.candidates)]
     if not scored:
         return None
     shown = scored[:: -(-sum(len(u.candidates) for u in scored) // _SHOWN_CANDIDATES)]
@@ -178,7 +180,7 @@ def scores(run: RunData) -> Panel | None:
 def term(run: RunData, name: str) -> Panel | None:
     """One term of the score: the current topology, the best candidate and the range of all candidates."""
 
-    def value(candidate: Candidate) -> float:
+    def value(candidate: CandidateRow) -> float:
         return candidate.terms.get(name, math.nan)
 
     title, unit = _label(name)
@@ -217,7 +219,7 @@ def by_update(
     name: str,
     title: str,
     unit: str,
-    lines: Mapping[Key, Callable[[Topology], float]],
+    lines: Mapping[Key, Callable[[TopologyRow], float]],
     *,
     shape: Literal["line", "steps", "stems"] = "line",
     initial: bool = True,
@@ -289,31 +291,13 @@ def bars(
     return panel(name, title, f"{title}: {text}.", draw, height=0.3 + 0.24 * len(rows))
 
 
-def part_bars(
-    run: RunData, name: str, title: str, key: str, totals: Mapping[str, str], written: Callable[[float], str]
-) -> Panel | None:
-    """Bars of a mapping in the summary; `totals` are further keys of it, by label; `written` puts a number in words."""
-    parts = run.totals.get(key) or {}
-    return bars(
-        name,
-        title,
-        {part: number(parts, part) for part in parts},
-        {label: number(run.totals, entry) for label, entry in totals.items()},
-        written,
-    )
-
-
-def _differences(updates: Sequence[Topology], proposer: str, taken: bool) -> list[tuple[int, float]]:
+def _differences(updates: Sequence[TopologyRow], proposer: str, taken: bool) -> list[tuple[int, float]]:
     return [
         (u.step, c.score - u.current.score)
         for u in updates
         for i, c in enumerate(u.candidates)
-        if u.current is not None and c.proposer == proposer and _scored(c) and (u.accepted and i == u.chosen) == taken
+        if u.current is not None and c.proposer == proposer and c.is_scored and (u.accepted and i == u.chosen) == taken
     ]
-
-
-def _scored(candidate: Candidate) -> bool:
-    return math.isfinite(candidate.score)
 
 
 def _linear_up_to(differences: Sequence[float]) -> float | None:

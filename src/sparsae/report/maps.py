@@ -11,9 +11,10 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sparsae.report.data import Layer, RunData
+from sparsae.report.data import RunData
 from sparsae.report.readable import compact, percent, short_names, tick
 from sparsae.report.svg import COLOURS, Array, Panel, panel
+from sparsae.search.rows import LayerRow
 
 _COLUMNS: Final = 160  # of a map of few rows
 _CELLS: Final = 48_000  # of a map of many, while it has a quarter of these columns
@@ -56,12 +57,12 @@ def density_change(run: RunData) -> Panel | None:
 def heads(run: RunData) -> Panel | None:
     """Density of every attention head's slice of its projections at each step."""
     first = run.topologies[0].layers if run.topologies else {}
-    names = [name for name in run.layers if first[name].heads]
+    names = [name for name in run.layers if first[name].head_densities]
     if not names:
         return None
-    ends = np.cumsum([len(first[name].heads) for name in names]).tolist()
+    ends = np.cumsum([len(first[name].head_densities or ()) for name in names]).tolist()
     labels = [(a, b, short_names(run.layers)[name]) for a, b, name in zip([0, *ends], ends, names, strict=False)]
-    values = _through_time(run, lambda layer: layer.heads, names)
+    values = _through_time(run, lambda layer: layer.head_densities or (), names)
     title, unit = "Density of each attention head", "share of a head's weights"
     return _map(run, "heads", title, unit, values, labels, percent)
 
@@ -87,7 +88,7 @@ def _names(run: RunData) -> list[tuple[int, int, str]]:
 
 
 def _through_time(
-    run: RunData, values: Callable[[Layer], Sequence[float]], names: Sequence[str] | None = None
+    run: RunData, values: Callable[[LayerRow], Sequence[float]], names: Sequence[str] | None = None
 ) -> Array:
     """(rows, columns): the values of each layer, row after row, as they were in the middle of equal spans of steps."""
     names = run.layers if names is None else names

@@ -11,10 +11,12 @@ from sparsae import __version__
 from sparsae.config.load import annotated
 from sparsae.report import figures as draw
 from sparsae.report import maps, markup
-from sparsae.report.data import Layer, RunData, Topology, number
+from sparsae.report.data import RunData, or_nan
 from sparsae.report.markup import Tile
 from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent, short_names
 from sparsae.report.svg import Key
+from sparsae.runs.rows import TopologyRow
+from sparsae.search.rows import LayerRow
 
 
 def title(run: RunData) -> str:
@@ -55,22 +57,20 @@ def _state(run: RunData) -> str:
     """What is not as usual: how far the run came, where it started from, and whether it got more steps."""
     planned, totals = count(run.config.training.steps), run.totals
     said = []
-    if diverged := totals.get("diverged"):
-        said.append(
-            f"This run diverged at step {count(number(diverged, 'step'))} of {planned}: {diverged.get('reason')}."
-        )
-    elif not totals:
+    if totals is None:
         said.append(
             f"This run has no summary: it is going on or was cut off. Shown up to step {count(run.last_step)} of "
             f"{planned}; totals are known at its end."
         )
-    elif totals.get("finished") is False:
-        said.append(f"This run was stopped at step {count(number(totals, 'steps'))} of {planned}.")
-    if source := totals.get("started_from"):
-        said.append(f"It started from step {count(number(source, 'step'))} of the run in {source.get('path')}.")
-    for entry in totals.get("extensions") or ():
-        before, after = (count(number(entry, key)) for key in ("previous_steps", "steps"))
-        said.append(f"At step {count(number(entry, 'step'))} it was extended from {before} steps to {after}.")
+    elif totals.diverged:
+        said.append(f"This run diverged at step {count(totals.diverged.step)} of {planned}: {totals.diverged.reason}.")
+    elif not totals.finished:
+        said.append(f"This run was stopped at step {count(totals.steps)} of {planned}.")
+    if totals and (source := totals.started_from):
+        said.append(f"It started from step {count(source.step)} of the run in {source.path}.")
+    for entry in totals.extensions if totals else ():
+        before, after = count(entry.previous_steps), count(entry.steps)
+        said.append(f"At step {count(entry.step)} it was extended from {before} steps to {after}.")
     return f'<p class="state">{escape(" ".join(said))}</p>' if said else ""
 
 
@@ -80,30 +80,22 @@ def _headline(run: RunData) -> list[Tile]:
     trained = run.train[-1] if run.train else None
     references = {"unigram": run.unigram_loss, "untrained": run.untrained_loss}
     against = [f"{name} {decimal(_exp(loss))}" for name, loss in references.items() if math.isfinite(loss)]
-    teacher = validated.teacher_loss if validated else math.nan
+    teacher = or_nan(validated.teacher_loss) if validated else math.nan
     nnz = trained.nnz if trained else sum(layer.nnz for layer in _last_layers(run).values()) or math.nan
-    target, flops = number(totals, "nnz_target"), trained.train_flops if trained else math.nan
+    flops = trained.train_flops if trained else math.nan
+    state = totals.state_bytes_sparse_layers if totals else math.nan
+    dense_state = totals.state_bytes_sparse_layers_dense_equivalent if totals else math.nan
+    pace = totals.tokens_per_second if totals else trained.tokens_per_second if trained else None
     return [
         Tile(
             "Validation perplexity",
             decimal(_exp(validated.loss)) if validated else UNKNOWN,
             [", ".join(against), f"teacher {decimal(_exp(teacher))}" if math.isfinite(teacher) else ""],
         ),
-        Tile("Active connections", count(nnz), [_against_target(nnz, target)]),
-        _ratio_tile("Training FLOPs", flops, number(totals, "train_flops_dense_equivalent"), compact),
-        _ratio_tile(
-            "State of sparse layers",
-            number(totals, "state_bytes_sparse_layers"),
-            number(totals, "state_bytes_sparse_layers_dense_equivalent"),
-            in_bytes,
-        ),
-        Tile(
-            "Tokens per second",
-            count(
-                number(totals, "tokens_per_second") if totals else trained.tokens_per_second if trained else math.nan
-            ),
-            [f"{compact(trained.tokens)} tokens" if trained else ""],
-        ),
+        Tile("Active connections", count(nnz), [_against_target(nnz, totals.nnz_target if totals else math.nan)]),
+        _ratio_tile("Training FLOPs", flops, totals.train_flops_dense_equivalent if totals else math.nan, compact),
+        _ratio_tile("State of sparse layers", state, dense_state, in_bytes),
+        Tile("Tokens per second", count(or_nan(pace)), [f"{compact(trained.tokens)} tokens" if trained else ""]),
         _updates_tile(run),
     ]
 
@@ -130,18 +122,18 @@ def _against_target(nnz: float, target: float) -> str:
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
-    totals, known = run.totals, []
-    for name, key, written in (
-        ("Parameters", "parameters", count),
-        ("dense", "parameters_dense", count),
-        ("Peak memory", "peak_memory_bytes", in_bytes),
-        ("Time", "seconds", duration),
-    ):
-        if math.isfinite(value := number(totals, key)):
-            known.append((name, written(value)))
-    known.append(("Steps", count(run.last_step)))
-    known += [(name, str(totals[key])) for name, key in (("Device", "device"), ("torch", "torch")) if key in totals]
-    return known
+    totals, steps = run.totals, ("Steps", count(run.last_step))
+    if totals is None:
+        return [steps]
+    return [
+        ("Parameters", count(totals.parameters)),
+        ("dense", count(totals.parameters_dense)),
+        ("Peak memory", in_bytes(totals.peak_memory_bytes)),
+        ("Time", duration(totals.seconds)),
+        steps,
+        ("Device", totals.device),
+        ("torch", totals.torch),
+    ]
 
 
 def _training(run: RunData) -> str:
@@ -160,7 +152,11 @@ def _training(run: RunData) -> str:
                     run, "gradient-norm", "Gradient norm", "L2, before clipping", lambda r: r.gradient_norm, log=True
                 ),
                 rates(
-                    run, "distillation", "Divergence from the teacher", "KL, nats per token", lambda r: r.distillation
+                    run,
+                    "distillation",
+                    "Divergence from the teacher",
+                    "KL, nats per token",
+                    lambda r: or_nan(r.distillation),
                 ),
                 rates(run, "throughput", "Throughput", "tokens per second", lambda r: r.tokens_per_second),
             ]
@@ -213,10 +209,12 @@ def _search(run: RunData) -> str:
 
 def _strategy(run: RunData) -> str:
     """The parameters in force: a curve each, or a number where it never moved."""
-    parameters: Mapping[tuple[str, str, str], Callable[[Topology], float]] = {
-        ("lambda", "Candidates (λ)", "an update"): lambda update: update.candidates_count,
-        ("mutation-rate", "Mutation rate", "share of connections"): lambda update: update.mutation_rate,
-        ("reset-probability", "Reset probability", "share of candidates"): lambda update: update.reset_probability,
+    parameters: Mapping[tuple[str, str, str], Callable[[TopologyRow], float]] = {
+        ("lambda", "Candidates (λ)", "an update"): lambda update: update.number("candidates_count"),
+        ("mutation-rate", "Mutation rate", "share of connections"): lambda update: update.number("mutation_rate"),
+        ("reset-probability", "Reset probability", "share of candidates"): lambda update: update.number(
+            "reset_probability"
+        ),
     }
     constant, panels = [], []
     for (name, label, unit), value in parameters.items():
@@ -265,9 +263,9 @@ def movement(run: RunData) -> str:
         Key("to the one before", "warm", "dash"): lambda u: u.hamming_last,
     }
     ages = {
-        Key("median", "accent"): lambda u: u.age_median,
-        Key("mean", "warm", "dash"): lambda u: u.age_mean,
-        Key("oldest", "ink", "dot"): lambda u: u.age_max,
+        Key("median", "accent"): lambda u: u.age.median,
+        Key("mean", "warm", "dash"): lambda u: u.age.mean,
+        Key("oldest", "ink", "dot"): lambda u: u.age.max,
     }
     dead = maps.dead_outputs(run)
     return markup.section(
@@ -307,13 +305,14 @@ def _cost(run: RunData) -> str:
         "Blue bars are parts, grey ones totals. FLOPs are counted analytically; growth gradients are those at inactive "
         "positions, by which connections are grown; bytes are those of live tensors of the sparse layers."
     )
-    if not run.totals:
+    totals = run.totals
+    if totals is None:
         text = "Cost by part is known once the run has its summary."
         return markup.section("cost", "Cost", lead, markup.paragraph(text))
-    dense = {"total": "train_flops", "dense equivalent": "train_flops_dense_equivalent"}
+    flops = {"total": totals.train_flops, "dense equivalent": totals.train_flops_dense_equivalent}
     state = {
-        "total": "state_bytes_sparse_layers",
-        "dense equivalent": "state_bytes_sparse_layers_dense_equivalent",
+        "total": totals.state_bytes_sparse_layers,
+        "dense equivalent": totals.state_bytes_sparse_layers_dense_equivalent,
     }
     return markup.section(
         "cost",
@@ -321,9 +320,9 @@ def _cost(run: RunData) -> str:
         lead,
         markup.figures(
             [
-                draw.part_bars(run, "flops", "Training FLOPs", "train_flops_by_part", dense, compact),
-                draw.part_bars(run, "memory", "State of the sparse layers", "state_bytes_by_part", state, in_bytes),
-                draw.part_bars(run, "seconds", "Time", "seconds_by_part", {"total": "seconds"}, duration),
+                draw.bars("flops", "Training FLOPs", totals.train_flops_by_part, flops, compact),
+                draw.bars("memory", "State of the sparse layers", totals.state_bytes_by_part, state, in_bytes),
+                draw.bars("seconds", "Time", totals.seconds_by_part, {"total": totals.seconds}, duration),
             ]
         ),
     )
@@ -343,13 +342,13 @@ def _layers(run: RunData) -> str:
     return markup.section("layers", "Layers", lead, markup.table(f"{len(rows)} sparse layers", columns, rows))
 
 
-def _layer_row(name: str, first: Layer, last: Layer) -> list[str]:
-    shape = " × ".join(str(side) for side in first.shape) or count(first.weights)
+def _layer_row(name: str, first: LayerRow, last: LayerRow) -> list[str]:
+    shape = " × ".join(str(side) for side in first.shape) or count(first.units)
     densities = [percent(layer.density) for layer in (first, last)]
     return [name, shape, count(first.nnz), count(last.nnz), *densities, count(last.dead_outputs)]
 
 
-def _last_layers(run: RunData) -> dict[str, Layer]:
+def _last_layers(run: RunData) -> dict[str, LayerRow]:
     return dict(run.topologies[-1].layers) if run.topologies else {}
 
 
@@ -358,10 +357,10 @@ def _sample(run: RunData) -> str:
     if run.sample is None:
         text = "This run has no sample; one is drawn when a run finishes."
         return markup.section("sample", "A sample", lead, markup.paragraph(text))
-    prompt = escape(str(run.sample.get("prompt") or ""))
-    texts = {"Student": run.sample.get("text"), "Teacher": run.sample.get("teacher_text")}
+    prompt = escape(run.sample.prompt)
+    texts = {"Student": run.sample.text, "Teacher": run.sample.teacher_text}
     blocks = "".join(
-        f'<div class="sample"><h3>{name}</h3><pre><span class="prompt">{prompt}</span>{escape(str(text))}</pre>'
+        f'<div class="sample"><h3>{name}</h3><pre><span class="prompt">{prompt}</span>{escape(text)}</pre>'
         f"{'' if text else markup.paragraph('The model ended the text at once.')}</div>"
         for name, text in texts.items()
         if text is not None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sparsae.report.readable import UNKNOWN
+
+if TYPE_CHECKING:
+    from sparsae.core.intervals import Interval
 
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
 _LATEX |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$"}
@@ -53,12 +56,12 @@ class Table:
         )
 
 
-def interval_text(interval: Mapping[str, Any] | None, signed: bool = False) -> str:
+def interval_text(interval: Interval | None, signed: bool = False) -> str:
     """`3.4512 ± 0.0123`."""
     if interval is None:
         return UNKNOWN
-    mean = f"{interval['mean']:{'+' if signed else ''}.4f}".replace("-", "−")
-    return mean if interval["high"] is None else f"{mean} ± {interval['high'] - interval['mean']:.4f}"
+    mean = f"{interval.mean:{'+' if signed else ''}.4f}".replace("-", "−")
+    return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.4f}"
 
 
 def notes(warnings: Sequence[str]) -> str:

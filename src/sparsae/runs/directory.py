@@ -8,20 +8,24 @@ Needs no torch, so that `sparsae info` and `sparsae report` answer at once.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sparsae.config import Config
 from sparsae.config.complaints import shown
 from sparsae.config.load import resolve
+from sparsae.core.record import decode, encode
 from sparsae.errors import InputError
-from sparsae.files import named, read_json, read_sealed, sha256_of, write_sealed
+from sparsae.files import read_json, read_sealed, sha256_of, write_sealed
 from sparsae.runs.manifest import NAME, Manifest
+from sparsae.runs.metrics import Position, read_rows
+from sparsae.runs.rows import Row, TrainRow, ValidationRow
+from sparsae.runs.summary import Sample, Summary
 
 CHECKPOINT_FORMAT = 3
+AnyRow = TypeVar("AnyRow", bound=Row)
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
@@ -120,12 +124,27 @@ class RunDirectory:
     def _known_steps(self) -> list[int]:
         """Steps that have, or by the summary had, a checkpoint, whole or not."""
         names = [_CHECKPOINT.fullmatch(entry.name) for entry in self.checkpoints.iterdir()]
-        summary = self.outcome(self.summary) if self.summary.is_file() else {}
-        finished = summary.get("steps", 0) if not summary.get("diverged") else 0
-        return [0, int(finished), *(int(name[1]) for name in names if name)]
+        summary = self.read_summary()
+        finished = summary.steps if summary and not summary.diverged else 0
+        return [0, finished, *(int(name[1]) for name in names if name)]
 
-    def outcome(self, file: Path) -> dict[str, Any]:
-        """What `write_json` wrote. InputError where it is damaged, or another run's."""
+    def read_summary(self) -> Summary | None:
+        """What `write_summary` wrote; None where it has not yet. InputError where it is damaged, or another run's."""
+        return decode(Summary, self._own(self.summary), str(self.summary)) if self.summary.is_file() else None
+
+    def read_sample(self) -> Sample | None:
+        """As `read_summary`."""
+        return decode(Sample, self._own(self.sample), str(self.sample)) if self.sample.is_file() else None
+
+    def write_summary(self, summary: Summary) -> None:
+        """With the run's name and a seal, whole or not at all."""
+        self._write(self.summary, encode(summary))
+
+    def write_sample(self, sample: Sample) -> None:
+        """As `write_summary`."""
+        self._write(self.sample, encode(sample))
+
+    def _own(self, file: Path) -> dict[str, Any]:
         manifest = self.manifest()
         if manifest is None:
             return read_json(file)
@@ -134,50 +153,33 @@ class RunDirectory:
             raise InputError(f"{file}: is one of another run: restore this run's own, or remove it")
         return value
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a last line that was torn by a crash is left out.
+    def read_metrics(self, kind: type[AnyRow], *more: type[AnyRow]) -> list[AnyRow]:
+        """The rows of these kinds (`Row`: of all) in metrics.jsonl; a last line that was torn by a crash is left out.
 
         InputError if another line is not a row, or the rows up to the summary or else the last checkpoint are not what
         was written.
         """
-        if self.summary.is_file():
-            self.check_metrics(self.outcome(self.summary).get("metrics"), whole=True)
+        if summary := self.read_summary():
+            self.check_metrics(summary.metrics, whole=True)
         elif self.saved_steps():
-            self.check_metrics(read_state(self.latest_checkpoint(or_earlier=True))["metrics"])
-        return self._rows()
+            checkpoint = self.latest_checkpoint(or_earlier=True)
+            self.check_metrics(metrics_position(checkpoint, read_state(checkpoint)))
+        found: Iterator[Any] = read_rows(self.metrics, (kind, *more)) if self.metrics.exists() else iter(())
+        return list(found)
 
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes a JSON file of the run with the run's name and a seal, whole or not at all."""
+    def _write(self, file: Path, value: Mapping[str, Any]) -> None:
         manifest = self.manifest()
-        write_sealed(self.path / name, {**value, "run_id": manifest.run} if manifest else value)
+        write_sealed(file, {**value, "run_id": manifest.run} if manifest else value)
 
-    def check_metrics(self, position: Mapping[str, Any] | None, whole: bool = False) -> None:
+    def check_metrics(self, position: Position | None, whole: bool = False) -> None:
         """InputError where the rows up to a position (whole: all there are) are not what was written."""
-        if not position:
+        if position is None:
             return
         size = self.metrics.stat().st_size if self.metrics.is_file() else 0
-        if size < position["bytes"]:
+        if size < position.bytes:
             raise InputError(f"{self.metrics}: rows are missing; restore the file")
-        if (whole and size > position["bytes"]) or sha256_of(self.metrics, position["bytes"]) != position["sha256"]:
+        if (whole and size > position.bytes) or sha256_of(self.metrics, position.bytes) != position.sha256:
             raise InputError(f"{self.metrics}: was changed since it was written; restore the file")
-
-    def _rows(self) -> list[dict[str, Any]]:
-        if not self.metrics.exists():
-            return []
-        with named(self.metrics):
-            lines = self.metrics.read_text("utf-8", errors="replace").split("\n")
-        if lines[-1] == "":
-            lines.pop()
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            row = _parse_row(line)
-            if row is not None and rows and _step(row) < _step(rows[-1]):
-                raise InputError(f"{self.metrics}: line {number} goes back in steps; the file is damaged")
-            if row is not None:
-                rows.append(row)
-            elif number < len(lines):
-                raise InputError(f"{self.metrics}: line {number} is not a row of metrics; the file is damaged")
-        return rows
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -200,6 +202,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def metrics_position(checkpoint: Path, state: Mapping[str, Any]) -> Position:
+    """Where metrics.jsonl ended when a checkpoint was saved, from its state.json."""
+    return decode(Position, state["metrics"], f"checkpoint {checkpoint}: state.json: metrics")
+
+
 def describe(path: Path) -> dict[str, Any]:
     """What is known of a run: its settings by name, how far it came, and its summary or else its latest metrics.
 
@@ -218,27 +225,15 @@ def describe(path: Path) -> dict[str, Any]:
         "checkpoint_step": steps[-1] if steps else None,
         "finished": False,
     }
-    if run.summary.is_file():
-        return known | run.outcome(run.summary)
-    latest = {row.get("kind"): row for row in run.read_metrics()}
-    training, validation = latest.get("train", {}), latest.get("validation", {})
+    if summary := run.read_summary():
+        return known | encode(summary)
+    rows: list[Row] = run.read_metrics(TrainRow, ValidationRow)
+    trained = next((row for row in reversed(rows) if isinstance(row, TrainRow)), None)
+    validated = next((row for row in reversed(rows) if isinstance(row, ValidationRow)), None)
     return known | {
-        "steps": training.get("step", 0),
-        "tokens": training.get("tokens", 0),
-        "nnz": training.get("nnz"),
-        "validation_loss": validation.get("loss"),
-        "validation_perplexity": validation.get("perplexity"),
+        "steps": trained.step if trained else 0,
+        "tokens": trained.tokens if trained else 0,
+        "nnz": trained.nnz if trained else None,
+        "validation_loss": validated.loss if validated else None,
+        "validation_perplexity": validated.perplexity if validated else None,
     }
-
-
-def _step(row: Mapping[str, Any]) -> int:
-    step = row.get("step")
-    return step if isinstance(step, int) else 0
-
-
-def _parse_row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+
+from sparsae.config.complaints import nearest, shown
+from sparsae.core.record import decode
+from sparsae.errors import InputError
+from sparsae.search.rows import Row, TopologyRow
+
+__all__ = ["KINDS", "DivergedRow", "ExtendedRow", "Row", "TopologyRow", "TrainRow", "ValidationRow", "read_row"]
 
 
-@dataclass(frozen=True)
-class Row(ABC):
-    """What was measured at a step. Losses are in nats a token, counts are from the start of the run."""
-
-    kind: ClassVar[str]
-
-    step: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as it is written."""
-        return {"kind": self.kind, **{field.name: getattr(self, field.name) for field in fields(self)}}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainRow(Row):
     """Means over the steps since the row before, and where training is."""
 
@@ -41,7 +33,7 @@ class TrainRow(Row):
     tokens_per_second: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationRow(Row):
     """Held-out losses."""
 
@@ -55,29 +47,7 @@ class ValidationRow(Row):
     seconds: float
 
 
-@dataclass(frozen=True)
-class TopologyRow(Row):
-    """A topology update, or at step 0 the first topology; `data` is the row, with what rule and scores add to it."""
-
-    kind = "topology"
-
-    data: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Self:
-        """From the row of an `Update`."""
-        return cls(int(data["step"]), data)
-
-    @property
-    def accepted(self) -> bool:
-        """Whether a new topology was taken."""
-        return bool(self.data["accepted"])
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.data)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExtendedRow(Row):
     """A run of `previous_steps` goes on to `steps`; the learning rate rises again over `warmup_steps`."""
 
@@ -88,7 +58,7 @@ class ExtendedRow(Row):
     warmup_steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DivergedRow(Row):
     """The last row of a run that cannot go on: `reason` is what was not finite."""
 
@@ -96,3 +66,16 @@ class DivergedRow(Row):
 
     tokens: int
     reason: str
+
+
+KINDS: Mapping[str, type[Row]] = {
+    kind.kind: kind for kind in (TrainRow, ValidationRow, TopologyRow, ExtendedRow, DivergedRow)
+}
+
+
+def read_row(content: Mapping[str, object], origin: str) -> Row:
+    """The row that `Row.to_dict` made this of. InputError, which names the origin and the field, for anything else."""
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{origin}: kind: no row of metrics is {shown(kind)}; {nearest(str(kind), KINDS)}")
+    return decode(KINDS[kind], {name: value for name, value in content.items() if name != "kind"}, origin)

@@ -17,12 +17,7 @@ from sparsae.errors import InputError
 from sparsae.rules import build_rule
 from sparsae.rules.parts.choose import keeps_limits
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
-
-# What a row of an update has under its own names.
-_RESERVED = {
-    "kind", "step", "accepted", "chosen", "candidates", "current", "nnz", "swaps", "hamming_start", "hamming_last",
-    "itop_rate", "age", "layers", "skipped", "seconds",
-}  # fmt: skip
+from sparsae.search.rows import RESERVED
 
 
 def as_rule(rule: object) -> Rule[Any]:
@@ -102,7 +97,7 @@ def in_force(rule: Rule[Any], state: Any, progress: float) -> dict[str, float]:
 
 
 def _refuse_taken(rule: Rule[Any], what: str, found: Mapping[str, float]) -> None:
-    if taken := sorted(found.keys() & _RESERVED):
+    if taken := sorted(found.keys() & RESERVED):
         raise InputError(f"rule '{rule.name}': {what} cannot be called '{taken[0]}': rows have that already")
 
 

@@ -16,6 +16,7 @@ from sparsae.core.observation import LayerView
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score, Trial
+from sparsae.search.rows import CandidateRow
 from sparsae.surgery import PreparedSwap
 
 log = logging.getLogger(__name__)
@@ -103,35 +104,51 @@ class Scoring:
             self.backwards += passes.backwards
         return score
 
-    def study(self, prepared: Iterable[tuple[int | None, PreparedSwap | None]]) -> dict[int | None, dict[str, float]]:
+    def study(self, prepared: Iterable[tuple[int | None, PreparedSwap | None]]) -> dict[int | None, float]:
         """Losses of topologies on all validation text, by index, where that is asked; None is the current topology."""
-        found: dict[int | None, dict[str, float]] = {}
+        found: dict[int | None, float] = {}
         if self._study is None:
             return found
         for index, candidate in prepared:
             with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
-                found[index] = {"validation_cross_entropy": self._study()}
+                found[index] = self._study()
         self.studied += len(found)
         return found
 
 
 def candidate_rows(
-    rule: Rule[Any], candidates: Sequence[Candidate], scores: Sequence[Score | None], decision: Decision
-) -> list[dict[str, Any]]:
-    """Each candidate for the metrics."""
+    rule: Rule[Any],
+    candidates: Sequence[Candidate],
+    scores: Sequence[Score | None],
+    decision: Decision,
+    study: Mapping[int | None, float],
+) -> tuple[CandidateRow, ...]:
+    """Each candidate for the metrics; study: losses on all validation text by index."""
     values = decision.scores or (None,) * len(candidates)
-    return [
-        candidate_row(rule, candidate.proposer, candidate.swap.size, score, value, candidate.rejected)
-        for candidate, score, value in zip(candidates, scores, values, strict=True)
-    ]
+    return tuple(
+        candidate_row(rule, each.proposer, each.swap.size, score, value, each.rejected, study.get(index))
+        for index, (each, score, value) in enumerate(zip(candidates, scores, values, strict=True))
+    )
 
 
 def candidate_row(
-    rule: Rule[Any], proposer: str, swaps: int, score: Score | None, value: float | None, rejected: str | None
-) -> dict[str, Any]:
-    """One topology that was or might have been scored, for the metrics: its terms by name, null where they are not."""
-    terms = dict.fromkeys(term.name for term in rule.terms) if score is None else dict(score)
-    return {"proposer": proposer, "swaps": swaps, **terms, "score": value, "rejected": rejected}
+    rule: Rule[Any],
+    proposer: str,
+    swaps: int,
+    score: Score | None,
+    value: float | None,
+    rejected: str | None,
+    study: float | None,
+) -> CandidateRow:
+    """One topology that was or might have been scored, for the metrics."""
+    return CandidateRow(
+        proposer=proposer,
+        swaps=swaps,
+        terms=dict.fromkeys((term.name for term in rule.terms), math.nan) if score is None else dict(score),
+        score=math.nan if value is None else value,
+        rejected=rejected,
+        validation_cross_entropy=study,
+    )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from sparsae.core.observation import head_densities
 from sparsae.core.topology import Topology, remap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
+from sparsae.search.rows import AgeRow, LayerRow, TopologyRow
 from sparsae.surgery import Change
 
 
@@ -30,8 +30,8 @@ class TopologyTelemetry:
         self._ever = {name: Topology(t.shape, t.indices.clone(), t.unit) for name, t in self._start.items()}
         self._birth = {name: torch.zeros(t.count, dtype=torch.int32, device="cpu") for name, t in self._start.items()}
 
-    def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> dict[str, Any]:
-        """The telemetry of an update at `step`, after its changes were carried out."""
+    def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> TopologyRow:
+        """The row of an update at `step`, after its changes were carried out; it says nothing yet of who chose them."""
         for name, change in changes.items():
             source = change.source.cpu()
             birth = remap(self._birth[name], source)
@@ -42,36 +42,41 @@ class TopologyTelemetry:
         nnz = sum(layer.topology.nnz for layer in self._layers.values())
         swapped = {name: int(change.grown.sum()) for name, change in changes.items()}
         ages = step - torch.cat(list(self._birth.values())).double()
-        return {
-            "nnz": nnz,
-            "swaps": sum(swapped.values()),
-            "hamming_start": self._share_not_in_start(),
-            "hamming_last": sum(swapped.values()) / sum(layer.topology.count for layer in self._layers.values()),
-            "itop_rate": sum(t.count for t in self._ever.values()) / sum(t.units for t in self._ever.values()),
-            "age": {"mean": float(ages.mean()), "median": float(ages.median()), "max": float(ages.max())},
-            "layers": {
-                name: self._layer_row(name, layer, swapped.get(name, 0), gradient_norms.get(name))
+        return TopologyRow(
+            step,
+            accepted=False,
+            chosen=None,
+            candidates=(),
+            current=None,
+            nnz=nnz,
+            swaps=sum(swapped.values()),
+            hamming_start=self._share_not_in_start(),
+            hamming_last=sum(swapped.values()) / sum(layer.topology.count for layer in self._layers.values()),
+            itop_rate=sum(t.count for t in self._ever.values()) / sum(t.units for t in self._ever.values()),
+            age=AgeRow(mean=float(ages.mean()), median=float(ages.median()), max=float(ages.max())),
+            layers={
+                name: self._layer_row(name, layer, swapped.get(name, 0), gradient_norms.get(name, math.nan))
                 for name, layer in self._layers.items()
             },
-        }
+            seconds=0.0,
+        )
 
-    def _layer_row(self, name: str, layer: SparseLinear, swaps: int, norm: float | None) -> dict[str, Any]:
+    def _layer_row(self, name: str, layer: SparseLinear, swaps: int, norm: float) -> LayerRow:
         topology = layer.topology
         rows, columns = topology.grid
         heads = self._heads.get(name)
-        return {
-            "shape": list(topology.shape),
-            "nnz": topology.nnz,
-            "units": math.prod(topology.shape),
-            "density": topology.density,
-            "swaps": swaps,
-            "gradient_activity": norm,
-            "dead_outputs": topology.unit[0] * (rows - topology.rows.unique().numel()),
-            "dead_inputs": topology.unit[1] * (columns - topology.columns.unique().numel()),
-            "head_densities": None
-            if heads is None
-            else [round(d, 6) for d in head_densities(topology, heads).tolist()],
-        }
+        densities = None if heads is None else head_densities(topology, heads).tolist()
+        return LayerRow(
+            shape=topology.shape,
+            nnz=topology.nnz,
+            units=math.prod(topology.shape),
+            density=topology.density,
+            swaps=swaps,
+            gradient_activity=norm,
+            dead_outputs=topology.unit[0] * (rows - topology.rows.unique().numel()),
+            dead_inputs=topology.unit[1] * (columns - topology.columns.unique().numel()),
+            head_densities=None if densities is None else tuple(round(density, 6) for density in densities),
+        )
 
     def _share_not_in_start(self) -> float:
         dropped, total = 0, 0

@@ -30,6 +30,7 @@ from sparsae.search.capture import GradientCapture
 from sparsae.search.guests import chosen, in_force, named, saved, validated
 from sparsae.search.parallel import DataParallel
 from sparsae.search.past import PastCapture
+from sparsae.search.rows import TopologyRow
 from sparsae.search.scoring import ScoreFunction, Scoring, StudyFunction, candidate_row, candidate_rows
 from sparsae.search.telemetry import TopologyTelemetry
 from sparsae.surgery import Change, Follower, InitialStd, PreparedSwap, prepare_swap
@@ -49,16 +50,21 @@ class SearchCost:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The outcome of one update: its row for the metrics, what changed, and what it cost."""
+    """The outcome of one update: what the metrics have of it, what changed, and what it cost."""
 
-    row: dict[str, Any]
+    record: TopologyRow
     changes: Mapping[str, Change]
     cost: SearchCost
 
     @property
+    def row(self) -> dict[str, Any]:
+        """The row of the metrics, as it is written."""
+        return self.record.to_dict()
+
+    @property
     def accepted(self) -> bool:
         """Whether a new topology was taken."""
-        return bool(self.row["accepted"])
+        return self.record.accepted
 
 
 class TopologySearch:
@@ -189,7 +195,7 @@ class TopologySearch:
         candidates: list[Candidate] = []
         current: Score | None = None
         scores: list[Score | None] = []
-        study: dict[int | None, dict[str, Any]] = {}
+        study: Mapping[int | None, float] = {}
         decision = Decision(None)
         if self._asks(observation.made_up):
             with named(self.rule, step):
@@ -215,27 +221,21 @@ class TopologySearch:
         swaps += [] if swap is None else [swap]
         self._parallel.follow({name for each in swaps for name, d in each.count_changes().items() if d})
         cost = self._cost()
-        row = {
-            "kind": "topology",
-            "step": step,
-            "accepted": swap is not None,
-            "chosen": decision.chosen,
-            "candidates": [
-                row | study.get(i, {}) for i, row in enumerate(candidate_rows(self.rule, candidates, scores, decision))
-            ],
-            "current": candidate_row(self.rule, "current", 0, current, decision.current, None) | study.get(None, {})
-            if current is not None
-            else None,
-            **strategy,
-            **decision.notes,
-            **self.telemetry.row(step, changes, self.gradients.norms),
-            "skipped": None,
-            "seconds": time.perf_counter() - started,
-        }
+        record = dataclasses.replace(
+            self.telemetry.row(step, changes, self.gradients.norms),
+            accepted=swap is not None,
+            chosen=decision.chosen,
+            candidates=candidate_rows(self.rule, candidates, scores, decision, study),
+            current=None
+            if current is None
+            else candidate_row(self.rule, "current", 0, current, decision.current, None, study.get(None)),
+            numbers={**strategy, **decision.notes},
+            seconds=time.perf_counter() - started,
+        )
         self.gradients.clear()
-        return Update(row, changes, cost)
+        return Update(record, changes, cost)
 
-    def initial_row(self) -> dict[str, Any]:
+    def initial_row(self) -> TopologyRow:
         """The topology before any update, as a row of the metrics."""
         return self._unchanged(0)
 
@@ -268,19 +268,9 @@ class TopologySearch:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the state of a search does not fit rule '{self.rule.name}': {error!r}") from None
 
-    def _unchanged(self, step: int) -> dict[str, Any]:
-        return {
-            "kind": "topology",
-            "step": step,
-            "accepted": False,
-            "chosen": None,
-            "candidates": [],
-            "current": None,
-            **in_force(self.rule, self.state, step / self._horizon.steps),
-            **self.telemetry.row(step, {}, {}),
-            "skipped": None,
-            "seconds": 0.0,
-        }
+    def _unchanged(self, step: int) -> TopologyRow:
+        numbers = in_force(self.rule, self.state, step / self._horizon.steps)
+        return dataclasses.replace(self.telemetry.row(step, {}, {}), numbers=numbers)
 
     def _postponed(self, step: int, started: float) -> Update:
         if not self._told:
@@ -292,9 +282,10 @@ class TopologySearch:
             )
             self._told = True
         cost = self._cost()
-        row = self._unchanged(step) | {"skipped": "gradient", "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        record = dataclasses.replace(self._unchanged(step), skipped="gradient", seconds=seconds)
         self.gradients.clear()
-        return Update(row, {}, cost)
+        return Update(record, {}, cost)
 
     def _asks(self, steps: range) -> bool:
         """Whether the rule is asked at the update of these steps; else it is the schedule's alone."""

@@ -15,7 +15,7 @@ from sparsae.errors import DivergedError
 from sparsae.observers import Observer, Standing
 from sparsae.optim import clip_gradients
 from sparsae.runs.checkpoint import CheckpointTimes
-from sparsae.runs.rows import DivergedRow, ExtendedRow, Row, TopologyRow
+from sparsae.runs.rows import DivergedRow, ExtendedRow, Row
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.account import Account
 from sparsae.train.averages import Averages
@@ -75,7 +75,7 @@ class Trainer:
             if self.done and (loss := self.validation.measure_test(self.account)) is not None:
                 self._require_finite("the test loss", loss)
         except DivergedError as error:
-            self._tell(DivergedRow(error.step, self.account.tokens(self.step), error.reason))
+            self._tell(DivergedRow(error.step, tokens=self.account.tokens(self.step), reason=error.reason))
             raise
         finally:
             for observer in self.observers:
@@ -140,7 +140,7 @@ class Trainer:
             update = self.sparsifier.after_step()
         if update is not None:
             self.account.update(update, self.sparsifier.layer_nnz)
-            self._tell(TopologyRow.of(update.row))
+            self._tell(update.record)
 
     def validate(self) -> None:
         """Measure and tell the held-out losses."""
@@ -173,7 +173,7 @@ class Trainer:
         if self.step == 0:
             self.validate()
             if self.sparsifier:
-                self._tell(TopologyRow.of(self.sparsifier.search.initial_row()))
+                self._tell(self.sparsifier.search.initial_row())
         elif extension and self.step == extension.step:
             self._tell(ExtendedRow(**asdict(extension), warmup_steps=extension.warmup_steps))
         self._averages.start_clock(self.step)

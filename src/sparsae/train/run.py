@@ -16,6 +16,7 @@ from torch import nn
 from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
 from sparsae.core.ranks import ranks
+from sparsae.core.record import encode
 from sparsae.data import Corpus, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
 from sparsae.observers import OBSERVERS, Observer
@@ -26,6 +27,7 @@ from sparsae.runs.lock import refuse_ranks
 from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import MetricsWriter
 from sparsae.runs.rows import Row
+from sparsae.runs.summary import Summary
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
@@ -60,7 +62,7 @@ class _Recorder(Observer):
         self._metrics = metrics
 
     def observe(self, row: Row) -> None:
-        self._metrics.write(row.to_dict())
+        self._metrics.write(row)
 
 
 def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
@@ -74,12 +76,12 @@ def start(config: Config, out: Path, quiet: bool = False, source: Path | None = 
     writes; RanksError: another one has ended.
     """
     with joined():
-        return alone(starting(config, out, quiet, source))
+        return encode(alone(starting(config, out, quiet, source)))
 
 
 def starting(
     config: Config, out: Path, quiet: bool = False, source: Path | None = None, stop: StopRequest | None = None
-) -> Passes[dict[str, Any]]:
+) -> Passes[Summary]:
     """As `start`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
     here = ranks()
     if here.count == 1:
@@ -118,12 +120,12 @@ def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[st
     changed, or where the run is finished.
     """
     with joined():
-        return alone(resuming(path, quiet, steps))
+        return encode(alone(resuming(path, quiet, steps)))
 
 
 def resuming(
     path: Path, quiet: bool = False, steps: int | None = None, stop: StopRequest | None = None
-) -> Passes[dict[str, Any]]:
+) -> Passes[Summary]:
     """As `resume`, by whoever answers its passes; stop: as `starting` has it."""
     here = ranks()
     if here.count == 1:
@@ -162,8 +164,8 @@ def _require_steps(run: RunDirectory, config: Config, steps: int | None) -> None
     planned = config.training.steps
     if steps is not None and steps < planned:
         raise InputError(f"{run.path}: --steps {steps} is fewer than the {planned} of this run, which can only grow")
-    summary = run.outcome(run.summary) if run.summary.exists() else {}
-    if summary.get("finished") and summary.get("steps") == planned == (steps or planned):
+    summary = run.read_summary()
+    if summary and summary.finished and summary.steps == planned == (steps or planned):
         raise InputError(
             f"{run.path}: this run is finished: all {planned} steps are done (train it longer: --steps N with N above "
             f"{planned})"
@@ -238,7 +240,7 @@ def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved:
         manifest.write_config(run.config_file)
     for outcome in (run.summary, run.sample):
         outcome.unlink(missing_ok=True)
-    metrics.cut(saved.state["metrics"] if saved else None)
+    metrics.cut(saved.metrics if saved else None)
 
 
 def _train(
@@ -248,12 +250,12 @@ def _train(
     display: Display,
     saved: SavedRun | None,
     stop: StopRequest | None,
-) -> Passes[dict[str, Any]]:
+) -> Passes[Summary]:
     config, began, here = manifest.config, time.perf_counter(), ranks()
     unigram = unigram_perplexity(parts.corpus.train_counts, parts.data.validation[:, 1:])
     if saved is not None:
         saved.load_into(parts.model, parts.optimizer)
-        run.check_metrics(saved.state["metrics"])
+        run.check_metrics(saved.metrics)
     here.wait()  # until all have read what the first one may now change
     observers: list[Observer] = []
     metrics: MetricsWriter | None = None
@@ -299,9 +301,9 @@ def _train(
                 yield from trainer.running(request, save)
         except DivergedError as error:
             diverged = error
-        summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position() if metrics else {}, diverged)
+        summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position() if metrics else None, diverged)
     if here.is_first:
-        run.write_json("summary.json", summary)
+        run.write_summary(summary)
     if diverged is not None:
         raise diverged
     display.say(closing(summary, run))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.nn.tensors import load_model, model_tensors
 from sparsae.runs.checkpoint import (
@@ -21,9 +22,9 @@ from sparsae.runs.checkpoint import (
     save_checkpoint,
     split,
 )
-from sparsae.runs.directory import RunDirectory
+from sparsae.runs.directory import RunDirectory, metrics_position
 from sparsae.runs.manifest import Manifest
-from sparsae.runs.metrics import MetricsWriter
+from sparsae.runs.metrics import MetricsWriter, Position
 from sparsae.train.loop import Trainer
 
 
@@ -39,6 +40,11 @@ class SavedRun:
     def step(self) -> int:
         """Steps that were done."""
         return int(self.state["trainer"]["step"])
+
+    @property
+    def metrics(self) -> Position:
+        """Where metrics.jsonl ended."""
+        return metrics_position(self.path, self.state)
 
     def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """InputError where the tensors do not fit."""
@@ -106,7 +112,7 @@ def save_run(
     state: dict[str, Any] = {
         "run": name,
         "trainer": trainer.state_dict(),
-        "metrics": metrics.position(),
+        "metrics": encode(metrics.position()),
         "corpus": corpus,
         "threads": torch.get_num_threads(),
         "elapsed": elapsed,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -15,6 +12,8 @@ from sparsae.errors import DivergedError
 from sparsae.nn.linear import sparse_layers
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.manifest import Manifest
+from sparsae.runs.metrics import Position
+from sparsae.runs.summary import Divergence, Origin, Summary
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import peak_bytes
 from sparsae.train.progress import readable_perplexity
@@ -26,10 +25,10 @@ def summarize(
     trainer: Trainer,
     unigram: float,
     seconds: float,
-    metrics: dict[str, Any],
+    metrics: Position | None,
     diverged: DivergedError | None,
-) -> dict[str, Any]:
-    """The keys of summary.json, which docs/configuration.md explains."""
+) -> Summary:
+    """What came out by now."""
     config, model, account, validation = manifest.config, trainer.model, trainer.account, trainer.validation
     tokens = account.tokens(trainer.step)
     live = sum(p.numel() for p in model.parameters())
@@ -38,46 +37,46 @@ def summarize(
     b_out, b_in = config.sparsity.unit
     target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
     training_seconds = sum(account.watch.seconds.get(part, 0.0) for part in ("train", "topology"))
-    return {
-        "preset": config.preset,
-        "method": config.method,
-        "seed": config.seed,
-        "steps": trainer.step,
-        "ranks": ranks().count,
-        "tokens": tokens,
-        "parameters_dense": live - nnz + weights,
-        "parameters": live,
-        "sparsity": 1.0 - account.costs.density,
-        "nnz": nnz,
-        "nnz_target": target,
-        "validation_loss": validation.loss,
-        "validation_perplexity": perplexity(validation.loss),
-        "test_loss": validation.test_loss,
-        "teacher_validation_loss": validation.teacher_loss,
-        "unigram_perplexity": unigram,
-        "untrained_perplexity": perplexity(validation.untrained),
-        "train_flops": account.flops.total,
-        "train_flops_by_part": dict(account.flops.parts),
-        "train_flops_dense_equivalent": account.flops.dense_equivalent,
-        "study_flops": account.flops.study,
-        "state_bytes_sparse_layers": sum(account.state_bytes.values()),
-        "state_bytes_by_part": account.state_bytes,
-        "state_bytes_sparse_layers_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
-        "telemetry_bytes": trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
-        "peak_memory_bytes": peak_bytes(trainer.objective.device),
-        "tokens_per_second": tokens / training_seconds if training_seconds else None,
-        "topology_updates": account.updates,
-        "topology_updates_accepted": account.accepted,
-        "seconds": seconds,
-        "seconds_by_part": account.watch.seconds,
-        "finished": diverged is None and trainer.done,
-        "diverged": {"step": diverged.step, "reason": diverged.reason} if diverged else None,
-        "started_from": manifest.started_from,
-        "extensions": [asdict(extension) for extension in manifest.extensions],
-        "metrics": metrics,
-        "device": str(trainer.objective.device),
-        "torch": torch.__version__,
-    }
+    return Summary(
+        preset=config.preset,
+        method=config.method,
+        seed=config.seed,
+        steps=trainer.step,
+        ranks=ranks().count,
+        tokens=tokens,
+        parameters_dense=live - nnz + weights,
+        parameters=live,
+        sparsity=1.0 - account.costs.density,
+        nnz=nnz,
+        nnz_target=target,
+        validation_loss=validation.loss,
+        validation_perplexity=perplexity(validation.loss),
+        test_loss=validation.test_loss,
+        teacher_validation_loss=validation.teacher_loss,
+        unigram_perplexity=unigram,
+        untrained_perplexity=perplexity(validation.untrained),
+        train_flops=account.flops.total,
+        train_flops_by_part=dict(account.flops.parts),
+        train_flops_dense_equivalent=account.flops.dense_equivalent,
+        study_flops=account.flops.study,
+        state_bytes_sparse_layers=sum(account.state_bytes.values()),
+        state_bytes_by_part=dict(account.state_bytes),
+        state_bytes_sparse_layers_dense_equivalent=DENSE_BYTES_PER_WEIGHT * weights,
+        telemetry_bytes=trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
+        peak_memory_bytes=peak_bytes(trainer.objective.device),
+        tokens_per_second=tokens / training_seconds if training_seconds else None,
+        topology_updates=account.updates,
+        topology_updates_accepted=account.accepted,
+        seconds=seconds,
+        seconds_by_part=dict(account.watch.seconds),
+        finished=diverged is None and trainer.done,
+        diverged=Divergence(step=diverged.step, reason=diverged.reason) if diverged else None,
+        started_from=Origin(**manifest.started_from) if manifest.started_from else None,
+        extensions=manifest.extensions,
+        metrics=metrics,
+        device=str(trainer.objective.device),
+        torch=torch.__version__,
+    )
 
 
 def headline(config: Config, model: nn.Module, training_tokens: int, unigram: float) -> str:
@@ -92,17 +91,17 @@ def headline(config: Config, model: nn.Module, training_tokens: int, unigram: fl
     )
 
 
-def closing(summary: dict[str, Any], run: RunDirectory) -> str:
+def closing(summary: Summary, run: RunDirectory) -> str:
     """What came out, or how to continue."""
-    if not summary["finished"]:
-        saved = "stopped and saved" if summary["steps"] else "stopped"
-        return f"{saved} at step {summary['steps']}; continue with: sparsae train --resume {run.path}"
-    tested = "" if summary["test_loss"] is None else f"test {readable_perplexity(perplexity(summary['test_loss']))}, "
+    if not summary.finished:
+        saved = "stopped and saved" if summary.steps else "stopped"
+        return f"{saved} at step {summary.steps}; continue with: sparsae train --resume {run.path}"
+    tested = "" if summary.test_loss is None else f"test {readable_perplexity(perplexity(summary.test_loss))}, "
     return (
-        f"validation perplexity {readable_perplexity(summary['validation_perplexity'])} "
-        f"({tested}unigram {readable_perplexity(summary['unigram_perplexity'])}, "
-        f"untrained {readable_perplexity(summary['untrained_perplexity'])}) · "
-        f"nnz {summary['nnz']:,} of target {summary['nnz_target']:,} · "
-        f"{summary['train_flops'] / max(1, summary['train_flops_dense_equivalent']):.3f} of dense FLOPs · "
-        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
+        f"validation perplexity {readable_perplexity(summary.validation_perplexity)} "
+        f"({tested}unigram {readable_perplexity(summary.unigram_perplexity)}, "
+        f"untrained {readable_perplexity(summary.untrained_perplexity)}) · "
+        f"nnz {summary.nnz:,} of target {summary.nnz_target:,} · "
+        f"{summary.train_flops / max(1, summary.train_flops_dense_equivalent):.3f} of dense FLOPs · "
+        f"{summary.tokens:,} tokens in {summary.seconds:.0f} s"
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from sparsae.experiments.compare.record import CurvePoint, EqualLossRow, Measure, Row
 from sparsae.report.readable import UNKNOWN, compact, duration, percent
 from sparsae.report.tables import Table
 
-Row = Mapping[str, Any]
 DENSE = "dense"
-_MEASURES = {"step": "steps", "train_flops": "train_flops", "seconds": "seconds"}  # of a curve -> of an entry
+Spent = Callable[[CurvePoint], float]
 
 
-def equal_loss(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def equal_loss(rows: Sequence[Row]) -> tuple[EqualLossRow, ...]:
     """An entry a sparsity and method, where a dense model was compared at that sparsity.
 
     For each seed the loss is the higher one of the two final validation losses, so that both have it; each gets there
@@ -25,34 +24,31 @@ def equal_loss(rows: Sequence[Row]) -> list[dict[str, Any]]:
     dense: dict[tuple[float, int], Row] = {}
     named: dict[float, str] = {}
     for row in rows:
-        if row["base_method"] == DENSE and named.setdefault(row["sparsity"], row["method"]) == row["method"]:
-            dense[row["sparsity"], row["seed"]] = row
+        if row.base_method == DENSE and named.setdefault(row.sparsity, row.method) == row.method:
+            dense[row.sparsity, row.seed] = row
     pairs: dict[tuple[float, str], list[tuple[Row, Row]]] = {}
     for row in rows:
-        other = dense.get((row["sparsity"], row["seed"]))
-        if other and row["method"] != other["method"] and len(row["curve"]) > 1 and len(other["curve"]) > 1:
-            pairs.setdefault((row["sparsity"], row["method"]), []).append((row, other))
-    found = []
-    for (sparsity, method), mine in pairs.items():
-        entry = {"sparsity": sparsity, "method": method, "against": named[sparsity], **_of_pairs(mine)}
-        found.append(entry)
-    return found
+        other = dense.get((row.sparsity, row.seed))
+        if other and row.method != other.method and len(row.curve) > 1 and len(other.curve) > 1:
+            pairs.setdefault((row.sparsity, row.method), []).append((row, other))
+    return tuple(_of_pairs(mine, sparsity, method, named[sparsity]) for (sparsity, method), mine in pairs.items())
 
 
-def equal_loss_table(entries: Sequence[Row]) -> Table | None:
+def equal_loss_table(entries: Sequence[EqualLossRow]) -> Table | None:
     """Each method's cost over dense's; None where there is nothing to tell."""
     if not entries:
         return None
-    written = {"steps": lambda x: f"{x:,.0f}", "train_flops": compact, "seconds": duration}
     cells = []
     for entry in entries:
         cells.append(
             [
-                percent(entry["sparsity"]),
-                entry["method"],
-                f"{entry['loss']:.4f}",
-                f"{entry['low']} of {entry['seeds']}",
-                *(_cell(entry[name], form) for name, form in written.items()),
+                percent(entry.sparsity),
+                entry.method,
+                f"{entry.loss:.4f}",
+                f"{entry.low} of {entry.seeds}",
+                _cell(entry.steps, lambda x: f"{x:,.0f}"),
+                _cell(entry.train_flops, compact),
+                _cell(entry.seconds, duration),
             ]
         )
     title = (
@@ -63,42 +59,49 @@ def equal_loss_table(entries: Sequence[Row]) -> Table | None:
     return Table(title, columns, cells)
 
 
-def _of_pairs(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
-    ends = [(own["curve"][-1]["loss"], dense["curve"][-1]["loss"]) for own, dense in pairs]
+def _of_pairs(pairs: Sequence[tuple[Row, Row]], sparsity: float, method: str, against: str) -> EqualLossRow:
+    ends = [(own.curve[-1].loss, dense.curve[-1].loss) for own, dense in pairs]
     targets = [max(both) for both in ends]
-    entry: dict[str, Any] = {
-        "seeds": len(pairs),
-        "loss": sum(targets) / len(targets),
-        "low": sum(own <= dense for own, dense in ends),
-    }
-    for key, name in _MEASURES.items():
-        took = [
-            (_reached(own["curve"], key, target), _reached(dense["curve"], key, target))
+
+    def took(spent: Spent) -> Measure:
+        both = [
+            (_reached(own.curve, spent, target), _reached(dense.curve, spent, target))
             for (own, dense), target in zip(pairs, targets, strict=True)
         ]
-        entry[name] = {
-            "own": sum(own for own, _ in took) / len(took),
-            "dense": sum(dense for _, dense in took) / len(took),
-            "ratio": math.exp(sum(math.log(own / dense) for own, dense in took) / len(took))
-            if all(own > 0 and dense > 0 for own, dense in took)
+        return Measure(
+            own=sum(own for own, _ in both) / len(both),
+            dense=sum(dense for _, dense in both) / len(both),
+            ratio=math.exp(sum(math.log(own / dense) for own, dense in both) / len(both))
+            if all(own > 0 and dense > 0 for own, dense in both)
             else None,
-        }
-    return entry
+        )
+
+    return EqualLossRow(
+        sparsity=sparsity,
+        method=method,
+        against=against,
+        seeds=len(pairs),
+        loss=sum(targets) / len(targets),
+        low=sum(own <= dense for own, dense in ends),
+        steps=took(lambda point: point.step),
+        train_flops=took(lambda point: point.train_flops),
+        seconds=took(lambda point: point.seconds),
+    )
 
 
-def _reached(curve: Sequence[Row], key: str, loss: float) -> float:
+def _reached(curve: Sequence[CurvePoint], spent: Spent, loss: float) -> float:
     """What a curve had spent when it first was at a loss that it does reach."""
     before = curve[0]
-    if before["loss"] <= loss:
-        return float(before[key])
+    if before.loss <= loss:
+        return float(spent(before))
     for point in curve[1:]:
-        if point["loss"] <= loss:
-            way = (before["loss"] - loss) / (before["loss"] - point["loss"])
-            return float(before[key] + way * (point[key] - before[key]))
+        if point.loss <= loss:
+            way = (before.loss - loss) / (before.loss - point.loss)
+            return float(spent(before) + way * (spent(point) - spent(before)))
         before = point
-    raise ValueError(f"the curve ends at {before['loss']}, above {loss}")
+    raise ValueError(f"the curve ends at {before.loss}, above {loss}")
 
 
-def _cell(measure: Row, written: Any) -> str:
-    ratio = UNKNOWN if measure["ratio"] is None else f"{measure['ratio']:.2f} ×"
-    return f"{written(measure['own'])} / {written(measure['dense'])} ({ratio})"
+def _cell(measure: Measure, written: Callable[[float], str]) -> str:
+    ratio = UNKNOWN if measure.ratio is None else f"{measure.ratio:.2f} ×"
+    return f"{written(measure.own)} / {written(measure.dense)} ({ratio})"

@@ -7,19 +7,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells, require_effect
+from sparsae.experiments.compare.record import Results
 from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
 from sparsae.experiments.compare.tasks import fine_tune
 from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
-from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
+from sparsae.experiments.jobs import Failure, Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
 from sparsae.tasks.study import read_tasks
@@ -143,7 +143,7 @@ class Comparison:
                 for value in axis.values:
                     admit(self.lengths.trial(*tuned, {axis.setting: value}))
 
-    def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
+    def run(self, executor: Callable[[int], Executor]) -> Results | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.
 
         executor: what makes the executor from the descriptor that locks the directory.
@@ -167,7 +167,7 @@ class Comparison:
             return
         with closing(self._display) as display:
             for job in {job.name: job for job in compared}.values():
-                if not (outcome(self.out / job.name) or {}).get("diverged"):
+                if not isinstance(outcome(self.out / job.name), Failure):
                     display.say(f"{job.name}: tasks")
                     fine_tune(self.out / job.name, job.config, self.plan.tasks, self._tasks, display.stage)
 
@@ -234,13 +234,13 @@ class Comparison:
         """What is known so far, for whoever cannot wait."""
         write_results(self._results(), self.out)
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self) -> Results:
         results = self._results()
         write_results(results, self.out)
         write_page(self.out)
         return results
 
-    def _results(self) -> dict[str, Any]:
+    def _results(self) -> Results:
         finished = [cell for cell in self.cells if outcome(self.out / cell.job.name) is not None]
         complete = len(finished) == len(self.cells)
         return collect(self.plan, self.out, finished, self.searches, self.lengths.trial_share, complete)

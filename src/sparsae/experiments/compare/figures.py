@@ -10,12 +10,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from sparsae.experiments.compare.record import Loss, Row, SummaryRow, TuningRow
+from sparsae.experiments.compare.summary import losses_of
 from sparsae.experiments.looks import Look, keys
-from sparsae.report.data import RunData, Topology
+from sparsae.report.data import RunData
 from sparsae.report.readable import compact, duration, percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
+from sparsae.runs.rows import TopologyRow
 
-Row = Mapping[str, Any]
 Against = Literal["train_flops", "tokens", "seconds"]
 _UNITS = {"train_flops": "training FLOPs", "tokens": "training tokens", "seconds": "seconds"}
 _PARTS = {"student": "student", "teacher": "teacher", "search": "search", "dense_gradients": "growth gradients"}
@@ -55,23 +57,22 @@ def loss_curves(rows: Sequence[Row], look: Mapping[str, Look], against: Against,
     )
 
 
-def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look], loss: str) -> Panel | None:
+def loss_by_sparsity(summary: Sequence[SummaryRow], look: Mapping[str, Look], loss: Loss) -> Panel | None:
     """Final loss of each method at each sparsity, with its 95 % interval over seeds."""
-    sparsities = sorted({entry["sparsity"] for entry in summary})
-    known = [entry for entry in summary if entry[loss] is not None]
+    sparsities = sorted({entry.sparsity for entry in summary})
+    known = [(entry, interval) for entry in summary if (interval := entry.loss(loss)) is not None]
     if len(sparsities) < 2 or not known:
         return None
-    names = list(dict.fromkeys(entry["method"] for entry in known))
+    names = list(dict.fromkeys(entry.method for entry, _ in known))
 
     def draw(figure: Figure) -> None:
         ax = axes(figure, "nats per token, 95 % interval", x="sparsity")
         for index, name in enumerate(names):
-            style, mine = look[name], [entry for entry in known if entry["method"] == name]
+            style, mine = look[name], [(entry, interval) for entry, interval in known if entry.method == name]
             shift = 0.06 * (index - (len(names) - 1) / 2)
-            x = [sparsities.index(entry["sparsity"]) + shift for entry in mine]
-            intervals = [entry[loss] for entry in mine]
-            y = [interval["mean"] for interval in intervals]
-            error = [0.0 if interval["high"] is None else interval["high"] - interval["mean"] for interval in intervals]
+            x = [sparsities.index(entry.sparsity) + shift for entry, _ in mine]
+            y = [interval.mean for _, interval in mine]
+            error = [0.0 if interval.high is None else interval.high - interval.mean for _, interval in mine]
             ax.errorbar(
                 x, y, yerr=error, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker,
                 markersize=4.5, linewidth=1.0, elinewidth=1.2, capsize=2.5,
@@ -79,7 +80,7 @@ def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look], loss: str
         ax.set_xticks(range(len(sparsities)), [percent(sparsity) for sparsity in sparsities])
         ax.set_xlim(-0.5, len(sparsities) - 0.5)
 
-    text = "; ".join(f"{e['method']} {e[loss]['mean']:.4f} at {percent(e['sparsity'])}" for e in known)
+    text = "; ".join(f"{e.method} {interval.mean:.4f} at {percent(e.sparsity)}" for e, interval in known)
     return panel(
         "loss-by-sparsity",
         "Final loss against sparsity",
@@ -91,32 +92,33 @@ def loss_by_sparsity(summary: Sequence[Row], look: Mapping[str, Look], loss: str
 
 
 def differences(
-    summary: Sequence[Row], rows: Sequence[Row], look: Mapping[str, Look], sparsity: float, reference: str, loss: str
+    summary: Sequence[SummaryRow],
+    rows: Sequence[Row],
+    look: Mapping[str, Look],
+    sparsity: float,
+    reference: str,
+    loss: Loss,
 ) -> Panel | None:
     """Each method's paired difference from the reference: the mean, its 95 % interval, and every seed."""
-    entries = [e for e in summary if e["sparsity"] == sparsity and e["difference"] is not None]
+    entries = [(e, e.difference) for e in summary if e.sparsity == sparsity and e.difference is not None]
     if not entries:
         return None
-    held = {r["seed"]: r[loss] for r in rows if (r["method"], r["sparsity"]) == (reference, sparsity)}
+    losses = losses_of((row for row in rows if row.sparsity == sparsity), loss)
+    held = losses.get(reference, {})
 
     def draw(figure: Figure) -> None:
         width, height = figure.get_size_inches()
-        left = 0.2 + 0.078 * max(len(entry["method"]) for entry in entries)
+        left = 0.2 + 0.078 * max(len(entry.method) for entry, _ in entries)
         ax = figure.add_axes((left / width, 0.44 / height, (width - left - 0.15) / width, (height - 0.5) / height))
-        for at, entry in enumerate(entries):
-            style, difference = look[entry["method"]], entry["difference"]
-            mine = {
-                r["seed"]: r[loss]
-                for r in rows
-                if (r["method"], r["sparsity"]) == (entry["method"], sparsity) and not r["diverged"]
-            }
-            seeds = [mine[n] - held[n] for n in mine if held.get(n) is not None]
+        for at, (entry, difference) in enumerate(entries):
+            style, mine = look[entry.method], losses.get(entry.method, {})
+            seeds = [mine[n] - held[n] for n in mine if n in held]
             ax.plot(seeds, [at + 0.22] * len(seeds), "|", color=COLOURS["muted"], markersize=5, markeredgewidth=0.9)
-            if difference["high"] is not None:
-                ax.plot([difference["low"], difference["high"]], [at, at], color=COLOURS[style.colour], linewidth=1.6)
-            ax.plot([difference["mean"]], [at], marker=style.marker, color=COLOURS[style.colour], markersize=5.5)
+            if difference.low is not None and difference.high is not None:
+                ax.plot([difference.low, difference.high], [at, at], color=COLOURS[style.colour], linewidth=1.6)
+            ax.plot([difference.mean], [at], marker=style.marker, color=COLOURS[style.colour], markersize=5.5)
         ax.axvline(0, color=COLOURS["ink"], linewidth=0.8)
-        ax.set_yticks(range(len(entries)), [entry["method"] for entry in entries])
+        ax.set_yticks(range(len(entries)), [entry.method for entry, _ in entries])
         ax.tick_params(axis="y", labelcolor=COLOURS["ink"])
         ax.set_ylim(len(entries) - 0.4, -0.6)
         ax.grid(axis="x")
@@ -125,7 +127,7 @@ def differences(
             FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0")
         )
 
-    text = "; ".join(f"{e['method']} {e['difference']['mean']:+.4f} ({e['verdict']})" for e in entries)
+    text = "; ".join(f"{e.method} {difference.mean:+.4f} ({e.verdict})" for e, difference in entries)
     return panel(
         f"difference-{_suffix(sparsity)}",
         f"Paired difference from {reference} · {percent(sparsity)} sparse",
@@ -136,21 +138,20 @@ def differences(
     )
 
 
-def tuning_curves(tuning: Sequence[Row], look: Mapping[str, Look], sparsity: float, setting: str) -> Panel | None:
+def tuning_curves(tuning: Sequence[TuningRow], look: Mapping[str, Look], sparsity: float, setting: str) -> Panel | None:
     """Loss of each trial against a setting, as tuning last looked along it; the chosen value is ringed."""
     last = {
-        group["method"]: along[-1]
+        group.method: along[-1]
         for group in tuning
-        if group["sparsity"] == sparsity
-        and (along := [entry for entry in group["looks"] if entry["setting"] == setting])
+        if group.sparsity == sparsity and (along := [entry for entry in group.looks if entry.setting == setting])
     }
     curves = {
-        name: [(x, y) for x, y in zip(entry["values"], entry["losses"], strict=True) if y is not None]
+        name: [(x, y) for x, y in zip(entry.values, entry.losses, strict=True) if y is not None]
         for name, entry in last.items()
     }
     if not any(curves.values()):
         return None
-    values = sorted({value for entry in last.values() for value in entry["values"]})
+    values = sorted({value for entry in last.values() for value in entry.values})
     name_of = setting.rpartition(".")[2].replace("_", " ")
 
     def draw(figure: Figure) -> None:
@@ -163,13 +164,13 @@ def tuning_curves(tuning: Sequence[Row], look: Mapping[str, Look], sparsity: flo
                     markersize=4,
                 )  # fmt: skip
             for x, y in curve:
-                if x == last[name]["best"]:
+                if x == last[name].best:
                     ax.plot([x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS["ink"])
         ax.set_xscale("log")
         ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.xaxis.set_minor_formatter(NullFormatter())
 
-    chosen = {name: "its own" if entry["best"] is None else f"{entry['best']:g}" for name, entry in last.items()}
+    chosen = {name: "its own" if entry.best is None else f"{entry.best:g}" for name, entry in last.items()}
     text = "; ".join(f"{name} chose {value}" for name, value in chosen.items())
     return panel(
         f"tuning-{name_of.replace(' ', '-')}-{_suffix(sparsity)}",
@@ -181,10 +182,13 @@ def tuning_curves(tuning: Sequence[Row], look: Mapping[str, Look], sparsity: flo
     )
 
 
-def cost_bars(rows: Sequence[Row], sparsity: float, key: str, unit: Literal["FLOPs", "time"]) -> Panel | None:
+def cost_bars(rows: Sequence[Row], sparsity: float, unit: Literal["FLOPs", "time"]) -> Panel | None:
     """The mean cost of a run of each method, by part, as stacked bars."""
-    groups = {name: [row[key] for row in mine if row.get(key)] for name, mine in _by_method(rows, sparsity).items()}
-    groups = {name: parts for name, parts in groups.items() if parts}
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, mine in _by_method(rows, sparsity).items():
+        found = [row.train_flops_by_part if unit == "FLOPs" else row.seconds_by_part for row in mine]
+        if known := [parts for parts in found if parts]:
+            groups[name] = known
     if not groups:
         return None
     names = list(dict.fromkeys(part for parts in groups.values() for run in parts for part in run))
@@ -225,7 +229,7 @@ def cost_bars(rows: Sequence[Row], sparsity: float, key: str, unit: Literal["FLO
 
 
 Movement = Literal["turnover", "distance", "itop"]
-_MOVEMENTS: Mapping[Movement, tuple[str, str, Callable[[Topology, float], float]]] = {
+_MOVEMENTS: Mapping[Movement, tuple[str, str, Callable[[TopologyRow, float], float]]] = {
     "turnover": ("Turnover", "swaps, share of connections", lambda u, nnz: u.swaps / nnz if nnz else math.nan),
     "distance": ("Distance to the first topology", "share of connections", lambda u, nnz: u.hamming_start),
     "itop": ("Positions ever active (ITOP rate)", "share of all positions", lambda u, nnz: u.itop_rate),
@@ -266,7 +270,7 @@ def telemetry(
 
 def layer_densities(runs: Mapping[str, RunData], look: Mapping[str, Look], sparsity: float) -> Panel | None:
     """The density of every sparse layer at the end of one seed's runs."""
-    last: dict[str, Topology] = {name: run.topologies[-1] for name, run in runs.items() if run.topologies}
+    last: dict[str, TopologyRow] = {name: run.topologies[-1] for name, run in runs.items() if run.topologies}
     last = {name: topology for name, topology in last.items() if topology.layers}
     if not last:
         return None
@@ -302,14 +306,14 @@ def _suffix(sparsity: float) -> str:
 def _by_method(rows: Sequence[Row], sparsity: float) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row["sparsity"] == sparsity and not row["diverged"]:
-            groups.setdefault(row["method"], []).append(row)
+        if row.sparsity == sparsity and not row.diverged:
+            groups.setdefault(row.method, []).append(row)
     return groups
 
 
 def _curve(rows: Sequence[Row], against: Against) -> tuple[Any, Any]:
     """(mean x, losses by point and seed) where all seeds have the point."""
-    points = min(len(row["curve"]) for row in rows)
-    x = np.array([[row["curve"][i][against] for row in rows] for i in range(points)], dtype=float)
-    y = np.array([[row["curve"][i]["loss"] for row in rows] for i in range(points)], dtype=float)
+    points = min(len(row.curve) for row in rows)
+    x = np.array([[getattr(row.curve[i], against) for row in rows] for i in range(points)], dtype=float)
+    y = np.array([[row.curve[i].loss for row in rows] for i in range(points)], dtype=float)
     return x.mean(axis=1) if points else x, y

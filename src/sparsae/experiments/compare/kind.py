@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsae.core.record import decode
 from sparsae.experiments.compare.plan import ComparisonPlan
-from sparsae.experiments.kind import Experiment, Kind, Results
+from sparsae.experiments.kind import Experiment, Kind
 
 if TYPE_CHECKING:
+    from sparsae.experiments.compare.record import Results
     from sparsae.experiments.jobs import Job
     from sparsae.report.tables import Table
 
@@ -26,10 +28,13 @@ class Compare(Kind):
 
         return Comparison(plan, out, quiet, admit)
 
-    def of_now(self, results: dict[str, Any]) -> dict[str, Any]:
+    def read(self, content: dict[str, Any], origin: str) -> Results:
         from sparsae.experiments.compare.earlier import of_now
+        from sparsae.experiments.compare.record import Asked, Results
 
-        return of_now(results)
+        results = decode(Results, of_now(content, origin), origin)
+        decode(Asked, results.plan, f"{origin}: plan")  # it is looked at where the file is not known any more
+        return results
 
     def title(self, results: Results) -> str:
         from sparsae.experiments.compare import page
@@ -46,19 +51,14 @@ class Compare(Kind):
         from sparsae.experiments.compare.tasks import tasks_table
 
         tables = [results_table(results).brief()]
-        tables += [contrast_table(results)] if results["contrasts"] else []
-        tables += [tasks_table(results)] if results.get("tasks") else []
-        return [*tables, rank_table(results)] if results.get("ranking") else tables
+        tables += [contrast_table(results)] if results.contrasts else []
+        tables += [tasks_table(results)] if results.tasks else []
+        return [*tables, rank_table(results)] if results.ranking else tables
 
     def conclusions(self, results: Results) -> Sequence[str]:
         return [
-            f"sparsity {entry['sparsity']:g}: "
-            + (
-                f"{entry['winner']} is better than every other"
-                if entry["winner"]
-                else "no method is better than every other"
-            )
-            for entry in results["conclusions"]
+            f"sparsity {entry.sparsity:g}: {entry.winner or 'no method'} is better than every other"
+            for entry in results.conclusions
         ]
 
 

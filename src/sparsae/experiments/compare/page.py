@@ -12,9 +12,10 @@ from sparsae.config import Config
 from sparsae.experiments.compare import figures as draw
 from sparsae.experiments.compare.equal_loss import equal_loss_table
 from sparsae.experiments.compare.plan import LEARNING_RATE
+from sparsae.experiments.compare.record import Results, SummaryRow, TuningRow
 from sparsae.experiments.compare.strategy import strategy_section
 from sparsae.experiments.compare.stuck import stuck_table
-from sparsae.experiments.compare.tables import compared_loss, contrast_table, rank_table, results_table
+from sparsae.experiments.compare.tables import contrast_table, rank_table, results_table
 from sparsae.experiments.compare.tasks import tasks_section
 from sparsae.experiments.looks import Look, looks
 from sparsae.report import markup
@@ -23,7 +24,6 @@ from sparsae.report.markup import Tile
 from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
 from sparsae.report.tables import Table, interval_text
 
-Results = Mapping[str, Any]
 _TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}
 _LOSSES = {
     "test_loss": "The loss is that on the test, held-out text that nothing was tuned or watched on.",
@@ -35,17 +35,16 @@ _MATCHED = {"flops": "counted training FLOPs, all parts", "tokens": "training to
 def _first_runs(results: Results, out: Path) -> dict[tuple[str, float], RunData]:
     """The run of the first seed of each method and sparsity, where its directory is still there."""
     found: dict[tuple[str, float], RunData] = {}
-    for row in results["rows"]:
-        key = row["method"], row["sparsity"]
-        if key not in found and not row["diverged"] and (out / row["run"] / "config.yaml").is_file():
-            found[key] = read_run(out / row["run"])
+    for row in results.rows:
+        key = row.method, row.sparsity
+        if key not in found and not row.diverged and (out / row.run / "config.yaml").is_file():
+            found[key] = read_run(out / row.run)
     return found
 
 
 def title(results: Results) -> str:
     """The page's heading."""
-    plan = results["plan"]
-    return f"{_TITLES[results['kind']]} · {plan['preset']}"
+    return f"{_TITLES[results.kind]} · {results.asked.preset}"
 
 
 def body(results: Results, out: Path) -> str:
@@ -66,19 +65,19 @@ def body(results: Results, out: Path) -> str:
     }
     parts = {name: part for name, part in parts.items() if part[1]}
     links = "".join(f'<li><a href="#{name}">{label}</a></li>' for name, (label, _) in parts.items())
-    plan, methods = results["plan"], list(dict.fromkeys(row["method"] for row in results["rows"]))
+    asked, seeds = results.asked, len(results.asked.seeds)
     lead = (
-        f"{len(methods)} methods, {len(plan['seeds'])} seed{'s' if len(plan['seeds']) > 1 else ''}, "
-        f"sparsities {', '.join(percent(s) for s in plan['sparsities'])}; matched on {_MATCHED[plan['match']]}; "
-        f"held against {results['reference']}."
+        f"{len(results.methods)} methods, {seeds} seed{'s' if seeds > 1 else ''}, "
+        f"sparsities {', '.join(percent(s) for s in asked.sparsities)}; matched on {_MATCHED[asked.match]}; "
+        f"held against {results.reference}."
     )
-    state = "" if results["complete"] else '<p class="state">This experiment is not complete: runs are missing.</p>'
+    state = "" if results.complete else '<p class="state">This experiment is not complete: runs are missing.</p>'
     return "\n".join(
         [
             f'<header>\n<h1>{escape(title(results))}</h1>\n<p class="lead">{escape(lead)}</p>\n{state}',
             f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>',
             markup.tiles(_headline(results)),
-            markup.notes(results["warnings"]),
+            markup.notes(results.warnings),
             *(text for _, text in parts.values()),
             f"</main>\n<footer>Written by sparsae {escape(__version__)} from the metrics of its own runs.</footer>",
         ]
@@ -86,23 +85,23 @@ def body(results: Results, out: Path) -> str:
 
 
 def _headline(results: Results) -> list[Tile]:
-    rows, tuning, loss = results["rows"], results["tuning"], compared_loss(results)
+    rows, tuning = results.rows, results.tuning
     tiles = []
-    for entry in results["conclusions"]:
-        mine = [e for e in results["summary"] if e["sparsity"] == entry["sparsity"] and e[loss]]
-        best = min(mine, key=lambda e: e[loss]["mean"], default=None)
-        lowest = f"lowest mean: {best['method']}, {interval_text(best[loss])}" if best else ""
-        name = entry["winner"] or "no winner"
-        tiles.append(Tile(f"Best at {percent(entry['sparsity'])} sparsity", name, [lowest]))
-    trials = sum(len(group["trials"]) for group in tuning)
-    spent = sum(group["train_flops"] for group in tuning)
+    for entry in results.conclusions:
+        losses = {e.method: e.loss(results.judged_by) for e in results.summary if e.sparsity == entry.sparsity}
+        known = {method: interval for method, interval in losses.items() if interval}
+        best = min(known, key=lambda method: known[method].mean, default=None)
+        lowest = f"lowest mean: {best}, {interval_text(known[best])}" if best else ""
+        tiles.append(Tile(f"Best at {percent(entry.sparsity)} sparsity", entry.winner or "no winner", [lowest]))
+    trials = sum(len(group.trials) for group in tuning)
+    spent = sum(group.train_flops for group in tuning)
     notes = [f"and {trials} trials of tuning" if trials else "nothing was tuned"]
     tiles.append(Tile("Compared runs", count(len(rows)), notes))
-    total = sum(row["train_flops"] or 0 for row in rows)
+    total = sum(row.train_flops or 0 for row in rows)
     tiles.append(Tile("FLOPs of the runs", compact(total), [f"tuning: {compact(spent)}" if trials else ""]))
-    seconds = sum(row["seconds"] or 0 for row in rows)
-    tried = sum(trial["seconds"] or 0 for group in tuning for trial in group["trials"])
-    if not _stacked(results):
+    seconds = sum(row.seconds or 0 for row in rows)
+    tried = sum(trial.seconds or 0 for group in tuning for trial in group.trials)
+    if not results.is_stacked:
         tiles.append(Tile("Time of the runs", duration(seconds), [f"tuning: {duration(tried)}" if trials else ""]))
     return tiles
 
@@ -114,7 +113,7 @@ def _table(table: Table) -> str:
 
 
 def _results(results: Results) -> str:
-    look, sparsities, loss = _looks(results), results["plan"]["sparsities"], compared_loss(results)
+    look, sparsities, loss = _looks(results), results.asked.sparsities, results.judged_by
     lead = (
         f"{_LOSSES[loss]} A star marks a paired difference with p < 0.05, adjusted by Holm's method over all "
         "differences but the planned ones; nothing is concluded from the others. "
@@ -125,13 +124,13 @@ def _results(results: Results) -> str:
         "Final loss",
         lead,
         _table(results_table(results)),
-        _table(contrast_table(results)) if results["contrasts"] else "",
+        _table(contrast_table(results)) if results.contrasts else "",
         "<h3>In figures</h3>",
         markup.figures(
             [
-                draw.loss_by_sparsity(results["summary"], look, loss),
+                draw.loss_by_sparsity(results.summary, look, loss),
                 *(
-                    draw.differences(results["summary"], results["rows"], look, s, results["reference"], loss)
+                    draw.differences(results.summary, results.rows, look, s, results.reference, loss)
                     for s in sparsities
                 ),
             ]
@@ -140,7 +139,7 @@ def _results(results: Results) -> str:
 
 
 def _ranking(results: Results) -> str:
-    if not results.get("ranking"):
+    if not results.ranking:
         return ""
     lead = (
         "Candidates of each update were also scored on the whole validation set, apart from training: Kendall's tau "
@@ -151,19 +150,19 @@ def _ranking(results: Results) -> str:
 
 
 def _curves(results: Results) -> str:
-    look, rows = _looks(results), results["rows"]
+    look, rows = _looks(results), results.rows
     axes: tuple[draw.Against, ...] = ("train_flops", "tokens", "seconds")
-    axes = axes[:2] if _stacked(results) else axes
+    axes = axes[:2] if results.is_stacked else axes
     blocks = [
         markup.figures(draw.loss_curves(rows, look, against, sparsity) for against in axes)
-        for sparsity in results["plan"]["sparsities"]
+        for sparsity in results.asked.sparsities
     ]
     lead = "Means over seeds; the bands reach from the best to the worst seed. The untrained model is beyond the top."
     return markup.section("curves", "Validation loss on the way", lead, "<h3></h3>".join(blocks))
 
 
 def _equal_loss(results: Results) -> str:
-    table = equal_loss_table(results.get("equal_loss", []))
+    table = equal_loss_table(results.equal_loss)
     if table is None:
         return ""
     lead = (
@@ -176,74 +175,77 @@ def _equal_loss(results: Results) -> str:
 
 def _topology(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
     look, panels = _looks(results), []
-    for sparsity in results["plan"]["sparsities"]:
+    for sparsity in results.asked.sparsities:
         mine = {method: run for (method, at), run in runs.items() if at == sparsity}
         panels += [draw.telemetry(mine, look, sparsity, kind) for kind in ("turnover", "distance", "itop")]
         panels.append(draw.layer_densities(mine, look, sparsity))
-    entries = [entry for entry in results["summary"] if entry["updates"]]
-    accepted = [[f"{e['method']} · {percent(e['sparsity'])}", f"{e['updates']:.4g}", _accepted(e)] for e in entries]
+    accepted = [
+        [f"{entry.method} · {percent(entry.sparsity)}", f"{entry.updates:.4g}", _accepted(entry, entry.updates)]
+        for entry in results.summary
+        if entry.updates
+    ]
     if not accepted and not any(panels):
         return ""
     lead = "How the topologies moved, from the runs of the first seed; the table has the means over all seeds."
     columns = ["method", "updates", "accepted"]
     table = markup.table("Topology updates a run", columns, accepted) if accepted else ""
-    stuck = stuck_table(results["rows"])
+    stuck = stuck_table(results.rows)
     return markup.section("topology", "Topology", lead, markup.figures(panels), table, _table(stuck) if stuck else "")
 
 
-def _accepted(entry: Mapping[str, Any]) -> str:
-    accepted, updates = entry["accepted_updates"], entry["updates"]
+def _accepted(entry: SummaryRow, updates: float) -> str:
+    accepted = entry.accepted_updates or 0
     return "each" if accepted == updates else f"{accepted:.4g} ({percent(accepted / updates)})"
 
 
 def _cost(results: Results) -> str:
     panels = []
-    for sparsity in results["plan"]["sparsities"]:
-        panels.append(draw.cost_bars(results["rows"], sparsity, "train_flops_by_part", "FLOPs"))
-        if not _stacked(results):
-            panels.append(draw.cost_bars(results["rows"], sparsity, "seconds_by_part", "time"))
+    for sparsity in results.asked.sparsities:
+        panels.append(draw.cost_bars(results.rows, sparsity, "FLOPs"))
+        if not results.is_stacked:
+            panels.append(draw.cost_bars(results.rows, sparsity, "time"))
     lead = "FLOPs are counted analytically, at the sparsity of each moment. " + (
         "These runs trained together, so that no time is any run's own."
-        if _stacked(results)
+        if results.is_stacked
         else "Time is what the machine took, with whatever else ran on it."
     )
     return markup.section("cost", "Cost by part", lead, markup.figures(panels))
 
 
 def _tuning(results: Results) -> str:
-    if not results["tuning"]:
+    if not results.tuning:
         return ""
-    plan, tuning, look = results["plan"], results["tuning"], _looks(results)
-    settings = list(dict.fromkeys(entry["setting"] for group in tuning for entry in group["looks"]))
-    panels = [draw.tuning_curves(tuning, look, sparsity, name) for sparsity in plan["sparsities"] for name in settings]
+    asked, tuning, look = results.asked, results.tuning, _looks(results)
+    settings = list(dict.fromkeys(entry.setting for group in tuning for entry in group.looks))
+    panels = [draw.tuning_curves(tuning, look, sparsity, name) for sparsity in asked.sparsities for name in settings]
     rows = [
         [
-            f"{group['method']} · {percent(group['sparsity'])}",
-            str(len(group["trials"])),
+            f"{group.method} · {percent(group.sparsity)}",
+            str(len(group.trials)),
             _steps(group),
-            compact(group["train_flops"]),
-            f"{group['learning_rate']:g}",
-            ", ".join(f"{name} {value:g}" for name, value in group["settings"].items() if name != LEARNING_RATE) or "-",
-            ", ".join(f"{value:g}" for entry in group["looks"] for value in entry["added"]) or "-",
-            f"at the edge: {', '.join(group['edges'])}" if group["edges"] else "inside",
+            compact(group.train_flops),
+            f"{group.learning_rate:g}",
+            ", ".join(f"{name} {value:g}" for name, value in group.settings.items() if name != LEARNING_RATE) or "-",
+            ", ".join(f"{value:g}" for entry in group.looks for value in entry.added) or "-",
+            f"at the edge: {', '.join(group.edges)}" if group.edges else "inside",
         ]
         for group in tuning
     ]
-    share, carried = results["trial_share"], plan["tuning"].get("budget") is not None
+    share, carried = results.trial_share, asked.tuning.budget is not None
     lead = (
-        f"Every method tries the same values at every sparsity, on seed {plan['tuning']['seed']}, which is not "
+        f"Every method tries the same values at every sparsity, on seed {asked.tuning.seed}, which is not "
         f"compared; the lowest validation loss decides, and a grid whose best value is at its end is extended by the "
         f"same ratio. Each trial is {percent(share)} of its method's run, of the same share for all"
-        + (", the longest that the budget of tuning carries." if carried and share < plan["tuning"]["share"] else ".")
+        + (", the longest that the budget of tuning carries." if carried and share < asked.tuning.share else ".")
     )
     columns = ["method", "trials", "steps", "FLOPs", "learning rate", "other settings", "beyond the grid", "best"]
     table = markup.table("What tuning took and found", columns, rows)
     return markup.section("tuning", "Tuning", lead, markup.figures(panels), table)
 
 
-def _steps(group: Mapping[str, Any]) -> str:
+def _steps(group: TuningRow) -> str:
     """How long a method's trials were."""
-    steps = sorted({trial["steps"] for trial in group["trials"] if trial["steps"] and not trial["diverged"]})
+    steps = sorted({trial.steps for trial in group.trials if trial.steps and not trial.diverged})
     return "-".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))) if steps else UNKNOWN
 
 
@@ -283,11 +285,6 @@ def _reading(results: Results) -> str:
     return markup.section("reading", "How to read it", lead, markup.notes(entries))
 
 
-def _stacked(results: Results) -> bool:
-    """Whether runs trained together: then no time is any run's own."""
-    return any(row.get("stacked") for row in results["rows"])
-
-
 def _leaves(config: Config) -> list[tuple[str, str]]:
     def walk(tree: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
         found = []
@@ -303,4 +300,5 @@ def _written(value: object) -> str:
 
 
 def _looks(results: Results) -> dict[str, Look]:
-    return looks([row["method"] for row in results["rows"]])
+    # Of a comparison that goes on, what was tuned may have no run yet.
+    return looks([*results.methods, *(entry.method for entry in results.tuning)])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
-from sparsae.core.intervals import mean_interval
+from sparsae.core.intervals import Interval, mean_interval
+from sparsae.experiments.compare.record import Agreement, RankingRow, Row
+from sparsae.runs.rows import TopologyRow
 
-Row = Mapping[str, Any]
 
-
-def rank_agreement(rows: Sequence[Row]) -> dict[str, Any]:
+def rank_agreement(rows: Sequence[TopologyRow]) -> Agreement:
     """Of one run's topology rows: updates that were studied, mean Kendall's tau-b of them, and a correlation.
 
     tau is between the candidates' scores (the current topology's among them) and their losses on the whole validation
@@ -23,46 +22,47 @@ def rank_agreement(rows: Sequence[Row]) -> dict[str, Any]:
     """
     taus, micro, whole, updates = [], [], [], 0
     for row in rows:
-        studied = [c for c in [*row.get("candidates", ()), row.get("current")] if c and _studied(c)]
+        studied = [
+            c for c in (*row.candidates, row.current) if c and c.is_scored and c.validation_cross_entropy is not None
+        ]
         if len(studied) < 2:
             continue
         updates += 1
-        losses = np.array([c["validation_cross_entropy"] for c in studied])
-        scores = np.array([c["score"] for c in studied])
+        losses = np.array([c.validation_cross_entropy for c in studied])
+        scores = np.array([c.score for c in studied])
         if np.ptp(losses) > 0 and np.ptp(scores) > 0:
             taus.append(float(stats.kendalltau(scores, losses).statistic))
-        if all(c.get("cross_entropy") is not None for c in studied):
-            entropies = np.array([c["cross_entropy"] for c in studied])
+        entropies = np.array([c.terms.get("cross_entropy", math.nan) for c in studied])
+        if np.isfinite(entropies).all():
             micro += list(entropies - entropies.mean())
             whole += list(losses - losses.mean())
     varies = len(micro) > 2 and np.ptp(micro) > 0 and np.ptp(whole) > 0
-    return {
-        "updates": updates,
-        "kendall_tau": math.fsum(taus) / len(taus) if taus else None,
-        "correlation": float(stats.pearsonr(micro, whole).statistic) if varies else None,
-    }
+    return Agreement(
+        updates=updates,
+        kendall_tau=math.fsum(taus) / len(taus) if taus else None,
+        correlation=float(stats.pearsonr(micro, whole).statistic) if varies else None,
+    )
 
 
-def summarize_rankings(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def summarize_rankings(rows: Sequence[Row]) -> tuple[RankingRow, ...]:
     """An entry a sparsity and method, with intervals over seeds, of compared runs that were studied."""
-    groups: dict[tuple[float, str], list[Row]] = {}
+    groups: dict[tuple[float, str], list[tuple[Row, Agreement]]] = {}
     for row in rows:
-        if row.get("ranking") and row["ranking"]["updates"]:
-            groups.setdefault((row["sparsity"], row["method"]), []).append(row)
-    found = []
-    for (sparsity, method), mine in groups.items():
-        entry: dict[str, Any] = {"sparsity": sparsity, "method": method}
-        entry["updates"] = sum(row["ranking"]["updates"] for row in mine)
-        entry["study_flops"] = sum(row["study_flops"] for row in mine)
-        for key in ("kendall_tau", "correlation"):
-            known = [row["ranking"][key] for row in mine if row["ranking"][key] is not None]
-            interval = mean_interval(known) if known else None
-            entry[key] = interval and {
-                "n": interval.n, "mean": interval.mean, "low": interval.low, "high": interval.high,
-            }  # fmt: skip
-        found.append(entry)
-    return found
+        if row.ranking and row.ranking.updates:
+            groups.setdefault((row.sparsity, row.method), []).append((row, row.ranking))
+    return tuple(
+        RankingRow(
+            sparsity=sparsity,
+            method=method,
+            updates=sum(ranking.updates for _, ranking in mine),
+            study_flops=sum(row.study_flops or 0 for row, _ in mine),
+            kendall_tau=_interval([ranking.kendall_tau for _, ranking in mine]),
+            correlation=_interval([ranking.correlation for _, ranking in mine]),
+        )
+        for (sparsity, method), mine in groups.items()
+    )
 
 
-def _studied(candidate: Row) -> bool:
-    return all(candidate.get(key) is not None for key in ("score", "validation_cross_entropy"))
+def _interval(values: Sequence[float | None]) -> Interval | None:
+    known = [value for value in values if value is not None]
+    return mean_interval(known) if known else None

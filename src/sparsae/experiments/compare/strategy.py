@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from sparsae.experiments.compare.tables import compared_loss
+from sparsae.experiments.compare.record import Results
 from sparsae.experiments.statistics import Difference, paired_difference
 from sparsae.report import markup
 from sparsae.report.readable import UNKNOWN, percent
 from sparsae.runs.directory import RunDirectory
+from sparsae.runs.rows import TopologyRow
 
 EVOLVED, PLACEBO, FIXED = "sparsae-evolved", "sparsae-placebo", "sparsae"
 _GENE = "gene."
 
 
-def strategy_section(results: Mapping[str, Any], runs: Mapping[tuple[str, float], Path]) -> str:
+def strategy_section(results: Results, runs: Mapping[tuple[str, float], Path]) -> str:
     """The section of a comparison that has runs whose numbers evolve; else nothing.
 
     runs: directories of the first seed's, by method and sparsity.
     """
-    methods = {row["base_method"] for row in results["rows"]}
+    methods = {row.base_method for row in results.rows}
     if not methods & {EVOLVED, PLACEBO}:
         return ""
     lead = (
@@ -32,9 +32,9 @@ def strategy_section(results: Mapping[str, Any], runs: Mapping[tuple[str, float]
     return markup.section("strategy", "Strategy evolution", lead, markup.notes(said), _genomes(results, runs))
 
 
-def verdicts(results: Mapping[str, Any]) -> Iterator[tuple[str, Difference | None]]:
+def verdicts(results: Results) -> Iterator[tuple[str, Difference | None]]:
     """For each sparsity what may be said of evolved numbers against the placebo and against fixed ones."""
-    for sparsity in dict.fromkeys(row["sparsity"] for row in results["rows"]):
+    for sparsity in dict.fromkeys(row.sparsity for row in results.rows):
         losses = _losses(results, sparsity)
         for name in (PLACEBO, FIXED):
             if EVOLVED in losses and (name == PLACEBO or name in losses):
@@ -42,16 +42,16 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[tuple[str, Difference | Non
                 yield f"{percent(sparsity)} sparsity: {_said(name, difference)}", difference
 
 
-def _losses(results: Mapping[str, Any], sparsity: float) -> dict[str, dict[int, float]]:
+def _losses(results: Results, sparsity: float) -> dict[str, dict[int, float]]:
     """By method and seed; of a method in several variants the first."""
-    loss, found = compared_loss(results), dict[str, dict[int, float]]()
+    found: dict[str, dict[int, float]] = {}
     variants: dict[str, str] = {}
-    for row in results["rows"]:
-        method = row["base_method"]
-        if row["sparsity"] == sparsity and variants.setdefault(method, row["method"]) == row["method"]:
+    for row in results.rows:
+        method = row.base_method
+        if row.sparsity == sparsity and variants.setdefault(method, row.method) == row.method:
             seeds = found.setdefault(method, {})
-            if not row["diverged"] and row[loss] is not None:
-                seeds[row["seed"]] = row[loss]
+            if not row.diverged and (loss := row.loss(results.judged_by)) is not None:
+                seeds[row.seed] = loss
     return found
 
 
@@ -71,19 +71,18 @@ def _said(other: str, difference: Difference | None) -> str:
     return f"evolution {worse} {what}: {number}{advice}."
 
 
-def _genomes(results: Mapping[str, Any], runs: Mapping[tuple[str, float], Path]) -> str:
+def _genomes(results: Results, runs: Mapping[tuple[str, float], Path]) -> str:
     """The first genome of each run, and the mean of those in the last quarter of its updates."""
-    based = {row["method"]: row["base_method"] for row in results["rows"]}
+    based = {row.method: row.base_method for row in results.rows}
     rows: dict[str, dict[str, str]] = {}
     for (method, sparsity), path in runs.items():
         if based.get(method) in (EVOLVED, PLACEBO):
-            metrics = RunDirectory(path).read_metrics()
-            updates = [row for row in metrics if row.get("kind") == "topology" and row["step"]]
+            updates = [row for row in RunDirectory(path).read_metrics(TopologyRow) if row.step]
             if updates:
                 last = updates[-max(1, len(updates) // 4) :]
                 rows[f"{method} · {percent(sparsity)}"] = {
-                    key: f"{updates[0][key]:.3g} → {sum(row[key] for row in last) / len(last):.3g}"
-                    for key in updates[0]
+                    key: f"{updates[0].number(key):.3g} → {sum(row.number(key) for row in last) / len(last):.3g}"
+                    for key in updates[0].numbers
                     if key.startswith(_GENE)
                 }
     genes = list(dict.fromkeys(gene for row in rows.values() for gene in row))

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
+from sparsae.core.record import encode, field_names
+from sparsae.experiments.compare.record import Row, Stuck
 from sparsae.report.readable import percent
 from sparsae.report.tables import Table
+from sparsae.runs.rows import TopologyRow
 
-Row = Mapping[str, Any]
 PATIENCE = 5  # updates in a row
 _RESETS = ("reshuffle", "redraw")
-_COUNTS = ("updates", "unchanged", "no_better", "stuck", "longest_stuck", "resets")
+_COUNTS = field_names(Stuck)
 
 
-def stuck_counts(metrics: Sequence[Row]) -> dict[str, int] | None:
+def stuck_counts(topologies: Sequence[TopologyRow]) -> Stuck | None:
     """How many times `PATIENCE` updates or more in a row of a run left the topology `unchanged`, found `no_better`
     proxy than the best so far, or both (`stuck`; `longest_stuck` is in updates), and the global `resets` taken.
 
-    metrics: the run's rows. The proxy is that of the topology which an update leaves. None for a run whose updates
-    compared nothing.
+    topologies: the run's rows of them. The proxy is that of the topology which an update leaves. None for a run whose
+    updates compared nothing.
     """
-    updates = [row for row in metrics if row.get("kind") == "topology" and row["step"] and not row.get("skipped")]
+    updates = [row for row in topologies if row.step and not row.skipped]
     scores = [_score_left(row) for row in updates]
     if all(score is None for score in scores):
         return None
-    same = [not row["accepted"] for row in updates]
+    same = [not row.accepted for row in updates]
     worse = list(_no_better(scores))
     both = [a and b for a, b in zip(same, worse, strict=True)]
-    taken = [row["candidates"][row["chosen"]]["proposer"] for row in updates if _is_taken(row)]
-    return {
-        "updates": len(updates),
-        "unchanged": _stretches(same),
-        "no_better": _stretches(worse),
-        "stuck": _stretches(both),
-        "longest_stuck": max((len(list(run)) for holds, run in groupby(both) if holds), default=0),
-        "resets": sum(proposer in _RESETS for proposer in taken),
-    }
+    return Stuck(
+        updates=len(updates),
+        unchanged=_stretches(same),
+        no_better=_stretches(worse),
+        stuck=_stretches(both),
+        longest_stuck=max((len(list(run)) for holds, run in groupby(both) if holds), default=0),
+        resets=sum(row.taken.proposer in _RESETS for row in updates if row.taken),
+    )
 
 
 def stuck_table(rows: Sequence[Row]) -> Table | None:
     """Means over seeds by method and sparsity, of runs that compared; None where none did."""
-    groups: dict[tuple[float, str], list[Row]] = {}
+    groups: dict[tuple[float, str], list[dict[str, int]]] = {}
     for row in rows:
-        if row.get("stuck"):
-            groups.setdefault((row["sparsity"], row["method"]), []).append(row["stuck"])
+        if row.stuck:
+            groups.setdefault((row.sparsity, row.method), []).append(encode(row.stuck))
     if not groups:
         return None
     cells = [
@@ -60,15 +60,9 @@ def stuck_table(rows: Sequence[Row]) -> Table | None:
     return Table(title, columns, cells)
 
 
-def _is_taken(row: Row) -> bool:
-    """Whether an update took a candidate; a schedule changes connections without one."""
-    return row["accepted"] and row["chosen"] is not None
-
-
-def _score_left(row: Row) -> float | None:
-    left = row["candidates"][row["chosen"]] if _is_taken(row) else row.get("current")
-    score = left.get("score") if left else None
-    return None if score is None else float(score)
+def _score_left(row: TopologyRow) -> float | None:
+    left = row.taken or row.current
+    return left.score if left and left.is_scored else None
 
 
 def _no_better(scores: Sequence[float | None]) -> Iterator[bool]:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from sparsae.core.intervals import CONFIDENCE, Interval, mean_interval
+from sparsae.experiments.compare.record import (
+    Conclusion,
+    Contrast,
+    EquivalentTokens,
+    Loss,
+    Paired,
+    Results,
+    Row,
+    SummaryRow,
+)
 from sparsae.experiments.statistics import (
     Difference,
     Verdict,
@@ -15,103 +25,108 @@ from sparsae.experiments.statistics import (
     winner,
 )
 
-Row = Mapping[str, Any]
-Loss = Literal["test_loss", "validation_loss"]
 FEW_UPDATES = 5  # of a rule that moves: with fewer it has hardly moved
-_MEANS = ("train_flops", "tokens", "steps", "seconds", "parameters", "state_bytes", "accepted_updates", "updates")
 
 
 def judged_by(rows: Sequence[Row]) -> Loss:
     """The loss by which runs are compared: on the test, which nothing was tuned on, where every run has one."""
-    return "test_loss" if all(row["diverged"] or row["test_loss"] is not None for row in rows) else "validation_loss"
+    return "test_loss" if all(row.diverged or row.test_loss is not None for row in rows) else "validation_loss"
 
 
 def summarize(
     rows: Sequence[Row], reference: str, loss: Loss, planned: Sequence[tuple[str, str]] = ()
-) -> list[dict[str, Any]]:
+) -> tuple[SummaryRow, ...]:
     """An entry a sparsity and method, in the order of the rows; differences are of this loss.
 
     A planned difference from the reference is decided by its own p, and every other by Holm's adjustment over all of
     those together, at whichever sparsity.
     """
-    entries = []
-    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+    pairs = {frozenset(pair) for pair in planned}
+    entries: list[SummaryRow] = []
+    for sparsity in dict.fromkeys(row.sparsity for row in rows):
         groups: dict[str, list[Row]] = {}
         for row in rows:
-            if row["sparsity"] == sparsity:
-                groups.setdefault(row["method"], []).append(row)
-        entries += _of_one_sparsity(groups, sparsity, reference, loss)
-    pairs = {frozenset(pair) for pair in planned}
-    for entry in entries:
-        entry["planned"] = frozenset((entry["method"], reference)) in pairs
-    unplanned = [entry["difference"] for entry in entries if entry["difference"] and not entry["planned"]]
-    family = [difference for difference in unplanned if difference["p"] is not None]
-    for difference, adjusted in zip(family, holm([d["p"] for d in family]), strict=True):
-        difference["p_holm"] = adjusted
-    for entry in entries:
-        entry["verdict"] = verdict_of(entry, entry["method"] == reference)
-    return entries
+            if row.sparsity == sparsity:
+                groups.setdefault(row.method, []).append(row)
+        for entry in _of_one_sparsity(groups, sparsity, reference, loss):
+            entries.append(replace(entry, planned=frozenset((entry.method, reference)) in pairs))
+    entries = _adjusted(entries)
+    return tuple(replace(entry, verdict=verdict_of(entry, entry.method == reference)) for entry in entries)
 
 
-def contrasts(rows: Sequence[Row], loss: Loss, planned: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The planned differences, a less b, at each sparsity, each by its own paired test."""
-    found = []
-    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
-        losses: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if row["sparsity"] == sparsity and not row["diverged"]:
-                losses.setdefault(row["method"], {})[row["seed"]] = row[loss]
-        for a, b in planned:
-            difference = paired_difference(losses.get(a, {}), losses.get(b, {}))
-            entry = {"sparsity": sparsity, "a": a, "b": b, "difference": _difference(difference)}
-            found.append(entry | {"verdict": "undecided" if difference is None else difference.verdict})
+def _adjusted(entries: Sequence[SummaryRow]) -> list[SummaryRow]:
+    """With Holm's p of every difference that was not planned."""
+    family = {
+        at: (entry.difference, entry.difference.p)
+        for at, entry in enumerate(entries)
+        if not entry.planned and entry.difference is not None and entry.difference.p is not None
+    }
+    found = list(entries)
+    for (at, (difference, _)), p in zip(family.items(), holm([p for _, p in family.values()]), strict=True):
+        found[at] = replace(found[at], difference=replace(difference, p_holm=p))
     return found
 
 
-def conclusions(rows: Sequence[Row], loss: Loss) -> list[dict[str, Any]]:
+def contrasts(rows: Sequence[Row], loss: Loss, planned: Sequence[tuple[str, str]]) -> tuple[Contrast, ...]:
+    """The planned differences, a less b, at each sparsity, each by its own paired test."""
+    found = []
+    for sparsity in dict.fromkeys(row.sparsity for row in rows):
+        losses = losses_of([row for row in rows if row.sparsity == sparsity], loss)
+        for a, b in planned:
+            difference = paired_difference(losses.get(a, {}), losses.get(b, {}))
+            verdict: Verdict = "undecided" if difference is None else difference.verdict
+            found.append(Contrast(sparsity=sparsity, a=a, b=b, difference=_paired(difference), verdict=verdict))
+    return tuple(found)
+
+
+def losses_of(rows: Iterable[Row], loss: Loss) -> dict[str, dict[int, float]]:
+    """By method and seed, of the runs that did not diverge."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if not row.diverged and (known := row.loss(loss)) is not None:
+            losses.setdefault(row.method, {})[row.seed] = known
+    return losses
+
+
+def conclusions(rows: Sequence[Row], loss: Loss) -> tuple[Conclusion, ...]:
     """For each sparsity the method that is better than every other, or None; one that ever diverged is not.
 
     Rows under a further match are beside the comparison.
     """
     found = []
-    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
-        losses: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if row["sparsity"] == sparsity and not row["diverged"] and not row.get("beside"):
-                losses.setdefault(row["method"], {})[row["seed"]] = row[loss]
-        failed = {row["method"] for row in rows if row["sparsity"] == sparsity and row["diverged"]}
-        best = winner(losses)
-        found.append({"sparsity": sparsity, "winner": None if best in failed else best})
-    return found
+    for sparsity in dict.fromkeys(row.sparsity for row in rows):
+        mine = [row for row in rows if row.sparsity == sparsity]
+        failed = {row.method for row in mine if row.diverged}
+        best = winner(losses_of((row for row in mine if not row.beside), loss))
+        found.append(Conclusion(sparsity=sparsity, winner=None if best in failed else best))
+    return tuple(found)
 
 
-def warnings(results: Mapping[str, Any]) -> list[str]:
+def warnings(results: Results) -> list[str]:
     """What a reader must know before believing a number."""
     found = []
-    if results["judged_by"] == "validation_loss":
+    if results.judged_by == "validation_loss":
         found.append(
             "the losses compared are those of validation, the text on which learning rates were tuned: not every run "
             "has a test loss (set training.validation_sequences lower, or begin the comparison anew)"
         )
     edges = [
-        f"{group['method']} at {group['sparsity']:g} ({setting.rpartition('.')[2]} {group['settings'][setting]:g})"
-        for group in results["tuning"]
-        for setting in group["edges"]
+        f"{group.method} at {group.sparsity:g} ({setting.rpartition('.')[2]} {group.settings[setting]:g})"
+        for group in results.tuning
+        for setting in group.edges
     ]
     if edges:
         found.append(
             f"the best value is at the edge of the grid, which tuning.extensions did not let go on: {', '.join(edges)}"
         )
-    for row in results["rows"]:
-        if row["diverged"]:
-            found.append(f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: diverged")
-        elif abs(row["budget_deviation"]) > 0.02:
-            found.append(
-                f"{row['method']} at sparsity {row['sparsity']:g}, seed {row['seed']}: spent "
-                f"{row['budget_deviation']:+.1%} of its budget of {row['match']}"
-            )
-    found += _of_few_updates(results["rows"])
-    seeds = {row["seed"] for row in results["rows"]}
+    for row in results.rows:
+        where = f"{row.method} at sparsity {row.sparsity:g}, seed {row.seed}"
+        if row.diverged:
+            found.append(f"{where}: diverged")
+        elif row.budget_deviation is not None and abs(row.budget_deviation) > 0.02:
+            found.append(f"{where}: spent {row.budget_deviation:+.1%} of its budget of {row.match}")
+    found += _of_few_updates(results.rows)
+    seeds = {row.seed for row in results.rows}
     if len(seeds) == 1:
         found.append("one seed: there are no intervals, and no method can be called better")
     return found
@@ -119,9 +134,9 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
 
 def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
     """A moving rule that hardly moved is not what its name says."""
-    few = (row for row in rows if row.get("moves") and row["updates"] < FEW_UPDATES)
+    few = (row for row in rows if row.moves and (row.updates or 0) < FEW_UPDATES)
     for method, sparsity, steps, updates in dict.fromkeys(
-        (row["method"], row["sparsity"], row["steps"], row["updates"]) for row in few
+        (row.method, row.sparsity, row.steps or 0, row.updates or 0) for row in few
     ):
         made = {0: "no topology update", 1: "one topology update"}.get(updates, f"{updates} topology updates")
         yield (
@@ -133,87 +148,93 @@ def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
 
 def _of_one_sparsity(
     groups: Mapping[str, list[Row]], sparsity: float, reference: str, loss: Loss
-) -> list[dict[str, Any]]:
-    losses = {name: {r["seed"]: r[loss] for r in rows if not r["diverged"]} for name, rows in groups.items()}
-    held_against = losses.get(reference, {})
-    differences = {name: paired_difference(mine, held_against) for name, mine in losses.items() if name != reference}
+) -> Iterator[SummaryRow]:
+    """Without what depends on other entries: whether a difference was planned, its adjusted p and what it says."""
+    losses = losses_of((row for rows in groups.values() for row in rows), loss)
     curve = _mean_curve(groups.get(reference, []))
-    entries = []
     for name, rows in groups.items():
-        done = [row for row in rows if not row["diverged"]]
-        difference = differences.get(name)
-        entries.append(
-            {
-                "method": name,
-                "sparsity": sparsity,
-                **{name: _mean_of(done, name) for name in ("test_loss", "validation_loss")},
-                "diverged": len(rows) - len(done),
-                "learning_rate": rows[0]["learning_rate"],
-                "settings": rows[0].get("settings", {}),
-                **{key: _mean([row[key] for row in done]) for key in _MEANS},
-                "difference": _difference(difference),
-                "equivalent_tokens": _equivalent(curve, difference) if difference else None,
-            }
+        done = [row for row in rows if not row.diverged]
+        is_reference = name == reference
+        difference = None if is_reference else paired_difference(losses.get(name, {}), losses.get(reference, {}))
+        yield SummaryRow(
+            method=name,
+            sparsity=sparsity,
+            test_loss=_interval(row.test_loss for row in done),
+            validation_loss=_interval(row.validation_loss for row in done),
+            diverged=len(rows) - len(done),
+            learning_rate=rows[0].learning_rate,
+            settings=rows[0].settings,
+            train_flops=_mean(row.train_flops for row in done),
+            tokens=_mean(row.tokens for row in done),
+            steps=_mean(row.steps for row in done),
+            seconds=_mean(row.seconds for row in done),
+            parameters=_mean(row.parameters for row in done),
+            state_bytes=_mean(row.state_bytes for row in done),
+            accepted_updates=_mean(row.accepted_updates for row in done),
+            updates=_mean(row.updates for row in done),
+            difference=_paired(difference),
+            equivalent_tokens=_equivalent(curve, difference) if difference else None,
+            planned=False,
+            verdict="undecided",
         )
-    return entries
 
 
-def verdict_of(entry: Mapping[str, Any], is_reference: bool) -> Verdict:
+def verdict_of(entry: SummaryRow, is_reference: bool) -> Verdict:
     """What an entry's difference says. Nothing is decided by the runs that are left where others diverged."""
     p = decisive_p(entry)
     if is_reference:
         return "reference"
-    if p is None or p >= 1.0 - CONFIDENCE or entry["diverged"]:
+    if entry.difference is None or p is None or p >= 1.0 - CONFIDENCE or entry.diverged:
         return "undecided"
-    return "better" if entry["difference"]["mean"] < 0 else "worse"
+    return "better" if entry.difference.mean < 0 else "worse"
 
 
-def decisive_p(entry: Mapping[str, Any]) -> float | None:
+def decisive_p(entry: SummaryRow) -> float | None:
     """The p value by which an entry's difference is judged; None where there is none."""
-    difference = entry["difference"]
-    p: float | None = difference and difference["p" if entry["planned"] else "p_holm"]
-    return p
+    if entry.difference is None:
+        return None
+    return entry.difference.p if entry.planned else entry.difference.p_holm
 
 
-def _interval(interval: Interval) -> dict[str, Any]:
-    return {"n": interval.n, "mean": interval.mean, "low": interval.low, "high": interval.high}
-
-
-def _difference(difference: Difference | None) -> dict[str, Any] | None:
+def _paired(difference: Difference | None) -> Paired | None:
     if difference is None:
         return None
-    return {**_interval(difference.interval), "t": difference.t, "p": difference.p, "p_holm": None}
+    interval = difference.interval
+    return Paired(
+        n=interval.n, mean=interval.mean, low=interval.low, high=interval.high, t=difference.t, p=difference.p,
+        p_holm=None,
+    )  # fmt: skip
 
 
-def _equivalent(curve: Sequence[tuple[float, float]], difference: Difference) -> dict[str, Any]:
+def _equivalent(curve: Sequence[tuple[float, float]], difference: Difference) -> EquivalentTokens:
     """Of the mean difference and, where there is one, of the ends of its interval: a lower loss is worth more."""
     interval = difference.interval
     middle = equivalent_tokens(curve, interval.mean)
     ends = [None if end is None else equivalent_tokens(curve, end).ratio for end in (interval.high, interval.low)]
     tokens = curve[-1][0] if curve else None
-    return {
-        "ratio": middle.ratio,
-        "low": ends[0],
-        "high": ends[1],
-        "more_tokens": None if middle.ratio is None or tokens is None else (middle.ratio - 1) * tokens,
-        "how": middle.how,
-    }
+    return EquivalentTokens(
+        ratio=middle.ratio,
+        low=ends[0],
+        high=ends[1],
+        more_tokens=None if middle.ratio is None or tokens is None else (middle.ratio - 1) * tokens,
+        how=middle.how,
+    )
 
 
 def _mean_curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
     """(tokens, mean loss) at the steps that all seeds were validated at."""
-    curves = [{point["tokens"]: point["loss"] for point in row["curve"]} for row in rows if not row["diverged"]]
+    curves = [{point.tokens: point.loss for point in row.curve} for row in rows if not row.diverged]
     if not curves:
         return []
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     return [(tokens, sum(curve[tokens] for curve in curves) / len(curves)) for tokens in shared]
 
 
-def _mean_of(rows: Sequence[Row], loss: str) -> dict[str, Any] | None:
-    values = [row[loss] for row in rows if row[loss] is not None]
-    return _interval(mean_interval(values)) if values else None
+def _interval(values: Iterable[float | None]) -> Interval | None:
+    known = [value for value in values if value is not None]
+    return mean_interval(known) if known else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

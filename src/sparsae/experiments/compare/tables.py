@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from sparsae.experiments.compare.record import Contrast, Results, SummaryRow
 from sparsae.experiments.compare.summary import FEW_UPDATES, decisive_p
 from sparsae.report.readable import UNKNOWN, compact, percent
 from sparsae.report.tables import Table, interval_text
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
+def results_table(results: Results) -> Table:
     """Loss, difference and cost of each method at each sparsity."""
-    reference, plan = results["reference"], results["plan"]
-    seeds = len(plan["seeds"])
+    reference, asked = results.reference, results.asked
+    seeds = len(asked.seeds)
     columns = [
         "sparsity", "method", "learning rate", *map(_short, tuned_beside(results)), "steps", "tokens", "FLOPs",
         "updates", "parameters", "state", "loss (nats)", f"less {reference}", "p (Holm)", "equivalent tokens",
     ]  # fmt: skip
-    title = f"{plan['preset']}, matched on {plan['match']}, {seeds} seed{'s' if seeds > 1 else ''}"
-    loss = compared_loss(results).replace("_", " ")
+    title = f"{asked.preset}, matched on {asked.match}, {seeds} seed{'s' if seeds > 1 else ''}"
+    loss = results.judged_by.replace("_", " ")
     tuned = [_short(setting) for setting in tuned_beside(results)]
     # How a run was, and what it weighs.
     details = ["learning rate", *tuned, "tokens", "updates", "parameters", "state", "equivalent tokens"]
@@ -27,58 +25,53 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return Table(title, columns, _rows(results), details=details)
 
 
-def compared_loss(results: Mapping[str, Any]) -> str:
-    """The key of the loss that was compared."""
-    return str(results["judged_by"])
-
-
-def tuned_beside(results: Mapping[str, Any]) -> list[str]:
+def tuned_beside(results: Results) -> list[str]:
     """Settings that were tuned beside the learning rate."""
-    return list(results["plan"]["tuning"]["grid"])
+    return list(results.asked.tuning.grid)
 
 
 def _short(setting: str) -> str:
     return setting.rpartition(".")[2].replace("_", " ")
 
 
-def _tuned(entry: Mapping[str, Any], setting: str) -> str:
-    value = entry["settings"].get(setting)
+def _tuned(entry: SummaryRow, setting: str) -> str:
+    value = entry.settings.get(setting)
     return UNKNOWN if value is None else f"{value:g}"
 
 
-def contrast_table(results: Mapping[str, Any]) -> Table:
+def contrast_table(results: Results) -> Table:
     """The planned contrasts at each sparsity."""
     rows = [
         [
-            percent(entry["sparsity"]),
-            f"{entry['a']} less {entry['b']}",
-            str(entry["difference"]["n"]) if entry["difference"] else UNKNOWN,
-            interval_text(entry["difference"], signed=True) + _mark(entry["verdict"]),
-            _p(entry["difference"] and entry["difference"]["p"]),
+            percent(entry.sparsity),
+            f"{entry.a} less {entry.b}",
+            str(entry.difference.n) if entry.difference else UNKNOWN,
+            _difference(entry),
+            _p(entry.difference.p if entry.difference else None),
         ]
-        for entry in results["contrasts"]
+        for entry in results.contrasts
     ]
     title = "Planned contrasts: paired differences in nats, mean ± half of the 95 % interval, p not adjusted."
     return Table(title, ["sparsity", "contrast", "seeds", "difference", "p"], rows)
 
 
-def rank_table(results: Mapping[str, Any]) -> Table:
+def rank_table(results: Results) -> Table:
     """How well micro-batches rank candidates, by method and sparsity."""
     columns = ["sparsity", "method", "updates", "Kendall's tau", "correlation", "accepted", "final loss"]
-    losses = {(e["sparsity"], e["method"]): e for e in results["summary"]}
+    losses = {(entry.sparsity, entry.method): entry for entry in results.summary}
     rows = []
-    for entry in results["ranking"]:
-        of = losses[entry["sparsity"], entry["method"]]
-        share = of["accepted_updates"] / of["updates"] if of["updates"] else None
+    for entry in results.ranking or ():
+        of = losses.get((entry.sparsity, entry.method))
+        share = of.accepted_updates / of.updates if of and of.updates and of.accepted_updates is not None else None
         rows.append(
             [
-                percent(entry["sparsity"]),
-                entry["method"],
-                str(entry["updates"]),
-                interval_text(entry["kendall_tau"]),
-                interval_text(entry["correlation"]),
+                percent(entry.sparsity),
+                entry.method,
+                str(entry.updates),
+                interval_text(entry.kendall_tau),
+                interval_text(entry.correlation),
                 UNKNOWN if share is None else percent(share),
-                interval_text(of[compared_loss(results)]),
+                interval_text(of.loss(results.judged_by) if of else None),
             ]
         )
     return Table(
@@ -86,25 +79,26 @@ def rank_table(results: Mapping[str, Any]) -> Table:
     )
 
 
-def _rows(results: Mapping[str, Any]) -> list[list[str]]:
-    rows, judged_by = [], compared_loss(results)
-    for entry in results["summary"]:
-        difference, equivalent = entry["difference"], entry["equivalent_tokens"]
+def _rows(results: Results) -> list[list[str]]:
+    rows = []
+    for entry in results.summary:
+        equivalent = entry.equivalent_tokens
         rows.append(
             [
-                percent(entry["sparsity"]),
-                entry["method"],
-                f"{entry['learning_rate']:g}",
+                percent(entry.sparsity),
+                entry.method,
+                f"{entry.learning_rate:g}",
                 *(_tuned(entry, setting) for setting in tuned_beside(results)),
-                f"{entry['steps']:,.0f}" if entry["steps"] is not None else UNKNOWN,
-                *(_compact(entry[key]) for key in ("tokens", "train_flops")),
-                _updates(entry["updates"]),
-                _compact(entry["parameters"]),
-                _compact(entry["state_bytes"], "B"),
-                interval_text(entry[judged_by]),
-                interval_text(difference, signed=True) + _mark(entry["verdict"]),
-                _p(decisive_p(entry)) + (" planned" if entry["planned"] else ""),
-                f"{equivalent['ratio']:.2f} ×" if equivalent and equivalent["ratio"] is not None else UNKNOWN,
+                f"{entry.steps:,.0f}" if entry.steps is not None else UNKNOWN,
+                _compact(entry.tokens),
+                _compact(entry.train_flops),
+                _updates(entry.updates),
+                _compact(entry.parameters),
+                _compact(entry.state_bytes, "B"),
+                interval_text(entry.loss(results.judged_by)),
+                _difference(entry),
+                _p(decisive_p(entry)) + (" planned" if entry.planned else ""),
+                f"{equivalent.ratio:.2f} ×" if equivalent and equivalent.ratio is not None else UNKNOWN,
             ]
         )
     return rows
@@ -117,9 +111,10 @@ def _updates(count: float | None) -> str:
     return f"{count:.4g}" + (" (few)" if count < FEW_UPDATES else "")
 
 
-def _mark(verdict: str) -> str:
-    """A star where a difference is decided."""
-    return " *" if verdict in ("better", "worse") else ""
+def _difference(entry: SummaryRow | Contrast) -> str:
+    """With a star where it is decided."""
+    text = interval_text(entry.difference.interval if entry.difference else None, signed=True)
+    return text + (" *" if entry.verdict in ("better", "worse") else "")
 
 
 def _p(p: float | None) -> str:

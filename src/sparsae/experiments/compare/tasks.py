@@ -10,6 +10,7 @@ from typing import Any
 from sparsae.config import Config
 from sparsae.core.intervals import mean_interval
 from sparsae.data import Progress
+from sparsae.experiments.compare.record import Results, Row
 from sparsae.files import read_json
 from sparsae.report import markup
 from sparsae.report.readable import UNKNOWN
@@ -19,7 +20,7 @@ from sparsae.tasks.settings import FinetuneConfig
 from sparsae.tasks.study import finetune_run
 from sparsae.tasks.tables import remarks, share
 
-Row = Mapping[str, Any]
+TaskRow = Mapping[str, Any]
 _KEPT = (
     "task", "title", "topology", "scores", "majority", "train_examples", "available_examples", "validation_examples",
     "held_out", "shortened", "rule", "swaps",
@@ -39,33 +40,33 @@ def fine_tune(
     finetune_run(run, settings, progress=progress, data=data)
 
 
-def task_rows(run: Path) -> list[dict[str, Any]]:
+def task_rows(run: Path) -> tuple[TaskRow, ...]:
     """What is kept of a run's fine-tunings in the row of the run; none where they have not ended."""
     file = run / "tasks" / "results.json"
     if not file.is_file():
-        return []
-    return [{key: row[key] for key in _KEPT} for row in read_json(file)["rows"]]
+        return ()
+    return tuple({key: row[key] for key in _KEPT} for row in read_json(file)["rows"])
 
 
-def summarize_tasks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def summarize_tasks(rows: Sequence[Row]) -> tuple[TaskRow, ...]:
     """Each method at each sparsity with each topology: the mean score on each task, over runs, and of them all."""
-    groups: dict[tuple[str, float, str], list[list[Row]]] = {}
+    groups: dict[tuple[str, float, str], list[list[TaskRow]]] = {}
     for row in rows:
-        for mode in dict.fromkeys(each["topology"] for each in row.get("tasks", ())):
-            mine = [each for each in row["tasks"] if each["topology"] == mode]
-            groups.setdefault((row["method"], row["sparsity"], mode), []).append(mine)
+        for mode in dict.fromkeys(each["topology"] for each in row.tasks or ()):
+            mine = [each for each in row.tasks or () if each["topology"] == mode]
+            groups.setdefault((row.method, row.sparsity, mode), []).append(mine)
     found = []
     for (method, sparsity, mode), runs in groups.items():
         scores = [{each["task"]: each["scores"]["score"]["mean"] for each in run} for run in runs]
         tasks = {task: asdict(mean_interval([run[task] for run in scores])) for task in scores[0]}
         mean = asdict(mean_interval([sum(run.values()) / len(run) for run in scores]))
         found.append({"method": method, "sparsity": sparsity, "topology": mode, "tasks": tasks, "mean": mean})
-    return found
+    return tuple(found)
 
 
-def tasks_table(results: Mapping[str, Any]) -> Table:
+def tasks_table(results: Results) -> Table:
     """A row for each method, sparsity and topology, a column for each task, the majority class's last."""
-    first = {each["task"]: each for row in results["rows"] for each in row.get("tasks", ())}
+    first = {each["task"]: each for row in results.rows for each in row.tasks or ()}
     columns = ["method", "sparsity", "topology", *(each["title"] for each in first.values()), "mean"]
     rows = [
         [
@@ -75,16 +76,16 @@ def tasks_table(results: Mapping[str, Any]) -> Table:
             *(share(entry["tasks"][task]) if task in entry["tasks"] else UNKNOWN for task in first),
             share(entry["mean"]),
         ]
-        for entry in results["tasks"]
+        for entry in results.tasks or ()
     ]
     guesses = [each["majority"]["score"] for each in first.values()]
     cells = [f"{100 * guess:.1f}" for guess in [*guesses, sum(guesses) / len(guesses)]]
     return Table("Scores on tasks", columns, [*rows, ["majority class", "", "", *cells]], names=3)
 
 
-def tasks_section(results: Mapping[str, Any]) -> str:
+def tasks_section(results: Results) -> str:
     """The part of the page; empty where there were no tasks."""
-    if not results.get("tasks"):
+    if not results.tasks:
         return ""
     table = tasks_table(results)
     cells = [[" · ".join(filter(None, row[:3])), *row[3:]] for row in table.rows]
@@ -98,8 +99,6 @@ def tasks_section(results: Mapping[str, Any]) -> str:
     )
 
 
-def _distinct(results: Mapping[str, Any]) -> Iterator[Row]:
+def _distinct(results: Results) -> Iterator[TaskRow]:
     """One row of each task: what is to be said of its data is said once."""
-    yield from {
-        each["task"]: {**each, "rule": None} for row in results["rows"] for each in row.get("tasks", ())
-    }.values()
+    yield from {each["task"]: {**each, "rule": None} for row in results.rows for each in row.tasks or ()}.values()

@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sparsae import __version__
+from sparsae.core.record import encode
 from sparsae.data import prepare
 from sparsae.experiments.coordinates.measure import Scale, scales
 from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
+from sparsae.experiments.coordinates.record import Results, Short
 from sparsae.experiments.coordinates.slopes import TOLERANCE, slopes, summary, without_slope
 from sparsae.experiments.matching import Cost
 from sparsae.experiments.page import write_page_of
@@ -34,7 +35,7 @@ class Coordinates:
         for config in {(case.width, case.sparsity): config for case, config in self._configs.items()}.values():
             require_fit(config)
 
-    def run(self, executor: object = None) -> dict[str, Any]:
+    def run(self, executor: object = None) -> Results:
         """Run every case; the slopes and their summary, which the directory gets as coordinates.json and report.html.
 
         No executor is made: what is measured lies inside of the runs. OSError where the directory cannot be made.
@@ -58,18 +59,18 @@ class Coordinates:
                     found[case] = list(scales(config, corpus, lambda cost=cost: progress.add(cost)))  # type: ignore[misc]
         rows = slopes(found, plan.least_fan_in)
         short = {case: len({scale.step for scale in mine}) for case, mine in found.items()}
-        results = {
-            "kind": plan.kind,
-            "sparsae": __version__,
-            "plan": plan.model_dump(mode="json"),
-            "tolerance": TOLERANCE,
-            "summary": summary(rows),
-            "rows": rows,
-            "without_slope": without_slope(found, rows),
-            "diverged": [{**vars(case), "steps": steps} for case, steps in short.items() if steps < plan.steps],
-        }
+        results = Results(
+            kind=plan.kind,
+            sparsae=__version__,
+            plan=plan.model_dump(mode="json"),
+            tolerance=TOLERANCE,
+            summary=summary(rows),
+            rows=rows,
+            without_slope=without_slope(found, rows),
+            diverged=tuple(Short(**vars(case), steps=steps) for case, steps in short.items() if steps < plan.steps),
+        )
         if out is not None:
-            write_atomically(out / "coordinates.json", to_json(results, indent=1) + "\n")
+            write_atomically(out / "coordinates.json", to_json(encode(results), indent=1) + "\n")
             write_page_of(KINDS[plan.kind], results, out)
         return results
 

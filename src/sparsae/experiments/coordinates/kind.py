@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sparsae.core.record import decode
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
-from sparsae.experiments.kind import Experiment, Kind, Results
+from sparsae.experiments.kind import Experiment, Kind
 
 if TYPE_CHECKING:
+    from sparsae.experiments.coordinates.record import Results
     from sparsae.experiments.jobs import Job
     from sparsae.report.tables import Table
 
@@ -25,6 +27,13 @@ class CoordinatesKind(Kind):
         from sparsae.experiments.coordinates.experiment import Coordinates
 
         return Coordinates(plan, out, quiet)
+
+    def read(self, content: dict[str, Any], origin: str) -> Results:
+        from sparsae.experiments.coordinates.record import Asked, Results
+
+        results = decode(Results, content, origin)
+        decode(Asked, results.plan, f"{origin}: plan")  # it is looked at where the file is not known any more
+        return results
 
     def title(self, results: Results) -> str:
         from sparsae.experiments.coordinates import page

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparsae.config import Config
 from sparsae.data import Corpus
 from sparsae.errors import DivergedError
+from sparsae.experiments.coordinates.record import Quantity
 from sparsae.models import decoder_and_head
 from sparsae.nn.choice import layer_shapes
 from sparsae.nn.linear import SparseLinear, sparse_layers
@@ -32,7 +33,6 @@ from sparsae.train.held_out import split_held_out
 from sparsae.train.loop import Trainer
 from sparsae.train.model import choice_of, choose_device, model_of
 
-Quantity = Literal["activation", "gradient", "update"]
 EMBEDDING, LOGITS = "embedding", "logits"
 
 

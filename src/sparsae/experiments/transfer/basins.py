@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from sparsae.core.intervals import Interval, mean_interval
+from sparsae.core.intervals import mean_interval
+from sparsae.experiments.transfer.record import Bounds, Edge, Over
 
-Edge = Literal["lowest", "highest", "divergence"]
 Cell = tuple[int, float]
 """Width and sparsity."""
-Over = Literal["sparsity", "width"]
 Value = TypeVar("Value")
 
 
@@ -107,11 +106,11 @@ def movement(optima: Mapping[Cell, Basin], over: Over) -> Movement | None:
     return Movement(2.0 ** max(spans), slope, at_least)
 
 
-def log2_interval(values: Sequence[float]) -> Interval | None:
+def log2_interval(values: Sequence[float]) -> Bounds | None:
     """Student's interval of base 2 logarithms, as values again; None for fewer than two."""
     if len(values) < 2:
         return None
     found = mean_interval([math.log2(value) for value in values])
     assert found.low is not None
     assert found.high is not None
-    return Interval(found.n, 2.0**found.mean, 2.0**found.low, 2.0**found.high)
+    return Bounds(n=found.n, low=2.0**found.low, high=2.0**found.high)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from sparsae.data import prepare
 from sparsae.experiments.board import Board
@@ -16,6 +15,7 @@ from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Cost
 from sparsae.experiments.page import write_page
 from sparsae.experiments.transfer.plan import Point, TransferPlan
+from sparsae.experiments.transfer.record import Results
 from sparsae.experiments.transfer.results import collect, write_results
 from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
@@ -40,7 +40,7 @@ class Transfer:
             for job in self.jobs.values():
                 admit(job)
 
-    def run(self, executor: Callable[[int], Executor]) -> dict[str, Any] | None:
+    def run(self, executor: Callable[[int], Executor]) -> Results | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.
 
         executor: what makes the executor from the descriptor that locks the directory.
@@ -75,6 +75,6 @@ class Transfer:
         forget_checkpoints(self.out, job)
         write_results(self._results(), self.out)
 
-    def _results(self) -> dict[str, Any]:
+    def _results(self) -> Results:
         done = {point: found for point, job in self.jobs.items() if (found := outcome(self.out / job.name))}
         return collect(self.plan, done, {point: self._configs[point] for point in done})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,14 +11,14 @@ from matplotlib.ticker import NullFormatter
 
 from sparsae.experiments.looks import Look, keys, looks
 from sparsae.experiments.transfer.basins import mean_losses
+from sparsae.experiments.transfer.plan import Knob
+from sparsae.experiments.transfer.record import Optimum, Over, Row
 from sparsae.experiments.transfer.results import LABELS, basin_of, by_cell
 from sparsae.report.readable import percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 
-Row = Mapping[str, Any]
 
-
-def basins(rows: Sequence[Row], optima: Sequence[Row], knob: str) -> list[Panel]:
+def basins(rows: Sequence[Row], optima: Sequence[Optimum], knob: Knob) -> list[Panel]:
     """A panel a parameterization, with one scale of losses: mean loss against the setting, by width and sparsity."""
     curves = {
         cell: dict(sorted(mean_losses(list(basin_of(mine, knob).values())).items()))
@@ -38,37 +37,40 @@ def basins(rows: Sequence[Row], optima: Sequence[Row], knob: str) -> list[Panel]
     ]
 
 
-def optimum_by(optima: Sequence[Row], knob: str, over: str) -> Panel | None:
+def optimum_by(optima: Sequence[Optimum], knob: Knob, over: Over) -> Panel | None:
     """The optimum against sparsity (or width): a line a parameterization and width (or sparsity)."""
-    fixed = "width" if over == "sparsity" else "sparsity"
-    mine = [entry for entry in optima if entry["knob"] == knob]
-    places = sorted({entry[over] for entry in mine})
+    mine = [entry for entry in optima if entry.knob == knob]
+
+    def place(entry: Optimum) -> float:
+        return entry.sparsity if over == "sparsity" else entry.width
+
+    places = sorted({place(entry) for entry in mine})
     if len(places) < 2:
         return None
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[Optimum]] = {}
     for entry in mine:
-        held = percent(entry[fixed]) if fixed == "sparsity" else f"width {entry[fixed]}"
-        lines.setdefault(f"{entry['parameterization']} · {held}", []).append(entry)
-    names = dict.fromkeys(entry["parameterization"] for entry in mine)
+        held = percent(entry.sparsity) if over == "width" else f"width {entry.width}"
+        lines.setdefault(f"{entry.parameterization} · {held}", []).append(entry)
+    names = dict.fromkeys(entry.parameterization for entry in mine)
     colour = {name: style.colour for name, style in looks(list(names)).items()}
     base = looks(list(lines))
     look = {
-        line: Look(colour[points[0]["parameterization"]], base[line].dash, base[line].marker, base[line].symbol)
+        line: Look(colour[points[0].parameterization], base[line].dash, base[line].marker, base[line].symbol)
         for line, points in lines.items()
     }
 
     def draw(figure: Figure) -> None:
         ax = axes(figure, LABELS[knob], x=over)
         for line, points in lines.items():
-            style, points = look[line], sorted(points, key=lambda point: point[over])
-            x, y = [places.index(point[over]) for point in points], [point["optimum"] for point in points]
+            style, points = look[line], sorted(points, key=place)
+            x, y = [places.index(place(point)) for point in points], [point.optimum for point in points]
             ax.plot(x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=4)
             for at, point in zip(x, points, strict=True):
-                if point["interval"]:
-                    ends = [point["interval"]["low"], point["interval"]["high"]]
+                if point.interval:
+                    ends = [point.interval.low, point.interval.high]
                     ax.plot([at, at], ends, color=COLOURS[style.colour], linewidth=1.0)
-                if point["edge"]:
-                    ax.plot([at], [point["optimum"]], "o", markersize=9, markerfacecolor="none",
+                if point.edge:
+                    ax.plot([at], [point.optimum], "o", markersize=9, markerfacecolor="none",
                             markeredgecolor=COLOURS["ink"])  # fmt: skip
         ax.set_yscale("log", base=2)
         ax.set_ylim(*_octaves(ax.get_ylim()))
@@ -77,7 +79,7 @@ def optimum_by(optima: Sequence[Row], knob: str, over: str) -> Panel | None:
         ax.set_xlim(-0.3, len(places) - 0.7)
 
     text = "; ".join(
-        f"{line}: {', '.join(format(point['optimum'], '.3g') for point in points)}" for line, points in lines.items()
+        f"{line}: {', '.join(format(point.optimum, '.3g') for point in points)}" for line, points in lines.items()
     )
     return panel(
         f"optimum-{knob.replace('_', '-')}-{over}",
@@ -92,12 +94,12 @@ def optimum_by(optima: Sequence[Row], knob: str, over: str) -> Panel | None:
 def _basins(
     name: str,
     curves: Mapping[tuple[int, float], Mapping[float, float | None]],
-    optima: Sequence[Row],
-    knob: str,
+    optima: Sequence[Optimum],
+    knob: Knob,
     look: Mapping[str, Look],
     limits: tuple[float, float],
 ) -> Panel:
-    best = [entry for entry in optima if (entry["knob"], entry["parameterization"]) == (knob, name)]
+    best = [entry for entry in optima if (entry.knob, entry.parameterization) == (knob, name)]
     values = sorted({value for curve in curves.values() for value in curve})
 
     def draw(figure: Figure) -> None:
@@ -110,7 +112,7 @@ def _basins(
             ax.plot(x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3.5)
             gone = [value for value, loss in curve.items() if loss is None]
             ax.plot(gone, [limits[1]] * len(gone), "x", color=COLOURS[style.colour], markersize=5, clip_on=False)
-        ax.plot([e["optimum"] for e in best], [e["loss"] for e in best], "o", markersize=8, markerfacecolor="none",
+        ax.plot([e.optimum for e in best], [e.loss for e in best], "o", markersize=8, markerfacecolor="none",
                 markeredgecolor=COLOURS["ink"])  # fmt: skip
         ax.set_ylim(*limits)
         every = -(-len(values) // 7)
@@ -118,9 +120,7 @@ def _basins(
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(lambda value, _: tick(value))
 
-    text = "; ".join(
-        f"width {e['width']}, {percent(e['sparsity'])}: {e['optimum']:.3g}, loss {e['loss']:.4f}" for e in best
-    )
+    text = "; ".join(f"width {e.width}, {percent(e.sparsity)}: {e.optimum:.3g}, loss {e.loss:.4f}" for e in best)
     return panel(
         f"basin-{knob.replace('_', '-')}-{name}",
         f"{name}: loss against {LABELS[knob]}",

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsae.experiments.kind import Experiment, Kind, Results
+from sparsae.core.record import decode
+from sparsae.experiments.kind import Experiment, Kind
 from sparsae.experiments.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
     from sparsae.experiments.jobs import Job
+    from sparsae.experiments.transfer.record import Results
     from sparsae.report.tables import Table
 
 
@@ -26,8 +28,11 @@ class TransferKind(Kind):
 
         return Transfer(plan, out, quiet, admit)
 
-    def of_now(self, results: dict[str, Any]) -> dict[str, Any]:
-        results["plan"].setdefault("embedding_multipliers", [])  # before there were any, none were swept
+    def read(self, content: dict[str, Any], origin: str) -> Results:
+        from sparsae.experiments.transfer.record import Asked, Results
+
+        results = decode(Results, content, origin)
+        decode(Asked, results.plan, f"{origin}: plan")  # it is looked at where the file is not known any more
         return results
 
     def title(self, results: Results) -> str:

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import get_args
 
 from sparsae import __version__
 from sparsae.experiments.transfer import figures as draw
-from sparsae.experiments.transfer.results import LABELS, best_table, movement_table, optimum_table, swept_together
+from sparsae.experiments.transfer.plan import Knob
+from sparsae.experiments.transfer.record import Over, Results
+from sparsae.experiments.transfer.results import LABELS, best_table, movement_table, optimum_table
 from sparsae.report import markup
 from sparsae.report.markup import Tile
 from sparsae.report.readable import compact, count, duration
 from sparsae.report.tables import Table
 
-Results = Mapping[str, Any]
-
 
 def title(results: Results) -> str:
     """The page's heading."""
-    return f"Transfer · {results['plan']['preset']}"
+    return f"Transfer · {results.asked.preset}"
 
 
 def body(results: Results) -> str:
     """The page, but for its frame."""
-    plan = results["plan"]
+    asked = results.asked
     lead = (
-        f"{', '.join(plan['parameterizations'])}, method {plan['method']}; widths {_list(plan['widths'])}, sparsities "
-        f"{_list(plan['sparsities'])}; every run has the same number of steps and tokens."
+        f"{', '.join(asked.parameterizations)}, method {asked.method}; widths {_list(asked.widths)}, sparsities "
+        f"{_list(asked.sparsities)}; every run has the same number of steps and tokens."
     )
-    state = "" if results["complete"] else '<p class="state">This experiment is not complete: runs are missing.</p>'
+    state = "" if results.complete else '<p class="state">This experiment is not complete: runs are missing.</p>'
     return "\n".join(
         [
             f'<header>\n<h1>{escape(title(results))}</h1>\n<p class="lead">{escape(lead)}</p>\n{state}',
             "</header>\n<main>",
             markup.tiles(_headline(results)),
-            markup.notes(results["warnings"]),
+            markup.notes(results.warnings),
             _movements(results),
             _together(results),
-            *(_basins(results, knob) for knob in dict.fromkeys(entry["knob"] for entry in results["optima"])),
+            *(_basins(results, knob) for knob in dict.fromkeys(entry.knob for entry in results.optima)),
             _reading(),
             f"</main>\n<footer>Written by sparsae {escape(__version__)} from the losses of its own runs.</footer>",
         ]
@@ -46,17 +46,17 @@ def body(results: Results) -> str:
 
 
 def _headline(results: Results) -> list[Tile]:
-    rows = results["rows"]
+    rows = results.rows
     tiles = [
         Tile(
-            f"{entry['parameterization']}: optimum over {entry['over']}",
-            f"{'≥ ' if entry['at_least'] else ''}{entry['factor']:.2f} ×",
-            [f"of the {LABELS[entry['knob']]}, highest over lowest"],
+            f"{entry.parameterization}: optimum over {entry.over}",
+            f"{'≥ ' if entry.at_least else ''}{entry.factor:.2f} ×",
+            [f"of the {LABELS[entry.knob]}, highest over lowest"],
         )
-        for entry in results["movements"]
+        for entry in results.movements
     ]
-    tiles.append(Tile("Runs", count(len(rows)), [f"{count(sum(row['diverged'] for row in rows))} diverged"]))
-    flops, seconds = (sum(row[key] or 0 for row in rows) for key in ("train_flops", "seconds"))
+    tiles.append(Tile("Runs", count(len(rows)), [f"{count(sum(row.diverged for row in rows))} diverged"]))
+    flops, seconds = sum(row.train_flops or 0 for row in rows), sum(row.seconds or 0 for row in rows)
     tiles.append(Tile("FLOPs of the runs", compact(flops), [duration(seconds)]))
     return tiles
 
@@ -66,32 +66,31 @@ def _movements(results: Results) -> str:
         "The ratio of the highest to the lowest optimum, the largest over whatever is held fixed; and the slope of "
         "log optimum on log density or log width: 0 where one setting serves all."
     )
-    blocks = [_table(movement_table(results), 3)] if results["movements"] else []
+    blocks = [_table(movement_table(results), 3)] if results.movements else []
     panels = [
-        draw.optimum_by(results["optima"], knob, over)
-        for knob in dict.fromkeys(entry["knob"] for entry in results["optima"])
-        for over in ("sparsity", "width")
+        draw.optimum_by(results.optima, knob, over)
+        for knob in dict.fromkeys(entry.knob for entry in results.optima)
+        for over in get_args(Over)
     ]
     return markup.section("movements", "How far optima move", lead, *blocks, markup.figures(panels))
 
 
 def _together(results: Results) -> str:
-    knobs = swept_together(results)
+    knobs = results.asked.together
     if not knobs:
         return ""
     lead = f"Values of {' and '.join(LABELS[knob] for knob in knobs)} that were best together: what to carry over."
     return markup.section("best", "Best combinations", lead, _table(best_table(results), 3))
 
 
-def _basins(results: Results, knob: str) -> str:
+def _basins(results: Results, knob: Knob) -> str:
     lead = (
         f"Final validation loss against the {LABELS[knob]}, means over seeds, the best of whatever else was swept. "
         "Every panel has the same scale."
     )
-    rows, optima = results["rows"], results["optima"]
-    table = optimum_table({**results, "optima": [entry for entry in optima if entry["knob"] == knob]})
+    table = optimum_table([entry for entry in results.optima if entry.knob == knob])
     name = f"basins-{knob.replace('_', '-')}"
-    panels = markup.figures(draw.basins(rows, optima, knob))
+    panels = markup.figures(draw.basins(results.rows, results.optima, knob))
     return markup.section(name, f"Basins of the {LABELS[knob]}", lead, panels, _table(table, 4))
 
 
@@ -114,5 +113,5 @@ def _table(table: Table, names: int) -> str:
     return markup.table(table.title, ["", *table.columns[names:]], rows)
 
 
-def _list(values: list[float]) -> str:
+def _list(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)

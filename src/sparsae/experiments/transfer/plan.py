@@ -18,7 +18,8 @@ Value = Annotated[float, Field(gt=0.0)]
 
 
 # What can be swept, by the name of its values in results.json; a plan has a list of each, in the plural.
-KNOBS: Mapping[str, str] = {
+Knob = Literal["learning_rate", "initial_scale", "embedding_multiplier"]
+KNOBS: Mapping[Knob, str] = {
     "learning_rate": "training.learning_rate",
     "initial_scale": "parameterization.initial_scale",
     "embedding_multiplier": "parameterization.embedding_multiplier",
@@ -79,7 +80,7 @@ class TransferPlan(GridPlan):
         return {**super().said(), **{key: f"{name}s" for name, key in KNOBS.items() if self._values(name)}}
 
     @property
-    def knobs(self) -> list[str]:
+    def knobs(self) -> list[Knob]:
         """What is swept: rows of results.json name their values so."""
         return [name for name in KNOBS if len(self._values(name)) > 1]
 
