@@ -129,7 +129,7 @@ class Comparison:
         admit = admit or (lambda _: None)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
-        self._vocabularies: dict[DataConfig, int] = {}
+        self._vocabularies: dict[str, int] = {}  # by the settings of the text, as JSON
         self.lengths = RunLengths(plan, self._vocabulary)
         self._jobs = Jobs()
         self._tasks = read_tasks(plan.tasks) if plan.tasks else []
@@ -246,7 +246,8 @@ class Comparison:
         return collect(self.plan, self.out, finished, self.searches, self.lengths.trial_share, complete)
 
     def _vocabulary(self, data: DataConfig) -> int:
-        if data not in self._vocabularies:
-            self._vocabularies[data] = prepare(data, self._display.stage).vocab_size
+        key = data.model_dump_json()
+        if key not in self._vocabularies:
+            self._vocabularies[key] = prepare(data, self._display.stage).vocab_size
             self._display.close()
-        return self._vocabularies[data]
+        return self._vocabularies[key]
