@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from sparsae.config.schema import TeacherConfig
 from sparsae.errors import InputError
@@ -332,3 +332,14 @@ def test_the_trainers_own_optimizer_decays_values(tmp_path: Path) -> None:
     assert callback.rows[-1]["itop_rate"] > callback.rows[0]["itop_rate"]
     decayed = {id(p) for group in trains.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert all(id(layer.values) in decayed for layer in sparse_layers(model).values())
+
+
+def test_what_the_trainer_saves_stays_sparse_and_trains_on(tmp_path: Path) -> None:
+    trains = trainer(tmp_path, SparsaeCallback(topology=SetConfig(every=3)), max_steps=4, save_strategy="no")
+    trains.train()
+    trains.save_model(str(tmp_path / "saved"))
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    assert same(loaded.state_dict(), trains.model.state_dict())
+    callback = SparsaeCallback(topology=SetConfig(every=3))
+    trainer(tmp_path, callback, model=loaded, max_steps=4, save_strategy="no").train()
+    assert callback.rows[-1]["itop_rate"] > callback.rows[0]["itop_rate"]
