@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,6 +241,25 @@ def test_a_run_that_diverges_names_the_rate_of_its_sparse_values() -> None:
     assert isinstance(error, DivergedError)
     assert "training.sparse_learning_rate (now 3)" in str(error)
     assert "sparse_learning_rate" not in str(diverged(resolve().training, "the loss is not finite", 7, 1))
+
+
+SOURCES = sorted((Path(__file__).parents[2] / "src" / "sparsae").rglob("*.py"))
+
+
+def test_validators_that_compare_settings_name_them() -> None:
+    """Only they know of which keys a refusal is: another error would be placed at the section's last one."""
+    seen = 0
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            marks = [ast.unparse(mark) for mark in node.decorator_list]
+            if not any(mark.startswith("model_validator(mode='after')") for mark in marks):
+                continue
+            seen += 1
+            raised = [ast.unparse(inner.exc) for inner in ast.walk(node) if isinstance(inner, ast.Raise) and inner.exc]
+            assert all(error.startswith("SettingError(") for error in raised), f"{file.name}: {node.name}: {raised}"
+    assert seen > 15
 
 
 def test_terms_of_a_score_are_among_the_settings() -> None:

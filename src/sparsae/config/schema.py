@@ -121,9 +121,10 @@ class DataConfig(Section):
     def _one_or_several(self) -> Self:
         names = [each.source for each in self.sources]
         if names and self.source != STDLIB:
-            raise ValueError(f"source {self.source} is given beside sources: put it there, with its weight")
+            what = f"source {self.source} is given beside sources: put it there, with its weight"
+            raise SettingError(what, "source", "sources")
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"sources has {twice} twice: give it once, with the sum of the weights")
+            raise SettingError(f"sources has {twice} twice: give it once, with the sum of the weights", "sources")
         return self
 
     @property
@@ -322,16 +323,21 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _falls_as_scheduled(self) -> Self:
         if self.decay is not None and self.schedule != "wsd":
-            raise ValueError(f"decay is for schedule wsd, not {self.schedule}: leave it out")
+            raise SettingError(f"decay is for schedule wsd, not {self.schedule}: leave it out", "decay", "schedule")
         if self.schedule == "wsd" and self.warmup + (self.decay or DECAY) > 1.0 + TOLERANCE:
-            raise ValueError(
+            raise SettingError(
                 f"warmup {self.warmup:g} and decay {self.decay or DECAY:g} together are more than the run: they must "
-                "be at most 1"
+                "be at most 1",
+                "warmup",
+                "decay",
+                "schedule",
             )
         if self.schedule == "constant" and self.final_learning_rate not in (LAST_RATE, 1.0):
-            raise ValueError(
+            raise SettingError(
                 f"final_learning_rate {self.final_learning_rate:g} is not for schedule constant, whose learning rate "
-                "stays: leave it out"
+                "stays: leave it out",
+                "final_learning_rate",
+                "schedule",
             )
         return self
 
