@@ -40,7 +40,7 @@ _TEACH = "use SparsaeTrainer (or SparsaeMixin before your Trainer's class), or a
 class SparsaeCallback(TrainerCallback):
     """Searches the topology of a sparsified model, in steps that the optimizer makes, and keeps its teacher.
 
-    It writes its state into the folder `sparsae` of every checkpoint, and goes on from there; at the end,
+    It writes its state into the folder `sparsae` of every checkpoint, and continues from there; at the end,
     `topology.html` lies in `output_dir`. Updates count the steps that were made: one that a gradient scaler skips is
     none. Gradients of values are clipped by then (`max_grad_norm`), those at inactive connections are not.
     """
