@@ -75,7 +75,7 @@ class Companion:
         out, or no loss on it, and for something held out that the rule does not look at.
         """
         self._settings = dict(settings)
-        self._config = _checked(settings)
+        self._config = _validated(settings)
         self._rule, self._heads, self._parameterization = rule, heads, parameterization
         self._on_update, self._loss = on_update, loss
         made = build_rule(self._config.topology, self._config.rules) if rule is None else as_rule(rule)
@@ -237,7 +237,7 @@ def refuse_dense(model: nn.Module) -> None:
         raise InputError("SparsaeCallback: the model has no sparse layer: call sparsify(model, ...) before the trainer")
 
 
-def _checked(settings: Mapping[str, Any]) -> SparsifierConfig:
+def _validated(settings: Mapping[str, Any]) -> SparsifierConfig:
     known = [name for name in SparsifierConfig.model_fields if name not in ("steps", "accumulation", "steps_per_epoch")]
     for name in settings:
         if name in SparsifierConfig.model_fields and name not in known:
