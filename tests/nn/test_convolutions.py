@@ -63,9 +63,9 @@ def test_what_the_weight_of_a_convolution_is_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("unit", [(1, 1), (2, 9)])
-@pytest.mark.parametrize("keep", ["random", "magnitude"])
-def test_active_weights_of_a_convolution_stay(unit: tuple[int, int], keep: Any) -> None:
-    model = sparsify(convolution(), 0.5, unit=unit, keep=keep)
+@pytest.mark.parametrize("start", ["random", "magnitude"])
+def test_active_weights_of_a_convolution_stay(unit: tuple[int, int], start: Any) -> None:
+    model = sparsify(convolution(), 0.5, unit=unit, start=start)
     mask, dense = model[0].topology.to_mask(), convolution()[0].weight  # type: ignore[index,union-attr]
     assert torch.equal(model[0].weight + 0, dense * mask.view(6, 4, 3, 3))  # type: ignore[index]
 

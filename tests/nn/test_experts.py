@@ -76,10 +76,10 @@ def test_a_mixture_has_the_gradients_of_its_masked_twin(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("keep", ["random", "magnitude"])
+@pytest.mark.parametrize("start", ["random", "magnitude"])
 @pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
-def test_active_weights_of_experts_stay_and_can_be_read(name: str, keep: Any, unit: tuple[int, int]) -> None:
-    dense, model = experts_of(name).experts, sparsify(copy.deepcopy(experts_of(name)), 0.5, keep=keep, unit=unit)
+def test_active_weights_of_experts_stay_and_can_be_read(name: str, start: Any, unit: tuple[int, int]) -> None:
+    dense, model = experts_of(name).experts, sparsify(copy.deepcopy(experts_of(name)), 0.5, start=start, unit=unit)
     experts = model.experts
     assert isinstance(experts, SparseExperts)
     for weight in ("gate_up_proj", "down_proj"):

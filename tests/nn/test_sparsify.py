@@ -215,7 +215,7 @@ def test_a_bare_linear_layer_is_refused() -> None:
     ("given", "words"),
     [
         ({"sparsity": "0.9"}, "sparsity: must be a number such as 0.9, not '0.9'"),
-        ({"sparsity": None}, "sparsity: must be a number such as 0.9, not None"),
+        ({"sparsity": [0.9]}, r"sparsity: must be a number such as 0.9, not \[0.9\]"),
         ({"sparsity": True}, "sparsity: must be a number such as 0.9, not True"),
         ({"unit": 4}, r"unit: must be two whole numbers.* not 4"),
         ({"unit": (4, 0)}, r"unit: must be two whole numbers.* not \(4, 0\)"),

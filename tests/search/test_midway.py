@@ -71,10 +71,10 @@ def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
     return {key: torch.as_tensor(value).clone() for key, value in optimizer.state.get(parameter, {}).items()}
 
 
-@pytest.mark.parametrize("keep", ["random", "magnitude"])
+@pytest.mark.parametrize("start", ["random", "magnitude"])
 @pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
 @pytest.mark.parametrize("name", MADE)
-def test_values_moments_and_steps_stay_bit_for_bit_there_and_back(name: str, unit: tuple[int, int], keep: Any) -> None:
+def test_values_moments_and_steps_stay_bit_for_bit_there_and_back(name: str, unit: tuple[int, int], start: Any) -> None:
     model = dense()
     optimizer = MADE[name](list(model.parameters()))
     train(model, optimizer, range(5))
@@ -84,7 +84,7 @@ def test_values_moments_and_steps_stay_bit_for_bit_there_and_back(name: str, uni
     others = {k: v.clone() for k, v in model.state_dict().items() if k not in ("0.weight", "2.weight")}
     train_others = [id(p) for p in _parameters(optimizer)]
 
-    sparsify(model, 0.8, unit=unit, keep=keep, exclude=["4"], optimizer=optimizer)
+    sparsify(model, 0.8, unit=unit, start=start, exclude=["4"], optimizer=optimizer)
     layers = sparse_layers(model)
     for i, layer in layers.items():
         weight, kept = before[i]
@@ -201,7 +201,7 @@ def test_a_life_of_dense_pruned_searched_and_dense_again(attached: bool) -> None
 
     untrained = go(range(10))
     trained = go(range(10, 60))
-    sparsify(model, 0.5, keep="magnitude", exclude=["4"], optimizer=optimizer)
+    sparsify(model, 0.5, start="magnitude", exclude=["4"], optimizer=optimizer)
     config = SparsifierConfig(
         steps=60, topology=GmpConfig(every=5, start=0.0), sparsity=0.8, teacher=TeacherConfig(enabled=True)
     )
@@ -316,8 +316,10 @@ def test_what_is_refused_leaves_everything_as_it_was() -> None:
     refused("optimizer: must be a torch optimizer, not 'adamw'", optimizer="adamw")
     refused("the optimizer does not have the parameter of 2: give the one that trains the model", optimizer=part)
     refused("an initializer draws new values", optimizer=optimizer, initializer=lambda name, topology, rng: None)
-    with pytest.raises(InputError, match="keep: must be 'random' or 'magnitude', not 'largest'"):
-        sparsify(model, 0.5, keep="largest")  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match="start: must be 'random', 'magnitude', 'nonzero' or masks by name, not 'largest'"
+    ):
+        sparsify(model, 0.5, start="largest")  # type: ignore[arg-type]
     model[2].weight.requires_grad_(False)
     sparsify(model, 0.5, optimizer=part)
     assert not model[2].values.requires_grad
@@ -369,7 +371,7 @@ def test_magnitude_within_heads_and_neurons() -> None:
         with torch.no_grad():
             model[0].weight[:8] *= 1e-3  # by size alone the first head, and the first rows, would have nothing
         weight = model[0].weight.detach().clone()
-        sparsify(model, 0.7, keep="magnitude", budget="uniform", **settings)  # type: ignore[arg-type]
+        sparsify(model, 0.7, start="magnitude", budget="uniform", **settings)  # type: ignore[arg-type]
         topology = sparse_layers(model)["0"].topology
         mask = topology.to_mask()
         assert topology.count == round(0.3 * 512)
@@ -382,6 +384,6 @@ def test_magnitude_within_heads_and_neurons() -> None:
             assert int(mask.sum(0).min()) >= 4
             assert int(mask.sum(0).max()) <= 15
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-    with pytest.raises(InputError, match="keep 'magnitude' obeys one of head_min_density, fan_in and fan_out"):
-        sparsify(model, 0.7, keep="magnitude", fan_in=(0.5, 1.5), fan_out=(0.5, 1.5))
+    with pytest.raises(InputError, match="start 'magnitude' obeys one of head_min_density, fan_in and fan_out"):
+        sparsify(model, 0.7, start="magnitude", fan_in=(0.5, 1.5), fan_out=(0.5, 1.5))
     assert not sparse_layers(model)

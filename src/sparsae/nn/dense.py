@@ -44,7 +44,7 @@ def strongest(weight_OI: Tensor, count: int, unit: tuple[int, int], groups: Sequ
     magnitude = magnitude.T.reshape(-1)
     limits = binding(groups)
     if len(limits) > 1:
-        raise InputError("keep 'magnitude' obeys one of head_min_density, fan_in and fan_out: leave out the others")
+        raise InputError("start 'magnitude' obeys one of head_min_density, fan_in and fan_out: leave out the others")
     if limits:
         (limit,) = limits
         labels = limit.of(torch.arange(units, device=magnitude.device))

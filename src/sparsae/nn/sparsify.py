@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from reprlib import repr
-from typing import Literal
 
 import torch
 from torch import nn
@@ -40,6 +39,7 @@ from sparsae.nn.conversion import (
 from sparsae.nn.dense import strongest
 from sparsae.nn.limits import Limits
 from sparsae.nn.mlp import FusedMLP, recognized
+from sparsae.nn.start import Start, given_topologies, require_sparsity, require_start
 from sparsae.nn.summary import forget, note
 from sparsae.optimizer_state import Successor, succession
 
@@ -48,8 +48,9 @@ log = logging.getLogger(__name__)
 
 def sparsify(
     model: nn.Module,
-    sparsity: float = 0.9,
+    sparsity: float | None = None,
     *,
+    start: Start = "random",
     budget: str = "erk",
     unit: tuple[int, int] = (1, 1),
     min_density: float = 0.0,
@@ -63,7 +64,6 @@ def sparsify(
     heads: Mapping[str, HeadLayout] | None = None,
     head_min_density: float = 0.0,
     initializer: Initializer | None = None,
-    keep: Literal["random", "magnitude"] = "random",
     optimizer: torch.optim.Optimizer | None = None,
     backend: str = "auto",
     seed: int = 0,
@@ -73,16 +73,20 @@ def sparsify(
     Every kind of layer that nn/kinds knows is replaced; what stays dense, `summary(model)` tells with the reasons:
     embeddings, norms, tied weights, routers and (unless `sparsify_head`) output heads among others. `include` /
     `exclude` are globs over module names. Exactly round((1 - sparsity) * units) units of `unit` = (b_out, b_in)
-    weights are active over the whole model, shared out by `budget` ("uniform", "er", "erk") with every layer's density
-    inside [min_density, max_density], and every head of a layer that `heads` describes at least at head_min_density.
-    `density` multiplies what the budget gives: by globs over layer names {"*.mlp.*": 0.8}, and from the first block to
-    the last {"depth": [1.5, 1.0, 0.5]}; the total stays, and a layer that stands at a bound is told of in the log.
-    `fan_in` and `fan_out` are the least and the most active units of a row and of a column of a layer's grid, in terms
-    of their mean there, rounded outward: with (1, 1) all neurons of a layer have as many inputs, to within one.
-    Which units they are is random, or with keep "magnitude" those with the largest weights of each layer (the first of
-    equal ones). Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be
-    given for a layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and
-    attributes, and what was frozen is.
+    weights are active over the whole model (sparsity: 0.9, where none is given), shared out by `budget` ("uniform",
+    "er", "erk") with every layer's density inside [min_density, max_density], and every head of a layer that `heads`
+    describes at least at head_min_density. `density` multiplies what the budget gives: by globs over layer names
+    {"*.mlp.*": 0.8}, and from the first block to the last {"depth": [1.5, 1.0, 0.5]}; the total stays, and a layer that
+    stands at a bound is told of in the log. `fan_in` and `fan_out` are the least and the most active units of a row and
+    of a column of a layer's grid, in terms of their mean there, rounded outward: with (1, 1) all neurons of a layer
+    have as many inputs, to within one.
+    start: which units these are. "random"; "magnitude": those with the largest weights of each layer (the first of
+    equal ones); "nonzero": those with a weight that is not zero, in the layers that have a zero; masks: bool tensors by
+    the names of layers, of the shapes of their weights, in the layers that have one, heads included. The last two bring
+    every layer's density along: another sparsity beside them is an error, and so is a share.
+    Active positions keep the values of the dense weight; `initializer` draws new ones instead (it must be given for a
+    layer on the meta device, whose dense weight never exists). Layers keep their mode, hooks and attributes, and what
+    was frozen is.
 
     optimizer: the one that trains the model already, between two of its steps. The new parameters get the places of the
     old ones in its groups, and what it keeps for each weight is kept for those that stay.
@@ -92,33 +96,48 @@ def sparsify(
     weight, and an optimizer whose state cannot follow; then nothing has changed.
     """
     _require_types(model, sparsity, unit)
-    _require_choices(keep, optimizer, initializer)
-    if not 0.0 <= sparsity < 1.0:
-        raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
+    require_start(start)
+    _require_optimizer(optimizer, initializer)
     _refuse_synchronized(model)
-    choice = Choice(sparsity, tuple(include), tuple(exclude), sparsify_head)
-    targets = choice.layers(model)
-    shapes = layer_shapes(targets)
-    validated_heads(heads, head_min_density, shapes)
-    limits = Limits(head_min_density, fan_in, fan_out)
-    densities = (min_density, max_density)
-    factors = density_factors(density or {}, list(shapes))
-    counts = layer_counts(shapes, sparsity, budget, unit, densities, factors)
+    choice = Choice(0.9 if sparsity is None else float(sparsity), tuple(include), tuple(exclude), sparsify_head)
+    cut: list[str] = []
+    if start != "random" and start != "magnitude":
+        shares: dict[str, object] = {
+            "budget": budget != "erk",
+            "min_density": min_density > 0,
+            "max_density": max_density < 1,
+        }
+        shares |= {"density": density, "fan_in": fan_in, "fan_out": fan_out, "heads": heads}
+        shares |= {"head_min_density": head_min_density}
+        if given := [name for name, is_given in shares.items() if is_given]:
+            raise InputError(f"start brings every layer's density along: leave out {', '.join(given)}")
+        choice, targets, topologies = given_topologies(model, start, choice, unit)
+        choice = replace(choice, sparsity=require_sparsity(sparsity, topologies))
+    else:
+        targets = choice.layers(model)
+        shapes = layer_shapes(targets)
+        validated_heads(heads, head_min_density, shapes)
+        limits = Limits(head_min_density, fan_in, fan_out)
+        densities = (min_density, max_density)
+        factors = density_factors(density or {}, list(shapes))
+        counts = layer_counts(shapes, choice.sparsity, budget, unit, densities, factors)
+        cut = cut_short(shapes, choice.sparsity, budget, unit, densities, factors)
+        choice = replace(choice, factors=factors)
+        sides = {name: matrix_shape(shape) for name, shape in shapes.items()}
+        groups = {n: limits.require_room(sides[n], unit, counts[n], (heads or {}).get(n)) for n in shapes}
+        if start == "random":
+            topologies = {
+                name: random_topology(shape, unit, counts[name], groups[name], generator(seed, "topology", name))
+                for name, shape in sides.items()
+            }
+        else:
+            topologies = {
+                name: strongest(matrix_OI, counts[name], unit, groups[name])
+                for name, matrix_OI in dense_matrices(targets).items()
+            }
     if "" in targets:
         raise InputError("the model is itself a layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
-    sides = {name: matrix_shape(shape) for name, shape in shapes.items()}
-    groups = {name: limits.require_room(sides[name], unit, counts[name], (heads or {}).get(name)) for name in shapes}
-    if keep == "random":
-        topologies = {
-            name: random_topology(shape, unit, counts[name], groups[name], generator(seed, "topology", name))
-            for name, shape in sides.items()
-        }
-    else:
-        topologies = {
-            name: strongest(matrix_OI, counts[name], unit, groups[name])
-            for name, matrix_OI in dense_matrices(targets).items()
-        }
     make = Maker(topologies, initializer, backend, seed)
     twins = {name: sparse_twin(name, module, make) for name, module in targets.items()}
     succeed = _succession(
@@ -126,8 +145,8 @@ def sparsify(
     )
     put_in_place(model, targets, twins)
     succeed()
-    note(model, replace(choice, factors=factors))
-    if cut := cut_short(shapes, sparsity, budget, unit, densities, factors):
+    note(model, choice)
+    if cut:
         name = cut[0]
         log.warning(
             "density: min_density and max_density cut factors short in %d layers, such as %s, which has density %.4g",
@@ -138,9 +157,7 @@ def sparsify(
     return model
 
 
-def _require_choices(keep: object, optimizer: object, initializer: object) -> None:
-    if keep not in ("random", "magnitude"):
-        raise InputError(f"keep: must be 'random' or 'magnitude', not {repr(keep)}")
+def _require_optimizer(optimizer: object, initializer: object) -> None:
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"optimizer: must be a torch optimizer, not {repr(optimizer)}")
     if optimizer is not None and initializer is not None:
@@ -150,8 +167,11 @@ def _require_choices(keep: object, optimizer: object, initializer: object) -> No
 def _require_types(model: object, sparsity: object, unit: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model: must be a torch.nn.Module, not {repr(model)}")
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
-        raise InputError(f"sparsity: must be a number such as 0.9, not {repr(sparsity)}")
+    if sparsity is not None:
+        if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
+            raise InputError(f"sparsity: must be a number such as 0.9, not {repr(sparsity)}")
+        if not 0.0 <= float(sparsity) < 1.0:
+            raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
     sides = unit if isinstance(unit, tuple | list) else ()
     if len(sides) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in sides):
         raise InputError(f"unit: must be two whole numbers, rows and columns such as (4, 4), not {repr(unit)}")
@@ -165,7 +185,7 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     Raises InputError where a layer's values have a hook on their gradient, and for an optimizer whose state cannot
     follow; then nothing has changed.
     """
-    _require_choices("random", optimizer, None)
+    _require_optimizer(optimizer, None)
     _refuse_synchronized(model)
     sparse = sparse_modules(model)
     twins = {name: dense_twin(name, module) for name, module in sparse.items()}
