@@ -46,7 +46,7 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     with quiet_import(), torch.device(device):
-        settings = _transformers_config(config, size, eos_id)
+        settings = transformers_config(config, size, eos_id)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     model.tie_weights()  # which transformers 5.0 leaves out on the meta device
     return model
@@ -63,20 +63,18 @@ def quiet_import() -> Iterator[None]:
         logging.disable(before)
 
 
-def _transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
+def transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
+    """The configuration in transformers. Raises InputError for entries that other settings make."""
     # No padding token: its embedding would be frozen at zero, and packed sequences have no padding.
     special: dict[str, Any] = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
     from transformers import AutoConfig
 
     family = FAMILIES[config.family]
-    return AutoConfig.for_model(
-        family.model_type,
-        vocab_size=vocab_size,
-        tie_word_embeddings=config.tie_embeddings,
-        initializer_range=INITIAL_STD,
-        **special,
-        **family.configuration(config),
-    )
+    own = special | {"vocab_size": vocab_size, "tie_word_embeddings": config.tie_embeddings}
+    own |= {"initializer_range": INITIAL_STD, **family.configuration(config)}
+    if twice := sorted(own.keys() - family.constants.keys() & config.transformers.keys()):
+        raise InputError(f"model.transformers: {twice[0]} is set by settings of its own: leave it out")
+    return AutoConfig.for_model(family.model_type, **{**own, **config.transformers})
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

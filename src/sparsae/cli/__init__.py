@@ -51,7 +51,7 @@ from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
 from sparsae.registry import import_files
 from sparsae.runs.claim import refuse_occupied
-from sparsae.runs.directory import RunDirectory, describe
+from sparsae.runs.directory import RunDirectory, describe, is_pretrained
 from sparsae.runs.lock import is_first_rank, launched_ranks, refuse_ranks
 
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
@@ -140,7 +140,12 @@ def train(
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="RUN", help="Start from a run's weights and settings.", show_default=False),
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Start from the weights and settings of a run, or of a directory of transformers'.",
+            show_default=False,
+        ),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every setting with its explanation and exit.")
@@ -188,14 +193,16 @@ def train(
         "--seed": ("seed", seed),
         "--sparsity": ("sparsity.sparsity", sparsity),
     }
+    pretrained = source is not None and is_pretrained(source)
     resolved = resolve(
-        _settings_file(source) if source and not config and not preset else config,
+        _settings_file(source) if source and not pretrained and not config and not preset else config,
         preset,
         method,
         settings or [],
         options={option: (key, value) for option, (key, value) in short.items() if value is not None},
         counted_by="--dry-run" if dry_run else None,
         on_idle=_refuse_idle,
+        trees=_settings_of(source) if source and pretrained else [],
     )
     if print_config:
         if json_file is not None:
@@ -396,6 +403,13 @@ def _settings_file(source: Path) -> Path:
     run = RunDirectory.open(source)
     run.config()
     return run.config_file
+
+
+def _settings_of(source: Path) -> list[tuple[Mapping[str, Any], str]]:
+    """What a directory of transformers' says of its model."""
+    from sparsae.train.pretrained import pretrained_settings
+
+    return [(pretrained_settings(source), f"--from {source}")]
 
 
 def _exit_if_stopped(summary: Mapping[str, Any]) -> None:

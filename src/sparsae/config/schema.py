@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
 from sparsae.config.complaints import SettingError
 from sparsae.config.density import Density, by_pattern
@@ -60,6 +60,9 @@ class ModelConfig(Section):
     vocab_size: Count | None = Field(default=None, description="entries of the embedding; null: the tokenizer's")
     tie_embeddings: bool = Field(default=True, description="the output head shares the embedding's weights")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="dropout probability")
+    transformers: dict[Text, JsonValue] = Field(
+        default={}, description="further entries of the configuration in transformers, such as {rms_norm_eps: 1e-5}"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

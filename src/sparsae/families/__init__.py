@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT = "gpt2"  # the family of a model that names none
 
 # Settings of a model that every family takes; the others are those of `Family.settings`.
-_EVERYWHERE = frozenset({"family", "vocab_size", "tie_embeddings"})
+_EVERYWHERE = frozenset({"family", "vocab_size", "tie_embeddings", "transformers"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,8 @@ def _state(run: RunData) -> str:
     elif not totals.finished:
         said.append(f"This run was stopped at step {count(totals.steps)} of {planned}.")
     if totals and (source := totals.started_from):
-        said.append(f"It started from step {count(source.step)} of the run in {source.path}.")
+        what = f"step {count(source.step)} of the run" if source.run else "the model"
+        said.append(f"It started from {what} in {source.path}.")
     for entry in totals.extensions if totals else ():
         before, after = count(entry.previous_steps), count(entry.steps)
         said.append(f"At step {count(entry.step)} it was extended from {before} steps to {after}.")

@@ -28,7 +28,7 @@ class Origin:
     """The run `run`, in the directory `path`, whose weights after `step` another one began with."""
 
     path: str
-    run: str
+    run: str | None  # None: a directory of transformers', which is no run
     step: int
 
 

@@ -53,9 +53,14 @@ def require_fit(config: Config) -> None:
         limits.require_room(matrix_shape(shape), sparsity.unit, sparsest.get(name, counts[name]), heads.get(name))
 
 
-def model_of(config: Config, vocab_size: int, eos_id: int, device: torch.device) -> nn.Module:
-    """The model of a run with new weights (none on the meta device); dense ones of sparse layers never exist."""
-    model = build_model(config.model, vocab_size, eos_id, device="meta")
+def model_of(
+    config: Config, vocab_size: int, eos_id: int, device: torch.device, trained: nn.Module | None = None
+) -> nn.Module:
+    """The model of a run with new weights (none on the meta device); dense ones of sparse layers never exist.
+
+    trained: the dense model that the run continues; the largest weights of each layer are its first.
+    """
+    model = build_model(config.model, vocab_size, eos_id, device="meta") if trained is None else trained
     parameterization = parameterized(config.model, config.parameterization)
     if parameterization.config.name != "sp":
         scale_attention(model, parameterization)
@@ -76,7 +81,8 @@ def model_of(config: Config, vocab_size: int, eos_id: int, device: torch.device)
             sparsify_head=config.sparsity.sparsify_head,
             heads=head_layouts(layer_shapes(choice_of(config).layers(model)), config),
             head_min_density=config.sparsity.head_min_density,
-            initializer=_initializer(parameterization),
+            start="random" if trained is None else "magnitude",
+            initializer=_initializer(parameterization) if trained is None else None,
             backend=config.sparsity.backend,
             seed=config.seed,
         )
@@ -87,6 +93,7 @@ def model_of(config: Config, vocab_size: int, eos_id: int, device: torch.device)
                 layer.prepare()
     if device.type != "meta":
         materialize(model, parameterization, config.seed, device)
+        model.to(device)
     return model
 
 

@@ -22,7 +22,7 @@ from sparsae.errors import DivergedError, InputError
 from sparsae.observers import OBSERVERS, Observer
 from sparsae.optim import AdamW
 from sparsae.runs.claim import Claim, claimed, refuse_occupied
-from sparsae.runs.directory import RunDirectory
+from sparsae.runs.directory import RunDirectory, is_pretrained
 from sparsae.runs.lock import refuse_ranks
 from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import MetricsWriter
@@ -35,6 +35,7 @@ from sparsae.train.joining import joined
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.model import choose_device, model_of, require_fit
 from sparsae.train.passes import Passes, alone
+from sparsae.train.pretrained import Pretrained, read_pretrained
 from sparsae.train.progress import Display
 from sparsae.train.saving import SavedRun, read_saved, save_run
 from sparsae.train.source import Source, read_source
@@ -68,9 +69,9 @@ class _Recorder(Observer):
 def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
     """Train a new run into the directory `out`; returns its summary, also when it was stopped by a signal.
 
-    source: another run, whose weights and topology this one starts from. Raises InputError for anything wrong with the
-    configuration, the data, the source or the directory; then nothing is left but what was measured, which is why a run
-    that diverged keeps its directory (DivergedError).
+    source: another run, whose weights and topology this one starts from, or a directory of transformers'. Raises
+    InputError for anything wrong with the configuration, the data, the source or the directory; then nothing is left
+    but what was measured, which is why a run that diverged keeps its directory (DivergedError).
 
     Where a launcher (torchrun) started this process as one of several, they train the run together, and the first one
     writes; RanksError: another one has ended.
@@ -91,10 +92,11 @@ def starting(
     if here.is_first:
         refuse_occupied(out, config)
     if source is not None and config.data.tokenizer == "train":
-        tokenizer = RunDirectory.open(source).tokenizer
+        tokenizer = source if is_pretrained(source) else RunDirectory.open(source).tokenizer
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     config = with_absolute_paths(config)
-    taken = None if source is None else read_source(source, config)
+    read = read_pretrained if source is not None and is_pretrained(source) else read_source
+    taken = None if source is None else read(source, config)
     with _entered(out) as claim:
         if claim:
             refuse_occupied(out, config)
@@ -178,7 +180,7 @@ def _require_threads(config: Config) -> None:
         raise InputError(f"training.threads {threads}: this machine has {cores} cores; give at most so many, or null")
 
 
-def _prepare(config: Config, display: Display, source: Source | None = None) -> _Parts:
+def _prepare(config: Config, display: Display, source: Source | Pretrained | None = None) -> _Parts:
     _require_threads(config)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
@@ -202,9 +204,10 @@ def _prepare(config: Config, display: Display, source: Source | None = None) -> 
     for warning in held_out.warnings(scores=data.micro_batches is not None):
         display.say(f"warning: {warning}")
     with out_of_memory_is_told("the model"):
-        model = model_of(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
-    if source is not None:
-        source.load_into(model, corpus.tokenizer)
+        if source is None:
+            model = model_of(config, corpus.vocab_size, corpus.tokenizer.eos_id, device)
+        else:
+            model = source.model(config, corpus.tokenizer, device)
     keep_freed_memory(device)
     forget_peak(device)
     return _Parts(device, corpus, model, optimizer_of(model, config), data)

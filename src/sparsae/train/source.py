@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsae.config.complaints import shown
@@ -16,6 +17,7 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model
 from sparsae.runs.checkpoint import load_checkpoint
 from sparsae.runs.directory import RunDirectory
+from sparsae.train.model import model_of
 
 _SAME = ("model", "parameterization", "sparsity")
 _FREE = {
@@ -40,8 +42,9 @@ class Source:
     tokenizer: Tokenizer
     record: dict[str, Any]
 
-    def load_into(self, model: nn.Module, tokenizer: Tokenizer) -> None:
-        """Weights and topology. InputError where they do not fit, or text is read with another tokenizer."""
+    def model(self, config: Config, tokenizer: Tokenizer, device: torch.device) -> nn.Module:
+        """With its weights and topology. InputError where they do not fit, or text is read with another tokenizer."""
+        model = model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device)
         origin = f"--from {self.record['path']}"
         if tokenizer.hash != self.tokenizer.hash:
             raise InputError(
@@ -52,6 +55,7 @@ class Source:
         given = sum(layer.topology.nnz for layer in sparse_layers(model).values())
         if given != wanted:
             raise InputError(f"{origin}: it has {given:,} active weights, these settings begin with {wanted:,}")
+        return model
 
 
 def read_source(path: Path, config: Config) -> Source:

@@ -1,0 +1,135 @@
+"""A directory of transformers' as the start of a run: a dense model, or one that was stored sparse."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsae.config.complaints import shown
+from sparsae.config.schema import Config, ModelConfig
+from sparsae.data import Tokenizer
+from sparsae.errors import InputError
+from sparsae.families import FAMILIES
+from sparsae.models import build_model, materialize, parameterized, transformers_config
+from sparsae.nn.linear import sparse_layers
+from sparsae.nn.tensors import load_model, model_tensors
+from sparsae.train.model import model_of
+
+# A run may begin with another dropout, and read less at a time where positions are not learned.
+_FREE = frozenset({"dropout", "context"})
+# Entries of a configuration that change nothing of what a run computes.
+_NO_MATTER = frozenset(
+    {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout"}
+)
+_PROBE = 16  # tokens on which a model made from settings has to compute what the directory's does
+
+
+def pretrained_settings(path: Path) -> dict[str, Any]:
+    """The settings of a run that continues the model in `path`: its architecture and its tokenizer.
+
+    Raises InputError where its configuration cannot be read, or is of no known family.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        theirs: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no configuration of a model: {str(error).splitlines()[0]}") from None
+    name = next((name for name in FAMILIES.names() if FAMILIES[name].model_type == theirs.model_type), None)
+    if name is None:
+        raise InputError(
+            f"{path}: its model_type is {theirs.model_type}, and families are {', '.join(FAMILIES.names())}: register "
+            "a family of your own"
+        )
+    family = FAMILIES[name]
+    model: dict[str, Any] = {"family": name, "vocab_size": theirs.vocab_size}
+    model["tie_embeddings"] = bool(theirs.tie_word_embeddings)
+    for key, ours in family.settings.items():
+        if ours not in _FREE or (ours == "context" and family.positions is not None):
+            model[ours] = getattr(theirs, key)
+    longest = getattr(theirs, next(key for key, ours in family.settings.items() if ours == "context"))
+    same = transformers_config(ModelConfig(**{**model, "context": longest}), theirs.vocab_size, 0).to_dict()
+    own = type(theirs)().to_dict().keys() - PreTrainedConfig().to_dict().keys() - family.settings.keys() - _NO_MATTER
+    further = {key: value for key, value in theirs.to_dict().items() if key in own and value != same.get(key)}
+    return {"model": {**model, "transformers": further}, "data": {"tokenizer": os.path.abspath(path)}}
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A model of transformers' on the disk; `record` is what the new run's manifest says of it."""
+
+    path: Path
+    record: dict[str, Any]
+
+    def model(self, config: Config, tokenizer: Tokenizer, device: torch.device) -> nn.Module:
+        """The run's first model: of a dense one the largest weights of each layer exist, of a sparse one what existed.
+
+        Raises InputError where the files cannot be read, or hold another model than the settings say.
+        """
+        there = self._read()
+        if sparse_layers(there):
+            model = model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device)
+            wanted = _nnz(model)
+            load_model(model, model_tensors(there), f"--from {self.path}")
+            if _nnz(model) != wanted:
+                raise InputError(
+                    f"--from {self.path}: it has {_nnz(model):,} active weights, these settings begin with {wanted:,}"
+                )
+            return model
+        dense = build_model(config.model, tokenizer.vocab_size, tokenizer.eos_id, device="meta")
+        if missing := sorted(dense.state_dict().keys() ^ there.state_dict().keys()):
+            raise InputError(f"--from {self.path}: {missing[0]} is in only one of its model and that of the settings")
+        dense.load_state_dict(there.state_dict(), assign=True)
+        dense.tie_weights()
+        materialize(dense, parameterized(config.model, config.parameterization), config.seed, torch.device("cpu"))
+        self._require_same(dense.eval(), there.eval())
+        return model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device, dense.train())
+
+    def _read(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise InputError(f"--from {self.path}: cannot be read: {str(error).splitlines()[0]}") from None
+        return model
+
+    @torch.no_grad()
+    def _require_same(self, model: Any, there: Any) -> None:
+        tokens = torch.arange(_PROBE)[None] % model.config.vocab_size
+        tokens = tokens[:, : model.config.max_position_embeddings]
+        one, two = model(tokens).logits, there(tokens).logits
+        if not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(two.abs().max())):
+            raise InputError(
+                f"--from {self.path}: the family {type(model).__name__} computes otherwise than this model does: "
+                "its configuration has something that the settings cannot say"
+            )
+
+
+def read_pretrained(path: Path, config: Config) -> Pretrained:
+    """The directory `path` as the start of a run with these settings.
+
+    Raises InputError where these are of another model than its own, or want another parameterization than it had.
+    """
+    if config.parameterization.name != "sp":
+        raise InputError(f"--from {path}: a model of transformers' has parameterization.name sp: set it to that")
+    theirs = ModelConfig(**pretrained_settings(path)["model"])
+    learned = FAMILIES[theirs.family].positions is not None
+    for key, value in theirs.model_dump().items():
+        ours = getattr(config.model, key)
+        if ours != value and (key not in _FREE or (key == "context" and learned)):
+            raise InputError(
+                f"--from {path}: its model.{key} is {shown(value)}, not {shown(ours)}: it must be the same"
+            )
+    return Pretrained(path, {"path": str(path.absolute()), "run": None, "step": 0})
+
+
+def _nnz(model: nn.Module) -> int:
+    return sum(layer.topology.nnz for layer in sparse_layers(model).values())
