@@ -335,11 +335,11 @@ def test_the_trainers_own_optimizer_decays_values(tmp_path: Path) -> None:
 
 
 def test_what_the_trainer_saves_stays_sparse_and_trains_on(tmp_path: Path) -> None:
-    trains = trainer(tmp_path, SparsaeCallback(topology=SetConfig(every=3)), max_steps=4, save_strategy="no")
+    trains = trainer(tmp_path, SparsaeCallback(topology=SetConfig(every=2)), max_steps=4, save_strategy="no")
     trains.train()
     trains.save_model(str(tmp_path / "saved"))
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
     assert same(loaded.state_dict(), trains.model.state_dict())
-    callback = SparsaeCallback(topology=SetConfig(every=3))
+    callback = SparsaeCallback(topology=SetConfig(every=2))
     trainer(tmp_path, callback, model=loaded, max_steps=4, save_strategy="no").train()
     assert callback.rows[-1]["itop_rate"] > callback.rows[0]["itop_rate"]
