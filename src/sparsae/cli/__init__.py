@@ -42,6 +42,7 @@ from sparsae.cli.output import (
 )
 from sparsae.cli.schema import schema
 from sparsae.cli.tasks import evaluate, finetune
+from sparsae.cli.watch import watch
 from sparsae.config.complaints import explain
 from sparsae.config.load import annotated, methods, resolve
 from sparsae.config.schema import MOST_GENERATED
@@ -303,6 +304,7 @@ def info(run: Run, json_file: JsonFile = None) -> None:
 
 for _command in (experiments.compare, experiments.ablate, experiments.sensitivity, experiments.transfer):
     app.command()(_command)
+app.command()(watch)
 app.command()(evaluate)
 app.command()(finetune)
 for _name, _listing in (("presets", list_presets), ("methods", list_methods), ("rules", list_rules)):

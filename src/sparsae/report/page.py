@@ -13,6 +13,9 @@ from sparsae.errors import InputError
 from sparsae.files import write_atomically
 from sparsae.report.data import RunData, read_run
 from sparsae.runs.directory import RunDirectory
+from sparsae.runs.lock import is_locked
+
+RELOADED = 15  # seconds; what writes the page while a run goes on is `sparsae watch --page`
 
 
 def write_report(run: Path) -> Path:
@@ -34,18 +37,22 @@ def render(run: RunData) -> str:
     """The page of a run as HTML."""
     from sparsae.report.sections import body, title
 
-    return document(title(run), body(run))
+    return document(title(run), body(run), refresh=RELOADED if is_locked(run.path) and not run.totals else None)
 
 
-def document(title: str, body: str) -> str:
-    """A whole page that needs nothing but itself: `title` is text, `body` markup."""
+def document(title: str, body: str, refresh: int | None = None) -> str:
+    """A whole page that needs nothing but itself: `title` is text, `body` markup.
+
+    refresh: seconds after which a browser reads it again, of what is not over.
+    """
+    reload = "" if refresh is None else f'\n<meta http-equiv="refresh" content="{refresh}">'
     style = resources.files("sparsae.report").joinpath("style.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="sparsae">
+<meta name="generator" content="sparsae">{reload}
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>

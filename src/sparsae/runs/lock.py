@@ -38,6 +38,23 @@ def locked(directory: Path, what: str, patience: float = 0.0) -> Iterator[int]:
         os.close(lock)
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process works in a directory now; writes nothing."""
+    try:
+        lock = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(lock)
+
+
 def launched_ranks() -> int:
     """As how many ranks a launcher (torchrun) started this program; 1 without one."""
     count = os.environ.get("WORLD_SIZE", "1").strip()

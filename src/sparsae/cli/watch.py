@@ -1,0 +1,117 @@
+"""`sparsae watch`: a run as it goes on, read from its files by another process."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsae.errors import InputError
+from sparsae.report.readable import compact, count, decimal, duration
+from sparsae.runs.directory import RunDirectory
+from sparsae.runs.lock import is_locked
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from sparsae.report.data import RunData
+
+_BARS = "▁▂▃▄▅▆▇█"
+_PAGE = 30.0  # seconds between two pages
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")] = 2.0,
+    page: Annotated[bool, typer.Option("--page", help="Write report.html again and again; it reloads itself.")] = False,
+) -> None:
+    """Show how a run goes, until it ends."""
+    from rich.console import Console
+    from rich.live import Live
+
+    directory, console = RunDirectory.open(run), Console(highlight=False)
+    written, last = -math.inf, ""
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            # Looked at before the files: whoever ends in between has written everything.
+            goes_on = is_locked(directory.path)
+            data = _read(run, waiting=goes_on)
+            if page and data is not None and (not goes_on or time.monotonic() - written >= _PAGE):
+                from sparsae.report.page import write_report
+
+                write_report(run)
+                written = time.monotonic()
+            line = _line(data, goes_on)
+            if console.is_terminal:
+                live.update(_view(run, data, line), refresh=True)
+            elif line != last:
+                typer.echo(line)
+            last = line
+            if not goes_on:
+                return
+            time.sleep(every)
+
+
+def _read(run: Path, waiting: bool) -> RunData | None:
+    """What the run has written; None where it has only begun."""
+    from sparsae.report.data import read_run
+
+    try:
+        return read_run(run)
+    except InputError:
+        if waiting:
+            return None
+        raise
+
+
+def _line(data: RunData | None, goes_on: bool) -> str:
+    """Where the run is, on one line."""
+    if data is None:
+        return "no metrics yet"
+    steps = data.config.training.steps
+    parts = [f"step {count(data.last_step)} of {count(steps)}"]
+    if data.train:
+        row = data.train[-1]
+        parts += [f"loss {decimal(row.cross_entropy, 4)}", f"{compact(row.tokens_per_second)} tokens/s"]
+        per_step = row.tokens / row.step if row.step else math.nan
+        left = (steps - row.step) * per_step / row.tokens_per_second if row.tokens_per_second > 0 else math.nan
+        if goes_on and math.isfinite(left):
+            parts.append(f"{duration(left)} left")
+    if data.validation:
+        parts.append(f"validation {decimal(data.validation[-1].loss, 4)}")
+    if data.updates:
+        parts.append(f"{count(len(data.updates))} updates")
+    if not goes_on:
+        totals = data.totals
+        ended = "diverged" if totals.get("diverged") else "finished" if totals.get("finished") else "not going on"
+        parts.append(ended)
+    return ", ".join(parts)
+
+
+def _view(run: Path, data: RunData | None, line: str) -> RenderableType:
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row("", Text(line))
+    if data is not None:
+        grid.add_row("steps", ProgressBar(total=data.config.training.steps, completed=data.last_step, width=60))
+        grid.add_row("training", Text(spark([row.cross_entropy for row in data.train])))
+        grid.add_row("validation", Text(spark([row.loss for row in data.validation])))
+    return Panel(grid, title=Text(str(run)), title_align="left")
+
+
+def spark(values: list[float], width: int = 60) -> str:
+    """A curve as one line of blocks, its last `width` values; what is no number is a space."""
+    shown = values[-width:]
+    known = [value for value in shown if math.isfinite(value)]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in shown)
