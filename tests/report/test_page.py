@@ -148,6 +148,17 @@ def test_text_of_the_run_is_escaped(make_run: Callable[..., Path]) -> None:
     assert "    # & calm" in page.text["sample"]
 
 
+def test_the_sample_names_its_prompt_its_text_and_its_tokenizer(make_run: Callable[..., Path]) -> None:
+    _, page = report(make_run(metric_rows()))
+    shown = " ".join(page.text["sample"].split())
+    for name, value in (
+        ("Prompt", "the start of a document of the held-out text"),
+        ("Training text", "stdlib"),
+        ("Tokenizer", "trained on it, 4,096 entries at most"),
+    ):
+        assert f"{name} {value}" in shown or f"{name}{value}" in shown, name
+
+
 def test_search_counts_candidates_by_proposer(make_run: Callable[..., Path]) -> None:
     _, page = report(make_run(metric_rows()))
     accepted = sum(row["accepted"] for row in metric_rows() if row["kind"] == "topology")

@@ -86,7 +86,9 @@ def _line(data: RunData | None, goes_on: bool) -> str:
         parts.append(f"{count(len(data.updates))} updates")
     if not goes_on:
         totals = data.totals
-        ended = "diverged" if totals.get("diverged") else "finished" if totals.get("finished") else "not going on"
+        ended = "not going on"
+        if totals is not None:
+            ended = "diverged" if totals.diverged else "finished" if totals.finished else "stopped"
         parts.append(ended)
     return ", ".join(parts)
 

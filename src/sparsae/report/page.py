@@ -37,7 +37,7 @@ def render(run: RunData) -> str:
     """The page of a run as HTML."""
     from sparsae.report.sections import body, title
 
-    return document(title(run), body(run), refresh=RELOADED if is_locked(run.path) and not run.totals else None)
+    return document(title(run), body(run), refresh=RELOADED if is_locked(run.path) and run.totals is None else None)
 
 
 def document(title: str, body: str, refresh: int | None = None) -> str:

@@ -366,7 +366,23 @@ def _sample(run: RunData) -> str:
         for name, text in texts.items()
         if text is not None
     )
-    return markup.section("sample", "A sample", lead, f'<div class="samples">{blocks}</div>')
+    named = markup.facts(_sampled(run))
+    return markup.section("sample", "A sample", lead, named, f'<div class="samples">{blocks}</div>')
+
+
+def _sampled(run: RunData) -> list[tuple[str, str]]:
+    """What the sample continues, and what the model has read: text and tokenizer by name."""
+    data, prompt = run.config.data, run.config.tracking.sample_prompt
+    weighed = [f"{text.source} ({text.weight:g})" if data.sources else text.source for text in data.texts]
+    tokenizer = (
+        f"trained on it, {data.tokenizer_vocab:,} entries at most" if data.tokenizer == "train" else data.tokenizer
+    )
+    held_out = data.validation_source or "the held-out text"
+    return [
+        ("Prompt", f"the start of a document of {held_out}" if prompt is None else "tracking.sample_prompt"),
+        ("Training text", ", ".join(weighed)),
+        ("Tokenizer", tokenizer),
+    ]
 
 
 def _settings(run: RunData) -> str:

@@ -122,7 +122,7 @@ def differences(
         ax.tick_params(axis="y", labelcolor=COLOURS["ink"])
         ax.set_ylim(len(entries) - 0.4, -0.6)
         ax.grid(axis="x")
-        ax.set_xlabel(f"nats less {reference} (left is better)")
+        ax.set_xlabel(f"nats, difference from {reference} (left is better)")
         ax.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0")
         )

@@ -14,7 +14,8 @@ def results_table(results: Results) -> Table:
     seeds = len(asked.seeds)
     columns = [
         "sparsity", "method", "learning rate", *map(_short, tuned_beside(results)), "steps", "tokens", "FLOPs",
-        "updates", "parameters", "state", "loss (nats)", f"less {reference}", "p (Holm)", "equivalent tokens",
+        "updates", "parameters", "state", "loss (nats)", f"difference from {reference}", "p (Holm)",
+        "equivalent tokens",
     ]  # fmt: skip
     title = f"{asked.preset}, matched on {asked.match}, {seeds} seed{'s' if seeds > 1 else ''}"
     loss = results.judged_by.replace("_", " ")
