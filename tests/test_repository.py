@@ -106,7 +106,11 @@ def test_plans_name_their_data_by_a_variable() -> None:
     plans = [
         file for file in tracked() if file.is_relative_to(ROOT / "benchmarks") or file.is_relative_to(ROOT / "docs")
     ]
-    trees = [read_yaml(file.read_text("utf-8"), str(file)) for file in plans if file.suffix == ".yaml"]
+    trees = [
+        read_yaml(file.read_text("utf-8"), str(file))
+        for file in plans
+        if file.suffix == ".yaml" and "lm_eval" not in file.parts
+    ]
     trees += [json.loads(file.read_text("utf-8")) for file in plans if file.suffix == ".json"]
     sources = [
         data[key]

@@ -244,9 +244,9 @@ class TestWhatPeopleRead:
         assert shown.getvalue().endswith(b"gr\xf6\xdfer \\u4e09\n")
 
     def test_set_is_the_same_in_experiments(self) -> None:
-        by_option = read(None, ["training.steps=3"], {"methods": ["static"]}, ComparisonPlan)
-        assert by_option == read(["training.steps=3"], None, {"methods": ["static"]}, ComparisonPlan)
-        assert by_option != read(None, None, {"methods": ["static"]}, ComparisonPlan)
+        by_option = read(None, ["training.steps=3"], {"--methods": ("methods", ["static"])}, ComparisonPlan)
+        assert by_option == read(["training.steps=3"], None, {"--methods": ("methods", ["static"])}, ComparisonPlan)
+        assert by_option != read(None, None, {"--methods": ("methods", ["static"])}, ComparisonPlan)
 
 
 class TestEndings:

@@ -292,8 +292,11 @@ def test_a_bad_file_is_refused_by_name(text: str | bytes, words: list[str], tmp_
         ("training.learning_rate=.nan", ["training.learning_rate", "finite"]),
         ('training.learning_rate="1e-3"', ["training.learning_rate", "a number, not '1e-3'"]),
         ("sparsity.sparsity=1", ["sparsity.sparsity", "below 1"]),
-        ("training.decay=0.1", ["training: decay", "wsd", "leave it out"]),
-        ("training={schedule: wsd, warmup: 0.5, decay: 0.6}", ["training: warmup 0.5 and decay 0.6", "at most 1"]),
+        ("training.decay=0.1", ["training.decay: decay", "wsd", "leave it out"]),
+        (
+            "training={schedule: wsd, warmup: 0.5, decay: 0.6}",
+            ["training.decay: warmup 0.5 and", "at most 1"],
+        ),
         ("training={schedule: constant, final_learning_rate: 0.2}", ["final_learning_rate 0.2", "leave it out"]),
         ("training.schedule=cosin", ["training.schedule", "cosine"]),
         ("seed=-1", ["seed", "at least 0"]),
@@ -325,7 +328,7 @@ def test_the_layer_that_gave_the_wrong_value_is_blamed(tmp_path: Path) -> None:
     file = write(tmp_path, "training: {steps: 0}\nsparsity: {min_density: 0.05}\n")
     assert refusal(file).startswith(f"{file}: training.steps")
     good = write(tmp_path, "sparsity: {min_density: 0.05}\n")
-    assert refusal(good, None, None, ["sparsity.sparsity=0.99"]).startswith("--set: sparsity: bounds")
+    assert refusal(good, None, None, ["sparsity.sparsity=0.99"]).startswith("--set: sparsity.sparsity: bounds")
     assert refusal(None, options={"--steps": ("training.steps", 0)}).startswith("--steps: training.steps")
 
 

@@ -178,8 +178,8 @@ def test_paths_of_several_sources_become_absolute(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("data={source: a.txt, sources: [{source: b.txt}]}", "data: source a.txt is given beside sources"),
-        ("data.sources=[{source: b.txt}, {source: b.txt}]", "data: sources has b.txt twice"),
+        ("data={source: a.txt, sources: [{source: b.txt}]}", "data.sources: source a.txt is given beside sources"),
+        ("data.sources=[{source: b.txt}, {source: b.txt}]", "data.sources: sources has b.txt twice"),
         ("data.sources=[{source: b.txt, weight: 0}]", r"data.sources\[0\].weight: must be above 0"),
         ("data.sources=[{weight: 1}]", "source"),
         ("data.sources=b.txt", "data.sources: must be a list"),

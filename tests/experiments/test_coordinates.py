@@ -219,7 +219,7 @@ WRONG = {
     "a setting that the grid makes": (["sparsity.sparsity=0.5"], "leave out sparsity.sparsity"),
     "an unknown setting": (["training.stepz=3"], "did you mean"),
     "a method without sparsity": (["--method", "dense"], "no sparsity to vary"),
-    "no slope": (["--widths", "64", "--sparsities", "0.5"], "one of each has no slope"),
+    "no slope": (["--widths", "64", "--sparsities", "0.5"], "one width and one sparsity have no slope"),
     "a method that prunes": (["--method", "gmp"], "starts at sparsity 0"),
     "no steps": (["--steps", "0"], "must be at least 1"),
     "heads of no kind": (["--heads", "many"], "'scaled' or 'constant'"),

@@ -299,11 +299,11 @@ class TestCommand:
 WRONG = {
     "a grid of one": (["--learning-rates", "1e-3"], "one value is no sweep"),
     "an unknown parameterization": (["--parameterizations", "sp,mub"], "did you mean mup"),
-    "a width twice": (["--widths", "128,128"], "widths: one is given twice"),
+    "a width twice": (["--widths", "128,128"], "--widths: one is given twice"),
     "a width for no whole heads": (["--widths", "96"], "model.heads would be 1.5"),
     "no number": (["--initial-scales", "big"], "--initial-scales: must be numbers"),
     "a rate of zero": (["--learning-rates", "0,1"], "must be above 0"),
-    "a multiplier twice": (["--embedding-multipliers", "2,2"], "embedding_multipliers: one is given twice"),
+    "a multiplier twice": (["--embedding-multipliers", "2,2"], "--embedding-multipliers: one is given twice"),
     "a swept scale": (
         ["--initial-scales", "1,2", "parameterization.initial_scale=2"],
         "leave out parameterization.initial_scale",

@@ -12,6 +12,7 @@ from scipy import stats
 from sparsae.cli import main
 from sparsae.config import TeacherConfig
 from sparsae.config.load import resolve
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.ranking import rank_agreement
@@ -25,6 +26,8 @@ TINY = {
     "training": {"steps": 20, "batch_size": 2, "validation_sequences": 4, "device": "cpu", "log_every": 5},
     "topology": {"every": 4},
 }
+from sparsae.search.rows import CandidateRow
+from tests.support.records import candidate_row, topology_row
 
 
 @pytest.fixture
@@ -138,25 +141,24 @@ class TestSensitivity:
         assert plain["study_flops"] == 0 < studied["study_flops"]
 
 
-def candidate(score: float, micro: float, whole: float | None) -> dict[str, Any]:
-    return {"score": score, "cross_entropy": micro, "validation_cross_entropy": whole}
+def candidate(score: float, micro: float, whole: float | None) -> CandidateRow:
+    return candidate_row(score, terms={"cross_entropy": micro}, validation_cross_entropy=whole)
 
 
 def test_agreement_of_rankings_by_hand() -> None:
     """Three of four and one of one: tau 1 - 2 (1 / 6) of six pairs, one swapped, and -1 of one pair."""
-    first = {
-        "candidates": [candidate(1, 1.0, 5.0), candidate(2, 1.1, 5.2), candidate(3, 1.2, 5.1)],
-        "current": candidate(4, 1.3, 5.9),
-    }
-    second = {"candidates": [candidate(1, 2.0, 7.0), candidate(9, 9.0, None)], "current": candidate(2, 2.1, 6.5)}
-    unstudied = {"candidates": [candidate(1, 2.0, None)], "current": None}
-    found = rank_agreement([first, second, unstudied])
+    three = (candidate(1, 1.0, 5.0), candidate(2, 1.1, 5.2), candidate(3, 1.2, 5.1))
+    first = topology_row(1, candidates=three, current=candidate(4, 1.3, 5.9))
+    two = (candidate(1, 2.0, 7.0), candidate(9, 9.0, None))
+    second = topology_row(2, candidates=two, current=candidate(2, 2.1, 6.5))
+    unstudied = topology_row(3, candidates=(candidate(1, 2.0, None),))
+    found = encode(rank_agreement([first, second, unstudied]))
     assert found["updates"] == 2
     assert found["kendall_tau"] == pytest.approx((2 / 3 - 1) / 2)
     micro = [-0.15, -0.05, 0.05, 0.15, -0.05, 0.05]
     whole = [-0.3, -0.1, -0.2, 0.6, 0.25, -0.25]
     assert found["correlation"] == pytest.approx(stats.pearsonr(micro, whole).statistic)
-    assert rank_agreement([unstudied]) == {"updates": 0, "kendall_tau": None, "correlation": None}
+    assert encode(rank_agreement([unstudied])) == {"updates": 0, "kendall_tau": None, "correlation": None}
 
 
 class TestDenseSmall:

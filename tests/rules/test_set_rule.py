@@ -103,7 +103,7 @@ def test_one_run_through_all_rules(caplog: pytest.LogCaptureFixture) -> None:
     now = {name: layer.topology for name, layer in sparse_layers(model).items()}
     dropped = sum(int((~start[name].contains(t.indices)).sum()) for name, t in now.items())
     row = sparsifier.search.initial_row()
-    assert row["hamming_start"] == pytest.approx(dropped / sum(t.count for t in now.values()))
+    assert row.hamming_start == pytest.approx(dropped / sum(t.count for t in now.values()))
     assert round(0.1 * units) <= sparsifier.nnz < round(0.2 * units)
     assert not caplog.records
 

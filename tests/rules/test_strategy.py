@@ -365,7 +365,7 @@ def test_beside_another_rule_it_evolves_for_its_own_layers() -> None:
         ({"genes": {"drop_rate": (0.1, 0.5)}}, "drop_rate is no number of rule generations"),
         ({"genes": {"stop": (0.1, 0.5)}}, "stop is no number of rule generations that can evolve"),
         ({"genes": {"drop_fraction": (0.5, 0.1)}}, "the least and the most"),
-        ({"genes": {"drop_fraction": (0.5, 1.5)}}, "less than or equal to 1"),
+        ({"genes": {"drop_fraction": (0.5, 1.5)}}, "must be at most 1, not 1.5"),
         ({"genes": {"interval": (0.5, 2.0)}}, "at least 1 update"),
         ({"genes": {"interval": (1.0, 9.0)}}, "at least two changes"),
         ({"genes": {"ramp": (0.0, 2.0)}}, "above 0"),

@@ -49,6 +49,7 @@ MAKERS = {
     "experiments/execution.py", "experiments/worker.py", "experiments/cluster.py",  # lines between processes
     "cli/output.py", "cli/bench.py", "bench/memory.py", "bench/step.py",  # --json, and lines between processes
     "core/ranks.py", "train/joining.py",  # between ranks
+    "cli/schema.py", "evaluate/formats/compact.py",  # schemas of settings; the header of a compact file
     "tasks/study.py", "experiments/compare/tasks.py",  # results of tasks, which have no class yet
     "search/guests.py",  # whether a rule's state can be saved
 }  # fmt: skip

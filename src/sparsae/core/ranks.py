@@ -113,7 +113,8 @@ class Ranks:
         """Where small tensors may be for the group: the CPU where it serves that."""
         devices: list[torch.device] = self._group._device_types
         kinds = [device.type for device in devices]
-        return torch.device("cpu") if "cpu" in kinds else torch.device(kinds[0], torch.cuda.current_device())
+        host = torch.device("cpu")
+        return host if host.type in kinds else torch.device(kinds[0], torch.cuda.current_device())
 
     def _control(self, numbers: list[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(numbers, dtype=dtype, device=self._device)

@@ -122,7 +122,7 @@ class Companion:
         self.records = [self._sparsifier.search.initial_row()]
         self._passed = (0, 0)  # a step, and how many of its passes the teacher was asked for
         self._is_heard = False
-        self._divergence, self._taught = torch.zeros(()), 0
+        self._divergence, self._taught = torch.zeros((), dtype=torch.float32, device="cpu"), 0
 
     def end(self) -> None:
         """Let go of the optimizer; the Sparsifier may still be looked at."""
@@ -189,7 +189,7 @@ class Companion:
         }
         if self._taught:
             found["distillation"] = float(self._divergence) / self._taught
-            self._divergence, self._taught = torch.zeros(()), 0
+            self._divergence, self._taught = torch.zeros((), dtype=torch.float32, device="cpu"), 0
         return {f"sparsae/{name}": value for name, value in found.items()}
 
     def write_page(self, folder: Path, title: str) -> None:

@@ -15,7 +15,7 @@ from sparsae.report.data import RunData, read_run
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.lock import is_locked
 
-RELOADED = 15  # seconds; what writes the page while a run goes on is `sparsae watch --page`
+RELOADED = 15  # seconds; what writes the page while a run continues is `sparsae watch --page`
 
 
 def write_report(run: Path) -> Path:

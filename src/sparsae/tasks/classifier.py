@@ -50,7 +50,8 @@ def classifier(loaded: LoadedRun, task: Task, seed: int) -> nn.Module:
         model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
     setattr(model, model.base_model_prefix, body.base_model)
     shape = model.score.weight.shape
-    head = torch.randn(shape, generator=generator(seed, "head", task.name), dtype=torch.float32) * INITIAL_STD
+    drawn = generator(seed, "head", task.name)
+    head = torch.randn(shape, generator=drawn, dtype=torch.float32, device="cpu") * INITIAL_STD
     model.score.weight = nn.Parameter(head.to(loaded.device))
     # Only now: an embedding that knew of it before would not train the entry that pads.
     model.config.pad_token_id = loaded.tokenizer.pad_id

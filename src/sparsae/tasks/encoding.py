@@ -60,15 +60,15 @@ class Collator:
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         length = max(map(len, batch))
-        ids = torch.full((len(batch), len(batch[0].choices), length), self.pad, dtype=torch.int64)
+        ids = torch.full((len(batch), len(batch[0].choices), length), self.pad, dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(ids)
         for row, example in enumerate(batch):
             for choice, tokens in enumerate(example.choices):
-                ids[row, choice, : len(tokens)] = torch.tensor(tokens)
+                ids[row, choice, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
                 mask[row, choice, : len(tokens)] = 1
         if not self.chooses:
             ids, mask = ids.squeeze(1), mask.squeeze(1)
-        labels = torch.tensor([example.label for example in batch])
+        labels = torch.tensor([example.label for example in batch], dtype=torch.int64, device="cpu")
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -103,7 +103,7 @@ class Pretrained:
 
     @torch.no_grad()
     def _require_same(self, model: Any, there: Any) -> None:
-        tokens = torch.arange(_PROBE)[None] % model.config.vocab_size
+        tokens = torch.arange(_PROBE, device="cpu")[None] % model.config.vocab_size
         tokens = tokens[:, : model.config.max_position_embeddings]
         one, two = model(tokens).logits, there(tokens).logits
         if not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(two.abs().max())):

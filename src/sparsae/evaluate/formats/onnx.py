@@ -50,7 +50,7 @@ def write_onnx(loaded: LoadedRun, directory: Path) -> None:
     require_onnx()
     model: Any = densify(loaded.model).cpu()
     fold_attention_scale(model)
-    example = torch.zeros((2, min(8, loaded.config.model.context)), dtype=torch.int64)
+    example = torch.zeros((2, min(8, loaded.config.model.context)), dtype=torch.int64, device="cpu")
     shapes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     # The exporter tells its progress and its plans; what fails it raises.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

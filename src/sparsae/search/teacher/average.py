@@ -171,8 +171,8 @@ def _copy_sharing_indices(student: nn.Module) -> nn.Module:
 def _own_forward(name: str, module: nn.Module) -> None:
     """See that the copy of a module computes with itself: a function on it that replaces its forward is no copy."""
     forward = vars(module).get("forward")
-    if not isinstance(forward, FunctionType):
-        return
+    if not isinstance(forward, FunctionType) or "_orig_mod" in module._modules:
+        return  # the wrapper of torch.compile makes its forward anew when it is copied
     is_compiled = hasattr(forward, "_torchdynamo_orig_callable")
     if not is_compiled or getattr(inspect.unwrap(forward), "__func__", None) is not type(module).forward:
         raise InputError(
