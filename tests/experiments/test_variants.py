@@ -19,6 +19,8 @@ from sparsae.experiments.compare.ranking import rank_agreement
 from sparsae.experiments.compare.variants import ABLATIONS, WRITTEN, ablation_variants, sensitivity_variants
 from sparsae.experiments.plan import parse_plan
 from sparsae.rules import StaticConfig
+from sparsae.search.rows import CandidateRow
+from tests.support.records import candidate_row, topology_row
 
 TINY = {
     "model": {"layers": 1, "width": 16, "heads": 2, "context": 16},
@@ -26,8 +28,6 @@ TINY = {
     "training": {"steps": 20, "batch_size": 2, "validation_sequences": 4, "device": "cpu", "log_every": 5},
     "topology": {"every": 4},
 }
-from sparsae.search.rows import CandidateRow
-from tests.support.records import candidate_row, topology_row
 
 
 @pytest.fixture
