@@ -111,7 +111,7 @@ def page(record: Record) -> str:
         (
             "# Downstream: fine-tuned on five tasks, and asked as they are\n",
             f"Two GPTs of {summary['parameters_dense']:,} parameters if dense, trained on {summary['tokens']:,} tokens",
-            f"of English books: one {100 * summary['sparsity']:g} % sparse from the first step to the last",
+            f"of English books: one {100 * sparse['finetuned']['sparsity']:g} % sparse from the first step to the last",
             f"(`{summary['method']}`), one dense, on the same text in the same order. So few tokens make no model that",
             "knows much: what is asked here is whether sparsity loses what there is.\n",
             trained_table(record).markdown(),

@@ -106,11 +106,9 @@ def test_plans_name_their_data_by_a_variable() -> None:
     plans = [
         file for file in tracked() if file.is_relative_to(ROOT / "benchmarks") or file.is_relative_to(ROOT / "docs")
     ]
-    trees = [
-        read_yaml(file.read_text("utf-8"), str(file))
-        for file in plans
-        if file.suffix == ".yaml" and "lm_eval" not in file.parts
-    ]
+    # Task files of lm-eval are no plans: their data is a function's, which reads a variable.
+    written = [file for file in plans if file.suffix == ".yaml" and file.parent.name != "lm_eval"]
+    trees = [read_yaml(file.read_text("utf-8"), str(file)) for file in written]
     trees += [json.loads(file.read_text("utf-8")) for file in plans if file.suffix == ".json"]
     sources = [
         data[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,27 +102,13 @@ def test_a_table_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[2].split()[:2] == ["toy_pairs", "acc"]
 
 
-def test_lm_evals_own_command_line_knows_a_run(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sparsae.tasks.lm_eval import main as lm_eval
-
-    given = ["run", "--model", "sparsae", "--model_args", f"path={place / 'run'}", "--tasks", "toy_pairs"]
-    given += ["--include_path", str(place / "tasks"), "--output_path", str(tmp_path), "--limit", "4"]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
-    lm_eval()
-    (written,) = tmp_path.rglob("*.json")
-    results = json.loads(written.read_text())["results"]
-    assert results["toy_pairs"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert "toy_pairs" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--tasks", "toy_word", "--data", "x.txt"], ["--tasks", "--data"]),
         (["--limit", "3"], ["--limit", "--tasks"]),
         (["--include-path", "x"], ["--include-path", "--tasks"]),
+        (["--tasks", "toy_word", "--device", "tpu"], ["--device", "tpu"]),
         (["--tasks", "toy_word", "--include-path", "missing"], ["--include-path", "missing"]),
     ],
 )

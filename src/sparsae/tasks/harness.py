@@ -43,6 +43,10 @@ def ask(
     for folder in include:
         if not Path(expanded(folder)).is_dir():
             raise InputError(f"--include-path: {folder}: no such directory; give one with task files of lm-eval")
+    if device is not None:
+        from sparsae.train.model import choose_device
+
+        choose_device(device, "--device")
     with _quietly(quiet):
         evaluator, tasks_of, model_of = _library()
         manager, names = _known(tasks, [expanded(folder) for folder in include], tasks_of)
@@ -62,7 +66,7 @@ def ask(
     return {
         "step": lm.step,
         "teacher": teacher,
-        "tasks": {name: _scores(name, values, found) for name, values in _all_results(found)},
+        "tasks": {name: _scores(name, values, found) for name, values in _all_results(found, names)},
         "lm_eval": _version(),
         "limit": limit,
     }
@@ -103,12 +107,17 @@ def _known(tasks: Sequence[str], folders: Sequence[str], tasks_of: Any) -> tuple
     if folders:  # lm-eval's own thousands of files take seconds to look through
         manager = tasks_of(include_path=folders, include_defaults=False)
         if all(manager.match_tasks([name]) for name in tasks):
-            return manager, manager.match_tasks(list(tasks))
+            return manager, _in_order(tasks, manager)
     manager = tasks_of(include_path=folders or None)
     for name in tasks:
         if not manager.match_tasks([name]):
             raise InputError(f"--tasks: lm-eval knows no task {shown(name)}; {_near(name, manager.all_tasks)}")
-    return manager, manager.match_tasks(list(tasks))
+    return manager, _in_order(tasks, manager)
+
+
+def _in_order(tasks: Sequence[str], manager: Any) -> list[str]:
+    """The names that are meant, as they were asked for; those of a glob by the alphabet."""
+    return list(dict.fromkeys(name for asked in tasks for name in manager.match_tasks([asked])))
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -146,10 +155,10 @@ def _quietly(quiet: bool) -> Iterator[None]:
         logging.disable(before)
 
 
-def _all_results(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Groups first, whose scores are over their tasks."""
-    yield from found.get("groups", {}).items()
-    yield from ((name, values) for name, values in found["results"].items() if name not in found.get("groups", {}))
+def _all_results(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """In the order in which they were asked for; then the tasks of groups, whose scores are over theirs."""
+    results = {**found["results"], **found.get("groups", {})}
+    yield from ((name, results[name]) for name in dict.fromkeys([*names, *results]) if name in results)
 
 
 def _scores(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -22,8 +23,10 @@ from sparsae.train.model import choose_device
 class SparsaeLM(HFLM):
     """What lm-eval's `hf` does with a model of transformers, with the model and the tokenizer of a run.
 
-    path: the run. teacher: its average in the place of the student. device: auto, cpu or cuda; None: as the run has
-    it. other: what `hf` takes beside a model, such as add_bos_token. Raises InputError as `load_run` does.
+    path: the run. teacher: its average in the place of the student. device: auto, cpu or cuda; None, or cuda where
+    there is none: as the run has it. other: what `hf` takes beside a model, such as add_bos_token.
+
+    Raises InputError as `load_run` does.
     """
 
     def __init__(
@@ -38,7 +41,8 @@ class SparsaeLM(HFLM):
     ) -> None:
         loaded = load_run(Path(path), teacher)
         model: Any = loaded.model
-        if device is not None:
+        # lm-eval's command line names cuda:0 where its user names nothing; `hf` too stays on the CPU without one.
+        if device is not None and not (device.startswith("cuda") and not torch.cuda.is_available()):
             model.to(choose_device(device, "device"))
         super().__init__(
             pretrained=model,
