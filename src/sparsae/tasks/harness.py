@@ -78,11 +78,16 @@ def results_table(title: str, found: Mapping[str, Any]) -> Table:
     for name, task in found["tasks"].items():
         for metric, score in task["metrics"].items():
             error = score["stderr"]
-            value = f"{score['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            value = _number(score["value"]) + ("" if error is None else f" ± {_number(error)}")
             rows.append(
                 [name, metric, value, f"{task['questions']:,}", "-" if (n := task["fewshot"]) is None else str(n)]
             )
     return Table(title, ["task", "metric", "score ± standard error", "questions", "few-shot"], rows)
+
+
+def _number(value: float) -> str:
+    """A share with four digits; a perplexity that nobody reads to its end as a power of ten."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _library() -> tuple[Any, Any, Any]:
