@@ -50,7 +50,9 @@ def _never_apart(rank: int, count: int, store: str, section: str, steps: int) ->
 def _bit(rank: int, count: int, store: str) -> None:
     def flip(step: int, sparsifier: Sparsifier) -> None:
         if step == 500 and rank == count - 1:
-            next(iter(sparsifier._layers.values())).topology.indices.numpy()[0] ^= 1
+            layer = next(iter(sparsifier._layers.values()))
+            for indices in (layer.topology.indices, layer.indices):
+                indices.numpy()[0] ^= 1
 
     torch.set_num_threads(1)
     with joined(rank, count, store), pytest.raises(RanksError, match=f"on rank {count - 1} as on rank 0"):
