@@ -15,6 +15,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class DataParallel:
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
-        self._wrappers: list[DistributedDataParallel] | None = None
+        self._seen: list[ReferenceType[DistributedDataParallel]] | None = None
 
     def require_same(self, **more: bytes) -> None:
         """Raise RanksError where the topologies are not the same on all ranks, or one of `more` (as many bytes)."""
@@ -43,11 +44,10 @@ class DataParallel:
 
     def settle(self) -> None:
         """Before the first step: topologies, equal as they are, do not travel with every forward pass."""
-        if ranks().count == 1 or self._wrappers is not None:
+        if ranks().count == 1 or self._seen is not None:
             return
-        self._wrappers = self._found()
         layers = {id(layer) for layer in self._layers.values()}
-        for wrapper in self._wrappers:
+        for wrapper in self._wrappers():
             modules = wrapper.module.named_modules()
             wrapper.parameters_to_ignore |= {f"{name}.indices".lstrip(".") for name, m in modules if id(m) in layers}
             wrapper._assign_modules_buffers()
@@ -57,14 +57,14 @@ class DataParallel:
         if ranks().count == 1 or not names:
             return
         values = {id(self._layers[name].values) for name in names}
-        for wrapper in self._found():
+        for wrapper in self._wrappers():
             if values & set(map(id, wrapper.module.parameters())):
                 _cut_anew(wrapper)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Passes through the wrappers inside are this rank's alone: they wait for no other."""
-        wrappers: list[Any] = self._wrappers or []
+        wrappers: list[Any] = self._wrappers() if ranks().count > 1 else []
         before = [(w, w.require_backward_grad_sync, w.require_forward_param_sync) for w in wrappers]
         for wrapper in wrappers:
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
@@ -73,6 +73,15 @@ class DataParallel:
         finally:
             for wrapper, backward, forward in before:
                 wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
+
+    def _wrappers(self) -> list[DistributedDataParallel]:
+        """Those that were seen, and where one is there no more, or none was, all that are there now."""
+        seen = [wrapper() for wrapper in self._seen or ()]
+        if not seen or None in seen:
+            found = self._found()
+            self._seen = [ref(wrapper) for wrapper in found]
+            return found
+        return [wrapper for wrapper in seen if wrapper is not None]
 
     def _found(self) -> list[DistributedDataParallel]:
         values = {id(layer.values) for layer in self._layers.values()}

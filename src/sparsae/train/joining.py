@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,7 +49,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _say(store, rank, count, error)
+        with _let_speak():
+            _say(store, rank, count, error)
         raise
     dist.destroy_process_group()
 
@@ -66,6 +69,19 @@ def _join(count: int) -> tuple[int, Any]:
         logging.getLogger("sparsae").setLevel(logging.ERROR)  # the first rank warns for all
     ranks().wait()
     return rank, store
+
+
+@contextmanager
+def _let_speak() -> Iterator[None]:
+    """Not ended by the SIGTERM that torchrun sends to the others once a rank has failed; SIGKILL follows later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(store: Any, rank: int, count: int, error: Exception) -> None:
