@@ -12,6 +12,8 @@ from sparsae import InputError, densify, sparse_layers, sparsify
 from tests.support.architectures import ARCHITECTURES
 
 peft = pytest.importorskip("peft")
+# peft asks a model of transformers' under a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TARGETS = {"Llama": ["q_proj", "up_proj", "down_proj"], "GPT-2": ["c_attn", "c_fc"]}
 
 

@@ -24,8 +24,8 @@ def test_a_stage_that_lasts_shows_that_it_goes_on(
     display.stage("evaluate", 1, None)
     assert capsys.readouterr().err.splitlines() == [
         "tokenizing ...",
-        "tokenizing ... 11 of 30 documents, 11 s",
-        "tokenizing ... 25 of 30 documents, 25 s",
+        "tokenizing ... 11 of 30 documents, 11 s · ETA 0:00:19",
+        "tokenizing ... 25 of 30 documents, 25 s · ETA 0:00:05",
         "evaluating ...",
     ]
 

@@ -33,6 +33,10 @@ class SparseLora(lora.Linear):
             )
         super().__init__(base_layer, *arguments, **settings)
 
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        # peft's own takes a sparse layer's after a warning that it does not know the layer.
+        return module.in_features, module.out_features
+
     def merge(self, *arguments: Any, **settings: Any) -> None:
         """Raises InputError while the base is sparse: the sum with a product of low rank is not."""
         if isinstance(self.get_base_layer(), SparseLinear):

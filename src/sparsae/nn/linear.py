@@ -292,6 +292,9 @@ class SparseLinear(nn.Module):
             if topology.indices.is_inference():
                 topology = Topology(topology.shape, topology.indices.clone(), topology.unit)
             key = new_key() if key is None else key
+            if not source.is_inference():
+                # A teacher that takes over the topology shares the buffer, too.
+                topology.view("copy", lambda _: [source])
             if source.is_meta:
                 return Prepared(source, topology, "reference", [key, topology.indices])
             layout = Layout(topology.shape, topology.unit, topology.indices)

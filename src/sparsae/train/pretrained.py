@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sparsae.config.complaints import shown
@@ -97,7 +98,7 @@ class Pretrained:
             model = AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise InputError(f"--from {self.path}: cannot be read: {str(error).splitlines()[0]}") from None
         return model
 
