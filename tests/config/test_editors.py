@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def errors(schema: dict[str, Any], tree: Any) -> list[str]:
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(tree)]
+    return [error.message for error in validator(json.dumps(schema)).iter_errors(tree)]
+
+
+@cache
+def validator(schema: str) -> Any:
+    jsonschema.Draft202012Validator.check_schema(json.loads(schema))
+    return jsonschema.Draft202012Validator(json.loads(schema))
 
 
 def shipped() -> Iterator[Path]:

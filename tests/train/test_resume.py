@@ -136,7 +136,7 @@ def test_ctrl_c_saves_and_resume_finishes(text: Path, tmp_path: Path) -> None:
         "model.width=32", "model.heads=2", "model.context=32", "training.batch_size=2",
         "training.validation_sequences=4", "tracking.sample_tokens=5", "topology.every=20", "training.threads=1",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "sparsae", "train", "--steps", "400", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "sparsae", "train", "--steps", "160", "--out", str(tmp_path / "run")]
     command += [part for setting in settings for part in ("--set", setting)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
@@ -156,5 +156,5 @@ def test_ctrl_c_saves_and_resume_finishes(text: Path, tmp_path: Path) -> None:
     )
     summary = json.loads(done.stdout)
     assert summary["finished"]
-    assert summary["steps"] == 400
+    assert summary["steps"] == 160
     assert (tmp_path / "run" / "report.html").is_file()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.soak
+
 SOURCE = Path(__file__).parents[2] / "src/sparsae/kernels/cpu/csrc"
 X86_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
@@ -32,7 +34,6 @@ def compiler() -> str:
     return found
 
 
-@pytest.mark.slow
 def test_clean_under_sanitizers(tmp_path: Path) -> None:
     cxx = compiler()
     probe = tmp_path / "probe.cpp"
