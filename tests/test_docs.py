@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from sparsae.cli import main
-from sparsae.config.load import methods, presets, resolve, setting_names
+from sparsae.config.load import resolve, setting_names
 from sparsae.config.schema import Config
+from sparsae.config.shipped import methods, presets
 from sparsae.config.text import inline
 from sparsae.core.record import field_names
 from sparsae.registry import RULES

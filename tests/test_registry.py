@@ -14,8 +14,9 @@ import pytest
 from pydantic import BaseModel
 
 from sparsae.cli.listing import list_methods
-from sparsae.config.load import methods, resolve
+from sparsae.config.load import resolve
 from sparsae.config.rules import RuleConfig, TermConfig
+from sparsae.config.shipped import methods
 from sparsae.errors import InputError
 from sparsae.registry import RULES, Registry, import_files
 

@@ -42,6 +42,16 @@ def test_pages_are_written_and_not_kept() -> None:
     assert [file for file in tracked() if file.suffix == ".html"] == []
 
 
+def test_no_file_of_code_is_longer_than_400_lines() -> None:
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text("utf-8").splitlines())
+        for file in tracked()
+        if file.suffix == ".py"
+    }
+    assert len(lengths) > 100
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def test_a_page_can_be_written_of_all_results_that_lie_here(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "pages.py")
     assert spec

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sparsae.cli import main
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 
 # command line (in a directory with the files of `place`) -> words that the one line must have
 CASES: dict[str, list[str]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsae.cli import main
-from sparsae.config.schema import DataConfig
+from sparsae.config.data import DataConfig
 from sparsae.data import prepare
 
 

@@ -16,7 +16,8 @@ import sparsae
 from sparsae.cli import main
 from sparsae.cli.experiments import read
 from sparsae.config import Config
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.runs.directory import RunDirectory
 from tests.support.records import summary_of

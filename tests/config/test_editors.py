@@ -13,8 +13,9 @@ import pytest
 from sparsae.cli import main
 from sparsae.config import Config
 from sparsae.config.editors import json_schema, plan_schema
-from sparsae.config.load import dump, methods, presets, resolve
-from sparsae.config.text import read_yaml
+from sparsae.config.load import resolve
+from sparsae.config.shipped import methods, presets
+from sparsae.config.text import dump, read_yaml
 from sparsae.experiments.registry import KINDS
 
 jsonschema = pytest.importorskip("jsonschema")

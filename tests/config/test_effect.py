@@ -10,8 +10,10 @@ import yaml
 
 from sparsae.cli import main
 from sparsae.config.effect import Idle, idle_settings
-from sparsae.config.load import dump, methods, resolve
+from sparsae.config.load import resolve
 from sparsae.config.schema import Config
+from sparsae.config.shipped import methods
+from sparsae.config.text import dump
 from sparsae.config.walk import settings_in
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan, require_effect

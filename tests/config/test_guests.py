@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from sparsae.config.load import annotated, dump, resolve
+from sparsae.config.load import resolve
 from sparsae.config.rules import RuleConfig
 from sparsae.config.section import Counts
+from sparsae.config.text import annotated, dump
 from sparsae.errors import InputError
 from sparsae.registry import RULES
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 import sparsae
 from sparsae.config import Config
-from sparsae.config.load import annotated, dump, is_dense, methods, presets, resolve
+from sparsae.config.load import is_dense, resolve
 from sparsae.config.narrow import METHOD
+from sparsae.config.shipped import methods, presets
+from sparsae.config.text import annotated, dump
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, RiglConfig, StaticConfig
 

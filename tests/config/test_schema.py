@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from sparsae.config import Config, ModelConfig, Section, SparsityConfig, TrainingConfig
 from sparsae.config.editors import json_schema
-from sparsae.config.load import about, methods, presets, resolve
+from sparsae.config.load import resolve
+from sparsae.config.shipped import about, methods, presets
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.plan import parse_plan

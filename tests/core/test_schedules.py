@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsae.config.schema import TrainingConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.core.cadence import decayed, rate_factor
 
 shares = st.floats(0.0, 1.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sparsae.config.schema import DataConfig
+from sparsae.config.data import DataConfig
 from sparsae.data import corpus as corpora
 from sparsae.data import prepare
 from sparsae.data.corpus import open_corpus, tokenize_text

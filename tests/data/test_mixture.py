@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsae.config.data import DataConfig
 from sparsae.config.load import resolve, with_absolute_paths
-from sparsae.config.schema import Config, DataConfig
+from sparsae.config.schema import Config
 from sparsae.data import Batches, Mixture, prepare
 from sparsae.data.mixture import turn_of
 from sparsae.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsae.config.load import dump
+from sparsae.config.text import dump
 from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments import execution

@@ -178,7 +178,7 @@ class TestDenseSmall:
         assert config.model.width < full.width
 
     def test_its_settings_are_settled_once(self, tmp_path: Path) -> None:
-        from sparsae.config.load import dump
+        from sparsae.config.text import dump
 
         config = resolve(method="dense-small")
         (tmp_path / "config.yaml").write_text(dump(config))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsae import AdamW, Sparsifier, SparsifierConfig, parameter_groups, sparsify
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError
 from sparsae.losses import distillation_loss
 from sparsae.rules import EvolutionConfig, RiglConfig, SetConfig

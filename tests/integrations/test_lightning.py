@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig
 from tests.integrations.test_transformers import same

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError
 from sparsae.integrations.transformers import SparsaeCallback, SparsaeTrainer
 from sparsae.losses import distillation_loss

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, sparse_layers, sparsify, summary
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.nn.conversion import dense_matrices, sparse_modules
 from sparsae.nn.dense import gathered
 from sparsae.nn.kinds.experts import SparseExperts

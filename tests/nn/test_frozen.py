@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, parameter_groups, sparsify
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.names import modules_by_name

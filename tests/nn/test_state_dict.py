@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsae.config import RuleConfig
-from sparsae.config.schema import TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import sparsify

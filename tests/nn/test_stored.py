@@ -14,25 +14,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, parameter_groups, sparse_layers, sparsify
-from sparsae.files import sha256_of, with_seal
 from sparsae.nn.mlp import FusedMLP
 from sparsae.rules import SetConfig
 from tests.support.architectures import ARCHITECTURES, VOCABULARY, Architecture
+from tests.support.hf import sparse_llama
 
 TRAINING = [name for name, architecture in ARCHITECTURES.items() if architecture.refusal is None]
 # The layers that units of 4x4 do not divide.
 UNDIVIDED = {"Mamba": ["*.x_proj", "*.dt_proj"]}
-
-
-def llama(tied: bool = False, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(**(ARCHITECTURES["Llama"].settings | settings), tie_word_embeddings=tied)
-    return sparsify(hf.LlamaForCausalLM(config), 0.7).eval()
 
 
 def assert_same(one: nn.Module, two: nn.Module) -> None:
@@ -71,7 +65,7 @@ def test_every_architecture_comes_back_the_same(name: str, blocks: bool, tmp_pat
 
 
 def test_shards_of_one_megabyte(tmp_path: Path) -> None:
-    model = llama(hidden_size=256, intermediate_size=512, vocab_size=4096)
+    model = sparse_llama(hidden_size=256, intermediate_size=512, vocab_size=4096)
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     assert_same(model, hf.AutoModelForCausalLM.from_pretrained(tmp_path))
@@ -85,7 +79,7 @@ def test_shards_of_one_megabyte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_stay_tied(tied: bool, tmp_path: Path) -> None:
-    model = llama(tied)
+    model = sparse_llama(tied)
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(model, again)
@@ -109,7 +103,7 @@ def test_what_a_layer_is_besides_its_topology_comes_back(tmp_path: Path) -> None
 
 
 def test_the_base_and_another_head_load_what_they_have(tmp_path: Path) -> None:
-    model = llama()
+    model = sparse_llama()
     model.save_pretrained(tmp_path / "whole")
     base = hf.AutoModel.from_pretrained(tmp_path / "whole")
     assert_same(model.model, base)
@@ -128,7 +122,7 @@ def vision(folder: Path) -> Any:
 
 
 def test_a_part_and_a_copy_save_themselves(tmp_path: Path) -> None:
-    model = llama()
+    model = sparse_llama()
     model.model.save_pretrained(tmp_path / "part")
     assert_same(model.model, hf.AutoModel.from_pretrained(tmp_path / "part"))
     other = copy.deepcopy(model)
@@ -142,9 +136,9 @@ def test_a_part_and_a_copy_save_themselves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_and_what_nobody_else_holds_are_saved(copied: Callable[[Any], Any], tmp_path: Path) -> None:
-    copied(llama()).save_pretrained(tmp_path)
+    copied(sparse_llama()).save_pretrained(tmp_path)
     hf.AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert_same(llama(), hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+    assert_same(sparse_llama(), hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
 
 
 def test_a_densified_model_is_saved_as_any(tmp_path: Path) -> None:
@@ -190,7 +184,7 @@ def trained(model: Any, steps: int = 12, compiled: bool = False) -> nn.Module:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_goes_on_bit_for_bit(compiled: bool, tmp_path: Path) -> None:
-    model = llama()
+    model = sparse_llama()
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     before = again.state_dict()
@@ -219,7 +213,7 @@ def trainer(model: nn.Module, out: Path, steps: int, **settings: Any) -> hf.Trai
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_trains_on_saves_and_resumes(tmp_path: Path) -> None:
-    model = llama()
+    model = sparse_llama()
     model.save_pretrained(tmp_path / "start")
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     whole = trainer(loaded, tmp_path / "whole", 6, save_strategy="no")
@@ -243,7 +237,7 @@ def test_a_trainer_trains_on_saves_and_resumes(tmp_path: Path) -> None:
 def test_what_is_pushed_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import ModelCard
 
-    model, seen = llama(), []
+    model, seen = sparse_llama(), []
 
     class Api:
         def create_repo(self, repo_id: str, **_: Any) -> Any:
@@ -261,107 +255,6 @@ def test_what_is_pushed_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [entry[:2] for entry in seen] == [("me/model", "first"), ("named", "second"), ("me/other", None)]
     for *_, loaded in seen:
         assert_same(model, loaded)
-
-
-# --- what is wrong is told
-
-
-def table(folder: Path, change: Callable[[dict[str, Any]], None], seal: bool) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    entry = {key: value for key, value in config["quantization_config"].items() if key != "sha256"}
-    change(entry)
-    config["quantization_config"] = (
-        with_seal(entry) if seal else entry | {"sha256": config["quantization_config"]["sha256"]}
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Other tensors in the file, and told of as if they had been saved so."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    table(folder, lambda entry: entry["files"].update({path.name: sha256_of(path)}), seal=True)
-
-
-def flipped(folder: Path, place: float) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[round(place * len(data))] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
-
-
-LAYER = "model.layers.0.mlp.up_proj"
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit of a value": (lambda f: flipped(f, 0.9), "was changed since it was saved"),
-    "a bit of an index": (lambda f: flipped(f, 0.5), "was changed since it was saved"),
-    "cut short": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "was changed since it was saved"),
-    "a count": (
-        lambda f: table(f, lambda entry: entry["layers"][LAYER].update(nnz=7), seal=False),
-        "quantization_config was changed since it was saved",
-    ),
-    "a layer left out": (
-        lambda f: table(f, lambda entry: entry["layers"].pop(LAYER), seal=False),
-        "quantization_config was changed since it was saved",
-    ),
-    "another format": (lambda f: table(f, lambda entry: entry.update(format=9), seal=True), "has format 9"),
-    "a unit that does not fit": (
-        lambda f: table(f, lambda entry: entry["layers"][LAYER].update(unit=[7, 1]), seal=True),
-        "does not hold .* in units of 7x1",
-    ),
-    "a file too few": (
-        lambda f: table(f, lambda entry: entry["files"].update(other="0"), seal=True),
-        "other: is only one of what was found and what config.json names",
-    ),
-    "indices out of order": (
-        lambda f: rewritten(f, lambda t: t.update({f"{LAYER}.indices": t[f"{LAYER}.indices"].flip(0).contiguous()})),
-        rf"layer {LAYER}: the indices .* are not sorted",
-    ),
-    "an index outside": (
-        lambda f: rewritten(f, lambda t: t[f"{LAYER}.indices"].__setitem__(-1, 10**6)),
-        rf"layer {LAYER}: the indices .* must lie in",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_one_line(name: str, tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    damage, match = DAMAGES[name]
-    damage(tmp_path)
-    with pytest.raises(InputError, match=match) as caught:
-        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_shard_that_is_gone_or_another_is_told(tmp_path: Path) -> None:
-    for folder, seed in (("one", 0), ("two", 1)):
-        model = llama()
-        with torch.no_grad():
-            model.lm_head.weight += seed
-        model.save_pretrained(tmp_path / folder, max_shard_size="20KB")
-    names = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
-    changed = [n for n in names if (tmp_path / "one" / n).read_bytes() != (tmp_path / "two" / n).read_bytes()]
-    (tmp_path / "one" / changed[0]).write_bytes((tmp_path / "two" / changed[0]).read_bytes())
-    for _ in range(2):
-        with pytest.raises(InputError, match=f"{changed[0]}: is missing or was changed since it was saved"):
-            hf.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
-        (tmp_path / "one" / changed[0]).unlink(missing_ok=True)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
-def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file; name a directory"):
-        llama().save_pretrained(tmp_path / "file")
-    with pytest.raises(InputError, match="not saved as a distributed checkpoint"):
-        llama().save_pretrained(tmp_path / "dcp", distributed_checkpoint=True)
-    model = llama()
-    with pytest.raises(InputError, match=r"the weights of model\.layers\.0\S+ were not saved under this name"):
-        model.save_pretrained(tmp_path / "part", state_dict={"lm_head.weight": model.lm_head.weight})
-    model.model.layers[0] = torch.compile(model.model.layers[0])
-    with pytest.raises(InputError, match=r"the weights of model\.layers\.0\S+ were not saved under this name"):
-        model.save_pretrained(tmp_path / "compiled")
 
 
 # --- who has imported what
@@ -403,6 +296,6 @@ ORDERS = {
 def test_whoever_imports_first(order: str, shards: str, tmp_path: Path) -> None:
     if shards != "1GB" and order != "transformers is not there":
         pytest.skip("shards matter to who does not know them")
-    llama().save_pretrained(tmp_path, max_shard_size=shards)
+    sparse_llama().save_pretrained(tmp_path, max_shard_size=shards)
     told = subprocess.run([sys.executable, "-c", ORDERS[order], str(tmp_path)], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 from sparsae.errors import InputError
 from sparsae.report.page import write_report
 from tests.support.metrics_rows import PROMPT, STEPS, SUMMARY, Rows, candidate, layer_rows, metric_rows, topology_rows

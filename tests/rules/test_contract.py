@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config import BurnInConfig, MicroBatchConfig, ParameterizationConfig, RuleConfig, Section, TeacherConfig
-from sparsae.config.load import about, methods, resolve
+from sparsae.config.load import resolve
+from sparsae.config.shipped import about, methods
 from sparsae.config.span import Horizon
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout

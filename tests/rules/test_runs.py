@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsae.config import RuleConfig
-from sparsae.config.schema import TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sparsae.config.rules import RuleConfig
-from sparsae.config.schema import TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.cadence import Periodic
 from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError

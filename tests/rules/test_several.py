@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
 from sparsae.config.rules import AnyRule, MicroBatchConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.text import dump
 from sparsae.core.cadence import Periodic
 from sparsae.core.observation import Observation
 from sparsae.core.swap import Swap

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.text import dump
 from sparsae.core.observation import LayerView
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sparsae.cli import main
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 from sparsae.errors import DivergedError, InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.report.page import write_report

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 from sparsae.core.record import decode, encode
 from sparsae.errors import InputError
 from sparsae.files import to_json

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsae.config.rules import RuleConfig
-from sparsae.config.schema import TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.rules import EvolutionConfig, GseConfig, RiglConfig, SetConfig

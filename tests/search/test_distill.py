@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.swap import Swap
 from sparsae.core.topology import sample_distinct

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from sparsae.config.schema import TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError

@@ -1,4 +1,4 @@
-"""A small GPT-2, sequences for it, and the Trainer of transformers around it."""
+"""A small GPT-2 and a small Llama, sequences for it, and the Trainer of transformers around it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from sparsae import AdamW, parameter_groups, sparsify
 from sparsae.integrations.transformers import SparsaeCallback, SparsaeTrainer
+from tests.support.architectures import ARCHITECTURES
 
 SIZES = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 12, "vocab_size": 32}
 
@@ -36,6 +37,12 @@ def gpt2(sparsity: float = 0.8, dropout: float = 0.1) -> GPT2LMHeadModel:
     drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     model = GPT2LMHeadModel(GPT2Config(**SIZES, **drop, bos_token_id=0, eos_token_id=0))
     return sparsify(model, sparsity=sparsity, seed=3)
+
+
+def sparse_llama(tied: bool = False, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(**(ARCHITECTURES["Llama"].settings | settings), tie_word_embeddings=tied)
+    return sparsify(LlamaForCausalLM(config), 0.7).eval()
 
 
 def trainer(

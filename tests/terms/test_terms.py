@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from sparsae.config.editors import json_schema
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
 from sparsae.config.rules import TermConfig
 from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.text import dump
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, PastValues
 from sparsae.core.randomness import generator

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sparsae.config.schema import TrainingConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.observers import Standing
 from sparsae.train.divergence import diverged
 from sparsae.train.progress import Display

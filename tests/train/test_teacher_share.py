@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsae.config import Config, DataConfig
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.data import prepare
 from sparsae.errors import InputError

@@ -1,20 +1,18 @@
 """The commands: arguments in, one call, a table or JSON out. Nothing else imports this module.
 
 Whatever needs torch is imported inside the command that uses it, so that `--help`, a wrong setting and `--print-config`
-answer at once. Commands below `bench` and `check`, those that run experiments and those that say what a model is worth
-have modules of their own. An InputError becomes one line on standard error and exit code 2, as a wrong argument does.
+answer at once. Commands of more than a call, and those below `bench` and `check`, have modules of their own. An
+InputError becomes one line on standard error and exit code 2, as a wrong argument does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -27,33 +25,20 @@ from sparsae.cli import experiments
 from sparsae.cli.bench import bench
 from sparsae.cli.cache import cache
 from sparsae.cli.check import check
-from sparsae.cli.listing import Preset, complete, list_methods, list_presets, list_rules
-from sparsae.cli.output import (
-    EXIT_INPUT,
-    EXIT_INTERRUPTED,
-    EXIT_RANKS,
-    JsonFile,
-    Run,
-    Teacher,
-    output,
-    readable,
-    show_table,
-    show_values,
-)
+from sparsae.cli.listing import list_methods, list_presets, list_rules
+from sparsae.cli.output import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_RANKS, JsonFile, Run, Teacher, output, show_values
 from sparsae.cli.schema import schema
 from sparsae.cli.tasks import evaluate, finetune
+from sparsae.cli.train import train
 from sparsae.cli.watch import watch
 from sparsae.config.complaints import explain
-from sparsae.config.load import annotated, methods, resolve
 from sparsae.config.schema import MOST_GENERATED
-from sparsae.core.record import encode
-from sparsae.errors import DivergedError, InputError, RanksError, require_utf8
+from sparsae.errors import InputError, RanksError, require_utf8
 from sparsae.experiments.directory import is_experiment
 from sparsae.files import refuse_unwritable
 from sparsae.registry import import_files
 from sparsae.runs.claim import refuse_occupied
-from sparsae.runs.directory import RunDirectory, describe, is_pretrained
-from sparsae.runs.lock import is_first_rank, launched_ranks, refuse_ranks
+from sparsae.runs.directory import describe
 
 # Typer has carried a click of its own since 0.26; this is the parent of its argument errors, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
@@ -93,142 +78,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-def _among_ranks(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that the ranks of a launcher carry out together, where one started this program."""
-
-    @functools.wraps(command)
-    def carried_out(*args: Any, **kwargs: Any) -> None:
-        if launched_ranks() == 1:
-            return command(*args, **kwargs)
-        from sparsae.train.joining import joined
-
-        ended: typer.Exit | None = None
-        with joined():
-            try:
-                command(*args, **kwargs)
-            except typer.Exit as code:  # all of them have stopped
-                ended = code
-        if ended is not None:
-            raise ended
-        return None
-
-    return carried_out
-
-
-@app.command()
-@_among_ranks
-def train(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings.", show_default=False)] = None,
-    preset: Preset = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help=f"Method: {', '.join(methods())}.  (default: sparsae)", autocompletion=complete(methods)),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory of the run.  (default: runs/PRESET-METHOD-N)", show_default=False)
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="The same as --set training.steps=N.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same as --set seed=N.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="The same as --set sparsity.sparsity=F.")] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", help="Continue a run; takes no other settings but more --steps.", show_default=False
-        ),
-    ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="DIR",
-            help="Start from the weights and settings of a run, or of a directory of transformers'.",
-            show_default=False,
-        ),
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Show every setting with its explanation and exit.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show parameters, density, FLOPs, memory and time, and exit.")
-    ] = False,
-    json_file: JsonFile = None,
-) -> None:
-    """Train a model that is sparse from the first step to the last."""
-    quiet = json_file == "-"
-    if print_config or dry_run:
-        refuse_ranks("--print-config" if print_config else "--dry-run")
-    is_first = is_first_rank()
-    json_file = json_file if is_first else None
-    refuse_unwritable("--json", json_file)
-    if resume is not None:
-        options: dict[str, object] = {
-            "--from": source,
-            "CONFIG": config,
-            "--preset": preset,
-            "--method": method,
-            "--out": out,
-            "--set": settings,
-        }
-        options |= {"--seed": seed, "--sparsity": sparsity}
-        options |= {"--print-config": print_config or None, "--dry-run": dry_run or None}
-        given = [name for name, value in options.items() if value not in (None, [])]
-        if given:
-            raise InputError(f"--resume continues a run with its own settings: leave out {', '.join(given)}")
-        with output(json_file) as result:
-            left = _left_to_write(resume, steps)
-            if left is None:
-                from sparsae.train.run import resume as continue_run
-
-                with _reporting(resume):
-                    left = continue_run(resume, quiet, steps)
-            result.update(left)
-            if is_first:
-                _finish(resume, result, quiet)
-        _exit_if_stopped(result)
-        return
-    short = {
-        "--steps": ("training.steps", steps),
-        "--seed": ("seed", seed),
-        "--sparsity": ("sparsity.sparsity", sparsity),
-    }
-    pretrained = source is not None and is_pretrained(source)
-    resolved = resolve(
-        _settings_file(source) if source and not pretrained and not config and not preset else config,
-        preset,
-        method,
-        settings or [],
-        options={option: (key, value) for option, (key, value) in short.items() if value is not None},
-        counted_by="--dry-run" if dry_run else None,
-        on_idle=_refuse_idle,
-        trees=_settings_of(source) if source and pretrained else [],
-    )
-    if print_config:
-        if json_file is not None:
-            raise InputError("--print-config writes YAML: leave out --json")
-        typer.echo(annotated(resolved), nl=False)
-        return
-    if dry_run:
-        with output(json_file) as result:
-            from sparsae.train.forecast import forecast
-
-            result.update(forecast(resolved))
-        if not quiet:
-            _show_forecast(result)
-        return
-    directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
-    if is_first:
-        refuse_occupied(directory, resolved)
-    with output(json_file) as result:
-        from sparsae.train.run import start
-
-        with _reporting(directory):
-            result.update(start(resolved, directory, quiet, source))
-        if is_first:
-            _finish(directory, result, quiet)
-    _exit_if_stopped(result)
+app.command()(train)
 
 
 @app.command()
@@ -354,103 +204,3 @@ def _without_pydantic(error: Any) -> str:
     if not isinstance(error.__cause__, ValidationError) or error.param is None:
         return str(error.format_message())
     return explain(error.__cause__.errors(include_url=False)[0], (), {(): error.param.opts[0]})
-
-
-def _finish(run: Path, summary: Mapping[str, Any], quiet: bool) -> None:
-    """The sample and the report of a run; one that was stopped gets its report only."""
-    from sparsae.report.page import write_report
-
-    if summary["finished"]:
-        from sparsae.evaluate.generation import write_sample
-
-        write_sample(run)
-    page = write_report(run)
-    if not quiet:
-        typer.echo(f"report: {page}", err=True)
-
-
-@contextlib.contextmanager
-def _reporting(run: Path) -> Iterator[None]:
-    """A run that diverges inside leaves a report too, and its error is raised again."""
-    try:
-        yield
-    except DivergedError:
-        if not is_first_rank():
-            raise
-        from sparsae.report.page import write_report
-
-        # Nothing can be shown of a run that diverged before it wrote a row: why it ended is all that there is to tell.
-        with contextlib.suppress(InputError):
-            typer.echo(f"report: {write_report(run)}", err=True)
-        raise
-
-
-def _left_to_write(path: Path, steps: int | None) -> dict[str, Any] | None:
-    """The summary of a finished run that was cut off before its sample and its report were written; else None."""
-    run = RunDirectory(path)
-    if steps is not None or (run.sample.is_file() and run.report.is_file()):
-        return None
-    summary = run.read_summary()
-    is_whole = summary is not None and summary.finished and summary.steps == run.config().training.steps
-    return encode(summary) if is_whole else None
-
-
-def _refuse_idle(lines: Mapping[str, str]) -> None:
-    if lines:
-        raise InputError(next(iter(lines.values())))
-
-
-def _settings_file(source: Path) -> Path:
-    """A run's config.yaml, which is what the run began with."""
-    run = RunDirectory.open(source)
-    run.config()
-    return run.config_file
-
-
-def _settings_of(source: Path) -> list[tuple[Mapping[str, Any], str]]:
-    """What a directory of transformers' says of its model."""
-    from sparsae.train.pretrained import pretrained_settings
-
-    return [(pretrained_settings(source), f"--from {source}")]
-
-
-def _exit_if_stopped(summary: Mapping[str, Any]) -> None:
-    if not summary["finished"]:
-        raise typer.Exit(EXIT_INTERRUPTED)
-
-
-def _free_directory(name: str) -> Path:
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
-
-
-def _show_forecast(found: Mapping[str, Any]) -> None:
-    """Layers, then what the run costs beside the dense model (by part where the forecast has parts), then the rest."""
-    layers, columns = [], ["layer", "out", "in", "nnz", "density"]
-    has_factors = any(layer["density_factor"] != 1.0 for layer in found["layers"])
-    for layer in found["layers"]:
-        row = [layer["name"], layer["out"], layer["in"], readable(layer["nnz"]), f"{layer['density']:.4f}"]
-        at_bound = " (at a bound)" if layer["density_cut"] else ""
-        layers.append([*row, f"{layer['density_factor']:g}{at_bound}"] if has_factors else row)
-    show_table("Sparsified layers", [*columns, "factor"] if has_factors else columns, layers)
-    if found["density_steps"]:
-        rows = [[each["step"], readable(each["nnz"]), f"{each['density']:.4f}"] for each in found["density_steps"]]
-        show_table("Density over the run", ["after step", "nnz", "density"], rows)
-    costs = []
-    for name, here, dense in (
-        ("parameters", "parameters", "parameters_dense"),
-        ("training FLOPs", "train_flops", "train_flops_dense_equivalent"),
-        ("model state, bytes", "state_bytes", "state_bytes_dense_equivalent"),
-    ):
-        ours, theirs = _by_part(found[here]), _by_part(found[dense])
-        for part in dict.fromkeys((*ours, *theirs)):
-            a, b = ours.get(part, 0), theirs.get(part)
-            ratio = f"{a / b:.3f}" if b else "-"
-            costs.append((f"{name}: {part}" if part else name, readable(a), readable(b), ratio))
-    show_table("Cost", ("", "here", "dense", "ratio"), costs)
-    shown = ("steps", "tokens", "train_flops_per_step", "expected_seconds")
-    show_values("Run", {key: found[key] for key in shown})
-
-
-def _by_part(amount: Any) -> dict[str, Any]:
-    """{"": total} and, where the amount is given by part, each part after it."""
-    return {"": sum(amount.values()), **amount} if isinstance(amount, Mapping) else {"": amount}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import typer
 
-from sparsae.config.load import methods, presets
+from sparsae.config.shipped import methods, presets
 from sparsae.errors import InputError
 from sparsae.files import refuse_unwritable, to_json, write_atomically
 

@@ -13,7 +13,8 @@ import typer
 from sparsae.cli.listing import Preset
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, option_of, shown
-from sparsae.config.load import methods, parse_override
+from sparsae.config.load import parse_override
+from sparsae.config.shipped import methods
 from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsae.cli.output import JsonFile, output, show_table
-from sparsae.config.load import about, about_preset, methods, presets
+from sparsae.config.shipped import about, about_preset, methods, presets
 from sparsae.errors import InputError
 from sparsae.registry import RULES
 

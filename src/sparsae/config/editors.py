@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsae.config.load import methods, presets
 from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.schema import Config, ModelConfig
 from sparsae.config.section import Section
+from sparsae.config.shipped import methods, presets
 from sparsae.families import FAMILIES
 from sparsae.registry import RULES, TERMS
 

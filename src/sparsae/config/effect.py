@@ -29,6 +29,11 @@ class Idle:
     but: tuple[str, ...] = ()
 
 
+def where_dense(but: tuple[str, ...] = ()) -> Idle:
+    """A setting of sparse layers, which a dense model has not."""
+    return Idle(lambda _, config: not config.sparsity.sparsity, "a dense model has no sparse layers", but)
+
+
 def idle_settings(root: BaseModel) -> dict[Keys, str]:
     """The settings without effect in a configuration, and why."""
     found: dict[Keys, str] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -27,66 +26,26 @@ from sparsae.config.complaints import (
     shown,
     unknown_key,
 )
+from sparsae.config.data import STDLIB
 from sparsae.config.effect import idle_settings, is_default, value_of
 from sparsae.config.narrow import USED, narrowed, refuse_huge
 from sparsae.config.ranges import is_span
 from sparsae.config.rules import RuleConfig, TermConfig
-from sparsae.config.schema import STDLIB, Config
+from sparsae.config.schema import Config
 from sparsae.config.section import Section
+from sparsae.config.shipped import method_tree, methods, preset_tree, presets
 from sparsae.config.span import in_epochs
-from sparsae.config.text import annotated, dump, read_yaml
+from sparsae.config.text import read_yaml
 from sparsae.config.walk import settings_in
 from sparsae.errors import InputError, require_utf8
 from sparsae.files import expanded
-from sparsae.registry import METHODS, RULES, TERMS, method_named
-
-__all__ = [
-    "about",
-    "about_preset",
-    "annotated",
-    "dump",
-    "has_sparsity",
-    "is_dense",
-    "methods",
-    "parse_override",
-    "presets",
-    "read_settings",
-    "resolve",
-    "setting_names",
-    "with_absolute_paths",
-]
+from sparsae.registry import RULES, TERMS, method_named
 
 Tree = dict[str, Any]
 AnySection = TypeVar("AnySection", bound=Section)
 
 _LARGEST_FILE = 1_000_000  # bytes; a longer one is somebody's corpus
 _DEFAULT = Config()
-
-
-def presets() -> tuple[str, ...]:
-    """Names of the presets that ship with the package."""
-    return _shipped("presets")
-
-
-def methods() -> tuple[str, ...]:
-    """Names of the methods: those that ship with the package, and every rule, which is a method without a teacher."""
-    return tuple(sorted({*METHODS, *RULES.names()}))
-
-
-def about(method: str) -> str:
-    """One sentence on a method: of its file, or of the rule that it is. InputError if there is no such method."""
-    method = method_named(method)
-    return _first_line("methods", method) if method in METHODS else RULES[method].title
-
-
-def about_preset(preset: str) -> str:
-    """One sentence on a preset that ships with the package, of its file."""
-    return _first_line("presets", preset)
-
-
-def _first_line(folder: str, name: str) -> str:
-    text = (resources.files("sparsae.config") / folder / f"{name}.yaml").read_text("utf-8")
-    return text.partition("\n")[0].removeprefix("# ")
 
 
 def has_sparsity(method: str) -> bool:
@@ -197,14 +156,8 @@ class _Layers:
 
     def add_names(self, preset: str, method: str) -> None:
         method = method_named(method)
-        for kind, name, names in (("preset", preset, presets()), ("method", method, methods())):
-            if name not in names:
-                raise InputError(f"no {kind} {shown(name)}; {nearest(name, names)}")
-            if name in _shipped(f"{kind}s"):
-                text = (resources.files("sparsae.config") / f"{kind}s" / f"{name}.yaml").read_text("utf-8")
-                self.add(read_yaml(text, f"{kind} {name}"), f"{kind} {name}")
-            else:
-                self.add({"topology": {"rule": name}, "teacher": {"enabled": False}}, f"{kind} {name}")
+        self.add(preset_tree(preset), f"preset {preset}")
+        self.add(method_tree(method), f"method {method}")
         self.tree |= {"preset": preset, "method": method}
 
     def add(self, given: Tree, origin: Origin) -> None:
@@ -369,11 +322,6 @@ def _all_keys(section: type[Section], path: Keys) -> Iterator[str]:
                 yield from _all_keys(RULES[rule].settings, keys)
         else:
             yield from _all_keys(inner, keys)
-
-
-def _shipped(folder: str) -> tuple[str, ...]:
-    files = (resources.files("sparsae.config") / folder).iterdir()
-    return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
 
 
 def read_settings(file: Path) -> Tree:

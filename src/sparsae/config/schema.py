@@ -1,8 +1,8 @@
 """Every setting of a run, with its default, its range and one line of explanation.
 
-One class a section; the hyper-parameters of the method carry the symbols of the method page (docs/method.md). Nothing
-here imports torch, so that a wrong key is named in well under a second. The defaults are those of the preset `demo`
-with the method `sparsae`.
+One class a section; the larger ones have files of their own. The hyper-parameters of the method carry the symbols of
+the method page (docs/method.md). Nothing here imports torch, so that a wrong key is named in well under a second. The
+defaults are those of the preset `demo` with the method `sparsae`.
 """
 
 from __future__ import annotations
@@ -12,28 +12,20 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
 from sparsae.config.complaints import SettingError
+from sparsae.config.data import DataConfig
 from sparsae.config.density import Density, by_pattern
-from sparsae.config.effect import Idle
+from sparsae.config.effect import Idle, where_dense
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schedule import ScheduleConfig
-from sparsae.config.section import LARGEST, Count, Counts, NonNegative, Positive, Section, Share, ShareOfMean, Text
+from sparsae.config.section import LARGEST, TOLERANCE, Count, Counts, Section, Share, ShareOfMean, Text
+from sparsae.config.teacher import TeacherConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.errors import InputError
 from sparsae.families import DEFAULT, FAMILIES
 from sparsae.registry import method_named
 
-DECAY = 0.2  # share of a run over which wsd falls
-LAST_RATE = 0.1
-STDLIB = "stdlib"
 MOST_GENERATED = 100_000  # tokens of one text: it is shown when the last one is there
-TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: densities this close are the same
-
-
-_NO_SPARSE = "a dense model has no sparse layers"
-
-
-def _is_dense(config: Config) -> bool:
-    return not config.sparsity.sparsity
 
 
 def _known_family(name: str) -> str:
@@ -77,63 +69,6 @@ class ModelConfig(Section):
     def _family_has_it(self) -> Self:
         FAMILIES[self.family].refuse(self)
         return self
-
-
-class SourceConfig(Section):
-    """One of several texts."""
-
-    source: Text = Field(description="as data.source")
-    weight: Positive = Field(default=1.0, description="its part of the training sequences, in terms of the others'")
-    text_field: Text | None = Field(default=None, description="as data.text_field; null: that one")
-
-
-class DataConfig(Section):
-    """The text, the tokenizer and where their prepared form is kept."""
-
-    source: Text = Field(
-        default=STDLIB,
-        description="stdlib (Python's own source), path or glob of .txt/.py/.md/.jsonl[.xz|.gz|.zst]/.parquet, "
-        "hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
-    )
-    sources: list[SourceConfig] = Field(
-        default=[],
-        description="several texts in place of source, by weight: [{source: a.jsonl, weight: 3}, {source: hf:NAME}]",
-    )
-    validation_source: Text | None = Field(default=None, description="validation text; null: a share of source")
-    validation_share: Annotated[
-        float,
-        Field(gt=0.0, lt=1.0),
-        Idle(lambda data, _: data.validation_source is not None, "the held-out text is data.validation_source"),
-    ] = Field(
-        default=0.02,
-        description="share of the text held out when validation_source is null: whole documents, the ends of long ones",
-    )
-    text_field: Text = Field(default="text", description="field of a JSON, parquet or hf row that holds the text")
-    max_documents: Count | None = Field(default=None, description="read only so many documents; null: all")
-    tokenizer: Text = Field(
-        default="train", description="train (byte-level BPE on the text), a tokenizer.json, or a directory"
-    )
-    tokenizer_vocab: Annotated[int, Field(ge=257, le=2**22)] = Field(
-        default=4096, description="entries of a tokenizer trained here"
-    )
-    cache: Text | None = Field(
-        default=None, description="where prepared data is kept; null: $SPARSAE_CACHE or ~/.cache/sparsae"
-    )
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        names = [each.source for each in self.sources]
-        if names and self.source != STDLIB:
-            what = f"source {self.source} is given beside sources: put it there, with its weight"
-            raise SettingError(what, "source", "sources")
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise SettingError(f"sources has {twice} twice: give it once, with the sum of the weights", "sources")
-        return self
-
-    @property
-    def texts(self) -> tuple[SourceConfig, ...]:
-        """What there is to train on; one text alone has the weight 1."""
-        return tuple(self.sources) or (SourceConfig(source=self.source, text_field=self.text_field),)
 
 
 class SparsityConfig(Section):
@@ -222,129 +157,6 @@ class SparsityConfig(Section):
         return low, high
 
 
-class TeacherConfig(Section):
-    """Self-distillation from an average of the student: loss = CE + alpha KL(teacher || student)."""
-
-    enabled: bool = Field(default=True, description="keep a teacher and learn from it")
-    alpha: NonNegative = Field(default=0.1, description="weight of the KL term")
-    beta: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.999, description="decay of the average, a step")
-    storage: Literal["union", "masked", "dense"] = Field(
-        default="masked",
-        description="what the teacher remembers: dropped weights as they fade, only active ones, or everything",
-    )
-    tolerance: Annotated[
-        NonNegative,
-        Idle(lambda teacher, _: teacher.storage != "union", "only a union teacher has dropped weights that fade"),
-    ] = Field(default=1e-8, description="a dropped weight leaves a union teacher once its magnitude is below this")
-    warmup: Literal["fraction", "validation"] = Field(
-        default="fraction",
-        description="no KL until a share of the steps has passed, or until validation improves past a threshold",
-    )
-    warmup_fraction: Annotated[
-        Share, Idle(lambda teacher, _: teacher.warmup != "fraction", "teacher.warmup is validation")
-    ] = Field(default=0.25, description="share of the steps without KL (fraction)")
-    warmup_improvement: Annotated[
-        Positive, Idle(lambda teacher, _: teacher.warmup != "validation", "teacher.warmup is fraction")
-    ] = Field(default=0.5, description="nats under the untrained validation loss that end the warm-up (validation)")
-    ramp: bool = Field(
-        default=True, description="let the decay grow with the teacher's steps t: min(beta, (1 + t) / (10 + t))"
-    )
-    start: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.0,
-        description="share of the steps before the teacher, which begins there as a copy of the student; no KL before",
-    )
-    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=1.0, description="share of the sequences that are taught; the teacher reads no others"
-    )
-    every: Count = Field(default=1, description="taught at every n-th step only")
-    grown: Literal["zero", "student"] = Field(
-        default="zero",
-        description="a connection that the student grows begins in the teacher at 0 or what a union teacher remembers "
-        "(zero), or at the student's value with a ramp of its own (student)",
-    )
-
-    @model_validator(mode="after")
-    def _dense_forgets_nothing(self) -> Self:
-        if self.grown == "student" and self.storage == "dense":
-            what = "grown 'student' is for a union or masked teacher: a dense one keeps every position"
-            raise SettingError(what, "grown", "storage")
-        return self
-
-
-class TrainingConfig(Section):
-    """The loop."""
-
-    steps: Count = Field(default=250, description="optimizer steps")
-    batch_size: Count = Field(default=8, description="sequences in one forward pass")
-    accumulation: Count = Field(default=1, description="forward passes an optimizer step")
-    learning_rate: Positive = Field(default=2e-3, description="peak learning rate")
-    sparse_learning_rate: Annotated[Positive | None, Idle(lambda _, config: _is_dense(config), _NO_SPARSE)] = Field(
-        default=None,
-        description="peak learning rate of the sparse layers' values (dense models have none); null: learning_rate",
-    )
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        default="cosine",
-        description="the learning rate after the warm-up: falls all the way as a cosine or a line, stays, or "
-        "(wsd: warm-up, stable, decay) stays and falls as a line at the end",
-    )
-    decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        default=None, description=f"share of the steps over which the learning rate falls (wsd); null: {DECAY:g}"
-    )
-    final_learning_rate: Share = Field(
-        default=LAST_RATE, description="last learning rate as a share of the peak (not constant, which stays)"
-    )
-    warmup: Share = Field(default=0.1, description="share of the steps over which the learning rate rises")
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.9, description="AdamW's first decay")
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.95, description="AdamW's second decay")
-    epsilon: Positive = Field(default=1e-8, description="AdamW's epsilon")
-    weight_decay: NonNegative = Field(
-        default=0.1, description="decoupled weight decay of matrices and active connections"
-    )
-    clip: Positive | None = Field(default=1.0, description="largest gradient norm; null: no clipping")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the arithmetic, by autocast; parameters stay float32"
-    )
-    device: Text = Field(default="auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
-    threads: Count | None = Field(default=None, description="CPU threads; null: torch's choice")
-    compile: bool = Field(default=False, description="run the model through torch.compile")
-    loss_chunk: Count = Field(default=1024, description="tokens whose logits exist at a time")
-    validate_every: Count | None = Field(
-        default=None, description="steps between validations; null: a tenth of the run, at least 10"
-    )
-    validation_sequences: Count = Field(default=64, description="held-out sequences a validation reads")
-    test_sequences: Count | None = Field(
-        default=None,
-        description="other held-out sequences, which only the end of a run reads; null: twice validation_sequences",
-    )
-    log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl and of the progress display")
-    checkpoint_every: Count | None = Field(default=None, description="steps between checkpoints; null: by time only")
-    checkpoint_minutes: Positive | None = Field(
-        default=5.0, description="minutes between checkpoints; null: by steps, at the end and when stopped only"
-    )
-    keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
-
-    @model_validator(mode="after")
-    def _falls_as_scheduled(self) -> Self:
-        if self.decay is not None and self.schedule != "wsd":
-            raise SettingError(f"decay is for schedule wsd, not {self.schedule}: leave it out", "decay", "schedule")
-        if self.schedule == "wsd" and self.warmup + (self.decay or DECAY) > 1.0 + TOLERANCE:
-            raise SettingError(
-                f"warmup {self.warmup:g} and decay {self.decay or DECAY:g} together are more than the run: they must "
-                "be at most 1",
-                "warmup",
-                "decay",
-                "schedule",
-            )
-        if self.schedule == "constant" and self.final_learning_rate not in (LAST_RATE, 1.0):
-            raise SettingError(
-                f"final_learning_rate {self.final_learning_rate:g} is not for schedule constant, whose learning rate "
-                "stays: leave it out",
-                "final_learning_rate",
-                "schedule",
-            )
-        return self
-
-
 class TrackingConfig(Section):
     """Trackers beside metrics.jsonl; each needs its extra installed."""
 
@@ -377,12 +189,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="fixes everything that is random")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    sparsity: Annotated[SparsityConfig, Idle(lambda config, _: _is_dense(config), _NO_SPARSE, but=("sparsity",))] = (
-        SparsityConfig()
-    )
-    topology: Annotated[AnyRule, Idle(lambda config, _: _is_dense(config), _NO_SPARSE, but=("rule",))] = Field(
-        default_factory=default_rule
-    )
+    sparsity: Annotated[SparsityConfig, where_dense(but=("sparsity",))] = SparsityConfig()
+    topology: Annotated[AnyRule, where_dense(but=("rule",))] = Field(default_factory=default_rule)
     rules: dict[Text, AnyRule] = Field(
         default={}, description="rules beside topology's, each for the layers whose names match its pattern (a glob)"
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+TOLERANCE = 1e-9  # 1 - 0.9 is not 0.1 in floating point: shares this close are the same
 LARGEST = 2**31 - 1  # what fits every counter below; torch multiplies sizes in 64 bits
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Text = Annotated[str, Field(min_length=1)]

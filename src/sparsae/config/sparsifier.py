@@ -9,9 +9,9 @@ from pydantic import Field, field_validator
 from sparsae.config.density import Density
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schedule import ScheduleConfig
-from sparsae.config.schema import TeacherConfig
 from sparsae.config.section import Count, Section, Share, ShareOfMean
 from sparsae.config.span import Horizon
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError
 from sparsae.registry import RULES
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-from sparsae.config.schema import DataConfig
+from sparsae.config.data import DataConfig
 from sparsae.data.entry import entry_of, make_entry, read_whole, seal
 from sparsae.data.mixture import Mixture
 from sparsae.data.shards import ShardWriter, TokenSequence, map_shards, token_dtype

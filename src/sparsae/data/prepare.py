@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsae.config.schema import DataConfig
+from sparsae.config.data import DataConfig
 from sparsae.data.corpus import (
     Corpus,
     Progress,

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-from sparsae.config.schema import STDLIB
+from sparsae.config.data import STDLIB
 from sparsae.data.readers import Remote, decoded, json_lines, parquet_rows, plain_text, streamed_rows
 from sparsae.errors import InputError
 from sparsae.files import expanded

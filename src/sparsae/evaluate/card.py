@@ -6,7 +6,8 @@ import math
 from pathlib import PurePath
 
 from sparsae import __version__
-from sparsae.config.schema import STDLIB, Config, SourceConfig
+from sparsae.config.data import STDLIB, SourceConfig
+from sparsae.config.schema import Config
 from sparsae.evaluate.loading import LoadedRun
 from sparsae.families import FAMILIES
 from sparsae.nn.linear import sparse_layers

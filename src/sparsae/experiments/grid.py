@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 
 from sparsae.config import Config, ModelConfig
 from sparsae.config.complaints import Origin, nearest
-from sparsae.config.load import is_dense, methods, resolve
+from sparsae.config.load import is_dense, resolve
+from sparsae.config.shipped import methods
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Seed
 from sparsae.registry import method_named

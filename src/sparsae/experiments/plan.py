@@ -11,7 +11,8 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from sparsae.config import Section
 from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, unknown_key
 from sparsae.config.effect import idle_settings, is_default
-from sparsae.config.load import presets, read_settings
+from sparsae.config.load import read_settings
+from sparsae.config.shipped import presets
 from sparsae.config.text import dump_yaml
 from sparsae.errors import InputError
 

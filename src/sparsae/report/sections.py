@@ -8,7 +8,7 @@ from html import escape
 from statistics import median
 
 from sparsae import __version__
-from sparsae.config.load import annotated
+from sparsae.config.text import annotated
 from sparsae.report import figures as draw
 from sparsae.report import maps, markup
 from sparsae.report.data import RunData, or_nan

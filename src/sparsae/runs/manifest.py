@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from sparsae.config import Config
 from sparsae.config.complaints import shown
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 from sparsae.errors import InputError
 from sparsae.files import read_sealed, sha256_of, sync, write_atomically, write_sealed
 

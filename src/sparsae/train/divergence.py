@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsae.config.schema import TrainingConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.errors import DivergedError
 
 

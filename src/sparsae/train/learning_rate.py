@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsae.config.schema import DECAY, TrainingConfig
+from sparsae.config.training import DECAY, TrainingConfig
 from sparsae.core.cadence import rate_factor
 from sparsae.runs.manifest import Extension
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsae.config.schema import TrainingConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.core.ranks import ranks
 from sparsae.errors import DivergedError
 from sparsae.observers import Observer, Standing

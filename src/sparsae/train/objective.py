@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import TrainingConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.core.randomness import derive_seed
 from sparsae.core.ranks import ranks
 from sparsae.losses import LossParts, language_model_loss

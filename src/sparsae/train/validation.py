@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sparsae.config.schema import TrainingConfig
+from sparsae.config.training import TrainingConfig
 from sparsae.runs.rows import ValidationRow
 from sparsae.train.account import Account
 from sparsae.train.objective import Objective

@@ -16,8 +16,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sparsae.config import Config, Section
 from sparsae.config.complaints import SettingError, nearest
 from sparsae.config.effect import Idle, idle_settings
-from sparsae.config.load import has_sparsity, methods, resolve, setting_names
+from sparsae.config.load import has_sparsity, resolve, setting_names
 from sparsae.config.ranges import Range
+from sparsae.config.shipped import methods
 from sparsae.config.span import Span
 from sparsae.errors import InputError
 from sparsae.experiments.compare.tuning import Axis, Point

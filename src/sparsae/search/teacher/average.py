@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.core.topology import Topology, remap
 from sparsae.errors import InputError
 from sparsae.kernels.structures import same_indices

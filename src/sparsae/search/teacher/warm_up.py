@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sparsae.config.schema import TeacherConfig
+from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import require_state
 
 
