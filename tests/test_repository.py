@@ -75,6 +75,7 @@ DIALECT = {
     "`sparsae-written`": r"\bwritten method|method as (it was )?(first )?written",
     "a run is resumed, or continues": r"gone on with|\brun goes on\b|\bgoes on (training|with)\b",
     "a loop of your own": r"one's own loop",
+    "a validator is called require_..., and a check is a command": r"\bdef _?(check|ensure|verify|checked)_\w+",
     "a method has hyphens": r"\b(dense_small|random_search)\b",
 }
 # Names where topologies change, of which the first of those words says little.

@@ -46,7 +46,7 @@ def observe(seed: int = 0, unit: tuple[int, int] = (1, 1), bounds: tuple[int, in
     return Observation(views, 25, 100)
 
 
-def check_swap(observation: Observation, swap: Swap) -> None:
+def assert_keeps_counts(observation: Observation, swap: Swap) -> None:
     assert swap.size == sum(units.numel() for units in swap.grow.values()) + swap.shrinks
     for name, view in observation.layers.items():
         empty = view.topology.indices[:0]
@@ -64,7 +64,7 @@ def test_every_proposer_makes_a_swap_that_holds(unit: tuple[int, int], name: str
     observation = observe(seed % 7, unit)
     count = max(1, round(rate * observation.count))
     swap = PROPOSERS[name](observation, count, Guidance(1.0), generator(seed))
-    check_swap(observation, swap)
+    assert_keeps_counts(observation, swap)
     assert swap.size <= count
     if rate < 0.5 and name != "rigl":  # whose dropped units may be grown at once
         assert swap.size == count
@@ -125,7 +125,7 @@ def test_resets_move_what_they_say() -> None:
     names, sizes = set(), {"reshuffle": [], "redraw": []}
     for seed in range(40):
         name, swap = reset(observation, config, generator(seed))
-        check_swap(observation, swap)
+        assert_keeps_counts(observation, swap)
         assert set(swap.count_changes().values()) == {0}
         names.add(name)
         sizes[name].append(swap.size / observation.count)

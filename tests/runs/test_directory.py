@@ -157,7 +157,7 @@ class TestMetrics:
         with MetricsWriter(run.metrics) as writer:  # another process resumes it
             assert writer.position() == position
         run.metrics.write_bytes(kept + after)
-        run.check_metrics(position)
+        run.require_metrics(position)
         with MetricsWriter(run.metrics) as writer:
             writer.cut(position)
             assert writer.position() == position
@@ -167,10 +167,10 @@ class TestMetrics:
             changed[flip % len(kept)] ^= 1
             run.metrics.write_bytes(bytes(changed) + after)
             with pytest.raises(InputError, match=r"metrics\.jsonl: was changed"):
-                run.check_metrics(position)
+                run.require_metrics(position)
             run.metrics.write_bytes(kept[:-1])
             with pytest.raises(InputError, match="rows are missing"):
-                run.check_metrics(position)
+                run.require_metrics(position)
 
 
 class TestJson:

@@ -54,7 +54,7 @@ def load_run(path: Path, teacher: bool = False) -> LoadedRun:
         )
     group = "teacher" if teacher else "model"
     tensors, state = load_checkpoint(checkpoint, group)
-    run.check_tokenizer()
+    run.require_tokenizer()
     tokenizer = load_tokenizer(run.tokenizer)
     device = _device(config)
     model = model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device)

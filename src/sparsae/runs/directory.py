@@ -78,13 +78,13 @@ class RunDirectory:
             return resolve(self.config_file)
         if not self.config_file.exists() and not self.measured():  # a run that was killed while it began
             return manifest.config
-        return manifest.checked_config(self.config_file)
+        return manifest.validated_config(self.config_file)
 
-    def check_tokenizer(self) -> None:
+    def require_tokenizer(self) -> None:
         """InputError where the tokenizer is not the one that the run began with."""
         manifest = self.manifest()
         if manifest is not None:
-            manifest.check_tokenizer(self.tokenizer)
+            manifest.require_tokenizer(self.tokenizer)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies, whether it exists or not."""
@@ -160,10 +160,10 @@ class RunDirectory:
         was written.
         """
         if summary := self.read_summary():
-            self.check_metrics(summary.metrics, whole=True)
+            self.require_metrics(summary.metrics, whole=True)
         elif self.saved_steps():
             checkpoint = self.latest_checkpoint(or_earlier=True)
-            self.check_metrics(metrics_position(checkpoint, read_state(checkpoint)))
+            self.require_metrics(metrics_position(checkpoint, read_state(checkpoint)))
         found: Iterator[Any] = read_rows(self.metrics, (kind, *more)) if self.metrics.exists() else iter(())
         return list(found)
 
@@ -171,7 +171,7 @@ class RunDirectory:
         manifest = self.manifest()
         write_sealed(file, {**value, "run_id": manifest.run} if manifest else value)
 
-    def check_metrics(self, position: Position | None, whole: bool = False) -> None:
+    def require_metrics(self, position: Position | None, whole: bool = False) -> None:
         """InputError where the rows up to a position (whole: all there are) are not what was written."""
         if position is None:
             return

@@ -97,7 +97,7 @@ class Manifest:
         """Write the settings for people."""
         write_atomically(file, dump(self.config))
 
-    def checked_config(self, file: Path) -> Config:
+    def validated_config(self, file: Path) -> Config:
         """The run's settings. InputError where config.yaml is not readable or says anything else."""
         if not file.exists():
             raise InputError(f"{file}: is missing; the run's settings are in {NAME} too: restore it from there")
@@ -125,7 +125,7 @@ class Manifest:
             sync(path)
         return replace(self, tokenizer={path.name: sha256_of(path) for path in files})
 
-    def check_tokenizer(self, folder: Path) -> None:
+    def require_tokenizer(self, folder: Path) -> None:
         """InputError where a file of the tokenizer is not what was written."""
         for name, digest in self.tokenizer.items():
             path = folder / name

@@ -258,7 +258,7 @@ def _train(
     unigram = unigram_perplexity(parts.corpus.train_counts, parts.data.validation[:, 1:])
     if saved is not None:
         saved.load_into(parts.model, parts.optimizer)
-        run.check_metrics(saved.metrics)
+        run.require_metrics(saved.metrics)
     here.wait()  # until all have read what the first one may now change
     observers: list[Observer] = []
     metrics: MetricsWriter | None = None

@@ -90,7 +90,7 @@ def read_saved(run: RunDirectory, manifest: Manifest, extending: bool) -> SavedR
     """The checkpoint from which a run continues. InputError where it is damaged, or older than what the run became."""
     # Continuing from an earlier one ends the same; where more steps begin is part of what the run is.
     checkpoint = run.latest_checkpoint(or_earlier=not extending)
-    run.check_tokenizer()
+    run.require_tokenizer()
     saved = SavedRun(checkpoint, *load_checkpoint(checkpoint))
     extended = manifest.extensions[-1].step if manifest.extensions else 0
     if saved.step < extended:

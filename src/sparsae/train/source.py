@@ -73,7 +73,7 @@ def read_source(path: Path, config: Config) -> Source:
                     f"--from {path}: its {section}.{key} is {shown(value)}, not {shown(ours[key])}: it must be the same"
                 )
     checkpoint = run.latest_checkpoint()
-    run.check_tokenizer()
+    run.require_tokenizer()
     tensors, state = load_checkpoint(checkpoint, "model")
     record = {"path": str(path.absolute()), "run": state["run"], "step": state["trainer"]["step"]}
     return Source(tensors["model"], load_tokenizer(run.tokenizer), record)

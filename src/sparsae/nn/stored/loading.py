@@ -43,7 +43,7 @@ class Stored:
         }
         self.files: dict[str, str] = table["files"]
 
-    def check(self, files: Sequence[str]) -> None:
+    def require_files(self, files: Sequence[str]) -> None:
         """Raises InputError where files of weights are not those that were saved."""
         paths = {Path(file).name: Path(file) for file in files}
         for name in sorted(paths.keys() ^ self.files.keys()):

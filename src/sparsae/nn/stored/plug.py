@@ -47,7 +47,7 @@ class SparsaeQuantizer(HfQuantizer):
         table: SparsaeConfig = self.quantization_config  # type: ignore[assignment]
         stored = Stored(table.table)
         if checkpoint_files is not None:
-            stored.check(checkpoint_files)
+            stored.require_files(checkpoint_files)
         stored.make_room(model)
 
     def postprocess_model(self, model: Any, **_: Any) -> None:
