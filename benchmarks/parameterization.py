@@ -1,7 +1,7 @@
 """The tables of docs/results/parameterization.md from files beside it: `python benchmarks/parameterization.py`.
 
 With directories that `sparsae check coordinates --out` wrote, their slopes are summarized into coordinates.json first:
-`python benchmarks/parameterization.py runs/uniform runs/erk runs/rigl runs/sparsae`.
+`python benchmarks/parameterization.py runs/uniform runs/erk runs/rigl runs/guided runs/sparsae`.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def tables() -> dict[str, str]:
     named = [(name, {**uniform, "parameterization": name}) for name in ("sp", "mup", "supar")]
     supar = {"parameterization": "supar"}
     budgets = [(f"supar, {b}", {**supar, "method": "static", "budget": b}) for b in ("uniform", "erk")]
-    moving = [(method, {**supar, "method": method}) for method in ("rigl", "sparsae")]
+    moving = [(method, {**supar, "method": method}) for method in ("rigl", "sparsae-guided", "sparsae")]
     transfer = [("supar", "transfer.json", "supar"), ("sp", "sp-dense.json", "sp"), ("sp", "sp-wide.json", "sp")]
     transfer += [(name, "others.json", name) for name in ("sp", "mup")]
     # At the base's density µP and SµPar are the same.
@@ -251,7 +251,7 @@ def tables() -> dict[str, str]:
         "supar": [dense],
     }
     live = [("rigl", "moving-rigl.json", "supar")]
-    for method, label in (("gmp", "gmp"), ("sparsae", "sparsae, shifts")):
+    for method, label in (("gmp", "gmp"), ("sparsae", "sparsae-guided, shifts")):
         live += [
             (label, f"moving-{method}.json", "supar"),
             ("the same, dynamic", f"moving-{method}.json", "supar-dynamic"),

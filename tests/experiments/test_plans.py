@@ -1,4 +1,4 @@
-"""The plans that lie ready are plans: every run of theirs has settings, and can be stacked."""
+"""The plans that lie ready, and those that results are of, are plans: every run of theirs has settings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,49 @@ from pathlib import Path
 
 import pytest
 
+from sparsae.config.text import read_yaml
 from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect
 from sparsae.experiments.jobs import job_of
 from sparsae.experiments.plan import read_plan
 from sparsae.experiments.stacked import refuse
+from sparsae.experiments.transfer.plan import TransferPlan
 
-PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+READY = sorted((ROOT / "benchmarks" / "plans").glob("*.yaml"))
+RESULTS = sorted((ROOT / "docs" / "results").rglob("*.yaml"))
+COMPARED, SWEPT = (
+    [file for file in RESULTS if (read_yaml(file.read_text("utf-8"), str(file)).get("kind") == "transfer") == swept]
+    for swept in (False, True)
+)
 
 
-@pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
-def test_every_run_of_a_plan_has_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def books(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOOKS", "books")
+
+
+@pytest.mark.parametrize("file", READY, ids=lambda file: file.stem)
+def test_every_run_of_a_plan_can_be_stacked(file: Path) -> None:
     plan = read_plan(file, {}, [], ComparisonPlan)
     require_effect(plan)
     for seed, sparsity, variant in cells(plan):
         if seed == plan.seeds[0]:
             refuse(job_of(f"{variant}-{sparsity:g}", plan.config(variant, sparsity, seed), 1))
+
+
+@pytest.mark.parametrize("file", COMPARED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_comparison_of_the_results_can_be_made_again(file: Path) -> None:
+    plan = read_plan(file, {}, [], ComparisonPlan)
+    assert plan.methods
+    for seed, sparsity, variant in cells(plan):
+        if seed == plan.seeds[0]:
+            plan.config(variant, sparsity, seed)
+
+
+@pytest.mark.parametrize("file", SWEPT, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_sweep_of_the_results_can_be_made_again(file: Path) -> None:
+    plan = read_plan(file, {}, [], TransferPlan)
+    points = [point for point in plan.points() if point.seed == plan.seeds[0]]
+    assert points
+    for point in points:
+        plan.config(point)
