@@ -36,6 +36,18 @@ def _validated_share_of_mean(value: Any) -> Any:
 ShareOfMean = Annotated[tuple[float, float], Field(strict=False), BeforeValidator(_validated_share_of_mean)]
 
 
+def _listed(seeds: Any) -> Any:
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        if not 1 <= seeds <= 1000:
+            raise ValueError(f"must be 1 to 1000 seeds, or a list of them, not {seeds}")
+        return list(range(seeds))
+    return seeds
+
+
+# Beside a list of seeds: how many may stand in its place.
+OrHowMany = BeforeValidator(_listed)
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys, other types ("yes" for true, 1.0 for 1) and NaN are refused."""
 

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from sparsae.config import Config, ModelConfig
 from sparsae.config.complaints import Origin, nearest
 from sparsae.config.load import is_dense, resolve
+from sparsae.config.section import OrHowMany
 from sparsae.config.shipped import methods
 from sparsae.errors import InputError
 from sparsae.experiments.plan import BasePlan, Seed
@@ -122,7 +123,7 @@ class GridPlan(BasePlan):
     heads: Heads = Field(
         default="scaled", description="attention heads of one size, more of them in wider models; or of one number"
     )
-    seeds: list[Seed] = Field(default=[0], min_length=1, description="seeds, or how many")
+    seeds: Annotated[list[Seed], OrHowMany] = Field(default=[0], min_length=1, description="seeds, or how many")
 
     @field_validator("method")
     @classmethod

@@ -12,6 +12,7 @@ from sparsae.config import Section
 from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, unknown_key
 from sparsae.config.effect import idle_settings, is_default
 from sparsae.config.load import read_settings
+from sparsae.config.section import OrHowMany
 from sparsae.config.shipped import presets
 from sparsae.config.text import dump_yaml
 from sparsae.errors import InputError
@@ -27,7 +28,7 @@ class BasePlan(Section):
 
     kind: str = Field(description="what is asked")
     preset: str = Field(default="demo", description="model and run")
-    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="seeds, or how many")
+    seeds: Annotated[list[Seed], OrHowMany] = Field(default=[0, 1, 2], min_length=1, description="seeds, or how many")
     settings: Tree = Field(default={}, description="settings of every run, in the form of a settings file")
     _origins: Mapping[Keys, str] = PrivateAttr(default_factory=dict)
 
@@ -45,15 +46,6 @@ class BasePlan(Section):
         if preset not in presets():
             raise ValueError(f"no preset '{preset}'; {nearest(preset, presets())}")
         return preset
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _count_of_seeds(cls, seeds: object) -> object:
-        if isinstance(seeds, int) and not isinstance(seeds, bool):
-            if not 1 <= seeds <= 1000:
-                raise ValueError(f"must be 1 to 1000 seeds, or a list of them, not {seeds}")
-            return list(range(seeds))
-        return seeds
 
     @model_validator(mode="after")
     def _lists_repeat_nothing(self) -> Self:

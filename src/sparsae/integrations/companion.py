@@ -223,6 +223,64 @@ class Companion:
             self._on_update(update)
 
 
+class CompanionCallback:
+    """What the callbacks of all trainers are besides the trainer's own hooks."""
+
+    def __init__(
+        self,
+        *,
+        rule: Rule[Any] | RuleConfig | None = None,
+        held_out: Any = None,
+        collate: Collate,
+        loss: LossFunction | None = None,
+        heads: Mapping[str, HeadLayout] | None = None,
+        parameterization: Parameterization | None = None,
+        on_update: Callable[[Update], object] | None = None,
+        **settings: Any,
+    ) -> None:
+        """settings: as SparsifierConfig has them (`topology`, `teacher`, `seed`, ...), but what the trainer knows.
+
+        held_out: a data set of which candidates are scored, where the rule scores any. collate: a list of its samples
+        as a batch. loss: the mean loss of the sparse model on such a batch. rule, heads, parameterization: as
+        Sparsifier has them. on_update: called with every update of the topology.
+
+        Raises InputError for wrong settings, and where `held_out` or `loss` is missing, or not wanted.
+        """
+        self._companion = Companion(
+            rule=rule,
+            held_out=held_out,
+            collate=collate,
+            loss=loss,
+            heads=heads,
+            parameterization=parameterization,
+            on_update=on_update,
+            settings=settings,
+        )
+
+    @property
+    def sparsifier(self) -> Sparsifier:
+        """The search, from the beginning of training on; afterwards too, to be looked at. Raises InputError before."""
+        return self._companion.sparsifier
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the first topology and of every update, as a run of the program has them in metrics.jsonl."""
+        return self._companion.rows
+
+    def metrics(self) -> dict[str, float]:
+        """Where the topology is, for loggers; and the mean divergence from the teacher since this was asked last."""
+        return self._companion.metrics()
+
+    def distillation(
+        self, logits: Tensor, *inputs: Any, counted: Tensor | None = None, total: Any = None, **named: Any
+    ) -> Tensor:
+        """What the teacher adds to the loss of a backward pass, where a trainer's own loss is not enough.
+
+        Arguments as `Companion.distillation` has them.
+        """
+        return self._companion.distillation(logits, *inputs, counted=counted, total=total, **named)
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits that a model returned: a tensor, or the field `logits`. Raises InputError for neither."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)

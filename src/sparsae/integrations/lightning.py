@@ -9,31 +9,24 @@ A callback cannot change a loss: `training_step` adds what the teacher has to sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import default_collate
 
-from sparsae.config.rules import RuleConfig
-from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
-from sparsae.integrations.companion import Circumstances, Companion, LossFunction, refuse_dense
+from sparsae.integrations.companion import Circumstances, CompanionCallback, refuse_dense
 from sparsae.integrations.held_out import Collate
 from sparsae.nn.linear import sparse_layers
-from sparsae.parameterization import Parameterization
-from sparsae.rules.parts.rule import Rule
-from sparsae.search.sparsifier import Sparsifier
-from sparsae.search.updates import Update
 
 # Strategies that split parameters.
 _SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
-class SparsaeCallback(Callback):  # type: ignore[misc, unused-ignore]  # where Lightning is not installed
+class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused-ignore]  # where Lightning is not installed
     """Searches the topology of a sparsified module, in steps that the optimizer makes, and keeps its teacher.
 
     Its state is in every checkpoint, among those of callbacks. At the end, `topology.html` lies in the logger's folder,
@@ -42,38 +35,14 @@ class SparsaeCallback(Callback):  # type: ignore[misc, unused-ignore]  # where L
     """
 
     def __init__(
-        self,
-        *,
-        module: str = "",
-        rule: Rule[Any] | RuleConfig | None = None,
-        held_out: Any = None,
-        collate: Collate = default_collate,
-        loss: LossFunction | None = None,
-        monitor: str = "val_loss",
-        heads: Mapping[str, HeadLayout] | None = None,
-        parameterization: Parameterization | None = None,
-        on_update: Callable[[Update], object] | None = None,
-        **settings: Any,
+        self, *, module: str = "", monitor: str = "val_loss", collate: Collate = default_collate, **search: Any
     ) -> None:
-        """settings: as SparsifierConfig has them (`topology`, `teacher`, `seed`, ...), but what the Trainer knows.
+        """collate, search: as `CompanionCallback` has them.
 
-        module: the part of the LightningModule that is sparse, and averaged by the teacher; "": all of it. held_out: a
-        data set of which candidates are scored, where the rule scores any. collate: a list of its samples as a batch.
-        loss: the mean loss of that part on such a batch. monitor: the logged metric that ends the teacher's warm-up, if
-        validation does. rule, heads, parameterization: as Sparsifier has them. on_update: called with every update.
-
-        Raises InputError for wrong settings, and where `held_out` or `loss` is missing, or not wanted.
+        module: the part of the LightningModule that is sparse, and averaged by the teacher; "": all of it. monitor: the
+        logged metric that ends the teacher's warm-up, if validation does.
         """
-        self._companion = Companion(
-            rule=rule,
-            held_out=held_out,
-            collate=collate,
-            loss=loss,
-            heads=heads,
-            parameterization=parameterization,
-            on_update=on_update,
-            settings=settings,
-        )
+        super().__init__(collate=collate, **search)
         self._part, self._monitor = module, monitor
         self._loaded: dict[str, Any] | None = None
 
@@ -84,26 +53,6 @@ class SparsaeCallback(Callback):  # type: ignore[misc, unused-ignore]  # where L
         if found is None:
             raise InputError("the trainer has no SparsaeCallback: give Trainer(callbacks=[SparsaeCallback(...)])")
         return found
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The search, from the beginning of training on; afterwards too, to be looked at. Raises InputError before."""
-        return self._companion.sparsifier
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the first topology and of every update, as a run of the program has them in metrics.jsonl."""
-        return self._companion.rows
-
-    def distillation(
-        self, logits: Tensor, *inputs: Any, counted: Tensor | None = None, total: Any = None, **named: Any
-    ) -> Tensor:
-        """What the teacher adds to the loss in `training_step`: alpha KL(teacher || student), or 0.
-
-        logits: the student's, (samples, ..., classes). inputs, named: what it was called with. counted, total: as
-        `Companion.distillation` has them.
-        """
-        return self._companion.distillation(logits, *inputs, counted=counted, total=total, **named)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises InputError for a dense module, and for what cannot train one whose connections move."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,28 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.data.data_collator import default_data_collator
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from sparsae.config.rules import RuleConfig
-from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
 from sparsae.integrations import checkpoint
-from sparsae.integrations.companion import Circumstances, Companion, LossFunction, logits_of, refuse_dense
+from sparsae.integrations.companion import Circumstances, CompanionCallback, LossFunction, logits_of, refuse_dense
 from sparsae.integrations.held_out import Collate
-from sparsae.parameterization import Parameterization
-from sparsae.rules.parts.rule import Rule
-from sparsae.search.sparsifier import Sparsifier
-from sparsae.search.updates import Update
 
 log = logging.getLogger(__name__)
 
 _TEACH = "use SparsaeTrainer (or SparsaeMixin before your Trainer's class), or add the callback's distillation(...)"
 
 
-class SparsaeCallback(TrainerCallback):
+def _loss_of(model: nn.Module, batch: Any) -> Tensor:
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise InputError(
+            "held_out: the model returns no loss for a batch of it: give samples with labels, or a function as "
+            "SparsaeCallback(loss=...)"
+        )
+    return loss
+
+
+class SparsaeCallback(CompanionCallback, TrainerCallback):
     """Searches the topology of a sparsified model, in steps that the optimizer makes, and keeps its teacher.
 
     It writes its state into the folder `sparsae` of every checkpoint, and continues from there; at the end,
@@ -46,59 +51,11 @@ class SparsaeCallback(TrainerCallback):
     """
 
     def __init__(
-        self,
-        *,
-        rule: Rule[Any] | RuleConfig | None = None,
-        held_out: Any = None,
-        collate: Collate = default_data_collator,
-        loss: LossFunction | None = None,
-        heads: Mapping[str, HeadLayout] | None = None,
-        parameterization: Parameterization | None = None,
-        on_update: Callable[[Update], object] | None = None,
-        **settings: Any,
+        self, *, collate: Collate = default_data_collator, loss: LossFunction | None = None, **search: Any
     ) -> None:
-        """settings: as SparsifierConfig has them (`topology`, `teacher`, `seed`, ...), but what the Trainer knows.
-
-        held_out: a data set, as `eval_dataset` is, of which candidates are scored, where the rule scores any. collate:
-        a list of its samples as a batch. loss: the model's mean loss on such a batch; None: what it returns as `loss`.
-        rule, heads, parameterization: as Sparsifier has them. on_update: called with every update of the topology.
-
-        Raises InputError for wrong settings, and where `held_out` is missing or not wanted.
-        """
-        self._companion = Companion(
-            rule=rule,
-            held_out=held_out,
-            collate=collate,
-            loss=_loss_of if loss is None else loss,
-            heads=heads,
-            parameterization=parameterization,
-            on_update=on_update,
-            settings=settings,
-        )
+        """Arguments as `CompanionCallback` has them. loss: None: what the model itself returns as `loss`."""
+        super().__init__(collate=collate, loss=_loss_of if loss is None else loss, **search)
         self.resumed: Path | None = None
-
-    @property
-    def sparsifier(self) -> Sparsifier:
-        """The search, from the beginning of training on; afterwards too, to be looked at. Raises InputError before."""
-        return self._companion.sparsifier
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the first topology and of every update, as a run of the program has them in metrics.jsonl."""
-        return self._companion.rows
-
-    def distillation(
-        self, logits: Tensor, *inputs: Any, counted: Tensor | None = None, total: Any = None, **named: Any
-    ) -> Tensor:
-        """What the teacher adds to the loss of a pass, for a Trainer with a `compute_loss` of its own.
-
-        Arguments as `Companion.distillation` has them.
-        """
-        return self._companion.distillation(logits, *inputs, counted=counted, total=total, **named)
-
-    def metrics(self) -> dict[str, float]:
-        """Where the topology is, for loggers; and the mean divergence from the teacher since this was asked last."""
-        return self._companion.metrics()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """Raises InputError for a dense model, and for what cannot train one whose connections move."""
@@ -255,14 +212,3 @@ def _callback_of(trainer: Any) -> SparsaeCallback | None:
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{step}"
-
-
-def _loss_of(model: nn.Module, batch: Any) -> Tensor:
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise InputError(
-            "held_out: the model returns no loss for a batch of it: give samples with labels, or a function as "
-            "SparsaeCallback(loss=...)"
-        )
-    return loss

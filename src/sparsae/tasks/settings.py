@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from sparsae.config.complaints import explain
-from sparsae.config.section import Count, Positive, Section, Text
+from sparsae.config.section import Count, OrHowMany, Positive, Section, Text
 from sparsae.errors import InputError
 from sparsae.tasks.catalogue import TASKS, task_named
 
@@ -28,7 +28,9 @@ class FinetuneConfig(Section):
         description="frozen: connections stay; searched: the rule goes on; dense: densified before (SPDF). "
         "A dense run knows dense alone",
     )
-    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="of the head and the order, or how many")
+    seeds: Annotated[list[Seed], OrHowMany] = Field(
+        default=[0, 1, 2], min_length=1, description="of the head and the order, or how many"
+    )
     epochs: Count = Field(default=3, description="passes over the training examples")
     learning_rate: Positive = Field(default=1e-4, description="after a warm-up of a twentieth, linear to 0")
     batch_size: Count = Field(default=16, description="examples in a batch")
@@ -48,15 +50,6 @@ class FinetuneConfig(Section):
             except InputError as error:
                 raise ValueError(str(error)) from None
         return names
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _count_of_seeds(cls, seeds: object) -> object:
-        if isinstance(seeds, int) and not isinstance(seeds, bool):
-            if not 1 <= seeds <= 1000:
-                raise ValueError(f"must be 1 to 1000 seeds, or a list of them, not {seeds}")
-            return list(range(seeds))
-        return seeds
 
     @field_validator("names", "topology", "seeds")
     @classmethod

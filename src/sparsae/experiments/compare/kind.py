@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsae.core.record import decode
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.kind import Experiment, Kind
 
@@ -30,11 +29,9 @@ class Compare(Kind):
 
     def read(self, content: dict[str, Any], origin: str) -> Results:
         from sparsae.experiments.compare.earlier import of_now
-        from sparsae.experiments.compare.record import Asked, Results
+        from sparsae.experiments.compare.record import Results
 
-        results = decode(Results, of_now(content, origin), origin)
-        decode(Asked, results.plan, f"{origin}: plan")  # it is looked at where the file is not known any more
-        return results
+        return Results.read(of_now(content, origin), origin)
 
     def title(self, results: Results) -> str:
         from sparsae.experiments.compare import page

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sparsae.core.intervals import Interval
-from sparsae.core.record import decode, left_out_field
+from sparsae.core.record import left_out_field
+from sparsae.experiments.record import Planned
 from sparsae.experiments.statistics import Verdict
 
 Loss = Literal["test_loss", "validation_loss"]
@@ -275,9 +275,10 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(Planned[Asked]):
     """results.json: the runs, what tuning found, and what they say together; trial_share: of a run, its length."""
 
+    asks: ClassVar[type[Any]] = Asked
     kind: Literal["comparison", "ablation", "sensitivity"]
     complete: bool
     sparsae: str
@@ -294,11 +295,6 @@ class Results:
     tasks: tuple[Mapping[str, Any], ...] | None = left_out_field()
     conclusions: tuple[Conclusion, ...]
     warnings: tuple[str, ...]
-
-    @cached_property
-    def asked(self) -> Asked:
-        """The plan. InputError where it lacks what is read of it."""
-        return decode(Asked, self.plan, "results: plan")
 
     @property
     def methods(self) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsae.core.record import decode
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.experiments.kind import Experiment, Kind
 
@@ -29,11 +28,9 @@ class CoordinatesKind(Kind):
         return Coordinates(plan, out, quiet)
 
     def read(self, content: dict[str, Any], origin: str) -> Results:
-        from sparsae.experiments.coordinates.record import Asked, Results
+        from sparsae.experiments.coordinates.record import Results
 
-        results = decode(Results, content, origin)
-        decode(Asked, results.plan, f"{origin}: plan")  # it is looked at where the file is not known any more
-        return results
+        return Results.read(content, origin)
 
     def title(self, results: Results) -> str:
         from sparsae.experiments.coordinates import page

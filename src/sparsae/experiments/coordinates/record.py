@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from sparsae.core.record import decode
+from sparsae.experiments.record import Planned
 
 Axis = Literal["density", "width"]
 Quantity = Literal["activation", "gradient", "update"]
@@ -87,9 +86,10 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(Planned[Asked]):
     """The slopes, and what they say together. tolerance: how far from what is wanted a slope is within it."""
 
+    asks: ClassVar[type[Any]] = Asked
     kind: Literal["coordinates"]
     sparsae: str
     plan: Mapping[str, Any]
@@ -98,11 +98,6 @@ class Results:
     rows: tuple[Row, ...]
     without_slope: tuple[str, ...]
     diverged: tuple[Short, ...]
-
-    @cached_property
-    def asked(self) -> Asked:
-        """The plan. InputError where it lacks what is read of it."""
-        return decode(Asked, self.plan, "results: plan")
 
     @property
     def warnings(self) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsae.core.record import decode
 from sparsae.experiments.kind import Experiment, Kind
 from sparsae.experiments.transfer.plan import TransferPlan
 
@@ -29,11 +28,9 @@ class TransferKind(Kind):
         return Transfer(plan, out, quiet, admit)
 
     def read(self, content: dict[str, Any], origin: str) -> Results:
-        from sparsae.experiments.transfer.record import Asked, Results
+        from sparsae.experiments.transfer.record import Results
 
-        results = decode(Results, content, origin)
-        decode(Asked, results.plan, f"{origin}: plan")  # it is looked at where the file is not known any more
-        return results
+        return Results.read(content, origin)
 
     def title(self, results: Results) -> str:
         from sparsae.experiments.transfer import page

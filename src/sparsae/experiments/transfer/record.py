@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sparsae.core.intervals import Interval
-from sparsae.core.record import decode, open_field
+from sparsae.core.record import open_field
+from sparsae.experiments.record import Planned
 from sparsae.experiments.transfer.plan import Knob
 
 Edge = Literal["lowest", "highest", "divergence"]
@@ -140,9 +140,10 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(Planned[Asked]):
     """results.json: the runs, where optima lie, and how far they move."""
 
+    asks: ClassVar[type[Any]] = Asked
     kind: Literal["transfer"]
     complete: bool
     sparsae: str
@@ -153,8 +154,3 @@ class Results:
     without_optimum: tuple[Place, ...]
     movements: tuple[MovementRow, ...]
     warnings: tuple[str, ...]
-
-    @cached_property
-    def asked(self) -> Asked:
-        """The plan. InputError where it lacks what is read of it."""
-        return decode(Asked, self.plan, "results: plan")
