@@ -35,13 +35,15 @@ HOMES = {
         "tasks/study.py",
     },  # of experiments, of tasks
     "coordinates.json": {"experiments/coordinates/experiment.py"},
+    "sparsity.json": {"report/essential.py"},
 }
 
 # What makes JSON of objects and objects of JSON, and the modules that may: each for files or lines of its own.
 JSON = {"loads", "load", "dumps", "dump", "parse_json", "read_json", "read_sealed", "write_sealed", "sealed", "to_json"}
 MAKERS = {
     "files.py", "runs/metrics.py", "runs/directory.py", "runs/summary.py", "experiments/directory.py",
-    "experiments/page.py", "experiments/jobs.py", "experiments/coordinates/experiment.py",  # files of records
+    "experiments/page.py", "experiments/jobs.py", "experiments/coordinates/experiment.py",
+    "report/essential.py",  # files of records
     "runs/manifest.py", "runs/checkpoint.py", "integrations/checkpoint.py",  # manifest.json, state.json
     "nn/stored/saving.py",  # config.json of a model
     "data/corpus.py", "data/readers.py", "data/tokenizer.py", "data/bpe.py", "data/entry.py",  # text, its cache

@@ -1,16 +1,28 @@
-"""`sparsae check ...`: whether a parameterization does what it is for, before anything is trained at length."""
+"""`sparsae check ...`: whether a parameterization does what it is for, and how much of a model can be pruned."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsae.cli.experiments import Given, Heads, Method, Parameterizations, Settings, grid_options, options_of, read
+from sparsae.cli.experiments import (
+    Given,
+    Heads,
+    Method,
+    Parameterizations,
+    Settings,
+    grid_options,
+    numbers_in,
+    options_of,
+    read,
+)
 from sparsae.cli.listing import Preset
-from sparsae.cli.output import output, show_table
+from sparsae.cli.output import JsonFile, Teacher, output, show_table
 from sparsae.core.record import encode
+from sparsae.errors import InputError
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.files import refuse_unwritable
 from sparsae.runs.claim import refuse_occupied
@@ -20,7 +32,7 @@ check = typer.Typer()
 
 @check.callback(invoke_without_command=True)
 def _root(context: typer.Context) -> None:
-    """Check that a parameterization keeps scales over widths and densities."""
+    """Check that a parameterization keeps scales over widths and densities, or how much of a model can be pruned."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -81,3 +93,66 @@ def coordinates(
     show_table(table.title, table.columns, table.rows, table.names)
     if out is not None:
         typer.echo(f"written: {out / 'report.html'}, coordinates.json")
+
+
+@check.command()
+def sparsity(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run, or a directory of transformers'.", show_default=False),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Text: a path, a glob, stdlib or hf:NAME.  (default: the run's held-out text)"
+        ),
+    ] = None,
+    sparsities: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Shares of zeros.  (default: 0.1 to 0.95 of the weights that exist)"),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of the text; every sparsity reads them twice.")
+    ] = 65_536,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, metavar="F", help="Rise of the loss, as a share, that counts as none.")
+    ] = 0.01,
+    teacher: Teacher = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new directory for report.html and sparsity.json.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Essential sparsity: loss on held-out text after one-shot magnitude pruning, uniform over layers and global."""
+    refuse_unwritable("--json", json_file)
+    shares = None if sparsities is None else numbers_in("--sparsities", sparsities, float)
+    for share in shares or []:
+        if not 0.0 < share < 1.0:
+            raise InputError(f"--sparsities: {share:g} is not between 0 and 1")
+    if out is not None:
+        refuse_occupied(out)
+    with output(json_file) as result:
+        from sparsae.evaluate.essential import essential_sparsity
+        from sparsae.report.essential import essential_table, verdict, write_essential
+        from sparsae.train.progress import Display
+
+        with contextlib.closing(Display(quiet=json_file == "-")) as display:
+            found = essential_sparsity(
+                model,
+                data,
+                shares,
+                teacher=teacher,
+                max_tokens=max_tokens,
+                tolerance=tolerance,
+                progress=display.stage,
+            )
+        result.update(encode(found))
+        if out is not None:
+            write_essential(out, found)
+    if json_file == "-":
+        return
+    table = essential_table(found)
+    show_table(table.title, table.columns, table.rows, table.names)
+    typer.echo(verdict(found))
+    if out is not None:
+        typer.echo(f"written: {out / 'report.html'}, sparsity.json")

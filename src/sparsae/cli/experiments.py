@@ -183,7 +183,7 @@ def sensitivity(
     for mode in names_in(modes):
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
-    counts = [int(count) for count in _numbers("--sequences", sequences, int)]
+    counts = [int(count) for count in numbers_in("--sequences", sequences, int)]
     variants = sensitivity_variants(method, counts, names_in(modes))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {
@@ -236,7 +236,7 @@ def transfer(
     }
     for key, text in swept.items():
         if text is not None:
-            options[option_of((key,))] = key, _numbers(option_of((key,)), text, float)
+            options[option_of((key,))] = key, numbers_in(option_of((key,)), text, float)
     _run(read(given, settings, options, TransferPlan), out, jobs, ray, json_file)
 
 
@@ -255,8 +255,8 @@ def grid_options(
         "method": method,
         "heads": heads,
         "parameterizations": parameterizations and names_in(parameterizations),
-        "widths": widths and _numbers("--widths", widths, int),
-        "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
+        "widths": widths and numbers_in("--widths", widths, int),
+        "sparsities": sparsities and numbers_in("--sparsities", sparsities, float),
         "seeds": seeds and seeds_in(seeds),
     }
     return options_of(options)
@@ -293,7 +293,7 @@ def _options(
     options = {
         "preset": preset,
         "seeds": seeds and seeds_in(seeds),
-        "sparsities": sparsities and _numbers("--sparsities", sparsities, float),
+        "sparsities": sparsities and numbers_in("--sparsities", sparsities, float),
         "match": match,
         "budget": budget,
         "reference": reference,
@@ -302,7 +302,7 @@ def _options(
     }
     found = options_of(options)
     if learning_rates:
-        found["--learning-rates"] = "tuning.learning_rates", _numbers("--learning-rates", learning_rates, float)
+        found["--learning-rates"] = "tuning.learning_rates", numbers_in("--learning-rates", learning_rates, float)
     return found
 
 
@@ -311,7 +311,8 @@ def names_in(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
+def numbers_in(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
+    """The numbers of a list with commas between. Raises InputError for what is none."""
     return [_number(option, word, kind) for word in names_in(text)]
 
 
@@ -325,7 +326,7 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
 
 def seeds_in(text: str) -> float | list[float]:
     """A list of seeds, or how many."""
-    found = _numbers("--seeds", text, int)
+    found = numbers_in("--seeds", text, int)
     return found[0] if found and "," not in text else found
 
 

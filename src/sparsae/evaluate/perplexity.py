@@ -34,7 +34,7 @@ def evaluate_run(
     InputError for a run or a text that cannot be read.
     """
     loaded = load_run(path, teacher)
-    tokens, text_bytes, documents = _text(loaded, data, progress)
+    tokens, text_bytes, documents = held_out_text(loaded, data, progress)
     total = len(tokens)
     if max_tokens is not None and total > max_tokens:
         text_bytes = round(text_bytes * max_tokens / total)
@@ -43,7 +43,7 @@ def evaluate_run(
         raise InputError(f"{data or 'the held-out text'} has {len(tokens)} tokens: nothing to predict")
     nats, count = 0.0, 0
     objective = Objective(loaded.model, loaded.config.training, loaded.device)
-    for batch in _windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
+    for batch in windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
         predicted = batch.shape[0] * (batch.shape[1] - 1)
         nats += objective.cross_entropy(batch) * predicted
         count += predicted
@@ -63,7 +63,13 @@ def evaluate_run(
     }
 
 
-def _text(loaded: LoadedRun, data: str | None, progress: Progress | None) -> tuple[npt.NDArray[np.int64], int, int]:
+def held_out_text(
+    loaded: LoadedRun, data: str | None, progress: Progress | None = None
+) -> tuple[npt.NDArray[np.int64], int, int]:
+    """(tokens, bytes, documents) of `data`, or of what the run's own validation and test read.
+
+    Raises InputError for a text that cannot be read, or is no longer what the run was trained beside.
+    """
     if data is not None:
         return tokenize_text(
             data,
@@ -84,7 +90,7 @@ def _text(loaded: LoadedRun, data: str | None, progress: Progress | None) -> tup
     return reported, size, len(ends) + int(begun)
 
 
-def _windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[Tensor]:
+def windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[Tensor]:
     """Whole windows (B, context + 1) in batches, then one of what is left; each begins with the last's last token."""
     whole = (len(tokens) - 1) // context
     for first in range(0, whole, batch):

@@ -72,7 +72,7 @@ class Pretrained:
 
         Raises InputError where the files cannot be read, or hold another model than the settings say.
         """
-        there = self._read()
+        there = read_model(self.path, "--from ")
         if sparse_layers(there):
             model = model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device)
             wanted = _nnz(model)
@@ -91,17 +91,6 @@ class Pretrained:
         self._require_same(dense.eval(), there.eval())
         return model_of(config, tokenizer.vocab_size, tokenizer.eos_id, device, dense.train())
 
-    def _read(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise InputError(f"--from {self.path}: cannot be read: {str(error).splitlines()[0]}") from None
-        return model
-
     @torch.no_grad()
     def _require_same(self, model: Any, there: Any) -> None:
         tokens = torch.arange(_PROBE, device="cpu")[None] % model.config.vocab_size
@@ -112,6 +101,21 @@ class Pretrained:
                 f"--from {self.path}: the family {type(model).__name__} computes otherwise than this model does: "
                 "its configuration has something that the settings cannot say"
             )
+
+
+def read_model(path: Path, option: str = "") -> Any:
+    """The causal language model of a directory of transformers', in float32. Raises InputError where there is none.
+
+    option: that named the directory, for the error.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{option}{path}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def read_pretrained(path: Path, config: Config) -> Pretrained:

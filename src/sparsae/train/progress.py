@@ -18,6 +18,7 @@ _STAGES = {  # name of a stage -> (what it does, what it counts)
     "tokenizer": ("training the tokenizer", "bytes"),
     "tokenize": ("tokenizing", "documents"),
     "evaluate": ("evaluating", "tokens"),
+    "prune": ("pruning and evaluating", "tokens"),
     "finetune": ("fine-tuning", "steps"),
 }
 _SILENCE = 10.0  # seconds after which a line without a terminal says that a stage is still at work
