@@ -20,8 +20,10 @@ from sparsae.runs.claim import claimed
 from sparsae.runs.directory import RunDirectory, describe
 from sparsae.runs.lock import locked
 from sparsae.train.loop import Trainer
+from sparsae.train.passes import Passes
 from sparsae.train.run import resume, start
 from tests.runs.conftest import Make
+from tests.support.faults import not_finite
 from tests.support.rundir import Killed, assert_same_run, killed_at
 from tests.support.runs import contents, rows
 
@@ -74,7 +76,11 @@ class TestDivergence:
 
         killed_at(monkeypatch, 8, spoil)
         with pytest.raises(DivergedError, match=r"not finite|is nan") as caught:
-            start(make("training.checkpoint_every=4", "training.validate_every=100"), run, quiet=True)
+            start(
+                make("training.checkpoint_every=4", "training.validate_every=100", "training.skip_limit=0"),
+                run,
+                quiet=True,
+            )
         assert caught.value.step == 8
         if what != "gradient":
             assert "transformer.wpe.weight" in str(caught.value)
@@ -83,6 +89,57 @@ class TestDivergence:
         assert kept == ["step-00000008" if what == "gradient" else "step-00000004"]
         model = load_run(run).model
         assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+class TestSkipped:
+    @pytest.mark.parametrize("what", ["loss", "gradient", "teacher"])
+    def test_a_bad_batch_changes_no_weight_and_is_told(
+        self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        steps, seen = Trainer.stepping, {}
+
+        def stepping(self: Trainer) -> Passes[None]:
+            yield from steps(self)
+            moments = [self.optimizer.state[p]["exp_avg"] for p in self.model.parameters()]
+            seen[self.step] = [p.detach().clone() for p in (*self.model.parameters(), *moments)]
+
+        monkeypatch.setattr(Trainer, "stepping", stepping)
+        settings = ("training.log_every=1", "topology.every=7")
+        with not_finite(what, {5, 6, 9}):
+            summary = start(make(*settings), tmp_path / "run", quiet=True)
+            with monkeypatch.context() as patch:
+                killed_at(patch, 7)
+                with pytest.raises(Killed):
+                    start(make(*settings, "training.checkpoint_every=6"), tmp_path / "killed", quiet=True)
+            resume(tmp_path / "killed", quiet=True)
+        assert (summary["finished"], summary["steps_skipped"]) == (True, 3)
+        for step, kept in ((5, True), (6, True), (7, False), (8, False), (9, True), (10, False)):
+            same = [torch.equal(a, b) for a, b in zip(seen[step - 1], seen[step], strict=False) if a.shape == b.shape]
+            assert all(same) if kept else not any(same), step
+        skipped = [row for row in rows(tmp_path / "run") if row["kind"] == "skipped"]
+        assert [row["step"] for row in skipped] == [5, 6, 9]
+        reasons = {"loss": "the loss is nan", "gradient": "the gradient's norm is nan", "teacher": "the loss is inf"}
+        assert {row["reason"] for row in skipped} == {reasons[what]}
+        losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "train"}
+        assert [step for step, loss in losses.items() if loss is None] == [5, 6, 9]
+        assert (
+            "Steps skipped because a loss or a gradient was not finite: 3."
+            in write_report(tmp_path / "run").read_text()
+        )
+        assert_same_run(tmp_path / "killed", tmp_path / "run")
+
+    def test_too_many_in_a_row_end_the_run_and_leave_its_checkpoint(self, make: Make, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        settings = ("training.checkpoint_every=3", "training.skip_limit=2", "training.validate_every=100")
+        with (
+            not_finite("loss", {2, 3, 5, 6, 7, 8, 9}),
+            pytest.raises(DivergedError, match="the loss is nan at step 6") as told,
+        ):
+            start(make(*settings), run, quiet=True)
+        assert told.value.step == 6
+        assert [row["step"] for row in rows(run) if row["kind"] == "skipped"] == [2, 3, 5, 6]
+        assert describe(run)["diverged"] == {"step": 6, "reason": "the loss is nan"}
+        assert resume(run, quiet=True)["steps_skipped"] == 4
 
 
 class TestKilled:

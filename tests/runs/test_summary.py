@@ -38,13 +38,16 @@ def test_a_summary_of_an_earlier_version_is_read(file: Path) -> None:
     assert {key: read[key] for key in content} == content
     assert read.keys() - content.keys() <= {
         "test_loss", "study_flops", "diverged", "started_from", "extensions", "metrics", "ranks",
+        "steps_skipped",
     }  # fmt: skip
 
 
 def test_a_summary_of_this_version_is_read() -> None:
     content = json.loads((RESULTS / "demo.json").read_text())["summary"]
     read = encode(decode(Summary, content, "demo.json"))
-    assert read == {"ranks": 1} | {key: value for key, value in content.items() if key not in ("run_id", "sha256")}
+    assert read == {"ranks": 1, "steps_skipped": 0} | {
+        key: value for key, value in content.items() if key not in ("run_id", "sha256")
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.ranks import ranks
+from sparsae.core.topology import digest
 from sparsae.errors import RanksError
 from sparsae.nn.linear import sparse_layers
 from sparsae.search.sparsifier import Sparsifier
@@ -32,7 +33,13 @@ def _checks(rank: int, count: int, store: str) -> None:
             _told(section, lambda s=section, e=expected: assert_same(train(s, 50, teacher=True), e))
         for settings in ({"gradient_as_bucket_view": True}, {"static_graph": True}):
             _told(settings, lambda s=settings: assert_same(train("gmp", 50, teacher=True, **s), alone["gmp"]))
-        for check in (_active_weights_travel, _dense_gradients_are_counted, _settings_are_compared, _a_bit_is_caught):
+        for check in (
+            _scores_that_are_no_numbers,
+            _active_weights_travel,
+            _dense_gradients_are_counted,
+            _settings_are_compared,
+            _a_bit_is_caught,
+        ):
             _told(check.__name__, check)
 
 
@@ -41,6 +48,19 @@ def _told(what: object, check: Callable[[], None]) -> None:
         check()
     except Exception as error:
         raise AssertionError(f"{what}, rank {ranks().rank}: {error!r}") from error
+
+
+def _scores_that_are_no_numbers() -> None:
+    """NaN scores of one rank: its candidates are not chosen, on any rank."""
+    trained = train("evolution, elitist", 30, scores_nan=ranks().rank == 1)
+    scores = [row["score"] for update in trained.updates for row in update.row["candidates"]]
+    assert None in scores
+    assert any(score is not None for score in scores)
+    topologies = b"".join(digest(indices) for indices in trained.topologies().values())
+    ranks().require_same({"the topologies": topologies})
+    chosen = [update.row["candidates"][update.row["chosen"]]["score"] for update in trained.updates if update.accepted]
+    assert chosen
+    assert None not in chosen
 
 
 def _active_weights_travel() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
+from sparsae.losses import LossParts
 from sparsae.report.data import read_run
 from sparsae.runs.directory import describe
+from sparsae.train.objective import Objective
 from sparsae.train.run import resume
 from tests.support.runs import rows, weights
 
@@ -115,6 +118,33 @@ def in_child(action: Callable[[], Any], after: float | None = None, number: int 
         time.sleep(after)
         os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def not_finite(what: str, steps: Collection[int]) -> Iterator[None]:
+    """The loss, the gradient or the teacher of runs inside is NaN in these steps, counted from 1, on this rank."""
+    begin, loss, step = Objective.begin_step, Objective._own_loss, 0
+
+    def beginning(self: Objective, done: int) -> None:
+        nonlocal step
+        step = done + 1
+        begin(self, done)
+
+    def spoiled(self: Objective, *given: Any) -> LossParts:
+        parts = loss(self, *given)
+        if step not in steps:
+            return parts
+        if what == "gradient":
+            parts.total.register_hook(lambda gradient: gradient * math.nan)
+            return parts
+        if what == "teacher":
+            return parts._replace(total=parts.total + math.inf, distillation=parts.distillation + math.inf)
+        return parts._replace(total=parts.total * math.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "begin_step", beginning)
+        patch.setattr(Objective, "_own_loss", spoiled)
+        yield
 
 
 @contextmanager

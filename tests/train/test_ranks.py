@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparsae.errors import InputError, RanksError
+from sparsae.errors import DivergedError, InputError, RanksError
 from sparsae.train.joining import joined
 from sparsae.train.run import resume, start
+from tests.support.faults import not_finite
 from tests.support.ranks import on_ranks
 from tests.support.runs import config_of, rows, stopped_at, write_text
 
@@ -56,6 +57,13 @@ def _runs_until_an_error(rank: int, folder: Path) -> None:
                 summary = start(config, folder / name, quiet=True)
             assert (summary["finished"], summary["steps"]) == (False, 7)
         assert resume(folder / "stopped", quiet=True)["finished"]
+        poison = lambda steps: not_finite("gradient", steps) if rank == 1 else nullcontext()  # noqa: E731
+        with poison({3, 8}):
+            summary = start(_config(folder, "static", []), folder / "skipped", quiet=True)
+        assert (summary["finished"], summary["steps_skipped"]) == (True, 2)
+        settings = ["training.skip_limit=1", "training.checkpoint_every=4"]
+        with poison({6, 7}), pytest.raises(DivergedError, match="the gradient's norm is nan at step 6"):
+            start(_config(folder, "static", settings), folder / "diverged", quiet=True)
         with pytest.raises(InputError, match=r"training\.batch_size 3 cannot be divided among 2 ranks"):
             start(_config(folder, "static", ["training.batch_size=3"]), folder / "odd", quiet=True)
         if rank == 1:
@@ -89,3 +97,5 @@ def test_two_ranks_train_the_run_of_one(tmp_path: Path) -> None:
     handed_over = resume(tmp_path / "handed-over", quiet=True)
     assert handed_over["validation_loss"] == pytest.approx(one["sparsae-guided"]["validation_loss"], abs=1e-4)
     assert not (tmp_path / "odd").exists()
+    assert [row["step"] for row in rows(tmp_path / "skipped") if row["kind"] == "skipped"] == [3, 8]
+    assert [path.name for path in (tmp_path / "diverged" / "checkpoints").iterdir()] == ["step-00000004"]

@@ -44,6 +44,10 @@ class TrainingConfig(Section):
         default=0.1, description="decoupled weight decay of matrices and active connections"
     )
     clip: Positive | None = Field(default=1.0, description="largest gradient norm; null: no clipping")
+    skip_limit: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
+        default=5,
+        description="steps in a row that may be skipped, loss or gradient being not finite; one more ends the run",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the arithmetic, by autocast; parameters stay float32"
     )

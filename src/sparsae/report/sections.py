@@ -66,6 +66,8 @@ def _state(run: RunData) -> str:
         said.append(f"This run diverged at step {count(totals.diverged.step)} of {planned}: {totals.diverged.reason}.")
     elif not totals.finished:
         said.append(f"This run was stopped at step {count(totals.steps)} of {planned}.")
+    if totals and totals.steps_skipped:
+        said.append(f"Steps skipped because a loss or a gradient was not finite: {count(totals.steps_skipped)}.")
     if totals and (source := totals.started_from):
         what = f"step {count(source.step)} of the run" if source.run else "the model"
         said.append(f"It started from {what} in {source.path}.")

@@ -10,7 +10,17 @@ from sparsae.core.record import decode
 from sparsae.errors import InputError
 from sparsae.search.rows import Row, TopologyRow
 
-__all__ = ["KINDS", "DivergedRow", "ExtendedRow", "Row", "TopologyRow", "TrainRow", "ValidationRow", "read_row"]
+__all__ = [
+    "KINDS",
+    "DivergedRow",
+    "ExtendedRow",
+    "Row",
+    "SkippedRow",
+    "TopologyRow",
+    "TrainRow",
+    "ValidationRow",
+    "read_row",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,16 @@ class ExtendedRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkippedRow(Row):
+    """A step whose batch changed no weight: `reason` is what was not finite."""
+
+    kind = "skipped"
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class DivergedRow(Row):
     """The last row of a run that cannot go on: `reason` is what was not finite."""
 
@@ -69,7 +89,7 @@ class DivergedRow(Row):
 
 
 KINDS: Mapping[str, type[Row]] = {
-    kind.kind: kind for kind in (TrainRow, ValidationRow, TopologyRow, ExtendedRow, DivergedRow)
+    kind.kind: kind for kind in (TrainRow, ValidationRow, TopologyRow, ExtendedRow, SkippedRow, DivergedRow)
 }
 
 

@@ -41,6 +41,7 @@ class Summary:
     seed: int
     steps: int
     ranks: int = 1
+    steps_skipped: int = 0
     tokens: int
     parameters_dense: int
     parameters: int

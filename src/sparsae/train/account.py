@@ -1,4 +1,4 @@
-"""All that a run spends: operations, seconds, bytes of its model's state, and updates of its topology."""
+"""All that a run spends: operations, seconds, bytes of its model's state, updates of its topology, skipped steps."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Account:
         self.watch = Stopwatch()
         self.state_bytes: dict[str, int] = {}
         self.updates = self.accepted = 0
+        self.skipped = self.skipped_in_a_row = 0
 
     def tokens(self, steps: int) -> int:
         """Training tokens of so many steps."""
@@ -35,6 +36,11 @@ class Account:
     def step(self, taught_tokens: int, teacher_nnz: int) -> None:
         """One optimizer step, in which a teacher of so many weights read so many tokens."""
         self.costs.count_step(self.flops, self.tokens_per_step, taught_tokens, teacher_nnz)
+
+    def skip(self) -> None:
+        """One step that changes no weight."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
 
     def update(self, update: Update, nnz: Mapping[str, int]) -> None:
         """One topology update, which left the layers so many active weights."""
@@ -64,6 +70,7 @@ class Account:
             "state_bytes": dict(self.state_bytes),
             "updates": self.updates,
             "accepted": self.accepted,
+            "skipped": [self.skipped, self.skipped_in_a_row],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,3 +79,4 @@ class Account:
         self.watch.load_state_dict(state["seconds"])
         self.state_bytes = dict(state["state_bytes"])
         self.updates, self.accepted = state["updates"], state["accepted"]
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -34,7 +35,10 @@ class Averages:
         self._clock = (time.perf_counter(), step)
 
     def row(self, step: int, account: Account, learning_rate: float, gradient_norm: float, burn_in: bool) -> TrainRow:
-        """At the end of a step, of which the last three are told; sums and clock begin anew."""
+        """At the end of a step, of which the last three are told; sums and clock begin anew.
+
+        The losses are NaN where all steps were skipped.
+        """
         sums, (started, first) = self._sums, self._clock
         steps, taught = sums["steps"], sums["taught_steps"]
         self._sums = dict.fromkeys(_NAMES, 0)
@@ -42,8 +46,8 @@ class Averages:
         return TrainRow(
             step=step,
             tokens=account.tokens(step),
-            loss=sums["loss"] / steps,
-            cross_entropy=sums["cross_entropy"] / steps,
+            loss=sums["loss"] / steps if steps else math.nan,
+            cross_entropy=sums["cross_entropy"] / steps if steps else math.nan,
             distillation=sums["distillation"] / taught if taught else None,
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,

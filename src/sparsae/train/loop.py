@@ -15,7 +15,7 @@ from sparsae.errors import DivergedError
 from sparsae.observers import Observer, Standing
 from sparsae.optim import clip_gradients
 from sparsae.runs.checkpoint import CheckpointTimes
-from sparsae.runs.rows import DivergedRow, ExtendedRow, Row
+from sparsae.runs.rows import DivergedRow, ExtendedRow, Row, SkippedRow
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.train.account import Account
 from sparsae.train.averages import Averages
@@ -53,7 +53,8 @@ class Trainer:
     def run(self, stop: StopRequest, save: Callable[[], None]) -> bool:
         """Train until the last step (True) or until a stop is requested (False); `save()` writes a checkpoint.
 
-        Raises DivergedError where a loss, a gradient or what is to be saved is not finite.
+        Raises DivergedError where a held-out loss or what is to be saved is not finite, and where more steps in a row
+        would have to be skipped than may be.
         """
         return alone(self.running(stop, save))
 
@@ -83,7 +84,10 @@ class Trainer:
         return self.done
 
     def train_step(self) -> None:
-        """One optimizer step, and what follows it: the average, a topology update, a row of the metrics."""
+        """One optimizer step, and what follows it: the average, a topology update, a row of the metrics.
+
+        Where the loss or the gradient is not finite, on any rank, the optimizer does not step: the batch is skipped.
+        """
         alone(self.stepping())
 
     def stepping(self) -> Passes[None]:
@@ -93,13 +97,12 @@ class Trainer:
         burning_in = self.sparsifier is not None and self.sparsifier.burning_in
         if update_due:
             self.data.prefetch(self.step + 1)
-        taught = yield from self._gradients(alpha)
+        losses, taught = yield from self._gradients(alpha)
         self.account.step(taught, self.teacher.nnz if self.teacher and taught else 0)
         if self.sparsifier:
             self.sparsifier.before_step()
         norm = float(clip_gradients(self.model.parameters(), self.settings.clip))
-        self._require_finite("the gradient's norm", norm)
-        self.optimizer.step()
+        self._step(losses, taught, norm)
         self.step += 1
         if self.done or update_due or not self.account.state_bytes:
             window = self.sparsifier.search.gradients.windows.peak if self.sparsifier else 0
@@ -109,12 +112,31 @@ class Trainer:
         if self.done or self.step % self.settings.log_every == 0:
             self._tell(self._averages.row(self.step, self.account, rate, norm, burning_in))
 
-    def _gradients(self, alpha: float) -> Passes[int]:
-        """The gradient of the mean loss over all batches of the step; returns the tokens that the teacher read.
+    def _step(self, losses: list[tuple[float, float, float]], taught: int, norm: float) -> None:
+        """The optimizer's, unless what it would take is not finite: alike on all ranks, since all of it is reduced."""
+        numbers = [("the loss", loss) for loss, *_ in losses] + [("the gradient's norm", norm)]
+        reason = next((f"{what} is {number}" for what, number in numbers if not math.isfinite(number)), None)
+        if reason is None:
+            self.optimizer.step()
+            for each in losses:
+                self._averages.add(*each, len(losses))
+            self._averages.end_step(taught / self.account.tokens_per_step)
+            self.account.skipped_in_a_row = 0
+            return
+        if self.account.skipped_in_a_row == self.settings.skip_limit:
+            raise self.diverged(reason)
+        self.account.skip()
+        self._tell(SkippedRow(self.step + 1, tokens=self.account.tokens(self.step + 1), reason=reason))
+
+    def _gradients(self, alpha: float) -> Passes[tuple[list[tuple[float, float, float]], int]]:
+        """The gradient of the mean loss over all batches of the step.
+
+        Returns each batch's loss, cross entropy and distillation, and the tokens that the teacher read.
 
         A batch is divided among the ranks in the order of its sequences, of which the first ones are taught.
         """
         passes, taught_tokens, here = self.settings.accumulation, 0, ranks()
+        losses = []
         self.objective.begin_step(self.step)
         for index in range(passes):
             batch = self.data.batches.at(self.step * passes + index)
@@ -124,11 +146,9 @@ class Trainer:
             parts = yield Pass(self.objective, batch, alpha, own, passes)
             loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
             loss, cross_entropy, distillation = here.means([loss, cross_entropy, distillation * (own / rows)])
-            self._require_finite("the loss", loss)
-            self._averages.add(loss, cross_entropy, distillation, passes)
+            losses.append((loss, cross_entropy, distillation))
             taught_tokens += taught * (batch.shape[1] - 1)
-        self._averages.end_step(taught_tokens / self.account.tokens_per_step)
-        return taught_tokens
+        return losses, taught_tokens
 
     def _follow(self) -> None:
         """The teacher's average and the topology's update."""

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from sparsae.observers import Observer, Standing
-from sparsae.runs.rows import Row, TopologyRow, TrainRow, ValidationRow
+from sparsae.runs.rows import Row, SkippedRow, TopologyRow, TrainRow, ValidationRow
 
 _STAGES = {  # name of a stage -> (what it does, what it counts)
     "read": ("reading", "bytes"),
@@ -76,6 +76,8 @@ class Display(Observer):
                 self._train(row)
             case ValidationRow():
                 self._validate(row)
+            case SkippedRow():
+                self.say(f"step {row.step} was skipped: {row.reason}")
             case TopologyRow() if row.step:
                 now = self._standing
                 self._standing = replace(now, updates=now.updates + 1, accepted=now.accepted + row.accepted)

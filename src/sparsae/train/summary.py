@@ -43,6 +43,7 @@ def summarize(
         seed=config.seed,
         steps=trainer.step,
         ranks=ranks().count,
+        steps_skipped=account.skipped,
         tokens=tokens,
         parameters_dense=live - nnz + weights,
         parameters=live,

@@ -22,6 +22,7 @@ DEFAULTS: Tree = {"model": {"context": 8}, "training": {"batch_size": 1}, "data"
 # The first steps are full steps: a rate that stays, and gradients as they are.
 FIXED: Tree = {
     "training": {
+        "skip_limit": 0,
         "warmup": 0.0,
         "final_learning_rate": 1.0,
         "clip": None,
