@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sparsae.config.complaints import SettingError
 from sparsae.config.effect import where_dense
-from sparsae.config.section import TOLERANCE, Count, NonNegative, Positive, Section, Share, Text
+from sparsae.config.section import LARGEST, TOLERANCE, Count, NonNegative, Positive, Section, Share, Text
 
 DECAY = 0.2  # share of a run over which wsd falls
 LAST_RATE = 0.1

@@ -14,6 +14,7 @@ from sparsae.report import maps, markup
 from sparsae.report.data import RunData, or_nan
 from sparsae.report.markup import Tile
 from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent, short_names
+from sparsae.report.state import state
 from sparsae.report.svg import Key
 from sparsae.runs.rows import TopologyRow
 from sparsae.search.rows import LayerRow
@@ -43,7 +44,7 @@ def body(run: RunData) -> str:
         [
             f"<header>\n<h1>{escape(title(run))}</h1>",
             f'<p class="lead">Training run <code>{escape(run.path.resolve().name)}</code>, seed {run.config.seed}</p>',
-            _state(run),
+            state(run),
             f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>',
             markup.tiles(_headline(run)),
             markup.facts(_facts(run)),
@@ -51,30 +52,6 @@ def body(run: RunData) -> str:
             f"</main>\n<footer>Written by sparsae {escape(__version__)} from this run's own metrics.</footer>",
         ]
     )
-
-
-def _state(run: RunData) -> str:
-    """What is not as usual: how far the run came, where it started from, and whether it got more steps."""
-    planned, totals = count(run.config.training.steps), run.totals
-    said = []
-    if totals is None:
-        said.append(
-            f"This run has no summary: it is going on or was cut off. Shown up to step {count(run.last_step)} of "
-            f"{planned}; totals are known at its end."
-        )
-    elif totals.diverged:
-        said.append(f"This run diverged at step {count(totals.diverged.step)} of {planned}: {totals.diverged.reason}.")
-    elif not totals.finished:
-        said.append(f"This run was stopped at step {count(totals.steps)} of {planned}.")
-    if totals and totals.steps_skipped:
-        said.append(f"Steps skipped because a loss or a gradient was not finite: {count(totals.steps_skipped)}.")
-    if totals and (source := totals.started_from):
-        what = f"step {count(source.step)} of the run" if source.run else "the model"
-        said.append(f"It started from {what} in {source.path}.")
-    for entry in totals.extensions if totals else ():
-        before, after = count(entry.previous_steps), count(entry.steps)
-        said.append(f"At step {count(entry.step)} it was extended from {before} steps to {after}.")
-    return f'<p class="state">{escape(" ".join(said))}</p>' if said else ""
 
 
 def _headline(run: RunData) -> list[Tile]:
