@@ -187,7 +187,7 @@ class TestOtherCommands:
 
     def test_report(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["report", "r"]) == 0
-        assert calls == [("write_report", (Path("r"),))]
+        assert calls == [("write_report", (Path("r"), None))]
         assert capsys.readouterr().out.endswith("r/report.html\n")
 
     def test_export(self, calls: Calls) -> None:

@@ -103,16 +103,39 @@ def generate(
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write the report.html of a run, or of an experiment, again."""
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The directory of a run, or several.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page of several runs.", show_default=False)
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write every figure as SVG and PDF there too.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the report.html of a run, or of an experiment, again; or one page of several runs."""
+    if len(runs) > 1:
+        if out is None:
+            raise InputError("--out: name the page of several runs, such as runs.html")
+        if experiment := next(filter(is_experiment, runs), None):
+            raise InputError(f"{experiment}: is an experiment, which has a page of its own: name runs")
+        from sparsae.report.page import write_reports
+
+        typer.echo(write_reports(runs, out, figures))
+        return
+    (run,) = runs
+    if out is not None:
+        raise InputError("--out: is for the page of several runs; that of one lies in its directory")
     if is_experiment(run):
         from sparsae.experiments.page import write_page
 
-        typer.echo(write_page(run))
+        typer.echo(write_page(run, figures))
         return
     from sparsae.report.page import write_report
 
-    typer.echo(write_report(run))
+    typer.echo(write_report(run, figures))
 
 
 @app.command()

@@ -8,12 +8,12 @@ from sparsae.errors import InputError
 from sparsae.experiments.directory import RESULTS
 from sparsae.experiments.kind import Kind, Results
 from sparsae.experiments.registry import kind_in
-from sparsae.files import read_json, write_atomically
-from sparsae.report.page import document
+from sparsae.files import read_json
+from sparsae.report import page
 
 
-def write_page(out: Path) -> Path:
-    """Write report.html of the experiment in a directory; returns its path.
+def write_page(out: Path, figures: Path | None = None) -> Path:
+    """Write report.html of the experiment in a directory; returns its path. figures: gets every figure as a file.
 
     Raises InputError where there are no results yet or a file is damaged.
     """
@@ -25,11 +25,11 @@ def write_page(out: Path) -> Path:
     results = kind.read(tree, str(file))
     if not results.rows:
         raise InputError(f"{file}: no run has ended yet")
-    return write_page_of(kind, results, out)
+    return write_page_of(kind, results, out, figures)
 
 
-def write_page_of(kind: Kind, results: Results, out: Path) -> Path:
+def write_page_of(kind: Kind, results: Results, out: Path, figures: Path | None = None) -> Path:
     """The same, from results that are at hand."""
-    page = out / "report.html"
-    write_atomically(page, document(kind.title(results), kind.body(results, out)))
-    return page
+    return page.write_page(
+        out / "report.html", lambda: page.document(kind.title(results), kind.body(results, out)), figures
+    )

@@ -2,16 +2,18 @@
 
 Colours are drawn as stand-ins and written as CSS variables, so that one figure is legible on light and on dark paper;
 text stays text, in the page's own typeface. No figure is larger than a few tens of kilobytes: curves are thinned and
-maps are embedded as one small image.
+maps are embedded as one small image. A panel can be drawn again, in colours of its own (see figure_files.py).
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import numpy as np
 from matplotlib import rc_context
@@ -25,8 +27,8 @@ from sparsae.report.readable import tick
 
 Array = NDArray[np.float64]
 
-# Stand-ins, by the CSS variable (style.css) that takes their place; the values only have to differ.
-COLOURS: Final = {
+# By the CSS variable (style.css) that takes their place; the values only have to differ.
+STAND_INS: Final = {
     "ink": "#010101",
     "muted": "#010102",
     "grid": "#010103",
@@ -36,43 +38,27 @@ COLOURS: Final = {
     # Of things compared with each other, in order.
     **{f"series{n}": f"#0102{n:02d}" for n in range(8)},
 }
+_PALETTE: ContextVar[Mapping[str, str]] = ContextVar("palette", default=STAND_INS)
+_DRAWN: ContextVar[list[Panel] | None] = ContextVar("drawn", default=None)
+
+
+@final
+class _Colours(Mapping[str, str]):
+    """Colours by name, stand-ins unless a figure is drawn in others."""
+
+    def __getitem__(self, name: str) -> str:
+        return _PALETTE.get()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PALETTE.get())
+
+    def __len__(self) -> int:
+        return len(_PALETTE.get())
+
+
+COLOURS: Final = _Colours()
 WIDTH: Final = 4.5  # inches; two such figures stand side by side on a desktop, one fills a phone
 POINTS: Final = 400  # of a curve; more than a screen can show
-
-_STYLE: Final = {
-    "svg.fonttype": "none",
-    "text.usetex": False,
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 8.5,
-    "text.color": COLOURS["muted"],
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.linewidth": 0.7,
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 8.5,
-    "axes.titlecolor": COLOURS["muted"],
-    "axes.grid": False,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "grid.color": COLOURS["grid"],
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 3,
-    "image.interpolation": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -86,12 +72,17 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: its title, what it shows in words (for those who cannot see it), its SVG and its legend."""
+    """One figure: its title, what it shows in words (for those who cannot see it), its SVG and its legend.
 
+    `name` is unique on the page; `figure` draws it anew.
+    """
+
+    name: str
     title: str
     description: str
     svg: str
-    keys: Sequence[Key] = field(default=())
+    keys: Sequence[Key]
+    figure: Callable[[], Figure]
 
 
 def panel(
@@ -103,10 +94,39 @@ def panel(
     height: float = 2.5,
 ) -> Panel:
     """Draw on a new figure of `height` inches; `name` is unique on the page."""
-    with rc_context({**_STYLE, "svg.hashsalt": name}):  # type: ignore[dict-item]
+
+    def drawn() -> Figure:
         figure = Figure(figsize=(WIDTH, height))
         draw(figure)
-        return Panel(title, description, _inline(figure, name), keys)
+        return figure
+
+    with looking(STAND_INS, name):
+        made = Panel(name, title, description, _inline(drawn(), name), keys, drawn)
+    if (all_of_them := _DRAWN.get()) is not None:
+        all_of_them.append(made)
+    return made
+
+
+@contextmanager
+def looking(palette: Mapping[str, str], name: str, **settings: Any) -> Iterator[None]:
+    """Figures that are drawn and written inside have these colours; settings: matplotlib's, beside those of ours."""
+    before = _PALETTE.set(palette)
+    try:
+        with rc_context({**_style(), "svg.hashsalt": name, **settings}):  # type: ignore[dict-item]
+            yield
+    finally:
+        _PALETTE.reset(before)
+
+
+@contextmanager
+def collected() -> Iterator[list[Panel]]:
+    """The panels that are made inside, whoever makes them."""
+    panels: list[Panel] = []
+    before = _DRAWN.set(panels)
+    try:
+        yield panels
+    finally:
+        _DRAWN.reset(before)
 
 
 def axes(
@@ -154,6 +174,43 @@ def curve(ax: Axes, x: Sequence[float], y: Sequence[float], colour: str, **optio
     ax.plot(xs, ys, **{"color": COLOURS[colour], **marks, "markeredgewidth": 0.0, **options})
 
 
+def _style() -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "text.usetex": False,
+        "text.parse_math": False,
+        "font.family": ["DejaVu Sans"],
+        "font.size": 8.5,
+        "text.color": COLOURS["muted"],
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "axes.edgecolor": COLOURS["muted"],
+        "axes.linewidth": 0.7,
+        "axes.labelcolor": COLOURS["muted"],
+        "axes.labelsize": 8.5,
+        "axes.titlesize": 8.5,
+        "axes.titlecolor": COLOURS["muted"],
+        "axes.grid": False,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "xtick.color": COLOURS["muted"],
+        "ytick.color": COLOURS["muted"],
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
+        "grid.color": COLOURS["grid"],
+        "grid.linewidth": 0.7,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 3,
+        "image.interpolation": "none",
+    }
+
+
 def _inline(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
@@ -177,6 +234,6 @@ def _inline(figure: Figure, name: str) -> str:
         (r"\s*\n\s*", "\n"),
     ):
         svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
-    for variable, stand_in in COLOURS.items():
+    for variable, stand_in in STAND_INS.items():
         svg = svg.replace(stand_in, f"var(--{variable})")
     return svg.strip()

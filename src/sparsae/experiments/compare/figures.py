@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sparsae.experiments.compare.record import Loss, Row, SummaryRow, TuningRow
 from sparsae.experiments.compare.summary import losses_of
-from sparsae.experiments.looks import Look, keys
 from sparsae.report.data import RunData
+from sparsae.report.looks import Look, keys
 from sparsae.report.readable import compact, duration, percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 from sparsae.runs.rows import TopologyRow

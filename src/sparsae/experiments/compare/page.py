@@ -17,9 +17,9 @@ from sparsae.experiments.compare.strategy import strategy_section
 from sparsae.experiments.compare.stuck import stuck_table
 from sparsae.experiments.compare.tables import contrast_table, rank_table, results_table
 from sparsae.experiments.compare.tasks import tasks_section
-from sparsae.experiments.looks import Look, looks
 from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
+from sparsae.report.looks import Look, looks
 from sparsae.report.markup import Tile
 from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
 from sparsae.report.tables import Table, interval_text

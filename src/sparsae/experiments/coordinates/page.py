@@ -12,8 +12,8 @@ from matplotlib.ticker import NullFormatter
 
 from sparsae import __version__
 from sparsae.experiments.coordinates.record import Axis, Point, Quantity, Results, Row
-from sparsae.experiments.looks import keys, looks
 from sparsae.report import markup
+from sparsae.report.looks import keys, looks
 from sparsae.report.readable import percent, tick
 from sparsae.report.svg import COLOURS, Panel, axes, panel
 from sparsae.report.tables import Table

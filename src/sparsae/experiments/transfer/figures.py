@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from sparsae.experiments.looks import Look, keys, looks
 from sparsae.experiments.transfer.basins import mean_losses
 from sparsae.experiments.transfer.plan import Knob
 from sparsae.experiments.transfer.record import Optimum, Over, Row
 from sparsae.experiments.transfer.results import LABELS, basin_of, by_cell
+from sparsae.report.looks import Look, keys, looks
 from sparsae.report.readable import percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 
