@@ -17,7 +17,9 @@ from sparsae.config.text import dump
 from sparsae.config.walk import settings_in
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan, require_effect
+from sparsae.experiments.grid import GridPlan
 from sparsae.experiments.plan import parse_plan, read_plan
+from sparsae.experiments.registry import KINDS
 from sparsae.registry import RULES
 
 # method, what is set, and the setting that does nothing then with its reason
@@ -113,6 +115,25 @@ def test_a_plan_is_told_what_has_no_effect_in_any_run(
         require_effect(plan_of(tree))
     assert str(error.value).startswith(line)
     require_effect(plan_of(tree | {"methods": [*tree["methods"], "sparsae-guided"], "variants": {}}))
+
+
+@pytest.mark.parametrize("kind", ["transfer", "coordinates"])
+def test_a_grid_is_told_what_has_no_effect_in_any_run(kind: str, tmp_path: Path) -> None:
+    def plan(method: str, sparsities: list[float]) -> GridPlan:
+        tree = {"kind": kind, "method": method, "sparsities": sparsities, "learning_rates": [0.1, 0.2]}
+        if kind == "coordinates":
+            tree |= {"widths": [64, 128]}
+            del tree["learning_rates"]
+        read: GridPlan = parse_plan(
+            tree | {"settings": {"topology": {"sample_ratio": 2.0}}}, "plan.yaml", KINDS[kind].plan
+        )
+        return read
+
+    with pytest.raises(
+        InputError, match=r"^plan.yaml: settings.topology.sample_ratio: has no effect: random_share is 1"
+    ):
+        plan("sparsae", [0.5, 0.9]).require_effect()
+    plan("sparsae-guided", [0.5, 0.9]).require_effect()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Needs no torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from sparsae.config.load import is_dense, resolve
 from sparsae.config.section import OrHowMany
 from sparsae.config.shipped import methods
 from sparsae.errors import InputError
-from sparsae.experiments.plan import BasePlan, Seed
+from sparsae.experiments.plan import BasePlan, Seed, given, refuse_in_common
 from sparsae.registry import method_named
 
 Tree = Mapping[str, Any]
@@ -52,7 +52,7 @@ class Base:
 
     heads: "scaled", as many as keep the size that they have in the settings, or "constant", the settings' number of
     them at every width. trees: settings in the form of files, later ones winning, each with its origin. place: where a
-    key of the plan was given.
+    key of the plan was given. on_idle: as `resolve` has it.
     """
 
     preset: str
@@ -60,6 +60,7 @@ class Base:
     heads: Heads
     trees: Sequence[tuple[Tree, Origin]]
     place: Callable[..., str]
+    on_idle: Callable[[Mapping[str, str]], None] | None = None
 
     def config(
         self, parameterization: str, width: int, sparsity: float, seed: int, **more: tuple[str, object]
@@ -68,18 +69,26 @@ class Base:
 
         Raises InputError for settings that are wrong, or a width that the heads cannot follow.
         """
-        given: dict[str, tuple[str, object]] = {self.place("seeds"): ("seed", seed)}
+        told: dict[str, tuple[str, object]] = {self.place("seeds"): ("seed", seed)}
         for key, value in PARAMETERIZATIONS[parameterization].items():
-            given[f"{self.place('parameterizations')}: {parameterization}.{key}"] = (f"parameterization.{key}", value)
+            told[f"{self.place('parameterizations')}: {parameterization}.{key}"] = (f"parameterization.{key}", value)
         method, trees = self.method, self.trees
         if sparsity > 0:
-            given[self.place("sparsities")] = ("sparsity.sparsity", sparsity)
+            told[self.place("sparsities")] = ("sparsity.sparsity", sparsity)
         else:
             # The rule's settings say nothing of a model whose connections all exist.
             method, trees = "dense", [({k: v for k, v in tree.items() if k != "topology"}, at) for tree, at in trees]
         for key, value in self._of_width(width).items():
-            given[f"{self.place('widths')}: {width}: {key}"] = (f"model.{key}", value)
-        return resolve(None, self.preset, method, options={**given, **more}, trees=trees, counted_by="an experiment")
+            told[f"{self.place('widths')}: {width}: {key}"] = (f"model.{key}", value)
+        return resolve(
+            None,
+            self.preset,
+            method,
+            options={**told, **more},
+            trees=trees,
+            counted_by="an experiment",
+            on_idle=self.on_idle,
+        )
 
     @cached_property
     def _model(self) -> ModelConfig:
@@ -150,3 +159,12 @@ class GridPlan(BasePlan):
     def base(self) -> Base:
         """What all runs have in common."""
         return Base(self.preset, self.method, self.heads, [(self.settings, self.origin("settings"))], self.place)
+
+    def require_effect(self) -> None:
+        """Raise InputError for settings that have no effect in any run."""
+        found: list[Mapping[str, str]] = []
+        base = replace(self.base(), on_idle=found.append)
+        for name in self.parameterizations:
+            for sparsity in self.sparsities:
+                base.config(name, self.widths[0], sparsity, self.seeds[0])
+        refuse_in_common([{key: line for key, line in idle.items() if given(self.settings, key)} for idle in found])

@@ -96,6 +96,16 @@ def refuse_said(tree: Mapping[str, Any], where: str, said: Mapping[str, str]) ->
             raise SettingError(f"leave out {key}, which the plan gives by {said_by}", f"{where}.{key}")
 
 
+def refuse_in_common(idle: Sequence[Mapping[str, str]]) -> None:
+    """InputError for the first setting that has no effect in any of some runs.
+
+    idle: of each run, the settings that have none, and a line that says why.
+    """
+    for key, line in idle[0].items() if idle else ():
+        if all(key in other for other in idle):
+            raise InputError(line)
+
+
 def read_plan(
     file: File | None, options: Mapping[str, tuple[str, object]], overrides: Sequence[Tree], plan: type[P]
 ) -> P:

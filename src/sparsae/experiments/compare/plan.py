@@ -7,7 +7,7 @@ rates among which each variant finds its own. Whatever has a default may be left
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -22,7 +22,7 @@ from sparsae.config.shipped import methods
 from sparsae.config.span import Span
 from sparsae.errors import InputError
 from sparsae.experiments.compare.tuning import Axis, Point
-from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_said
+from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_in_common, refuse_said
 from sparsae.registry import method_named
 from sparsae.tasks.settings import FinetuneConfig
 
@@ -284,18 +284,12 @@ def require_effect(plan: ComparisonPlan) -> None:
         for sparsity in plan.sparsities:
             plan.config(variant, sparsity, plan.seeds[0], on_idle=found.append)
         everywhere += [{key: line for key, line in idle.items() if not given(chosen.settings, key)} for idle in found]
-        _refuse_common([{key: line for key, line in idle.items() if given(chosen.settings, key)} for idle in found])
-    _refuse_common(everywhere)
+        refuse_in_common([{key: line for key, line in idle.items() if given(chosen.settings, key)} for idle in found])
+    refuse_in_common(everywhere)
     for setting in plan.tuning.grid:
         if all(setting != a.setting for v in plan.named_variants for s in plan.sparsities for a in plan.axes(v, s)):
             place = plan.place("tuning", "grid", setting)
             raise InputError(f"{place}: has no effect: no variant has it without giving it itself")
-
-
-def _refuse_common(idle: Sequence[Mapping[str, str]]) -> None:
-    for key, line in idle[0].items() if idle else ():
-        if all(key in other for other in idle):
-            raise InputError(line)
 
 
 def _concerns(config: Config, setting: str) -> bool:

@@ -32,6 +32,7 @@ class Coordinates:
     def __init__(self, plan: CoordinatesPlan, out: Path | None, quiet: bool = False) -> None:
         self.plan, self.out, self._quiet = plan, out, quiet
         self._configs = dict(plan.configs())
+        plan.require_effect()
         for config in {(case.width, case.sparsity): config for case, config in self._configs.items()}.values():
             require_fit(config)
 

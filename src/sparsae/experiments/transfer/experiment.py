@@ -34,6 +34,7 @@ class Transfer:
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._configs = {point: plan.config(point) for point in plan.points()}
+        plan.require_effect()
         for config in {(point.width, point.sparsity): config for point, config in self._configs.items()}.values():
             require_fit(config)
         if admit is not None:
