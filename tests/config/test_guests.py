@@ -95,8 +95,10 @@ class TestGuests:
         ):
             assert line in shown
 
-    def test_a_required_setting_must_be_given(self) -> None:
-        assert refusal(None, None, "guest") == "settings: topology.needed: must be given"
+    def test_a_required_setting_must_be_given(self, tmp_path: Path) -> None:
+        assert refusal(None, None, "guest") == "method guest: topology.needed: must be given"
+        file = write(tmp_path, 'rules: {"*.mlp.*": {rule: guest}}')
+        assert refusal(file) == f"{file}: rules.*.mlp.*.needed: must be given"
         message = refusal(None, None, "guest", ("topology.needed=1", "topology.pair=[1]"))
         assert message == "--set: topology.pair: must have exactly two entries, not [1]"
 

@@ -7,15 +7,26 @@ what knows more of where each of its keys lies. A validator that compares severa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pydantic_core import ErrorDetails, ValidationError
+
+from sparsae.errors import DivergedError, InputError
 
 Keys = tuple[str, ...]
 Path = tuple[str | int, ...]  # keys, and places in lists
 Origin = str | Callable[[Path], str]
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound="_HasGiven")
+_DOTTED = re.compile(r"\b[a-z_]+(?:\.\w+)+")
 
+_NOBODY = "settings"  # the origin of what nothing gave
 _TYPES = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -97,7 +108,8 @@ def explain(error: ErrorDetails, keys: Path, origins: Mapping[Keys, Origin]) -> 
         if isinstance(keys[-1], int):
             keys = keys[:-1]  # pydantic points at the entry that a list lacks
         else:
-            what = "must be given"
+            section = keys if origin_of(keys, origins) else keys[:-1]
+            return f"{placed(origin_of(section, origins) or _NOBODY, keys)}: must be given"
     elif keys[-1:] == ("[key]",):  # pydantic's name for a key of a mapping that is wrong itself
         keys, what = keys[:-2], f"key {shown(keys[-2])} {what}"
     return f"{located(keys, origins)}: {what}"
@@ -128,7 +140,47 @@ def origin_of(keys: Path, origins: Mapping[Keys, Origin]) -> Origin | None:
 
 def located(keys: Path, origins: Mapping[Keys, Origin]) -> str:
     """Where a key was given, and its name there; of a section, the last origin that gave it or a key of it."""
-    return placed(origin_of(keys, origins) or "settings", keys)
+    return placed(origin_of(keys, origins) or _NOBODY, keys)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Where settings were given, which is nothing that settings differ by."""
+
+    origins: Mapping[Keys, Origin] = field(default_factory=dict, compare=False)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors from inside whose line names settings say where the last of them was given, as those of loading do."""
+        try:
+            yield
+        except DivergedError:  # which is no setting's fault alone
+            raise
+        except InputError as error:
+            line = str(error)
+            named = [keys for name in _DOTTED.findall(line) if (keys := tuple(name.split("."))) in self.origins]
+            if named:
+                keys = max(named, key=list(self.origins).index)
+                place = placed(self.origins[keys], keys).removesuffix(f": {dotted(keys)}")
+                if not line.startswith(place):
+                    error.args = (f"{place}: {line}",)
+            raise
+
+
+class _HasGiven(Protocol):
+    @property
+    def given(self) -> Given: ...
+
+
+def telling_places(function: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """For functions of settings: their errors say where the settings were given that they name."""
+
+    @functools.wraps(function)
+    def told(config: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with config.given.told():
+            return function(config, *args, **kwargs)
+
+    return told
 
 
 def placed(origin: Origin, keys: Path) -> str:

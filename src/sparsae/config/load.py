@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 
 from sparsae.config.complaints import (
+    Given,
     Keys,
     Origin,
     dotted,
@@ -224,10 +225,12 @@ class _Layers:
 
     def config(self, counted_by: str | None = None) -> Config:
         config = self._validated(self.tree, Config, ())
-        refuse_huge(config)
-        if counted_by is not None:
-            self._refuse_epochs(config, counted_by)
-        return narrowed(config)
+        config._given = Given(self.origins)
+        with config.given.told():
+            refuse_huge(config)
+            if counted_by is not None:
+                self._refuse_epochs(config, counted_by)
+            return narrowed(config)
 
     def idle(self, config: Config, besides: Origin | None) -> dict[str, str]:
         """The settings without effect that were given values of their own, by dotted key, each with a line.

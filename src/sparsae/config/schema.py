@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, PrivateAttr, field_validator, model_validator
 
-from sparsae.config.complaints import SettingError
+from sparsae.config.complaints import Given, SettingError
 from sparsae.config.data import DataConfig
 from sparsae.config.density import Density, by_pattern
 from sparsae.config.effect import Idle, where_dense
@@ -203,6 +203,12 @@ class Config(Section):
     parameterization: ParameterizationConfig = ParameterizationConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+    _given: Given = PrivateAttr(default_factory=Given)
+
+    @property
+    def given(self) -> Given:
+        """Where these settings were given; known of those that `resolve` has put together."""
+        return self._given
 
     @field_validator("method")
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsae.config.complaints import telling_places
 from sparsae.config.schema import Config
 from sparsae.config.span import Horizon
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
@@ -30,6 +31,7 @@ from sparsae.train.costs import RunCosts
 from sparsae.train.model import choose_device, density_of, initial_bounds, model_of, require_fit
 
 
+@telling_places
 def forecast(config: Config) -> dict[str, Any]:
     """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
 
@@ -93,6 +95,7 @@ def _factors(config: Config, layers: Mapping[str, SparseLinear]) -> tuple[dict[s
     return factors, cut_short(shapes, config.initial_sparsity, sparsity.budget, sparsity.unit, bounds, factors)
 
 
+@telling_places
 def untrained(config: Config, vocab_size: int | None = None) -> nn.Module:
     """The model of a run on the meta device, where its layers have topologies and no values.
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.complaints import telling_places
 from sparsae.config.density import by_pattern
 from sparsae.config.schema import Config
 from sparsae.core.budgets import density_factors, matrix_shape
@@ -25,6 +26,7 @@ from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
 
 
+@telling_places
 def require_fit(config: Config) -> None:
     """Refuse settings of model and sparsity that do not fit together, before any text is read.
 

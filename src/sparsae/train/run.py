@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsae.config.complaints import telling_places
 from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
 from sparsae.core.ranks import ranks
@@ -66,6 +67,7 @@ class _Recorder(Observer):
         self._metrics.write(row)
 
 
+@telling_places
 def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
     """Train a new run into the directory `out`; returns its summary, also when it was stopped by a signal.
 
