@@ -14,10 +14,9 @@ import pytest
 
 from sparsae.config import Config
 from sparsae.config.load import resolve
+from sparsae.runs.rows import TIMES
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
-
-TIME_FIELDS = {"seconds", "tokens_per_second"}
 
 
 def write_text(folder: Path) -> Path:
@@ -42,7 +41,7 @@ def config_of(text: Path, cache: Path, *overrides: str, method: str = "sparsae-g
 def rows(run: Path) -> list[dict[str, Any]]:
     """The metrics without times."""
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in read]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read]
 
 
 def weights(run: Path) -> bytes:

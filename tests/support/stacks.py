@@ -12,7 +12,7 @@ from sparsae.core.randomness import generator
 from sparsae.nn.linear import sparse_layers
 from sparsae.observers import Observer, Standing
 from sparsae.registry import RULES
-from sparsae.runs.rows import Row
+from sparsae.runs.rows import TIMES, Row
 from sparsae.stack.drive import together
 from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.data import TrainData
@@ -25,7 +25,7 @@ SMALL = (
     "training.checkpoint_minutes=null", "training.learning_rate=0.01",
 )  # fmt: skip
 TAUGHT = ("teacher.enabled=true", "teacher.warmup_fraction=0.2")
-TIMES = {"seconds", "tokens_per_second", "seconds_by_part"}
+VARYING = TIMES | {"seconds_by_part"}
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Run(Observer):
         """Nothing to do."""
 
     def observe(self, row: Row) -> None:
-        self.rows.append({key: value for key, value in row.to_dict().items() if key not in TIMES})
+        self.rows.append({key: value for key, value in row.to_dict().items() if key not in VARYING})
 
     def end(self) -> None:
         """Nothing to do."""
@@ -125,7 +125,7 @@ def _no_save() -> None:
 def _same(mine: Any, theirs: Any, tolerance: float, where: str) -> None:
     if isinstance(mine, dict):
         assert mine.keys() == theirs.keys(), where
-        for key in mine.keys() - TIMES:
+        for key in mine.keys() - VARYING:
             _same(mine[key], theirs[key], tolerance, f"{where}.{key}")
     elif isinstance(mine, list):
         assert len(mine) == len(theirs), where

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIME_FIELDS = {"seconds", "tokens_per_second"}
+from sparsae.runs.rows import TIMES
+
 ISSUE_KEYS = {
     "preset", "method", "seed", "steps", "tokens", "parameters_dense", "sparsity", "nnz",
     "nnz_target", "validation_loss", "validation_perplexity", "unigram_perplexity", "untrained_perplexity",
@@ -18,4 +19,4 @@ ISSUE_KEYS = {
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]

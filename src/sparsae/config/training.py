@@ -63,6 +63,11 @@ class TrainingConfig(Section):
         default=None,
         description="other held-out sequences, which only the end of a run reads; null: twice validation_sequences",
     )
+    peak_flops: Positive | None = Field(
+        default=None,
+        description="operations a second that a device could do at best, for the utilization in the metrics (mfu); "
+        "null: as published for a known CUDA device in bfloat16",
+    )
     log_every: Count = Field(default=10, description="steps between rows of metrics.jsonl and of the progress display")
     checkpoint_every: Count | None = Field(default=None, description="steps between checkpoints; null: by time only")
     checkpoint_minutes: Positive | None = Field(

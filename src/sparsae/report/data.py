@@ -19,6 +19,7 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.rows import Row, TopologyRow, TrainRow, ValidationRow
 from sparsae.runs.summary import Sample, Summary
+from sparsae.search.rows import LayerRow
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class RunData:
     def layers(self) -> tuple[str, ...]:
         """Names of the sparse layers, in the model's order."""
         return tuple(self.topologies[0].layers) if self.topologies else ()
+
+    @property
+    def last_layers(self) -> dict[str, LayerRow]:
+        """The sparse layers as they were last, by name."""
+        return dict(self.topologies[-1].layers) if self.topologies else {}
 
     @property
     def totals(self) -> Summary | None:
@@ -120,3 +126,8 @@ def _refuse_other_layers(run: RunDirectory, topologies: Sequence[TopologyRow]) -
 def or_nan(value: float | None) -> float:
     """A number that may be missing, as NaN there: a curve has a gap."""
     return math.nan if value is None else value
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats; infinite where it is too large to be told."""
+    return math.exp(loss) if loss < 700 else math.inf

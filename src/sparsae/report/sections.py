@@ -12,8 +12,8 @@ from sparsae.config.text import annotated
 from sparsae.report import figures as draw
 from sparsae.report import maps, markup
 from sparsae.report.data import RunData, or_nan
-from sparsae.report.markup import Tile
-from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent, short_names
+from sparsae.report.headline import facts, headline
+from sparsae.report.readable import UNKNOWN, compact, count, duration, in_bytes, percent, short_names
 from sparsae.report.state import state
 from sparsae.report.svg import Key
 from sparsae.runs.rows import TopologyRow
@@ -46,74 +46,12 @@ def body(run: RunData) -> str:
             f'<p class="lead">Training run <code>{escape(run.path.resolve().name)}</code>, seed {run.config.seed}</p>',
             state(run),
             f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>',
-            markup.tiles(_headline(run)),
-            markup.facts(_facts(run)),
+            markup.tiles(headline(run)),
+            markup.facts(facts(run)),
             *(text for _, text in parts.values()),
             f"</main>\n<footer>Written by sparsae {escape(__version__)} from this run's own metrics.</footer>",
         ]
     )
-
-
-def _headline(run: RunData) -> list[Tile]:
-    totals = run.totals
-    validated = run.validation[-1] if run.validation else None
-    trained = run.train[-1] if run.train else None
-    references = {"unigram": run.unigram_loss, "untrained": run.untrained_loss}
-    against = [f"{name} {decimal(_exp(loss))}" for name, loss in references.items() if math.isfinite(loss)]
-    teacher = or_nan(validated.teacher_loss) if validated else math.nan
-    nnz = trained.nnz if trained else sum(layer.nnz for layer in _last_layers(run).values()) or math.nan
-    flops = trained.train_flops if trained else math.nan
-    state = totals.state_bytes_sparse_layers if totals else math.nan
-    dense_state = totals.state_bytes_sparse_layers_dense_equivalent if totals else math.nan
-    pace = totals.tokens_per_second if totals else trained.tokens_per_second if trained else None
-    return [
-        Tile(
-            "Validation perplexity",
-            decimal(_exp(validated.loss)) if validated else UNKNOWN,
-            [", ".join(against), f"teacher {decimal(_exp(teacher))}" if math.isfinite(teacher) else ""],
-        ),
-        Tile("Active connections", count(nnz), [_against_target(nnz, totals.nnz_target if totals else math.nan)]),
-        _ratio_tile("Training FLOPs", flops, totals.train_flops_dense_equivalent if totals else math.nan, compact),
-        _ratio_tile("State of sparse layers", state, dense_state, in_bytes),
-        Tile("Tokens per second", count(or_nan(pace)), [f"{compact(trained.tokens)} tokens" if trained else ""]),
-        _updates_tile(run),
-    ]
-
-
-def _updates_tile(run: RunData) -> Tile:
-    updates, accepted = len(run.updates), sum(update.accepted for update in run.updates)
-    if not updates:
-        return Tile("Topology updates", "none", ["the topology stays as drawn"])
-    if accepted == updates and not run.rule.declines:
-        return Tile("Topology updates", count(updates), ["each took a new topology, as its rule always does"])
-    return Tile("Updates accepted", f"{accepted} of {updates}", ["of the topology"])
-
-
-def _ratio_tile(label: str, value: float, dense: float, written: Callable[[float], str]) -> Tile:
-    if not math.isfinite(dense) or not dense:
-        return Tile(label, written(value))
-    return Tile(label, written(value), [f"{value / dense:.3f} of dense, {written(dense)}"])
-
-
-def _against_target(nnz: float, target: float) -> str:
-    if not math.isfinite(target):
-        return ""
-    return "exactly the target" if nnz == target else f"target {count(target)}"
-
-
-def _facts(run: RunData) -> list[tuple[str, str]]:
-    totals, steps = run.totals, ("Steps", count(run.last_step))
-    if totals is None:
-        return [steps]
-    return [
-        ("Parameters", count(totals.parameters)),
-        ("dense", count(totals.parameters_dense)),
-        ("Peak memory", in_bytes(totals.peak_memory_bytes)),
-        ("Time", duration(totals.seconds)),
-        steps,
-        ("Device", totals.device),
-        ("torch", totals.torch),
-    ]
 
 
 def _training(run: RunData) -> str:
@@ -139,6 +77,7 @@ def _training(run: RunData) -> str:
                     lambda r: or_nan(r.distillation),
                 ),
                 rates(run, "throughput", "Throughput", "tokens per second", lambda r: r.tokens_per_second),
+                rates(run, "mfu", "Model FLOPs utilization", "share of the peak", lambda r: or_nan(r.mfu)),
             ]
         ),
     )
@@ -314,7 +253,7 @@ def _layers(run: RunData) -> str:
     )
     if not run.layers:
         return markup.section("layers", "Layers", lead, markup.paragraph("This run has no sparse layers."))
-    first, last, names = run.topologies[0].layers, _last_layers(run), short_names(run.layers)
+    first, last, names = run.topologies[0].layers, run.last_layers, short_names(run.layers)
     rows = [_layer_row(names[name], first[name], last.get(name, first[name])) for name in run.layers]
     columns = ["layer", "shape", "connections, first", "last", "density, first", "last", "dead outputs"]
     if not any(layer.shape for layer in first.values()):
@@ -326,10 +265,6 @@ def _layer_row(name: str, first: LayerRow, last: LayerRow) -> list[str]:
     shape = " × ".join(str(side) for side in first.shape) or count(first.units)
     densities = [percent(layer.density) for layer in (first, last)]
     return [name, shape, count(first.nnz), count(last.nnz), *densities, count(last.dead_outputs)]
-
-
-def _last_layers(run: RunData) -> dict[str, LayerRow]:
-    return dict(run.topologies[-1].layers) if run.topologies else {}
 
 
 def _sample(run: RunData) -> str:
@@ -372,7 +307,3 @@ def _settings(run: RunData) -> str:
         "Everything that this run was configured with, its defaults included, each with its explanation.",
         f"<details><summary>All settings</summary>\n<pre>{text}</pre></details>",
     )
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

@@ -19,7 +19,7 @@ from sparsae import __version__
 from sparsae.config.text import inline
 from sparsae.errors import InputError
 from sparsae.report import markup
-from sparsae.report.data import RunData, or_nan, read_run
+from sparsae.report.data import RunData, or_nan, perplexity, read_run
 from sparsae.report.looks import Look, keys, looks
 from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent
 from sparsae.report.svg import COLOURS, Panel, axes, curve, panel
@@ -131,7 +131,9 @@ def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
         "seed": lambda _, run: str(run.config.seed),
         "steps": lambda _, run: f"{count(run.last_step)} of {count(run.config.training.steps)}",
         "tokens": lambda _, run: compact(run.train[-1].tokens) if run.train else UNKNOWN,
-        "validation perplexity": lambda _, run: decimal(_exp(run.validation[-1].loss)) if run.validation else UNKNOWN,
+        "validation perplexity": lambda _, run: (
+            decimal(perplexity(run.validation[-1].loss)) if run.validation else UNKNOWN
+        ),
         "validation loss": lambda _, run: f"{run.validation[-1].loss:.4f}" if run.validation else UNKNOWN,
         "test loss": lambda _, run: _total(run, lambda t: or_nan(t.test_loss), lambda v: f"{v:.4f}"),
         "parameters": lambda _, run: _total(run, lambda t: t.parameters, count),
@@ -143,6 +145,8 @@ def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
         "state of sparse layers": lambda _, run: _total(run, lambda t: t.state_bytes_sparse_layers, in_bytes),
         "peak memory": lambda _, run: _total(run, lambda t: t.peak_memory_bytes, in_bytes),
         "tokens per second": lambda _, run: _total(run, lambda t: or_nan(t.tokens_per_second), count),
+        "FLOP per second": lambda _, run: _total(run, lambda t: or_nan(t.flops_per_second), compact),
+        "of the peak (MFU)": lambda _, run: _total(run, lambda t: or_nan(t.mfu), percent),
         "time": lambda _, run: _total(run, lambda t: t.seconds, duration),
         "topology updates": lambda _, run: count(len(run.updates)),
     }
@@ -270,7 +274,3 @@ def _names(places: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(place) for place in places]
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

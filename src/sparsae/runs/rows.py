@@ -12,6 +12,7 @@ from sparsae.search.rows import Row, TopologyRow
 
 __all__ = [
     "KINDS",
+    "TIMES",
     "DivergedRow",
     "ExtendedRow",
     "Row",
@@ -41,6 +42,8 @@ class TrainRow(Row):
     train_flops: int
     seconds: float
     tokens_per_second: float
+    flops_per_second: float | None = None
+    mfu: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,8 @@ class DivergedRow(Row):
     reason: str
 
 
+# What is measured with a clock, and no function of the settings.
+TIMES = frozenset({"seconds", "tokens_per_second", "flops_per_second", "mfu"})
 KINDS: Mapping[str, type[Row]] = {
     kind.kind: kind for kind in (TrainRow, ValidationRow, TopologyRow, ExtendedRow, SkippedRow, DivergedRow)
 }

@@ -64,6 +64,8 @@ class Summary:
     telemetry_bytes: int
     peak_memory_bytes: int
     tokens_per_second: float | None
+    flops_per_second: float | None = None
+    mfu: float | None = None
     topology_updates: int
     topology_updates_accepted: int
     seconds: float

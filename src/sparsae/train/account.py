@@ -20,9 +20,12 @@ from sparsae.train.stopwatch import Stopwatch
 class Account:
     """Sums from the first step of a run on."""
 
-    def __init__(self, costs: RunCosts, tokens_per_step: int, study_tokens: int) -> None:
-        """study_tokens: what a candidate is studied on, the validation text."""
+    def __init__(
+        self, costs: RunCosts, tokens_per_step: int, study_tokens: int, peak_flops: float | None = None
+    ) -> None:
+        """study_tokens: what a candidate is studied on, the validation text. peak_flops: a second, of all devices."""
         self.costs, self.tokens_per_step, self._study_tokens = costs, tokens_per_step, study_tokens
+        self.peak_flops = peak_flops
         self.flops = FlopCounter()
         self.watch = Stopwatch()
         self.state_bytes: dict[str, int] = {}
@@ -32,6 +35,10 @@ class Account:
     def tokens(self, steps: int) -> int:
         """Training tokens of so many steps."""
         return steps * self.tokens_per_step
+
+    def utilization(self, flops_per_second: float | None) -> float | None:
+        """Which share of the peak counted operations a second are; None where one of both is not known."""
+        return None if self.peak_flops is None or flops_per_second is None else flops_per_second / self.peak_flops
 
     def step(self, taught_tokens: int, teacher_nnz: int) -> None:
         """One optimizer step, in which a teacher of so many weights read so many tokens."""

@@ -25,6 +25,7 @@ from sparsae.train.learning_rate import LearningRate
 from sparsae.train.loop import Trainer
 from sparsae.train.model import density_of, head_layouts
 from sparsae.train.objective import HeldOutScore, HeldOutStudy, Objective
+from sparsae.train.peak import peak_flops
 
 
 def epoch_steps(config: Config, batches: Batches) -> int:
@@ -68,6 +69,7 @@ def trainer_of(
         RunCosts(model, config, build_rule(config.topology, config.rules).micro_batch),
         tokens_per_step=training.batch_size * training.accumulation * config.model.context,
         study_tokens=data.validation[:, 1:].numel(),
+        peak_flops=peak_flops(training, device),
     )
     return Trainer(
         training,

@@ -17,7 +17,7 @@ class Averages:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = dict.fromkeys(_NAMES, 0)
-        self._clock = (time.perf_counter(), 0)
+        self._clock = (time.perf_counter(), 0, 0)
 
     def add(self, loss: float, cross_entropy: float, distillation: float, passes: int) -> None:
         """One of the forward `passes` of a step; the distillation times the share of its sequences that were taught."""
@@ -30,19 +30,21 @@ class Averages:
         self._sums["steps"] += 1
         self._sums["taught_steps"] += taught
 
-    def start_clock(self, step: int) -> None:
+    def start_clock(self, step: int, account: Account) -> None:
         """What came before the end of this step is no part of the pace."""
-        self._clock = (time.perf_counter(), step)
+        self._clock = (time.perf_counter(), step, account.flops.total)
 
     def row(self, step: int, account: Account, learning_rate: float, gradient_norm: float, burn_in: bool) -> TrainRow:
         """At the end of a step, of which the last three are told; sums and clock begin anew.
 
         The losses are NaN where all steps were skipped.
         """
-        sums, (started, first) = self._sums, self._clock
+        sums, (started, first, counted) = self._sums, self._clock
         steps, taught = sums["steps"], sums["taught_steps"]
         self._sums = dict.fromkeys(_NAMES, 0)
-        self.start_clock(step)
+        self.start_clock(step, account)
+        seconds = self._clock[0] - started
+        flops_per_second = (account.flops.total - counted) / seconds
         return TrainRow(
             step=step,
             tokens=account.tokens(step),
@@ -56,7 +58,9 @@ class Averages:
             burn_in=burn_in,
             train_flops=account.flops.total,
             seconds=account.watch.total,
-            tokens_per_second=account.tokens(step - first) / (self._clock[0] - started),
+            tokens_per_second=account.tokens(step - first) / seconds,
+            flops_per_second=flops_per_second,
+            mfu=account.utilization(flops_per_second),
         )
 
     def state_dict(self) -> dict[str, float]:

@@ -170,7 +170,7 @@ class Trainer:
             self._require_finite("the teacher's validation loss", row.teacher_loss)
         self._tell(row)
         # Validation is not training: it must not slow the tokens per second that are shown.
-        self._averages.start_clock(self.step)
+        self._averages.start_clock(self.step, self.account)
 
     @property
     def done(self) -> bool:
@@ -196,7 +196,7 @@ class Trainer:
                 self._tell(self.sparsifier.search.initial_row())
         elif extension and self.step == extension.step:
             self._tell(ExtendedRow(**asdict(extension), warmup_steps=extension.warmup_steps))
-        self._averages.start_clock(self.step)
+        self._averages.start_clock(self.step, self.account)
 
     def _tell(self, row: Row) -> None:
         for observer in self.observers:

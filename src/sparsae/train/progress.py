@@ -94,6 +94,7 @@ class Display(Observer):
             # Without a terminal a validation has a line of its own, which follows that of its step.
             self._validation if self._live else "",
             f"{row.tokens_per_second:,.0f} tokens/s",
+            f"MFU {row.mfu:.1%}" if row.mfu is not None else "",
             f"density {row.density:.4g}",
             self._updates(),
             "burn-in" if row.burn_in else "",

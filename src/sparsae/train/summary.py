@@ -37,6 +37,7 @@ def summarize(
     b_out, b_in = config.sparsity.unit
     target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
     training_seconds = sum(account.watch.seconds.get(part, 0.0) for part in ("train", "topology"))
+    flops_per_second = account.flops.total / training_seconds if training_seconds else None
     return Summary(
         preset=config.preset,
         method=config.method,
@@ -66,6 +67,8 @@ def summarize(
         telemetry_bytes=trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
         peak_memory_bytes=peak_bytes(trainer.objective.device),
         tokens_per_second=tokens / training_seconds if training_seconds else None,
+        flops_per_second=flops_per_second,
+        mfu=account.utilization(flops_per_second),
         topology_updates=account.updates,
         topology_updates_accepted=account.accepted,
         seconds=seconds,
