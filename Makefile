@@ -7,7 +7,7 @@ LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-newest soak golden check format lock performance pages docs wheel wheels clean
+.PHONY: demo test test-oldest test-newest test-triton soak golden check format lock performance pages docs wheel wheels clean
 
 # Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -41,6 +41,11 @@ OLDEST_TORCH := $(shell sed -n 's/^  "torch>=\(.*\)",$$/torch==\1.0/p' pyproject
 test-oldest:
 	$(MAKE) VENV=$(OLDEST) TORCH=$(OLDEST_TORCH) $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(PYTEST)
+
+# The kernels for GPUs, in Triton's interpreter on the CPU, and compiled for GPUs that need not be there. Linux only.
+test-triton: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps "triton>=3.6,<4"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_cuda.py tests/kernels/test_kernels.py $(PYTEST)
 
 # What takes minutes each: fuzzing, corruptions, kills.
 soak: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.triton_interpreter import mend_interpreter
+
 settings.register_profile("sparsae", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("sparsae")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    mend_interpreter()
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ FOLDERS = {file.parent.name: file.parent for file in PACKAGE.glob("kernels/*/bac
 def named_outside(source: str, name: str) -> Iterator[str]:
     """Where code imports a backend's folder or names the backend, as it may not outside of it.
 
-    The name may be that of a torch device too: as an argument `device`, in `torch.device(...)` or `.to(...)`, or
-    compared with a `device` or its `type`.
+    The name may be that of a torch device too: as an argument `device`, in `torch.device(...)`, `.to(...)` or
+    `.startswith(...)`, or compared with a `device` or its `type`.
     """
     tree = ast.parse(source)
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -59,7 +59,7 @@ def of_a_device(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
         if isinstance(node, ast.arguments):
             return any(a.arg == "device" for a in (*node.args, *node.kwonlyargs))
         if isinstance(node, ast.Call):
-            return isinstance(node.func, ast.Attribute) and node.func.attr in ("device", "to")
+            return isinstance(node.func, ast.Attribute) and node.func.attr in ("device", "to", "startswith")
         if isinstance(node, ast.Compare):
             return isinstance(node.left, ast.Attribute) and node.left.attr in ("type", "device")
     return False
@@ -88,6 +88,7 @@ def test_what_names_a_backend_is_seen() -> None:
         assert len(list(named_outside(wrong, "cpu"))) == 1, wrong
     for right in (
         "x.to('cpu')",
+        "device.startswith('cpu')",
         "torch.device('cuda' if there else 'cpu')",
         "torch.zeros(1, device='cpu')",
         "if device.type not in ('cpu', 'cuda'): pass",
@@ -98,7 +99,7 @@ def test_what_names_a_backend_is_seen() -> None:
 
 def test_every_folder_is_a_backend_and_the_reference_comes_last() -> None:
     assert list(BACKENDS) == [*sorted(FOLDERS), "reference"]
-    assert FOLDERS == {"cpu": PACKAGE / "kernels" / "cpu"}
+    assert {name: PACKAGE / "kernels" / name for name in ("cpu", "cuda")} == FOLDERS
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -94,6 +94,9 @@ class Backend(ABC):
     """Computes the three primitives for the units, devices and dtypes that it does not refuse."""
 
     name: str
+    # Whether values may have another dtype than the inputs, as they have under autocast, since it casts what it reads;
+    # the gradient of the values then has their dtype.
+    casts: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """What this installation lacks for this backend to serve a device that it is made for; None where nothing."""

@@ -30,7 +30,8 @@ def sparse_linear(
     backend: str,
     trains: bool,
 ) -> Tensor:
-    """Y = X W^T + b. x: (..., in); values: (nnz,) or (count, b_out, b_in), with x's dtype; returns (..., out).
+    """Y = X W^T + b. x: (..., in); values: (nnz,) or (count, b_out, b_in), with x's dtype or, where the backend
+    casts, their own; returns (..., out).
 
     indices: as the layer has them; structures: what kernels/structures.py made from them. trains: see `Probe.called`.
     Raises InputError where the structures are of other indices.

@@ -208,7 +208,7 @@ class SparseLinear(nn.Module):
         # What nobody differentiates or watches needs no operator, which would cost a third of decoding a token.
         with self.lock:
             values, prepared = self.values.data, self.prepare()
-        x, values = in_autocast(x), in_autocast(values)
+        x, values = in_autocast(x), _as_read(values, prepared.backend)
         bias = None if self.bias is None else in_autocast(self.bias)
         key, layout = key_and_layout(values, prepared.structures, self.out_features, self.in_features)
         note_forward(key, self.training)
@@ -242,7 +242,7 @@ class SparseLinear(nn.Module):
     def _multiply(self, x: Tensor) -> Tensor:
         """By the operator, for whoever differentiates, compiles or watches."""
         prepared = self.prepare()
-        x, values = in_autocast(x), in_autocast(self.values)
+        x, values = in_autocast(x), _as_read(self.values, prepared.backend)
         bias = None if self.bias is None else in_autocast(self.bias)
         trains = self.training or torch.is_grad_enabled()
         shape = self.out_features, self.in_features
@@ -341,6 +341,11 @@ class SparseLinear(nn.Module):
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The sparse layers of a model by plain name (see `names`), in the model's order."""
     return {name: module for name, module in modules_by_name(model).items() if isinstance(module, SparseLinear)}
+
+
+def _as_read(values: Tensor, backend: str) -> Tensor:
+    """The values as a backend takes them under autocast: see `Backend.casts`."""
+    return values if BACKENDS[backend].casts else in_autocast(values)
 
 
 def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:

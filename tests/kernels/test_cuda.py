@@ -1,0 +1,175 @@
+"""The CUDA backend without a GPU: index structures and choices anywhere, kernels in Triton's interpreter.
+
+`make test-triton` runs the kernels, against the reference in float64 on the same rounded inputs; and compiles them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsae.core.randomness import generator
+from sparsae.core.topology import Topology
+from sparsae.kernels.backend import Layout, Needs
+from sparsae.kernels.cuda import thresholds
+from sparsae.kernels.cuda.availability import interpreted
+from sparsae.kernels.cuda.index import make_index, row_tiles, run_starts
+from sparsae.kernels.reference import Reference
+from sparsae.kernels.registry import BACKENDS, choose_backend
+from tests.support.strategies import topologies
+
+BACKEND, ORACLE = BACKENDS["cuda"], Reference()
+BLOCKS = [(16, 16), (32, 32), (32, 16), (64, 64)]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+in_interpreter = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1 (make test-triton)")
+few = settings(max_examples=6)
+
+
+def layout_of(topology: Topology) -> Layout:
+    return Layout(topology.shape, topology.unit, topology.indices, BACKEND.derive(topology))
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Within the rounding of `dtype`, by the largest number."""
+    assert got.shape == want.shape
+    largest = float(want.abs().max()) if want.numel() else 0.0
+    torch.testing.assert_close(got.double(), want, rtol=0.0, atol=TOLERANCE[dtype] * max(largest, 1e-3))
+
+
+def test_it_refuses_what_it_cannot_do_and_is_not_chosen_on_a_cpu() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if not interpreted():
+        assert BACKEND.refusal((1, 1), cpu, torch.float32) == "it runs on CUDA, not on cpu"
+    assert "float64" in str(BACKEND.refusal((1, 1), gpu, torch.float64))
+    layout = Layout((4, 4), (1, 1), torch.arange(15, dtype=torch.int32))
+    assert choose_backend("auto", layout, torch.float32).name != "cuda"
+
+
+def test_without_triton_the_reference_computes_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsae.kernels.cuda import backend
+
+    monkeypatch.setattr(backend, "absence", lambda: "Triton is not installed")
+    assert BACKEND.refusal((1, 1), torch.device("cuda"), torch.float32) == "Triton is not installed"
+    assert BACKEND.missing(torch.device("cuda")) == "Triton is not installed"
+    assert BACKEND.missing(torch.device("cpu")) is None
+
+
+@given(topologies([(1, 1), (16, 16), (4, 8)], most=40))
+def test_index_structures_say_where_runs_and_rows_lie(topology: Topology) -> None:
+    layout = Layout(topology.shape, topology.unit, topology.indices)
+    index = make_index(layout)
+    tiles, (_, columns) = row_tiles(layout), topology.grid
+    assert index.starts.tolist() == run_starts(layout).tolist()
+    assert index.starts.numel() == columns * tiles + 1
+    for run in range(columns * tiles):
+        inside = range(int(index.starts[run]), int(index.starts[run + 1]))
+        tops = torch.full((topology.count,), run % tiles * thresholds.TILE_ROWS)
+        of_run = topology.columns == run // tiles
+        if topology.unit == (1, 1):
+            of_run &= (topology.rows >= tops) & (topology.rows < tops + thresholds.TILE_ROWS)
+        assert list(inside) == of_run.nonzero().flatten().tolist()
+    if not thresholds.by_blocks(layout):
+        assert index.by_row.numel() == index.row_ptr.numel() == 0
+        return
+    for row in range(topology.grid[0]):
+        found = index.by_row[int(index.row_ptr[row]) : int(index.row_ptr[row + 1])]
+        assert found.tolist() == (topology.rows == row).nonzero().flatten().tolist()
+
+
+def test_runs_of_a_column_of_several_row_tiles() -> None:
+    topology = Topology.random((300, 5), 400, generator(0, "tall"))
+    starts = run_starts(Layout(topology.shape, (1, 1), topology.indices)).view(-1)
+    assert starts.numel() == 5 * 3 + 1
+    tile = topology.columns * 3 + topology.rows // thresholds.TILE_ROWS
+    assert starts.diff().tolist() == torch.bincount(tile, minlength=15).tolist()
+
+
+@pytest.mark.parametrize("side", thresholds.BLOCKS)
+def test_the_way_of_a_product_is_chosen_by_unit_and_density(side: int) -> None:
+    def layout(unit: tuple[int, int], density: float) -> Layout:
+        return Layout((10 * unit[0], 10 * unit[1]), unit, torch.arange(round(100 * density), dtype=torch.int32))
+
+    limit = thresholds.BLOCKS[side]
+    assert thresholds.by_blocks(layout((side, side), limit))
+    assert not thresholds.by_blocks(layout((side, side), limit + 0.01))
+    assert not thresholds.by_blocks(layout((side, 8), 0.01))
+    assert not thresholds.by_tiles(layout((side, side), 0.01), torch.bfloat16)
+
+
+def check(topology: Topology, dtype: torch.dtype, tokens: int, bias: bool, seed: int) -> None:
+    """All products of float32 values with inputs of `dtype`, as under autocast."""
+    rng = generator(seed, "cuda")
+    layout = layout_of(topology)
+    (out_features, in_features), values = topology.shape, torch.randn(topology.values_shape, generator=rng)
+    x, dy = (torch.randn(tokens, n, generator=rng).to(dtype) for n in (in_features, out_features))
+    vector = torch.randn(out_features, generator=rng).to(dtype) if bias else None
+    exact = values.to(dtype).double()
+    want_y = ORACLE.spmm(exact, layout, x.double(), None if vector is None else vector.double())
+    want = ORACLE.backward(exact, layout, dy.double(), x.double(), Needs(True, True, True))
+    y = BACKEND.spmm(values, layout, x, vector)
+    got = BACKEND.backward(values, layout, dy, x, Needs(True, True, True))
+    assert y.dtype == got.x.dtype == dtype
+    assert got.values.dtype == torch.float32
+    close(y, want_y, dtype)
+    close(got.x, want.x, dtype)
+    close(got.values, want.values, dtype)
+    inactive = topology.sample_inactive(min(9, topology.units - topology.count), rng).flip(0)
+    sampled = Layout(topology.shape, topology.unit, torch.cat([inactive, inactive]))
+    close(BACKEND.sddmm(dy, x, sampled), ORACLE.sddmm(dy.double(), x.double(), sampled), dtype)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@few
+@given(topologies([(1, 1), (2, 3), (16, 16)], most=20), st.integers(0, 70), st.booleans(), st.integers(0, 2**32))
+def test_dense_products_around_kernels(
+    dtype: torch.dtype, topology: Topology, tokens: int, bias: bool, seed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(thresholds, "BLOCKS", {})
+        check(topology, dtype, tokens, bias, seed)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_of_several_tiles(dtype: torch.dtype) -> None:
+    check(Topology.random((150, 140), 1500, generator(0, "tiles")), dtype, 70, True, 0)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@few
+@given(topologies(BLOCKS, most=4), st.integers(0, 150), st.booleans(), st.integers(0, 2**32))
+def test_products_of_blocks(dtype: torch.dtype, topology: Topology, tokens: int, bias: bool, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(thresholds, "BLOCKS", dict.fromkeys(thresholds.BLOCKS, 1.0))
+        check(topology, dtype, tokens, bias, seed)
+
+
+@in_interpreter
+def test_a_block_of_128() -> None:
+    check(Topology.random((256, 384), 3, generator(0, "wide"), (128, 128)), torch.float16, 130, True, 0)
+
+
+@in_interpreter
+@pytest.mark.parametrize(("gpu", "dtype"), [(80, "bf16"), (89, "bf16"), (90, "bf16"), (90, "fp32")])
+def test_every_kernel_compiles_for_gpus_within_their_shared_memory(gpu: int, dtype: str) -> None:
+    from tests.kernels.compile_for_gpus import SHARED
+
+    program = [sys.executable, "-m", "tests.kernels.compile_for_gpus", str(gpu), dtype]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} >= {"_scatter", "_gather", "_forward", "_backward", "_gradient"}
+    for row in rows:
+        if (gpu, row.get("B_OUT")) != (89, 128):
+            assert row["shared"] <= SHARED[gpu], row
