@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsae.cli import main as sparsae
+from sparsae.core.record import decode
 from sparsae.files import read_json, write_atomically
 from sparsae.report.tables import Table
+from sparsae.tasks.record import TaskResults
 from sparsae.tasks.tables import mode_title, remarks, scores_table
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -106,7 +108,7 @@ def page(record: Record) -> str:
     runs = record["runs"]
     sparse = runs["sparse"]
     settings, summary = sparse["finetuned"]["settings"], sparse["summary"]
-    told = dict.fromkeys(remark for run in runs.values() for remark in remarks(run["finetuned"]))
+    told = dict.fromkeys(remark for run in runs.values() for remark in remarks(finetuned(run).rows))
     return "\n".join(
         (
             "# Downstream: fine-tuned on five tasks, and asked as they are\n",
@@ -145,7 +147,7 @@ def trained_table(record: Record) -> Table:
 
 def tasks_table(record: Record) -> Table:
     """A row for each metric of each task, a column for each model."""
-    runs = [run["finetuned"] for run in record["runs"].values()]
+    runs = [finetuned(run) for run in record["runs"].values()]
     columns = ["task", "metric", *dict.fromkeys(title for run in runs for title, _ in _columns(run)), "majority class"]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for run in runs:
@@ -155,8 +157,13 @@ def tasks_table(record: Record) -> Table:
     return Table("Percent, mean over seeds ± half of the 95 % interval", columns, lines)
 
 
-def _columns(run: Record) -> Iterator[tuple[str, str]]:
-    yield from ((mode_title(run, row["topology"]), row["topology"]) for row in run["rows"])
+def finetuned(run: Record) -> TaskResults:
+    """A run's fine-tunings, in a record."""
+    return decode(TaskResults, run["finetuned"], "results.json: finetuned")
+
+
+def _columns(run: TaskResults) -> Iterator[tuple[str, str]]:
+    yield from ((mode_title(run, row.topology), row.topology) for row in run.rows)
 
 
 def asked_table(record: Record) -> Table:

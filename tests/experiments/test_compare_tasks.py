@@ -12,6 +12,7 @@ from sparsae.cli import main
 from sparsae.experiments.compare import tasks
 from sparsae.experiments.compare.record import Row
 from sparsae.experiments.compare.tasks import summarize_tasks, tasks_table
+from sparsae.tasks.record import Score, TaskScores
 from tests.support.results import compare_results, compare_row
 from tests.support.runs import write_text
 from tests.support.tasks import sentiment, write_lines
@@ -101,16 +102,28 @@ def test_means_are_over_runs_and_over_tasks() -> None:
     def row(seed: int, rte: float, sst2: float) -> Row:
         scores = {"rte": rte, "sst2": sst2}
         done = tuple(
-            {"task": task, "title": task.upper(), "topology": "frozen", "scores": {"score": {"mean": value}},
-             "majority": {"score": 0.5}}
+            TaskScores(
+                task=task,
+                title=task.upper(),
+                topology="frozen",
+                scores={"score": Score(n=1, mean=value, low=None, high=None, values={"0": value})},
+                majority={"score": 0.5},
+                train_examples=4,
+                available_examples=4,
+                validation_examples=2,
+                held_out=False,
+                shortened=0,
+                rule=None,
+                swaps=0,
+            )
             for task, value in scores.items()
-        )  # fmt: skip
+        )
         return compare_row("static", seed, 3.0, tasks=done)
 
     rows = [row(0, 0.5, 0.9), row(1, 0.6, 0.8)]
     (entry,) = found = summarize_tasks(rows)
-    assert entry["tasks"]["rte"]["mean"] == pytest.approx(0.55)
-    assert (entry["mean"]["n"], entry["mean"]["mean"]) == (2, pytest.approx(0.7))
+    assert entry.tasks["rte"].mean == pytest.approx(0.55)
+    assert (entry.mean.n, entry.mean.mean) == (2, pytest.approx(0.7))
     table = tasks_table(compare_results(rows, tasks=found))
     assert table.columns[3:] == ["RTE", "SST2", "mean"]
     assert table.rows[0][-1] == "70.0 ± 0.0"

@@ -14,7 +14,8 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.tasks import finetune as one
 from sparsae.tasks.catalogue import TASKS
 from sparsae.tasks.data import TaskData, read_task
-from sparsae.tasks.finetune import Outcome, finetune
+from sparsae.tasks.finetune import finetune
+from sparsae.tasks.record import Outcome
 from sparsae.tasks.settings import FinetuneConfig
 from sparsae.train.run import start
 from tests.support.runs import config_of, write_text

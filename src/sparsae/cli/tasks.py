@@ -10,6 +10,7 @@ import typer
 
 from sparsae.cli.experiments import names_in, seeds_in
 from sparsae.cli.output import JsonFile, Run, Teacher, output, show_table, show_values
+from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.files import refuse_unwritable
 from sparsae.tasks.catalogue import TASKS
@@ -74,7 +75,7 @@ def evaluate(
                 device=device,
                 quiet=json_file == "-",
             )
-            result.update(scores)
+            result.update(encode(scores))
         else:
             from sparsae.evaluate.perplexity import evaluate_run
             from sparsae.train.progress import Display
@@ -88,7 +89,7 @@ def evaluate(
         return
     from sparsae.tasks.harness import results_table
 
-    table = results_table(f"{run} on tasks of lm-eval {result['lm_eval']}", result)
+    table = results_table(f"{run} on tasks of lm-eval {scores.lm_eval}", scores)
     show_table(table.title, table.columns, table.rows, table.names)
 
 
@@ -158,17 +159,18 @@ def finetune(
 
         with contextlib.closing(Display(quiet=json_file == "-")) as display:
             try:
-                result.update(finetune_run(run, settings, where, display.stage))
+                results = finetune_run(run, settings, where, display.stage)
             except KeyboardInterrupt:
                 if (where / "ended").is_dir():
                     typer.echo(f"what ended is kept in {where}; go on with the same command", err=True)
                 raise
+        result.update(encode(results))
     if json_file == "-":
         return
     from sparsae.tasks.tables import remarks, scores_table
 
-    table = scores_table(result)
+    table = scores_table(results)
     show_table(table.title, table.columns, table.rows, table.names)
-    for remark in remarks(result):
+    for remark in remarks(results.rows):
         typer.echo(remark)
     typer.echo(f"written: {where / 'report.html'}, results.json, table.md")

@@ -6,7 +6,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from sparsae.tasks.classifier import classifier, predict
 from sparsae.tasks.data import TaskData
 from sparsae.tasks.encoding import Collator, Encoded, encode
 from sparsae.tasks.metrics import EXTRA, all_scores
+from sparsae.tasks.record import Outcome
 from sparsae.tasks.settings import FinetuneConfig, TopologyMode
 from sparsae.train.model import choose_device
 
@@ -35,25 +35,6 @@ if TYPE_CHECKING:
 _WARM_UP = 0.05  # of the steps
 
 StepDone = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one fine-tuning gave: the scores of its end, those after each epoch, and what it cost.
-
-    shortened: examples, of all, that were longer than the model may read. rule: what moved connections, if anything;
-    swaps: how many it replaced.
-    """
-
-    scores: dict[str, float]
-    epochs: list[dict[str, float]]
-    training_loss: float
-    nnz: int
-    parameters: int
-    shortened: int
-    rule: str | None = None
-    swaps: int = 0
-    seconds: float = 0.0
 
 
 def step_count(settings: FinetuneConfig, data: TaskData) -> int:
@@ -107,14 +88,14 @@ def finetune(
         trainer.add_callback(Following(step_done, lambda: epochs.append(score())))
         if rule is not None:
             trainer.add_callback(
-                SparsaeCallback(seed=seed, on_update=lambda update: swaps.append(update.row["swaps"]), **rule)
+                SparsaeCallback(seed=seed, on_update=lambda update: swaps.append(update.record.swaps), **rule)
             )
         loss = float(trainer.train().training_loss)
     if not math.isfinite(loss):
         raise InputError(f"task {data.task.name}: training diverged: lower --learning-rate {settings.learning_rate:g}")
     return Outcome(
         scores=epochs[-1],
-        epochs=epochs,
+        epochs=tuple(epochs),
         training_loss=loss,
         nnz=sum(layer.topology.nnz for layer in sparse_layers(model).values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

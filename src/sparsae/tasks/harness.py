@@ -14,6 +14,7 @@ from sparsae.config.complaints import nearest, shown
 from sparsae.errors import InputError
 from sparsae.files import expanded
 from sparsae.report.tables import Table
+from sparsae.tasks.record import Answered, HarnessScores, Metric
 
 EXTRA = "pip install 'sparsae[lm-eval]'"
 _SEED, _BATCH = 0, 16
@@ -30,12 +31,11 @@ def ask(
     batch_size: int | None = None,
     device: str | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> HarnessScores:
     """The run's scores on tasks and groups of tasks, by name or glob, as lm-eval computes them.
 
     include: folders with task files of one's own, whose names win. num_fewshot: solved examples before each question
-    (None: as each task has it; a task that has none keeps none). limit: questions of each task at most. Returns
-    `tasks`: for each task or group its metrics, standard errors, number of questions and few-shot examples.
+    (None: as each task has it; a task that has none keeps none). limit: questions of each task at most.
 
     Raises InputError without lm-eval, for a run or a folder that cannot be read, an unknown task, and for data of a
     task that cannot be had.
@@ -63,24 +63,23 @@ def ask(
                 bootstrap_iters=1000,
                 **seeds,
             )
-    return {
-        "step": lm.step,
-        "teacher": teacher,
-        "tasks": {name: _scores(name, values, found) for name, values in _all_results(found, names)},
-        "lm_eval": _version(),
-        "limit": limit,
-    }
+    return HarnessScores(
+        step=lm.step,
+        teacher=teacher,
+        tasks={name: _scores(name, values, found) for name, values in _all_results(found, names)},
+        lm_eval=_version(),
+        limit=limit,
+    )
 
 
-def results_table(title: str, found: Mapping[str, Any]) -> Table:
+def results_table(title: str, found: HarnessScores) -> Table:
     """A row for each metric of each task."""
     rows = []
-    for name, task in found["tasks"].items():
-        for metric, score in task["metrics"].items():
-            error = score["stderr"]
-            value = _number(score["value"]) + ("" if error is None else f" ± {_number(error)}")
+    for name, task in found.tasks.items():
+        for metric, score in task.metrics.items():
+            value = _number(score.value) + ("" if score.stderr is None else f" ± {_number(score.stderr)}")
             rows.append(
-                [name, metric, value, f"{task['questions']:,}", "-" if (n := task["fewshot"]) is None else str(n)]
+                [name, metric, value, f"{task.questions:,}", "-" if task.fewshot is None else str(task.fewshot)]
             )
     return Table(title, ["task", "metric", "score ± standard error", "questions", "few-shot"], rows)
 
@@ -166,7 +165,7 @@ def _all_results(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[tup
     yield from ((name, results[name]) for name in dict.fromkeys([*names, *results]) if name in results)
 
 
-def _scores(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> Answered:
     metrics = {}
     for key, value in values.items():
         metric, _, variant = key.partition(",")
@@ -174,7 +173,7 @@ def _scores(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> d
             continue
         error = values.get(f"{metric}_stderr,{variant}")
         told = metric if variant == "none" else f"{metric}, {variant}"
-        metrics[told] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
+        metrics[told] = Metric(value=float(value), stderr=float(error) if isinstance(error, int | float) else None)
     members = found.get("group_subtasks", {}).get(name) or [name]
     questions = sum(found["n-samples"][task]["effective"] for task in members if task in found["n-samples"])
-    return {"metrics": metrics, "questions": questions, "fewshot": found["n-shot"].get(name)}
+    return Answered(metrics=metrics, questions=questions, fewshot=found["n-shot"].get(name))

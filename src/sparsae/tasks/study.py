@@ -8,15 +8,15 @@ A fine-tuning that ended is not done again: its file names what it was made with
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from sparsae.core.intervals import mean_interval
+from sparsae.core.record import decode, encode
 from sparsae.data import Progress
 from sparsae.errors import InputError
 from sparsae.files import read_sealed, write_atomically, write_sealed
@@ -25,8 +25,10 @@ from sparsae.runs.lock import locked
 from sparsae.tasks.catalogue import task_named
 from sparsae.tasks.data import TaskData, read_task
 from sparsae.tasks.metrics import majority
+from sparsae.tasks.record import MeanScore, Outcome, Score, TaskResults, TaskRow
 from sparsae.tasks.settings import FinetuneConfig, TopologyMode
 
+_RESULTS = "results.json"
 _FORMAT = 1  # of what is written; another one does everything again
 
 
@@ -61,7 +63,7 @@ def finetune_run(
     out: Path | None = None,
     progress: Progress | None = None,
     data: Sequence[TaskData] | None = None,
-) -> dict[str, Any]:
+) -> TaskResults:
     """Fine-tune the run in `path` as the settings say; writes into `out` (None: RUN/tasks) and returns the results.
 
     data: what `read_tasks` gives for the settings, where that is at hand.
@@ -95,21 +97,32 @@ def finetune_run(
 
         for job in left:
             outcome = finetune(path, job.data, job.mode, job.seed, settings, step_done)
-            write_sealed(job.file, {"made_with": dict(job.made_with), **dataclasses.asdict(outcome)})
-        results = {
-            "run": path.resolve().name,
-            "method": config.method,
-            "sparsity": config.sparsity.sparsity,
+            write_sealed(job.file, encode(replace(outcome, made_with=job.made_with)))
+        rows = _rows(jobs, baselines)
+        results = TaskResults(
+            run=path.resolve().name,
+            method=config.method,
+            sparsity=config.sparsity.sparsity,
             **identity,
-            "settings": settings.model_dump(mode="json"),
-            **_together(jobs, baselines),
-        }
-        write_sealed(out / "results.json", results)
+            settings=settings.model_dump(mode="json"),
+            rows=tuple(rows),
+            means=tuple(_means(rows)),
+        )
+        write_sealed(out / _RESULTS, encode(results))
         _write_pages(results, out)
     return results
 
 
-def _write_pages(results: Mapping[str, Any], out: Path) -> None:
+def read_results(run: Path) -> TaskResults | None:
+    """What `finetune_run` wrote into a run's own directory; None where it has not ended.
+
+    Raises InputError for a file that is damaged.
+    """
+    file = run / "tasks" / _RESULTS
+    return decode(TaskResults, read_sealed(file), str(file)) if file.is_file() else None
+
+
+def _write_pages(results: TaskResults, out: Path) -> None:
     from sparsae.tasks.page import page
     from sparsae.tasks.tables import scores_table
 
@@ -149,56 +162,55 @@ def _jobs(
                 yield Job(data, mode, seed, made_with, folder / f"{data.task.name}-{mode}-{seed}-{digest}.json")
 
 
-def _ended(job: Job) -> dict[str, Any] | None:
+def _ended(job: Job) -> Outcome | None:
     """The outcome of a fine-tuning that ended. Raises InputError for a file that is damaged."""
     if not job.file.is_file():
         return None
-    outcome = read_sealed(job.file)
-    return outcome if outcome.get("made_with") == job.made_with else None
+    content = read_sealed(job.file)
+    return decode(Outcome, content, str(job.file)) if content.get("made_with") == job.made_with else None
 
 
-def _together(jobs: Sequence[Job], baselines: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Rows of one task and topology over all seeds, and the means over tasks where there are several."""
+def _rows(jobs: Sequence[Job], baselines: Mapping[str, Mapping[str, float]]) -> list[TaskRow]:
+    """A row for each task and topology, over all seeds."""
     groups: dict[tuple[str, TopologyMode], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.data.task.name, job.mode), []).append(job)
     rows = []
     for (name, mode), group in groups.items():
-        outcomes = {job.seed: outcome for job in group if (outcome := _ended(job)) is not None}
+        outcomes = {str(job.seed): outcome for job in group if (outcome := _ended(job)) is not None}
         data, first = group[0].data, next(iter(outcomes.values()))
-        values = {metric: {s: o["scores"][metric] for s, o in outcomes.items()} for metric in first["scores"]}
+        values = {metric: {seed: o.scores[metric] for seed, o in outcomes.items()} for metric in first.scores}
         rows.append(
-            {
-                "task": name,
-                "title": data.task.title,
-                "topology": mode,
-                "scores": {metric: _summary(each) for metric, each in values.items()},
-                "majority": dict(baselines[name]),
-                "epochs": {str(s): [epoch["score"] for epoch in o["epochs"]] for s, o in outcomes.items()},
-                "train_examples": len(data.train),
-                "available_examples": data.available,
-                "validation_examples": sum(map(len, data.validations.values())),
-                "held_out": data.held_out,
-                "shortened": first["shortened"],
-                "nnz": first["nnz"],
-                "parameters": first["parameters"],
-                "rule": first["rule"],
-                "swaps": sum(o["swaps"] for o in outcomes.values()),
-                "seconds": sum(o["seconds"] for o in outcomes.values()),
-            }
+            TaskRow(
+                task=name,
+                title=data.task.title,
+                topology=mode,
+                scores={metric: Score(**_summary(each)) for metric, each in values.items()},
+                majority=baselines[name],
+                epochs={seed: tuple(epoch["score"] for epoch in o.epochs) for seed, o in outcomes.items()},
+                train_examples=len(data.train),
+                available_examples=data.available,
+                validation_examples=sum(map(len, data.validations.values())),
+                held_out=data.held_out,
+                shortened=first.shortened,
+                nnz=first.nnz,
+                parameters=first.parameters,
+                rule=first.rule,
+                swaps=sum(o.swaps for o in outcomes.values()),
+                seconds=sum(o.seconds for o in outcomes.values()),
+            )
         )
-    return {"rows": rows, "means": list(_means(rows))}
+    return rows
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _means(rows: Sequence[TaskRow]) -> Iterator[MeanScore]:
     """Of each topology, the mean over tasks of their scores, seed by seed."""
-    for mode in dict.fromkeys(row["topology"] for row in rows):
-        values = [row["scores"]["score"]["values"] for row in rows if row["topology"] == mode]
+    for mode in dict.fromkeys(row.topology for row in rows):
+        values = [row.scores["score"].values for row in rows if row.topology == mode]
         if len(values) > 1:
-            yield {"topology": mode, **_summary({s: sum(v[s] for v in values) / len(values) for s in values[0]})}
+            means = {seed: sum(each[seed] for each in values) / len(values) for seed in values[0]}
+            yield MeanScore(topology=mode, **_summary(means))
 
 
-def _summary(values: Mapping[Any, float]) -> dict[str, Any]:
-    """Mean and 95 % interval over seeds, with each seed's value."""
-    interval = mean_interval(list(values.values()))
-    return {**dataclasses.asdict(interval), "values": {str(seed): value for seed, value in values.items()}}
+def _summary(values: Mapping[str, float]) -> dict[str, Any]:
+    return {**asdict(mean_interval(list(values.values()))), "values": values}

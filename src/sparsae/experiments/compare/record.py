@@ -13,6 +13,7 @@ from sparsae.core.intervals import Interval
 from sparsae.core.record import left_out_field
 from sparsae.experiments.record import Planned
 from sparsae.experiments.statistics import Verdict
+from sparsae.tasks.record import MethodScores, TaskScores
 
 Loss = Literal["test_loss", "validation_loss"]
 
@@ -91,7 +92,7 @@ class Row:
     run: str
     curve: tuple[CurvePoint, ...]
     stuck: Stuck | None = None
-    tasks: tuple[Mapping[str, Any], ...] | None = left_out_field()
+    tasks: tuple[TaskScores, ...] | None = left_out_field()
     ranking: Agreement | None = left_out_field()
 
     def loss(self, name: Loss) -> float | None:
@@ -292,7 +293,7 @@ class Results(Planned[Asked]):
     summary: tuple[SummaryRow, ...]
     contrasts: tuple[Contrast, ...]
     equal_loss: tuple[EqualLossRow, ...] = ()
-    tasks: tuple[Mapping[str, Any], ...] | None = left_out_field()
+    tasks: tuple[MethodScores, ...] | None = left_out_field()
     conclusions: tuple[Conclusion, ...]
     warnings: tuple[str, ...]
 
