@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from sparsae.bench import state
 from sparsae.bench.clock import geometric_mean, interleaved
 from sparsae.bench.kernels import layer_of, means
+from sparsae.bench.memory import held
 from sparsae.bench.rivals import RIVALS
 from sparsae.bench.rows import Column, markdown
 from sparsae.bench.topology import UPDATES, Subject, slopes
@@ -187,6 +189,10 @@ def test_steps_dense_beside_sparse(tmp_path: Path) -> None:
             assert row["tokens"] == (32 if row["what"] == "step" else 1)
             assert row["ratio"] == pytest.approx(row["dense_seconds"] / row["seconds"])
             assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        if row["what"] == "step":
+            # By the count of operations; dense layers have more of them.
+            sparse_flops, dense_flops = (row[f"{d}flops_per_second"] * row[f"{d}seconds"] for d in ("", "dense_"))
+            assert dense_flops - sparse_flops == pytest.approx(6 * 32 * (12 * 32**2 - row["nnz"]))
 
 
 @pytest.mark.slow
@@ -199,6 +205,26 @@ def test_peak_memory_of_a_step_is_that_of_a_process_of_its_own(tmp_path: Path) -
     missing = row["dense_parameters"] - row["parameters"]
     assert row["dense_peak_bytes"] - row["peak_bytes"] > 8 * missing
     assert row["peak_bytes"] > row["base_bytes"] > 0
+
+
+def test_what_training_holds_is_said_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "in_a_process", held)
+    file = tmp_path / "rows.json"
+    command = ["bench", "memory", "--preset", "demo", "--threads", "1", "--json", str(file), *MODEL_OPTIONS]
+    assert main(command) == 0
+    dense, sparse = json.loads(file.read_text("utf-8"))
+    assert (dense["model"], sparse["model"], sparse["sparsity"]) == ("dense", "sparse", 0.9)
+    for row in (dense, sparse):
+        assert row["parameters_bytes"] == row["teacher_bytes"] == 4 * row["weights"]
+        assert row["state_bytes"] == sum(
+            row[f"{part}_bytes"] for part in ("parameters", "indices", "optimizer", "teacher")
+        )
+        assert row["peak_bytes"] > row["base_bytes"] > 0
+    # Two moments of each weight, and a count of steps: of each where weights come and go.
+    assert 0 <= dense["optimizer_bytes"] - 8 * dense["weights"] < 1000
+    nnz = sparse["weights"] - (dense["weights"] - 12 * 32**2)
+    assert dense["indices_bytes"] == 0 < 4 * nnz <= sparse["indices_bytes"]
+    assert sparse["state_ratio"] == pytest.approx(sparse["state_bytes"] / dense["state_bytes"])
 
 
 def test_topology_updates_by_their_parts(tmp_path: Path) -> None:
@@ -269,7 +295,9 @@ def test_the_loops_of_the_roofline_do_their_work(isa: str) -> None:
         "kernels --shapes 30x30 --units 4x4": ["--units", "4x4", "30x30"],
         "kernels --tokens 0": ["--tokens", "at least 1"],
         "kernels --sparsities 1.0": ["--sparsities", "below 1"],
-        "kernels --dtypes float16": ["--dtypes", "bfloat16"],
+        "kernels --dtypes float64": ["--dtypes", "bfloat16"],
+        "kernels --device gpu": ["--device", "gpu", "cuda"],
+        "kernels --device cuda:77": ["--device", "cuda:77", "CUDA devices found"],
         "kernels --threads two": ["--threads", "whole number"],
         "kernels --backends cpuu": ["--backends", "cpuu", "sparselab"],
         "kernels --backends torch-bsr --units 1x1": ["nothing to measure", "blocks"],
@@ -281,7 +309,9 @@ def test_the_loops_of_the_roofline_do_their_work(isa: str) -> None:
         "step --backends none": ["none", "reference"],
         "step --sparsity 0": ["--sparsity", "0"],
         "step --steps 0": ["--steps"],
-        "step --set training.device=cuda": ["training.device", "CPU"],
+        "step --set training.device=cuda": ["training.device", "--device"],
+        "memory --device cuda:77": ["--device", "cuda:77"],
+        "memory --set training.device=cuda": ["training.device", "--device"],
         "topology --updates guide": ["--updates", "guided"],
         "topology --widths 30 --unit 4x4": ["--widths", "4x4"],
         "topology --share 2": ["--share", "below 1"],

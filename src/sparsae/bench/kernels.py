@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from sparsae.bench.clock import Phases, Timing, geometric_mean, interleaved, using_threads
+from sparsae.bench.clock import CPU, Phases, Timing, geometric_mean, interleaved, using_threads
 from sparsae.bench.rivals import RIVALS
 from sparsae.bench.roofline import limits
-from sparsae.bench.rows import Column, Row, groups
+from sparsae.bench.rows import Column, Row, device_name, groups
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology, grid_size
 from sparsae.errors import InputError
 from sparsae.kernels.registry import backend_named, backend_names
 from sparsae.nn.linear import SparseLinear
 from sparsae.train.memory import keep_freed_memory
+
+log = logging.getLogger(__name__)
 
 FORWARD, BOTH = "forward", "forward+backward"
 _PEAK_SECONDS = 0.2
@@ -68,6 +72,7 @@ class Kernels:
     threads: Sequence[int]
     backends: Sequence[str]
     rounds: int
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         for name in self.backends:
@@ -86,26 +91,26 @@ class Kernels:
 
     def contenders(self, unit: tuple[int, int], dtype: str) -> list[str]:
         """The backends that are here and serve such layers."""
-        return [name for name in self.backends if _refusal(name, unit, dtype) is None]
+        return [name for name in self.backends if _refusal(name, unit, dtype, self.device) is None]
 
     def left_out(self) -> list[str]:
         """One line for each backend that is not here, or does not serve some of the units and dtypes."""
         lines = []
         for name in self.backends:
-            absence = RIVALS[name].absence() if name in RIVALS else None
+            absence = RIVALS[name].absence(self.device) if name in RIVALS else None
             if absence is not None:
                 lines.append(f"{name}: {absence}")
                 continue
             for unit, dtype in product(self.units, self.dtypes):
-                if (reason := _refusal(name, unit, dtype)) is not None:
+                if (reason := _refusal(name, unit, dtype, self.device)) is not None:
                     lines.append(f"{name}: left out for {unit[0]}x{unit[1]} in {dtype}: {reason}")
         return lines
 
     def measure(self) -> Iterator[list[Row]]:
         """The rows of one case after the other: one a pass and backend."""
-        keep_freed_memory(torch.device("cpu"))  # as a training run does
+        keep_freed_memory(self.device)  # as a training run does
         peaks: dict[int, float | None] = {}
-        found = limits()
+        found = limits(self.device)
         for threads, dtype, tokens, unit, sparsity, shape in self._cases():
             with using_threads(threads):
                 if threads not in peaks:
@@ -131,12 +136,16 @@ class Kernels:
         count = max(1, round((1 - sparsity) * grid_size(shape, unit)))
         topology = Topology.random(shape, count, rng, unit)
         element: torch.dtype = getattr(torch, dtype)
-        values = torch.randn(topology.values_shape, generator=rng, dtype=torch.float32, device="cpu").to(element)
-        names = self.contenders(unit, dtype)
-        layers = {name: layer_of(name, topology, values) for name in names}
-        dense = nn.Linear(shape[1], shape[0], dtype=element)
-        x_TI = torch.randn(tokens, shape[1], generator=rng, dtype=torch.float32, device="cpu").to(element)
-        dy_TO = torch.randn(tokens, shape[0], generator=rng, dtype=torch.float32, device="cpu").to(element)
+        topology = topology.to(self.device)
+        values = self._random(topology.values_shape, element, rng)
+        names = [name for name in self.contenders(unit, dtype) if _has(name, sparsity)]
+        layers = {}
+        for name in names:
+            with _left_out_where_it_fails(name, self.device):
+                layers[name] = layer_of(name, topology, values)
+        dense = nn.Linear(shape[1], shape[0], dtype=element, device=self.device)
+        x_TI = self._random((tokens, shape[1]), element, rng)
+        dy_TO = self._random((tokens, shape[0]), element, rng)
         case: Row = {
             "unit": f"{unit[0]}x{unit[1]}",
             "out": shape[0],
@@ -145,20 +154,31 @@ class Kernels:
             "sparsity": sparsity,
             "dtype": dtype,
             "threads": threads,
+            "device": device_name(self.device),
         }
         rows = []
         for which, products in ((FORWARD, 1), (BOTH, 3)):
-            entered = [name for name in names if which == FORWARD or name not in RIVALS or RIVALS[name].trains]
-            work = [_work(layer, x_TI, dy_TO, which) for layer in (dense, *(layers[name] for name in entered))]
-            baseline, *timings = interleaved(work, self.rounds, threads)
+            entered = [name for name in layers if which == FORWARD or name not in RIVALS or RIVALS[name].trains]
+            work = {name: _work(layers[name], x_TI, dy_TO, which) for name in entered}
+            for name, phases in list(work.items()):
+                del work[name]
+                with _left_out_where_it_fails(name, self.device):
+                    for part in phases.values():
+                        part()
+                    work[name] = phases
+            contenders = [_work(dense, x_TI, dy_TO, which), *work.values()]
+            baseline, *timings = interleaved(contenders, self.rounds, threads, device=self.device)
             flops = 2.0 * products * tokens
-            for name, timing in zip(entered, timings, strict=True):
+            for name, timing in zip(work, timings, strict=True):
                 row: Row = {"backend": name, **case, "pass": which} | _compared(timing, baseline)
                 if peak is not None:
                     row["peak_share"] = flops * topology.nnz / timing.seconds / peak
                     row["dense_peak_share"] = flops * shape[0] * shape[1] / baseline.seconds / peak
                 rows.append(row)
         return rows
+
+    def _random(self, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu").to(self.device, dtype)
 
 
 # Every name that --backends takes: ours (auto chooses among them), and the other libraries'.
@@ -167,7 +187,7 @@ CONTENDERS = ("auto", *backend_names(), *RIVALS)
 
 def layer_of(name: str, topology: Topology, values: Tensor) -> nn.Module:
     """A layer of ours or of a rival, with a bias of zeros."""
-    bias_O = torch.zeros(topology.shape[0], dtype=values.dtype, device="cpu")
+    bias_O = torch.zeros(topology.shape[0], dtype=values.dtype, device=values.device)
     if name in RIVALS:
         return RIVALS[name].layer(topology, values, bias_O)
     return SparseLinear(topology, values, bias_O, backend=name)
@@ -192,11 +212,27 @@ def means(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _refusal(name: str, unit: tuple[int, int], dtype: str) -> str | None:
+def _has(name: str, sparsity: float) -> bool:
+    """Whether a contender has such a sparsity."""
+    return name not in RIVALS or RIVALS[name].sparsity in (None, sparsity)
+
+
+def _refusal(name: str, unit: tuple[int, int], dtype: str, device: torch.device) -> str | None:
     element: torch.dtype = getattr(torch, dtype)
     if name in RIVALS:
-        return RIVALS[name].absence() or RIVALS[name].refusal(unit, element)
-    return None if name == "auto" else backend_named(name).refusal(unit, torch.device("cpu"), element)
+        return RIVALS[name].absence(device) or RIVALS[name].refusal(unit, element, device)
+    return None if name == "auto" else backend_named(name).refusal(unit, device, element)
+
+
+@contextmanager
+def _left_out_where_it_fails(name: str, device: torch.device) -> Iterator[None]:
+    """What a library of others cannot do on some GPU is said, and ends no measurement."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if name not in RIVALS or device.type == "cpu":
+            raise
+        log.warning("%s is left out: %s", name, str(error).split("\n")[0])
 
 
 def _work(layer: nn.Module, x_TI: Tensor, dy_TO: Tensor, which: str) -> Phases:

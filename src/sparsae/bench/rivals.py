@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsae.bench.clock import CPU
 from sparsae.core.topology import Topology
 from sparsae.nn.linear import SparseLinear
 
@@ -22,18 +23,24 @@ from sparsae.nn.linear import SparseLinear
 class Rival(ABC):
     """A sparse layer that is not ours.
 
-    trains: whether it has a backward pass. blocks: blocks, or single weights. module and install: what it is imported
-    from, and what installs that without touching torch; None for what torch has.
+    devices: those that it computes on. trains: whether it has a backward pass. blocks: blocks, or single weights.
+    module and install: what it is imported from, and what installs that without touching torch; None for what torch
+    has.
     """
 
     name: str
+    devices: tuple[str, ...] = ("cpu",)
     trains: bool = True
     blocks: bool = False
     module: str | None = None
     install: str | None = None
+    # The only one that it has, where it chooses its units itself.
+    sparsity: float | None = None
 
-    def absence(self) -> str | None:
-        """Why it is not here; None where it is."""
+    def absence(self, device: torch.device = CPU) -> str | None:
+        """Why it is not here, for layers on this device; None where it is."""
+        if device.type not in self.devices:
+            return f"it computes on {' and '.join(self.devices)}, not on {device.type}"
         try:
             import_module(self.module or "torch")
         except ModuleNotFoundError as error:
@@ -44,9 +51,9 @@ class Rival(ABC):
             return f"not usable: {error}"
         return None
 
-    def refusal(self, unit: tuple[int, int], dtype: torch.dtype) -> str | None:
+    def refusal(self, unit: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
         """Why it cannot serve such a layer; None where it can."""
-        if dtype != torch.float32:
+        if dtype != torch.float32 and device.type == "cpu":
             return "it computes in float32"
         if (unit != (1, 1)) != self.blocks:
             return "it computes blocks" if self.blocks else "it computes single weights"
@@ -91,9 +98,10 @@ class TorchCsr(Rival):
     """torch.sparse in CSR. `torch.sparse.addmm` is the product whose gradient stays sparse; F.linear's is dense."""
 
     name = "torch-csr"
+    devices = ("cpu", "cuda")
 
-    def absence(self) -> str | None:
-        return _without_mkl()
+    def absence(self, device: torch.device = CPU) -> str | None:
+        return super().absence(device) or _without_mkl(device)
 
     def layer(self, topology: Topology, values: Tensor, bias_O: Tensor) -> nn.Module:
         with _quiet():
@@ -101,18 +109,54 @@ class TorchCsr(Rival):
 
 
 class TorchBsr(Rival):
-    """torch.sparse in BSR: torch 2.13 has its forward pass on a CPU, and no backward pass."""
+    """torch.sparse in BSR: torch 2.13 has its forward pass, on CUDA by Triton kernels, and no backward pass."""
 
     name = "torch-bsr"
+    devices = ("cpu", "cuda")
     trains = False
     blocks = True
 
-    def absence(self) -> str | None:
-        return _without_mkl()
+    def absence(self, device: torch.device = CPU) -> str | None:
+        return super().absence(device) or _without_mkl(device)
+
+    def refusal(self, unit: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+        reason = super().refusal(unit, dtype, device)
+        if reason is None and device.type == "cuda" and min(unit) < 16:
+            return "its kernels want blocks from 16 on"
+        return reason
 
     def layer(self, topology: Topology, values: Tensor, bias_O: Tensor) -> nn.Module:
         with _quiet():
-            return _Bsr(_weight(topology, values).to_sparse_bsr(topology.unit), bias_O)
+            return _Product(_weight(topology, values).to_sparse_bsr(topology.unit), bias_O)
+
+
+class TorchSemi(Rival):
+    """torch's 2:4 sparsity (cuSPARSELt or CUTLASS): two weights of each four in a row, in half precision, forward only.
+
+    It cannot have the topology of the others: it stands beside them at a sparsity of 0.5, with units of its own.
+    """
+
+    name = "torch-2:4"
+    devices = ("cuda",)
+    trains = False
+    sparsity = 0.5
+
+    def absence(self, device: torch.device = CPU) -> str | None:
+        reason = super().absence(device)
+        if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "not usable: it wants compute capability 8.0"
+        return reason
+
+    def refusal(self, unit: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return "it computes in float16 and bfloat16"
+        return super().refusal(unit, dtype, device)
+
+    def layer(self, topology: Topology, values: Tensor, bias_O: Tensor) -> nn.Module:
+        weight_OI = torch.randn(topology.shape, dtype=values.dtype, device=values.device)
+        weight_OI.view(-1, 4)[:, 2:] = 0
+        with _quiet():
+            return _Product(torch.sparse.to_sparse_semi_structured(weight_OI), bias_O)
 
 
 class _Csr(nn.Module):
@@ -124,7 +168,7 @@ class _Csr(nn.Module):
         return torch.sparse.addmm(self.bias[:, None].expand(-1, x_TI.shape[0]), self.weight, x_TI.T).T
 
 
-class _Bsr(nn.Module):
+class _Product(nn.Module):
     def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
         super().__init__()
         self.weight, self.bias = weight_OI, bias_O
@@ -133,7 +177,9 @@ class _Bsr(nn.Module):
         return nn.functional.linear(x_TI, self.weight, self.bias)
 
 
-RIVALS: dict[str, Rival] = {rival.name: rival for rival in (SparseLab(), SparseProp(), TorchCsr(), TorchBsr())}
+RIVALS: dict[str, Rival] = {
+    rival.name: rival for rival in (SparseLab(), SparseProp(), TorchCsr(), TorchBsr(), TorchSemi())
+}
 
 
 def _weight(topology: Topology, values: Tensor) -> Tensor:
@@ -142,7 +188,9 @@ def _weight(topology: Topology, values: Tensor) -> Tensor:
     return SparseLinear(topology, stored).dense_weight().detach()
 
 
-def _without_mkl() -> str | None:
+def _without_mkl(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return None
     return None if torch.backends.mkl.is_available() else "not usable: torch computes it with MKL, which this one lacks"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sparsae.bench.clock import CPU
 from sparsae.bench.rows import Column, Row
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Limits
@@ -25,11 +26,11 @@ COLUMNS = (
 )
 
 
-def limits() -> Limits | str:
-    """What a CPU does at most, by the first backend that can tell, or why none can."""
+def limits(device: torch.device = CPU) -> Limits | str:
+    """What a device does at most, by the first backend that can tell, or why none can."""
     reasons = []
     for backend in BACKENDS.values():
-        answer = backend.limits(torch.device("cpu"))
+        answer = backend.limits(device)
         if isinstance(answer, Limits):
             return answer
         reasons.append(answer)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -91,6 +92,11 @@ def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     lines = [[column.title for column in columns], ["---:" for _ in columns]]
     lines += [[column.cell(row) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def device_name(device: torch.device) -> str:
+    """What the rows call it: `cpu`, or a GPU's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def groups(rows: Sequence[Row], keys: Sequence[str]) -> Mapping[tuple[Any, ...], list[Row]]:

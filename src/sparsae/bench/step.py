@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from sparsae.bench.clock import using_threads
-from sparsae.bench.rows import Column, Row
+from sparsae.bench.clock import CPU, synchronize, using_threads
+from sparsae.bench.rows import Column, Row, device_name
 from sparsae.config.load import resolve
 from sparsae.config.schema import Config
 from sparsae.core.randomness import generator
@@ -33,7 +33,7 @@ from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.data import TrainData
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import keep_freed_memory
-from sparsae.train.model import model_of, require_fit
+from sparsae.train.model import choose_device, model_of, require_fit
 
 STEP, UPDATE, DECODE = "step", "update", "decode"
 _EVERY = 4  # steps from one measured update to the next
@@ -51,6 +51,11 @@ COLUMNS = (
     Column("in steps", "steps", ".2f"),
     Column("peak MB", lambda row: _mega(row.get("peak_bytes")), ",.0f"),
     Column("dense MB", lambda row: _mega(row.get("dense_peak_bytes")), ",.0f"),
+)
+# Of a GPU, whose peak is known: by the count of operations.
+UTILIZATION = (
+    Column("TFLOP/s", lambda row: _tera(row.get("flops_per_second")), ".2f"),
+    Column("dense TFLOP/s", lambda row: _tera(row.get("dense_flops_per_second")), ".2f", 13),
 )
 
 
@@ -71,6 +76,7 @@ class _Model:
         due = self.trainer.sparsifier is not None and self.trainer.sparsifier.update_due
         start = time.perf_counter()
         self.trainer.train_step()
+        synchronize(self.trainer.objective.device)
         if counts:
             self.seconds[UPDATE if due else STEP].append(time.perf_counter() - start)
 
@@ -102,7 +108,7 @@ class _Model:
 class Steps:
     """What is measured. decode: tokens to decode a round, 0: none. memory: measure peak memory too.
 
-    threads: None for what the settings say, or else torch's choice.
+    threads: None for what the settings say, or else torch's choice. teacher: with one, where the settings have it.
     """
 
     preset: str
@@ -114,34 +120,28 @@ class Steps:
     decode: int
     threads: int | None
     memory: bool
+    device: torch.device = CPU
+    teacher: bool = False
 
     def __post_init__(self) -> None:
         for config in self.configs():
             if config.sparsity.sparsity == 0:
                 raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
-            if config.training.device not in ("auto", "cpu"):
-                raise InputError(f"training.device '{config.training.device}': steps are measured on the CPU")
             require_fit(config)
             unit = config.sparsity.unit
             for backend in self.backends:
-                choose_backend(
-                    backend, Layout(unit, unit, torch.zeros(1, dtype=torch.int32, device="cpu")), torch.float32
-                )
+                one = torch.zeros(1, dtype=torch.int32, device=self.device)
+                choose_backend(backend, Layout(unit, unit, one), torch.float32)
 
     def __len__(self) -> int:
         return len(self.sparsities)
 
     def configs(self) -> Iterator[Config]:
-        """The sparse configuration of each sparsity: no teacher, and updates where the rule has any."""
+        """The sparse configuration of each sparsity, with updates where the rule has any."""
         for sparsity in self.sparsities:
-            config = resolve(
-                None,
-                self.preset,
-                self.method,
-                self.settings,
-                options={"--sparsity": ("sparsity.sparsity", sparsity)},
-            )
-            config = _with(config, "teacher", enabled=False)
+            config = configuration(self.preset, self.method, self.settings, sparsity, self.device)
+            if not self.teacher:
+                config = _with(config, "teacher", enabled=False)
             # Long enough that the last update counted is within the part of the run that has updates.
             config = _with(config, "training", steps=20 * (self.steps + 2))
             if hasattr(config.topology, "every"):
@@ -150,7 +150,7 @@ class Steps:
 
     def measure(self) -> Iterator[list[Row]]:
         """The rows of one sparsity after the other."""
-        keep_freed_memory(torch.device("cpu"))  # as a training run does
+        keep_freed_memory(self.device)  # as a training run does
         for config in self.configs():
             threads = self.threads or config.training.threads or torch.get_num_threads()
             with using_threads(threads):
@@ -172,7 +172,7 @@ class Steps:
         for round_ in range(4 if self.decode else 0):
             for model in models:
                 model.decode(self.decode, counts=round_ > 0)
-        memory = {m.backend: _peak(m.config, threads) for m in models} if self.memory else {}
+        memory = {m.backend: in_a_process(m.config, threads) for m in models} if self.memory else {}
         return [row for model in sparse for row in self._compare(model, dense, memory, threads)]
 
     def _compare(self, model: _Model, dense: _Model, memory: Mapping[str, Row], threads: int) -> Iterator[Row]:
@@ -185,6 +185,8 @@ class Steps:
             "sparsity": config.sparsity.sparsity,
             "precision": config.training.precision,
             "threads": threads,
+            "device": device_name(self.device),
+            "compiled": config.training.compile,
             "parameters": sum(p.numel() for p in trainer_.model.parameters()),
             "dense_parameters": sum(p.numel() for p in dense.trainer.model.parameters()),
             "nnz": sum(layer.topology.nnz for layer in sparse_layers(trainer_.model).values()),
@@ -203,12 +205,26 @@ class Steps:
                 "tokens_per_second": tokens / seconds,
                 "dense_tokens_per_second": tokens / theirs,
                 **(_memory_of(memory, model.backend) if what == STEP else {}),
+                **(_flops_of(model, dense, seconds, theirs) if what == STEP else {}),
             }
         step, update = model.median(STEP), model.median(UPDATE)
         if step is not None and update is not None:
             # What an update adds to the step that it follows, the gradients at sampled units included.
             extra = max(0.0, update - step)
             yield {"what": UPDATE, **common, "seconds": extra, "step_seconds": step, "steps": extra / step}
+
+
+def configuration(preset: str, method: str, settings: Sequence[str], sparsity: float, device: torch.device) -> Config:
+    """A preset's, on a device; on a GPU compiled and in bfloat16, where the settings do not say otherwise.
+
+    Raises InputError as `resolve`, and where the settings name another device.
+    """
+    usual = ["training.compile=true", "training.precision=bfloat16"] if device.type == "cuda" else []
+    options = {"--sparsity": ("sparsity.sparsity", sparsity)}
+    config = resolve(None, preset, method, [*usual, *settings], options=options)
+    if config.training.device not in ("auto", str(device)):
+        raise InputError(f"training.device '{config.training.device}': this is measured on {device} (--device)")
+    return _with(config, "training", device=str(device))
 
 
 def dense_twin(config: Config) -> Config:
@@ -219,7 +235,7 @@ def dense_twin(config: Config) -> Config:
 
 def trainer(config: Config) -> Trainer:
     """The loop of a run with new weights, over random tokens."""
-    device = torch.device("cpu")
+    device = choose_device(config.training.device)
     context, vocabulary = config.model.context, config.data.tokenizer_vocab
     model = model_of(config, vocabulary, 0, device)
     windows = max(8, config.training.batch_size)
@@ -231,8 +247,8 @@ def trainer(config: Config) -> Trainer:
     )
 
 
-def _peak(config: Config, threads: int) -> Row:
-    """Peak memory of a process that trains this configuration for two steps: see `sparsae.bench.memory`."""
+def in_a_process(config: Config, threads: int) -> Row:
+    """What a process that trains this configuration for two steps held: see `sparsae.bench.memory`."""
     task = json.dumps({"config": config.model_dump(mode="json"), "threads": threads})
     done = subprocess.run(
         [sys.executable, "-m", "sparsae.bench.memory"], input=task, capture_output=True, text=True, check=False
@@ -245,11 +261,26 @@ def _peak(config: Config, threads: int) -> Row:
 def _memory_of(memory: Mapping[str, Row], backend: str) -> Row:
     if not memory:
         return {}
-    return memory[backend] | {"dense_peak_bytes": memory["dense"]["peak_bytes"]}
+    own = {key: memory[backend][key] for key in ("peak_bytes", "base_bytes")}
+    return own | {"dense_peak_bytes": memory["dense"]["peak_bytes"]}
+
+
+def _flops_of(model: _Model, dense: _Model, seconds: float, theirs: float) -> Row:
+    """Operations a second by the analytic count of a step: over a GPU's peak, dense's are model FLOPs utilization."""
+
+    def counted(one: _Model) -> float:
+        account = one.trainer.account
+        return account.costs.cost.training(account.costs.met, account.tokens_per_step)
+
+    return {"flops_per_second": counted(model) / seconds, "dense_flops_per_second": counted(dense) / theirs}
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _tera(count: float | None) -> float | None:
+    return None if count is None else count / 1e12
 
 
 def _mega(count: float | None) -> float | None:

@@ -20,12 +20,13 @@ from sparsae.files import refuse_unwritable, to_json, write_atomically
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from rich.console import Console
 
     from sparsae.bench.rows import Column, Row
 
 T = TypeVar("T")
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 bench = typer.Typer()
 
@@ -34,6 +35,7 @@ Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threa
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the rows as JSON; - for standard output.")
 ]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")]
 PlotFile = Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Draw the rows as SVG.")]
 
 
@@ -60,18 +62,21 @@ def kernels(
         Several, typer.Option(metavar="F", help="Shares of zeros.  (default: 0.8,0.9,0.95,0.99)")
     ] = None,
     units: Annotated[Several, typer.Option(metavar="OxI", help="Single weights or blocks.  (default: 1x1,4x4)")] = None,
-    dtypes: Annotated[Several, typer.Option(metavar="NAME", help="float32, bfloat16.  (default: float32)")] = None,
+    dtypes: Annotated[
+        Several, typer.Option(metavar="NAME", help="float32, bfloat16, float16.  (default: float32)")
+    ] = None,
     threads: Annotated[Several, typer.Option(metavar="N", help="Numbers of CPU threads.  (default: 1)")] = None,
     backends: Annotated[
         Several, typer.Option(metavar="NAME", help="Ours and other libraries'.  (default: all but auto)")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measurements of which the median counts.")] = 5,
+    device: Device = "cpu",
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
     """Sparse layers beside F.linear and other libraries: forward, and forward with backward, in turns.
 
-    The ratio is that of wall times, above 1 faster than dense; CPU ratio is that of CPU times.
+    The ratio is that of wall times, on a GPU of the GPU's, above 1 faster than dense; CPU ratio is that of CPU times.
     """
     layers = _several("--shapes", shapes, "768x768,3072x768,768x3072,4096x1024", _pair)
     counts = _several("--tokens", tokens, "2048", _count)
@@ -85,7 +90,7 @@ def kernels(
     from sparsae.bench.rows import show
 
     names = _several("--backends", backends, ",".join(module.CONTENDERS[1:]), str)
-    measured = module.Kernels(layers, counts, shares, blocks, elements, cores, names, rounds)
+    measured = module.Kernels(layers, counts, shares, blocks, elements, cores, names, rounds, _device(device))
     console = _console(json_file)
     for line in measured.left_out():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -107,6 +112,8 @@ def step(
     decode: Annotated[
         int, typer.Option(min=0, metavar="N", help="Also decode N tokens one at a time, three times.")
     ] = 0,
+    teacher: Annotated[bool, typer.Option("--teacher/--no-teacher", help="With the teacher of the settings.")] = False,
+    device: Device = "cpu",
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory too, a process for each model.")
     ] = True,
@@ -114,16 +121,45 @@ def step(
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
-    """Whole training steps of a model on random tokens, dense beside sparse, in turns; what an update adds to one."""
+    """Whole training steps of a model on random tokens, dense beside sparse, in turns; what an update adds to one.
+
+    On a GPU both are compiled (training.compile) and in bfloat16, where --set does not say otherwise.
+    """
     shares = _several("--sparsity", sparsity, "0.9", _share)
     _require_places(json_file, plot_file)
     from sparsae.bench import plots
     from sparsae.bench import step as module
 
     names = _several("--backends", backends, "auto", str)
-    measured = module.Steps(preset, method, settings or [], shares, names, steps, decode, threads, memory)
-    rows = _measure(_console(json_file), f"Training steps of {preset}", module.COLUMNS, measured)
+    where = _device(device)
+    measured = module.Steps(
+        *(preset, method, settings or [], shares, names, steps, decode, threads, memory), device=where, teacher=teacher
+    )
+    columns = module.COLUMNS if where.type == "cpu" else (*module.COLUMNS, *module.UTILIZATION)
+    rows = _measure(_console(json_file), f"Training steps of {preset}", columns, measured)
     _write(rows, json_file, plot_file, plots.steps)
+
+
+@bench.command()
+def memory(
+    preset: Annotated[str, typer.Option(help=f"Model: {', '.join(presets())}.")] = "gpt-25m",
+    method: Annotated[str, typer.Option(help=f"Method: {', '.join(methods())}.")] = "static",
+    settings: Annotated[
+        Several, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    sparsity: Annotated[Several, typer.Option(metavar="F", help="Shares of zeros.  (default: 0.9)")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Bytes of parameters, optimizer and teacher, and the peak of two steps, sparse beside dense."""
+    shares = _several("--sparsity", sparsity, "0.9", _share)
+    _require_places(json_file, None)
+    from sparsae.bench import state as module
+
+    measured = module.States(preset, method, settings or [], shares, threads, _device(device))
+    rows = _measure(_console(json_file), f"What training of {preset} holds", module.COLUMNS, measured)
+    _write(rows, json_file)
 
 
 @bench.command()
@@ -202,13 +238,16 @@ def _require_places(json_file: str | None, plot_file: str | None) -> None:
 
 
 def _write(
-    rows: Sequence[Row], json_file: str | None, plot_file: str | None, draw: Callable[[Sequence[Row]], str]
+    rows: Sequence[Row],
+    json_file: str | None,
+    plot_file: str | None = None,
+    draw: Callable[[Sequence[Row]], str] | None = None,
 ) -> None:
     if json_file == "-":
         sys.stdout.write(to_json(rows, indent=1) + "\n")
     elif json_file is not None:
         write_atomically(Path(json_file), to_json(rows, indent=1) + "\n")
-    if plot_file is not None:
+    if plot_file is not None and draw is not None:
         write_atomically(Path(plot_file), draw(rows))
 
 
@@ -252,6 +291,12 @@ def _dtype(word: str) -> str:
     if word not in _DTYPES:
         raise ValueError(f"is not one of {', '.join(_DTYPES)}")
     return word
+
+
+def _device(name: str) -> torch.device:
+    from sparsae.train.model import choose_device
+
+    return choose_device(name, "--device")
 
 
 def _torch_threads() -> int:

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsae.errors import InputError
-from sparsae.nn.linear import SparseLinear
-from sparsae.search.teacher import Storage
+from sparsae.nn.linear import SparseLinear, sparse_layers
+from sparsae.search.teacher import Storage, Teacher
 
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -64,6 +64,22 @@ def state_bytes(
     return {name: _nbytes(tensors, seen) for name, tensors in parts.items()}
 
 
+def model_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None) -> dict[str, int]:
+    """Bytes of a whole model's live tensors by part, each storage once: what is sparse of it, and what is not."""
+    seen: set[int] = set()
+    parameters = list(model.parameters())
+    parts = {
+        "parameters": [parameter.detach() for parameter in parameters],
+        "indices": [tensor for layer in sparse_layers(model).values() for tensor in layer.index_tensors],
+        "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+        "optimizer": [
+            value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ],
+        "teacher": list(_tensors_of(teacher)),
+    }
+    return {name: _nbytes(tensors, seen) for name, tensors in parts.items()}
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """Let this process keep the memory that a training step on the CPU frees, for the next step to take.
 
@@ -96,6 +112,14 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * int(fields["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _tensors_of(teacher: Teacher | None) -> Iterator[Tensor]:
+    if teacher is None or not teacher.begun:
+        return
+    yield from (parameter.detach() for parameter in teacher.model.parameters())
+    for kept in teacher.layers.values():
+        yield from kept.tensors()
 
 
 def _nbytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
