@@ -38,14 +38,14 @@ def test_a_summary_of_an_earlier_version_is_read(file: Path) -> None:
     assert {key: read[key] for key in content} == content
     assert read.keys() - content.keys() <= {
         "test_loss", "study_flops", "diverged", "started_from", "extensions", "metrics", "ranks",
-        "steps_skipped", "flops_per_second", "mfu",
+        "steps_skipped", "changes", "flops_per_second", "mfu",
     }  # fmt: skip
 
 
 def test_a_summary_of_this_version_is_read() -> None:
     content = json.loads((RESULTS / "demo.json").read_text())["summary"]
     read = encode(decode(Summary, content, "demo.json"))
-    assert read == {"ranks": 1, "steps_skipped": 0, "flops_per_second": None, "mfu": None} | {
+    assert read == {"ranks": 1, "steps_skipped": 0, "changes": [], "flops_per_second": None, "mfu": None} | {
         key: value for key, value in content.items() if key not in ("run_id", "sha256")
     }
 

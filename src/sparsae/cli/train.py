@@ -70,6 +70,14 @@ def train(
             metavar="RUN", help="Continue a run; takes no other settings but more --steps.", show_default=False
         ),
     ] = None,
+    allowed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="KEY",
+            help="With --resume: the value of this setting in config.yaml was changed, and counts from now on.",
+        ),
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option(

@@ -29,4 +29,6 @@ def state(run: RunData) -> str:
     for entry in totals.extensions if totals else ():
         before, after = count(entry.previous_steps), count(entry.steps)
         said.append(f"At step {count(entry.step)} it was extended from {before} steps to {after}.")
+    for change in totals.changes if totals else ():
+        said.append(f"At step {count(change.step)} {change.key} was changed from {change.before} to {change.after}.")
     return f'<p class="state">{escape(" ".join(said))}</p>' if said else ""

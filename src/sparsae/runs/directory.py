@@ -9,7 +9,7 @@ Needs no torch, so that `sparsae info` and `sparsae report` answer at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -71,14 +71,17 @@ class RunDirectory:
             )
         return manifest
 
-    def config(self) -> Config:
-        """The run's settings. InputError if they cannot be read, are not valid, or are not what the run began with."""
+    def config(self, allowed: Collection[str] = ()) -> Config:
+        """The run's settings. InputError if they cannot be read, are not valid, or are not what the run began with.
+
+        allowed: keys of which config.yaml may have other values; these are then the settings.
+        """
         manifest = self.manifest()
         if manifest is None:
             return resolve(self.config_file)
         if not self.config_file.exists() and not self.measured():  # a run that was killed while it began
             return manifest.config
-        return manifest.validated_config(self.config_file)
+        return manifest.validated_config(self.config_file, allowed)
 
     def require_tokenizer(self) -> None:
         """InputError where the tokenizer is not the one that the run began with."""

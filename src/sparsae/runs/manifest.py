@@ -8,7 +8,7 @@ digests of its tensors and of the metrics up to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
@@ -25,6 +25,8 @@ from sparsae.files import read_sealed, sha256_of, sync, write_atomically, write_
 
 NAME = "manifest.json"
 FORMAT = 1
+# Sections of which a checkpoint's tensors and counts are.
+_FIXED = ("preset", "method", "model", "parameterization", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,28 @@ class Extension:
 
 
 @dataclass(frozen=True)
+class SettingChange:
+    """From `step` on, the setting `key` is `after` and no longer `before`, both as messages show them."""
+
+    step: int
+    key: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """See the module; `tokenizer` holds SHA-256 by file name, `started_from` the run whose weights this one took."""
+    """See the module; `tokenizer` holds SHA-256 by file name, `started_from` the run whose weights this one took.
+
+    changes: of settings, which whoever resumed the run allowed.
+    """
 
     config: Config
     run: str = field(default_factory=lambda: token_hex(16))
     tokenizer: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, Any] | None = None
     extensions: tuple[Extension, ...] = ()
+    changes: tuple[SettingChange, ...] = ()
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
@@ -71,6 +87,7 @@ class Manifest:
                 tokenizer=dict(content["tokenizer"]),
                 started_from=content["started_from"],
                 extensions=tuple(Extension(**entry) for entry in content["extensions"]),
+                changes=tuple(SettingChange(**entry) for entry in content.get("changes", ())),
             )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -89,6 +106,7 @@ class Manifest:
             "tokenizer": dict(self.tokenizer),
             "started_from": self.started_from,
             "extensions": [asdict(extension) for extension in self.extensions],
+            "changes": [asdict(change) for change in self.changes],
             "config": self.config.model_dump(mode="json"),
         }
         write_sealed(directory / NAME, content)
@@ -97,19 +115,45 @@ class Manifest:
         """Write the settings for people."""
         write_atomically(file, dump(self.config))
 
-    def validated_config(self, file: Path) -> Config:
-        """The run's settings. InputError where config.yaml is not readable or says anything else."""
+    def validated_config(self, file: Path, allowed: Collection[str] = ()) -> Config:
+        """The run's settings, with those changes in config.yaml whose keys are allowed.
+
+        InputError where it is not readable, or has another change, or where a key that is allowed was not changed.
+        """
         if not file.exists():
             raise InputError(f"{file}: is missing; the run's settings are in {NAME} too: restore it from there")
         there = resolve(file)
-        if there == self.config or self._not_yet_extended(there):
+        changes = [] if self._not_yet_extended(there) else self._changed_to(there)
+        if idle := [key for key in allowed if key not in {change.key for change in changes}]:
+            raise InputError(f"--allow-change {idle[0]}: {file} has the value of it that the run has: leave it out")
+        if not changes:
             return self.config
-        changes = list(_changes(there.model_dump(mode="json"), self.config.model_dump(mode="json"), ""))
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        left = [change for change in changes if change.key not in allowed]
+        if fixed := [key for key in allowed if key == "training.steps" or key.partition(".")[0] in _FIXED]:
+            raise InputError(
+                f"--allow-change {fixed[0]}: is part of what a checkpoint is of, and cannot change: undo it in {file} "
+                "(more steps: --resume RUN --steps N; another model: train --preset NAME)"
+            )
+        if not left:
+            return there
+        named = ", ".join(f"{change.key} is {change.after}, not {change.before}" for change in left[:3])
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise InputError(
-            f"{file}: {', '.join(changes[:3])}{more}: the settings of a run do not change: undo it "
-            "(more steps: --resume RUN --steps N; other settings: train --from RUN)"
+            f"{file}: {named}{more}: the settings of a run do not change: undo it "
+            "(more steps: --resume RUN --steps N; other settings: train --from RUN; or --resume RUN "
+            f"--allow-change {left[0].key}, and it is no longer the run that it would have been)"
         )
+
+    def changed(self, step: int, config: Config) -> Self:
+        """Of the run that has these settings from `step` on."""
+        changes = [replace(change, step=step) for change in self._changed_to(config)]
+        return replace(self, config=config, changes=(*self.changes, *changes))
+
+    def _changed_to(self, config: Config) -> list[SettingChange]:
+        """How settings differ from the run's own, at no step yet."""
+        if config == self.config:
+            return []
+        return list(_changes(config.model_dump(mode="json"), self.config.model_dump(mode="json"), ""))
 
     def _not_yet_extended(self, there: Config) -> bool:
         """Whether config.yaml is that of before the last extension: a crash came between the two files."""
@@ -139,10 +183,9 @@ class Manifest:
         return replace(self, config=config, extensions=(*self.extensions, Extension(step, training.steps, steps)))
 
 
-def _changes(there: Any, ours: Any, key: str) -> Iterator[str]:
-    """`key is A, not B` for each setting that differs."""
+def _changes(there: Any, ours: Any, key: str) -> Iterator[SettingChange]:
     if isinstance(there, Mapping) and isinstance(ours, Mapping):
         for name in {**ours, **there}:
             yield from _changes(there.get(name), ours.get(name), f"{key}.{name}" if key else name)
     elif there != ours:
-        yield f"{key} is {shown(there)}, not {shown(ours)}"
+        yield SettingChange(0, key, shown(ours), shown(there))

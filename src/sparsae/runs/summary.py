@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsae.core.record import decode
 from sparsae.files import read_json
-from sparsae.runs.manifest import Extension
+from sparsae.runs.manifest import Extension, SettingChange
 from sparsae.runs.metrics import Position
 
 
@@ -74,6 +74,7 @@ class Summary:
     diverged: Divergence | None = None
     started_from: Origin | None = None
     extensions: tuple[Extension, ...] = ()
+    changes: tuple[SettingChange, ...] = ()
     metrics: Position | None = None
     device: str
     torch: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,30 +115,36 @@ def starting(
             raise
 
 
-def resume(path: Path, quiet: bool = False, steps: int | None = None) -> dict[str, Any]:
+def resume(path: Path, quiet: bool = False, steps: int | None = None, allowed: Collection[str] = ()) -> dict[str, Any]:
     """Resume the run in `path` from its newest checkpoint, as if it had never stopped; returns its summary.
 
     A run that was stopped before its first checkpoint begins again. steps: train so many steps altogether, more than
     the run was to have: schedules are drawn anew over all of them, and the learning rate rises again over one in a
-    hundred of those that were added. Raises InputError where there is no run, where a file of it is damaged or was
-    changed, or where the run is finished.
+    hundred of those that were added. allowed: keys of settings that were changed in config.yaml, and count from now on;
+    the run is then not what an unbroken one would be, and says so.
+
+    Raises InputError where there is no run, where a file of it is damaged or was changed, or where the run is finished.
     """
     with joined():
-        return encode(alone(resuming(path, quiet, steps)))
+        return encode(alone(resuming(path, quiet, steps, allowed=allowed)))
 
 
 def resuming(
-    path: Path, quiet: bool = False, steps: int | None = None, stop: StopRequest | None = None
+    path: Path,
+    quiet: bool = False,
+    steps: int | None = None,
+    stop: StopRequest | None = None,
+    allowed: Collection[str] = (),
 ) -> Passes[Summary]:
     """As `resume`, by whoever answers its passes; stop: as `starting` has it."""
     here = ranks()
     if here.count == 1:
         refuse_ranks("one of several runs")
     run = RunDirectory.open(path)
-    _require_steps(run, run.config(), steps)
+    _require_steps(run, run.config(allowed), steps)
     with _entered(path):
         run, display = RunDirectory.open(path), Display(quiet or not here.is_first)
-        config, manifest = run.config(), run.manifest()
+        config, manifest = run.config(allowed), run.manifest()
         _require_steps(run, config, steps)
         saved = None
         if run.saved_steps():
@@ -159,6 +165,8 @@ def resuming(
                 f"{path}: the text of data.source has changed since the run began; restore it, or start a new run"
             )
         assert manifest is not None
+        if config != manifest.config:
+            manifest = manifest.changed(saved.step if saved else 0, config)
         if steps is not None and steps > config.training.steps:
             manifest = manifest.extended(saved.step if saved else 0, steps)
         return (yield from _train(parts, run, manifest, display, saved, stop))
@@ -239,8 +247,6 @@ def _begin(run: RunDirectory, manifest: Manifest, parts: _Parts) -> Manifest:
 
 def _go_on(run: RunDirectory, manifest: Manifest, metrics: MetricsWriter, saved: SavedRun | None) -> None:
     """Nothing is wrong with what was read: from here on the directory is that of a run that has begun."""
-    if manifest != run.manifest():  # it was extended
-        manifest.write(run.path)
     if resolve(run.config_file) != manifest.config:
         manifest.write_config(run.config_file)
     for outcome in (run.summary, run.sample):
@@ -266,13 +272,6 @@ def _train(
     metrics: MetricsWriter | None = None
     diverged: DivergedError | None = None
     with contextlib.ExitStack() as not_begun, contextlib.ExitStack() as opened:
-        if here.is_first:
-            metrics = opened.enter_context(MetricsWriter(run.metrics))
-            observers.append(_Recorder(metrics))
-            for name in config.tracking.named:
-                observers.append(OBSERVERS[name](run.path))
-                not_begun.callback(observers[-1].end)
-            observers.append(display)
         trainer = trainer_of(
             config,
             parts.model,
@@ -284,7 +283,15 @@ def _train(
         )
         if saved is not None:
             saved.restore(trainer)
-        if metrics is not None:
+        if here.is_first:
+            if manifest != run.manifest():  # it was extended, or its settings were changed
+                manifest.write(run.path)
+            metrics = opened.enter_context(MetricsWriter(run.metrics))
+            observers.append(_Recorder(metrics))
+            for name in config.tracking.named:
+                observers.append(OBSERVERS[name](run.path))
+                not_begun.callback(observers[-1].end)
+            observers.append(display)
             _go_on(run, manifest, metrics, saved)
         display.say(headline(config, parts.model, len(parts.corpus.train), unigram))
         previous = float(saved.state["elapsed"]) if saved else 0.0

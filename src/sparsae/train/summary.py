@@ -77,6 +77,7 @@ def summarize(
         diverged=Divergence(step=diverged.step, reason=diverged.reason) if diverged else None,
         started_from=Origin(**manifest.started_from) if manifest.started_from else None,
         extensions=manifest.extensions,
+        changes=manifest.changes,
         metrics=metrics,
         device=str(trainer.objective.device),
         torch=torch.__version__,
