@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,8 +116,10 @@ def train(
         }
         if given := [name for name, value in options.items() if value not in (None, [])]:
             raise InputError(f"--resume continues a run with its own settings: leave out {', '.join(given)}")
-        _resume(resume, steps, json_file, quiet)
+        _resume(resume, steps, json_file, quiet, allowed or ())
         return
+    if allowed:
+        raise InputError("--allow-change: only a run that is resumed has settings that were changed: give --resume RUN")
     short = {
         "--steps": ("training.steps", steps),
         "--seed": ("seed", seed),
@@ -163,14 +165,14 @@ def _start(config: Config, directory: Path, source: Path | None, json_file: str 
     _exit_if_stopped(result)
 
 
-def _resume(run: Path, steps: int | None, json_file: str | None, quiet: bool) -> None:
+def _resume(run: Path, steps: int | None, json_file: str | None, quiet: bool, allowed: Sequence[str]) -> None:
     with output(json_file) as result:
-        left = _left_to_write(run, steps)
+        left = None if allowed else _left_to_write(run, steps)
         if left is None:
             from sparsae.train.run import resume
 
             with _reporting(run):
-                left = resume(run, quiet, steps)
+                left = resume(run, quiet, steps, allowed)
         result.update(left)
         if is_first_rank():
             _finish(run, result, quiet)
