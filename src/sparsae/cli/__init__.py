@@ -26,7 +26,17 @@ from sparsae.cli.bench import bench
 from sparsae.cli.cache import cache
 from sparsae.cli.check import check
 from sparsae.cli.listing import list_methods, list_presets, list_rules
-from sparsae.cli.output import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_RANKS, JsonFile, Run, Teacher, output, show_values
+from sparsae.cli.output import (
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_RANKS,
+    Best,
+    JsonFile,
+    Run,
+    Teacher,
+    output,
+    show_values,
+)
 from sparsae.cli.schema import schema
 from sparsae.cli.tasks import evaluate, finetune
 from sparsae.cli.train import train
@@ -90,13 +100,14 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, metavar="N", help="Choose among so many tokens; 0: among all.")] = 50,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Fixes what is random.")] = 0,
     teacher: Teacher = False,
+    best: Best = False,
 ) -> None:
     """Continue a text with a run's model."""
     if not math.isfinite(temperature):
         raise InputError(f"--temperature: must be a finite number, not {temperature}")
     from sparsae.evaluate.generation import generate_text
 
-    text = generate_text(run, prompt, tokens, temperature, top_k, seed, teacher)
+    text = generate_text(run, prompt, tokens, temperature, top_k, seed, teacher, best)
     typer.echo(prompt + text)
     if not text:
         typer.echo("the model ended the text at once: another --seed or a longer prompt may go on", err=True)
@@ -143,6 +154,7 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.", show_default=False)],
     teacher: Teacher = False,
+    best: Best = False,
     form: Annotated[
         str,
         typer.Option(
@@ -161,7 +173,7 @@ def export(
     refuse_occupied(to)
     from sparsae.evaluate.export import export_run
 
-    export_run(run, to, teacher, form, precision)
+    export_run(run, to, teacher, form, precision, best)
     typer.echo(to)
 
 

@@ -17,6 +17,9 @@ JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
+Best = Annotated[
+    bool, typer.Option("--best", help="Use the checkpoint of the best validation (training.keep_best), not the newest.")
+]
 Teacher = Annotated[bool, typer.Option("--teacher", help="Use the teacher (the average) instead of the student.")]
 EXIT_RANKS, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsae.cli.experiments import names_in, seeds_in
-from sparsae.cli.output import JsonFile, Run, Teacher, output, show_table, show_values
+from sparsae.cli.output import Best, JsonFile, Run, Teacher, output, show_table, show_values
 from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.files import refuse_unwritable
@@ -34,6 +34,7 @@ def evaluate(
         ),
     ] = None,
     teacher: Teacher = False,
+    best: Best = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = None,
     tasks: Annotated[
         str | None,
@@ -58,6 +59,8 @@ def evaluate(
     of_tasks |= {"--batch-size": batch_size, "--device": device}
     if tasks is None and (given := [option for option, value in of_tasks.items() if value is not None]):
         raise InputError(f"{given[0]} is for tasks: give --tasks too")
+    if tasks is not None and best:
+        raise InputError("--best is for text: leave it out with --tasks")
     if tasks is not None and (data is not None or max_tokens is not None):
         raise InputError("--tasks have questions of their own: leave out --data and --max-tokens")
     with output(json_file) as result:
@@ -81,7 +84,7 @@ def evaluate(
             from sparsae.train.progress import Display
 
             with contextlib.closing(Display(quiet=json_file == "-")) as display:
-                result.update(evaluate_run(run, data, teacher, max_tokens, display.stage))
+                result.update(evaluate_run(run, data, teacher, max_tokens, display.stage, best))
     if json_file == "-":
         return
     if tasks is None:

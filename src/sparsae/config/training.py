@@ -74,6 +74,12 @@ class TrainingConfig(Section):
         default=5.0, description="minutes between checkpoints; null: by steps, at the end and when stopped only"
     )
     keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
+    keep_best: bool = Field(
+        default=False, description="save where a validation is better than all before, and keep the best one too"
+    )
+    checkpoint_async: bool = Field(
+        default=False, description="write checkpoints beside training, from a copy of them in memory"
+    )
 
     @model_validator(mode="after")
     def _falls_as_scheduled(self) -> Self:

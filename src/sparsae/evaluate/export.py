@@ -32,7 +32,14 @@ from sparsae.nn.sparsify import densify
 FORMS = ("dense", "sparse", "compact", "onnx")
 
 
-def export_run(path: Path, to: Path, teacher: bool = False, form: str = "dense", precision: str | None = None) -> None:
+def export_run(
+    path: Path,
+    to: Path,
+    teacher: bool = False,
+    form: str = "dense",
+    precision: str | None = None,
+    best: bool = False,
+) -> None:
     """Write the run in `path` to the new directory `to`: model, tokenizer and model card.
 
     form: "dense", or "sparse" as `save_pretrained` has it; "compact" and "onnx" have modules of their own in `formats`.
@@ -51,7 +58,7 @@ def export_run(path: Path, to: Path, teacher: bool = False, form: str = "dense",
         require_onnx()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to}: is there already; name a new directory")
-    loaded = load_run(path, teacher)
+    loaded = load_run(path, teacher, best)
     with _new(to) as partial:
         if form == "compact":
             write_compact(loaded, partial, precision or next(iter(PRECISIONS)), teacher)

@@ -30,12 +30,13 @@ def generate_text(
     top_k: int = 50,
     seed: int = 0,
     teacher: bool = False,
+    best: bool = False,
 ) -> str:
     """What follows the prompt: up to `tokens` tokens, ended by the end of a document; empty where that comes at once.
 
     temperature 0 takes the likeliest token; top_k 0 draws among all. Raises InputError for a run that cannot be read.
     """
-    return continue_text(load_run(path, teacher), prompt, tokens, temperature, top_k, seed)
+    return continue_text(load_run(path, teacher, best), prompt, tokens, temperature, top_k, seed)
 
 
 def continue_text(

@@ -34,20 +34,23 @@ class LoadedRun:
     corpus: str
 
 
-def load_run(path: Path, teacher: bool = False) -> LoadedRun:
+def load_run(path: Path, teacher: bool = False, best: bool = False) -> LoadedRun:
     """The student, or the teacher, of the run in `path`; torch computes with the run's training.threads from then on.
 
-    `path` may be a compact export of one of them as well.
+    `path` may be a compact export of one of them as well. best: of the checkpoint with the best validation, not of the
+    newest.
 
     Raises InputError where there is no run, no checkpoint or no teacher, and where the checkpoint is damaged.
     """
     if is_compact(path):
+        if best:
+            raise InputError(f"{path}: an export holds one model: leave out --best, or name the run")
         return _load_compact(path, teacher)
     run = RunDirectory.open(path)
     config = run.config()
     if teacher and not config.teacher.enabled:
         raise InputError(f"{path}: this run kept no teacher (teacher.enabled is false): leave out --teacher")
-    checkpoint = run.latest_checkpoint()
+    checkpoint = run.best_checkpoint() if best else run.latest_checkpoint()
     if teacher and config.teacher.start and "teacher.safetensors" not in read_state(checkpoint)["files"]:
         raise InputError(
             f"{path}: this run's teacher has not begun (teacher.start): train it on, or leave out --teacher"

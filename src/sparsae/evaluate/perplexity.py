@@ -26,6 +26,7 @@ def evaluate_run(
     teacher: bool = False,
     max_tokens: int | None = None,
     progress: Progress | None = None,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the run in `path` on `data` (None: the held-out text of its validation), every token predicted once.
 
@@ -33,7 +34,7 @@ def evaluate_run(
     UTF-8 that the predicted tokens stand for, which makes models with different tokenizers comparable. Raises
     InputError for a run or a text that cannot be read.
     """
-    loaded = load_run(path, teacher)
+    loaded = load_run(path, teacher, best)
     tokens, text_bytes, documents = held_out_text(loaded, data, progress)
     total = len(tokens)
     if max_tokens is not None and total > max_tokens:

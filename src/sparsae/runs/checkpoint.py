@@ -137,15 +137,16 @@ def load_groups(directory: Path, files: Mapping[str, str], *groups: str) -> dict
     return tensors
 
 
-def keep_newest(directory: Path, count: int, run: str) -> None:
+def keep_newest(directory: Path, count: int, run: str, also: Path | None = None) -> None:
     """Remove all but the `count` newest whole checkpoints of this run below `directory`, and what is left of torn ones.
 
-    Those of another run stay.
+    also: one that stays too. Those of another run stay.
     """
     found = sorted(path for path in directory.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
     torn = [path for path in found if not (path / "state.json").exists()]
     for path in [*torn, *[path for path in found if path not in torn and _is_of(path, run)][:-count]]:
-        remove_checkpoint(path)
+        if path != also:
+            remove_checkpoint(path)
 
 
 def _is_of(directory: Path, run: str) -> bool:

@@ -124,6 +124,13 @@ class RunDirectory:
             )
         return checkpoint
 
+    def best_checkpoint(self) -> Path:
+        """That of the best validation, of a run that keeps it (training.keep_best). InputError where there is none."""
+        best = read_state(self.latest_checkpoint())["trainer"].get("validation", {}).get("best")
+        if best is None or not self.config().training.keep_best:
+            raise InputError(f"{self.path}: this run keeps no best checkpoint: train it with training.keep_best=true")
+        return self.checkpoint(int(best[0]))
+
     def _known_steps(self) -> list[int]:
         """Steps that have, or by the summary had, a checkpoint, whole or not."""
         names = [_CHECKPOINT.fullmatch(entry.name) for entry in self.checkpoints.iterdir()]

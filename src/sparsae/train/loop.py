@@ -68,7 +68,7 @@ class Trainer:
                     yield from self.stepping()
                 if self.validation.due(self.step):
                     self.validate()
-                if ranks().any(times.due(self.step)):
+                if self._is_best or ranks().any(times.due(self.step)):
                     save()
                     times.saved(self.step)
             if self.step != times.last:
@@ -171,6 +171,12 @@ class Trainer:
         self._tell(row)
         # Validation is not training: it must not slow the tokens per second that are shown.
         self._averages.start_clock(self.step, self.account)
+
+    @property
+    def _is_best(self) -> bool:
+        """Whether the model as it is was validated, better than before, and such a one is kept."""
+        best = self.validation.best
+        return self.settings.keep_best and best is not None and best[0] == self.step
 
     @property
     def done(self) -> bool:

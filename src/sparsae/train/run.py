@@ -38,7 +38,7 @@ from sparsae.train.model import choose_device, model_of, require_fit
 from sparsae.train.passes import Passes, alone
 from sparsae.train.pretrained import Pretrained, read_pretrained
 from sparsae.train.progress import Display
-from sparsae.train.saving import SavedRun, read_saved, save_run
+from sparsae.train.saving import SavedRun, Saver, read_saved
 from sparsae.train.source import Source, read_source
 from sparsae.train.stopping import StopRequest
 from sparsae.train.summary import closing, headline, summarize
@@ -299,10 +299,15 @@ def _train(
         def elapsed() -> float:
             return previous + time.perf_counter() - began
 
+        saver = None
+        if metrics is not None:
+            saver = Saver(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed)
+            opened.callback(saver.close)
+
         def save() -> None:
             with trainer.account.watch.of("checkpoint"):
-                if metrics is not None:
-                    save_run(trainer, run, manifest.run, parts.corpus.digest, metrics, elapsed())
+                if saver is not None:
+                    saver.save()
                 here.wait()
 
         if saved is None and manifest.started_from:
@@ -311,6 +316,8 @@ def _train(
         try:
             with (stop or StopRequest()).listening() as request, out_of_memory_is_told("training"):
                 yield from trainer.running(request, save)
+                if saver is not None:
+                    saver.finish()
         except DivergedError as error:
             diverged = error
         summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position() if metrics else None, diverged)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,38 +100,91 @@ def read_saved(run: RunDirectory, manifest: Manifest, extending: bool) -> SavedR
     return saved
 
 
-def save_run(
-    trainer: Trainer, run: RunDirectory, name: str, corpus: str, metrics: MetricsWriter, elapsed: float
-) -> None:
-    """Write a checkpoint of the run `name` on the corpus of this digest, and forget those that are too many.
+class Saver:
+    """Writes the checkpoints of a run, and forgets those that are too many.
 
-    Raises DivergedError where a tensor is not finite: it must not take the place of a good one.
+    Where the settings want it, a thread writes them from a copy in memory while training continues: one at a time, and
+    each is advertised when it is whole, as ever. The copy costs as many bytes as the checkpoint has.
     """
-    tensors = {
-        "model": model_tensors(trainer.model),
-        "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
-    }
-    state: dict[str, Any] = {
-        "run": name,
-        "trainer": trainer.state_dict(),
-        "metrics": encode(metrics.position()),
-        "corpus": corpus,
-        "threads": torch.get_num_threads(),
-        "elapsed": elapsed,
-    }
-    if trainer.sparsifier:
-        # The teacher has a file of its own, from which it can be evaluated.
-        state["search"], tensors["search"] = split(trainer.sparsifier.state_dict() | {"teacher": None})
-    if trainer.teacher:
-        teacher = trainer.teacher.state_dict()
-        if (average := teacher.pop("model")) is not None:
-            tensors["teacher"] = average
-        state["teacher"], ages = split(teacher)
-        if ages:
-            tensors["ages"] = ages
-    _require_finite(trainer, tensors)
-    save_checkpoint(run.checkpoint(trainer.step), tensors, state)
-    keep_newest(run.checkpoints, trainer.settings.keep_checkpoints, name)
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: RunDirectory,
+        name: str,
+        corpus: str,
+        metrics: MetricsWriter,
+        elapsed: Callable[[], float],
+    ) -> None:
+        """name: the run's. corpus: the digest of its text. elapsed: seconds that it has taken."""
+        self._trainer, self._run, self._name, self._corpus = trainer, run, name, corpus
+        self._metrics, self._elapsed = metrics, elapsed
+        self._beside = ThreadPoolExecutor(1, "checkpoint") if trainer.settings.checkpoint_async else None
+        self._writing: Future[None] | None = None
+
+    def save(self) -> None:
+        """The run as it is, once the checkpoint before is whole.
+
+        Raises DivergedError where a tensor is not finite: it must not take the place of a good one. Raises InputError
+        where this one, or the one before, cannot be written.
+        """
+        self.finish()
+        tensors, state = self._parts()
+        _require_finite(self._trainer, tensors)
+        best = self._trainer.validation.best if self._trainer.settings.keep_best else None
+        keep = None if best is None else self._run.checkpoint(best[0])
+        path = self._run.checkpoint(self._trainer.step)
+        if self._beside is None:
+            self._write(path, tensors, state, keep)
+        else:
+            copies = {
+                group: {n: t.detach().to("cpu", copy=True) for n, t in of.items()} for group, of in tensors.items()
+            }
+            self._writing = self._beside.submit(self._write, path, copies, copy.deepcopy(state), keep)
+
+    def finish(self) -> None:
+        """Until the last checkpoint is whole. Raises InputError where it cannot be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Whatever is being written is finished first; what happens to it is not told."""
+        if self._beside is not None:
+            self._beside.shutdown(wait=True)
+
+    def _write(
+        self, path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: Path | None
+    ) -> None:
+        save_checkpoint(path, tensors, state)
+        keep_newest(self._run.checkpoints, self._trainer.settings.keep_checkpoints, self._name, keep)
+
+    def _parts(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The tensors and the state of a checkpoint."""
+        trainer = self._trainer
+        tensors = {
+            "model": model_tensors(trainer.model),
+            "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
+        }
+        state: dict[str, Any] = {
+            "run": self._name,
+            "trainer": trainer.state_dict(),
+            "metrics": encode(self._metrics.position()),
+            "corpus": self._corpus,
+            "threads": torch.get_num_threads(),
+            "elapsed": self._elapsed(),
+        }
+        if trainer.sparsifier:
+            # The teacher has a file of its own, from which it can be evaluated.
+            state["search"], tensors["search"] = split(trainer.sparsifier.state_dict() | {"teacher": None})
+        if trainer.teacher:
+            teacher = trainer.teacher.state_dict()
+            if (average := teacher.pop("model")) is not None:
+                tensors["teacher"] = average
+            state["teacher"], ages = split(teacher)
+            if ages:
+                tensors["ages"] = ages
+        return tensors, state
 
 
 def _require_finite(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

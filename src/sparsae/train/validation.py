@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from sparsae.train.objective import Objective
 class Validation:
     """The latest losses of model and teacher, and that of the untrained model; NaN before there are any.
 
+    `best` is the step and the loss of the best validation since the first step.
+
     `test_loss` is None until the end, and where the held-out text has no sequence for it.
     """
 
@@ -28,6 +31,7 @@ class Validation:
         self._every = settings.validate_every or max(10, settings.steps // 10)
         self.loss = self.untrained = math.nan
         self.teacher_loss: float | None = None
+        self.best: tuple[int, float] | None = None
         self.test_loss: float | None = None
 
     def due(self, step: int) -> bool:
@@ -40,6 +44,8 @@ class Validation:
             self.loss, self.teacher_loss = self._objective.validate(self._rows)
         if step == 0:
             self.untrained = self.loss
+        elif self.best is None or self.loss < self.best[1]:
+            self.best = step, self.loss
         return ValidationRow(
             step=step,
             tokens=account.tokens(step),
@@ -58,14 +64,15 @@ class Validation:
                 self.test_loss = self._objective.mean(self._test)
         return self.test_loss
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {"loss": self.loss, "untrained": self.untrained, "teacher_loss": self.teacher_loss}
+        return {"loss": self.loss, "untrained": self.untrained, "teacher_loss": self.teacher_loss, "best": self.best}
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From `state_dict`, in whose JSON what is not finite is null."""
         self.loss, self.untrained = (math.nan if (x := state[k]) is None else x for k in ("loss", "untrained"))
         self.teacher_loss = state["teacher_loss"]
+        self.best = None if (best := state.get("best")) is None else (best[0], best[1])
 
 
 def perplexity(loss: float) -> float:

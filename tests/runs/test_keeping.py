@@ -1,0 +1,119 @@
+"""Which checkpoints a run keeps, and how they are written beside training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sparsae.cli import main
+from sparsae.errors import InputError
+from sparsae.evaluate.loading import load_run
+from sparsae.evaluate.perplexity import evaluate_run
+from sparsae.runs import checkpoint
+from sparsae.runs.directory import RunDirectory
+from sparsae.train.loop import Trainer
+from sparsae.train.objective import Objective
+from sparsae.train.run import resume, start
+from tests.runs.conftest import Make
+from tests.support.faults import failing_disk
+from tests.support.rundir import Killed, assert_same_run, killed_at
+from tests.support.runs import contents, weights
+
+LOSSES = {0: 6.0, 3: 5.0, 6: 4.0, 9: 4.5, 12: 4.2}
+
+
+@pytest.fixture
+def best_at_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations after steps 0, 3, 6, ... have these losses."""
+    step, begin = 0, Objective.begin_step
+
+    def beginning(self: Objective, done: int) -> None:
+        nonlocal step
+        step = done + 1
+        begin(self, done)
+
+    monkeypatch.setattr(Objective, "begin_step", beginning)
+    monkeypatch.setattr(Objective, "validate", lambda self, rows: (LOSSES[step], None))
+
+
+@pytest.mark.usefixtures("best_at_6")
+def test_the_best_checkpoint_is_kept_beside_the_newest(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = make("training.keep_best=true", "training.validate_every=3"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        killed_at(patch, 10)
+        with pytest.raises(Killed):
+            start(config, run, quiet=True)
+    assert RunDirectory(run).saved_steps() == [6]
+    resume(run, quiet=True)
+    assert RunDirectory(run).saved_steps() == [6, 12]
+    assert (load_run(run).step, load_run(run, best=True).step) == (12, 6)
+    assert evaluate_run(run, best=True)["step"] == 6
+    assert main(["generate", str(run), "--prompt", "item", "--tokens", "2", "--best"]) == 0
+    assert main(["export", str(run), "--to", str(tmp_path / "out"), "--best"]) == 0
+    assert main(["evaluate", str(run), "--tasks", "blimp", "--best"]) == 2
+    assert "--best" in capsys.readouterr().err
+
+
+def test_a_run_that_keeps_no_best_has_none(finished: Path) -> None:
+    with pytest.raises(InputError, match=r"keeps no best checkpoint.*training\.keep_best=true"):
+        load_run(finished, best=True)
+
+
+EVERY_4 = ("training.checkpoint_every=4", "training.keep_checkpoints=3")
+
+
+def test_a_checkpoint_beside_training_is_that_of_its_step_and_not_there_until_it_is_whole(
+    make: Make, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(make(*EVERY_4), tmp_path / "sync", quiet=True)
+    run, go_on, write, step, seen = tmp_path / "run", threading.Event(), checkpoint._write, Trainer.stepping, []
+
+    def slow(*given: object) -> None:
+        assert go_on.wait(60)
+        write(*given)
+
+    def stepping(self: Trainer) -> Iterator[object]:
+        yield from step(self)
+        if self.step in (5, 6, 7):
+            seen.append(RunDirectory(run).saved_steps())
+        if self.step == 7:
+            go_on.set()
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(Trainer, "stepping", stepping)
+    start(make(*EVERY_4, "training.checkpoint_async=true"), run, quiet=True)
+    assert seen == [[], [], []]
+    assert RunDirectory(run).saved_steps() == [4, 8, 12]
+    for name, content in contents(tmp_path / "sync" / "checkpoints").items():
+        if name.endswith(".safetensors"):
+            assert (run / "checkpoints" / name).read_bytes() == content, name
+    assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_beside_training_ends_it_with_a_line(
+    make: Make, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    run, failing = tmp_path / "run", []
+    write = checkpoint._write
+
+    def writing(directory: Path, *given: object) -> None:
+        if "step-00000008" in directory.name:
+            failing.append(fault.__enter__())
+        write(directory, *given)  # type: ignore[arg-type]
+
+    fault = failing_disk(call, 1)
+    monkeypatch.setattr(checkpoint, "_write", writing)
+    with pytest.raises(InputError, match=r"step-00000008 cannot be written.*No space left"):
+        start(make(*EVERY_4, "training.checkpoint_async=true"), run, quiet=True)
+    fault.__exit__(None, None, None)
+    assert failing[0]()
+    assert RunDirectory(run).saved_steps() == [4]
+    monkeypatch.undo()
+    resume(run, quiet=True)
+    assert weights(run) == weights(unbroken)
