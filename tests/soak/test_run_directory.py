@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -19,7 +20,7 @@ from sparsae.report.page import write_report
 from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import resume, start
 from sparsae.train.stopping import STOP_SIGNALS
-from tests.support.faults import assert_found_or_without_effect, damage, failing_disk, in_child, seen
+from tests.support.faults import assert_found_or_without_effect, damage, failing_disk, in_child, killed_in_a_save, seen
 from tests.support.runs import config_of, contents, rows, weights, write_text
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
@@ -120,11 +121,21 @@ def assert_same(run: Path, unbroken: Path) -> None:
     assert (run / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("seed", range(60))
+_INSIDE: list[bool] = []  # of each kill, whether it came inside a save
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SPARSAE_KILLS", "200"))))
 def test_kills(make: Make, unbroken: tuple[Path, float], tmp_path: Path, seed: int) -> None:
+    """Two of three inside a save, at a random instant of one of the first saves; every second run saves by a thread."""
     whole, seconds = unbroken
-    rng, run, config = random.Random(seed), tmp_path / "run", make(*SAVED)
-    in_child(lambda: start(config, run, quiet=True), after=rng.uniform(0.0, 1.3 * seconds))
+    beside = "true" if seed % 2 else "false"
+    rng, run = random.Random(seed), tmp_path / "run"
+    config = make(*SAVED, f"training.checkpoint_async={beside}")
+    if seed % 3:
+        _INSIDE.append(killed_in_a_save(lambda: start(config, run, quiet=True), rng.randrange(1, 4), rng.random()))
+    else:
+        _INSIDE.append(False)
+        in_child(lambda: start(config, run, quiet=True), after=rng.uniform(0.0, 1.3 * seconds))
     run.mkdir(exist_ok=True)
     notes = run / "notes.txt"
     if RunDirectory(run).begun():  # an empty directory with notes in it is nobody's to take
@@ -134,6 +145,11 @@ def test_kills(make: Make, unbroken: tuple[Path, float], tmp_path: Path, seed: i
     finish(run, config)
     notes.write_text("mine")
     assert_same(run, whole)
+
+
+def test_half_of_the_kills_came_inside_a_save() -> None:
+    assert sum(_INSIDE) >= len(_INSIDE) // 2
+    print(f"{len(_INSIDE)} SIGKILLs, {sum(_INSIDE)} inside a save")
 
 
 @pytest.mark.parametrize("seed", range(20))

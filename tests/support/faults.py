@@ -7,19 +7,21 @@ import math
 import os
 import random
 import signal
+import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from sparsae.errors import InputError
+from sparsae.errors import InputError, RanksError
 from sparsae.evaluate.loading import load_run
 from sparsae.losses import LossParts
 from sparsae.report.data import read_run
+from sparsae.runs import checkpoint
 from sparsae.runs.directory import describe
 from sparsae.train.objective import Objective
 from sparsae.train.run import resume
@@ -103,21 +105,128 @@ def in_child(action: Callable[[], Any], after: float | None = None, number: int 
     """
     child = os.fork()
     if child == 0:
-        os.close(2)
-        os.open(os.devnull, os.O_WRONLY)
-        code = 70
-        try:
-            torch.set_num_threads(1)
-            action()
-            code = 0
-        except (InputError, OSError):
-            code = 2
-        finally:
-            os._exit(code)
+        in_child_now(action)
     if after is not None:
         time.sleep(after)
         os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_in_a_save(action: Callable[[], Any], count: int, share: float) -> bool:
+    """Run in a process that gets SIGKILL inside its so manyth save, at this share of the first save's time, or later.
+
+    Whether it was still in the save.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        whole, made = checkpoint.write_whole, 0
+
+        def writing(*given: Any) -> None:
+            nonlocal made
+            made += 1
+            os.write(write, b"b")
+            whole(*given)
+            os.write(write, b"e")
+
+        checkpoint.write_whole = writing
+        in_child_now(action)
+    os.close(write)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        first = seconds = 0.0
+        begun = 0
+        while begun < count and (event := pipe.read(1)):
+            if event == b"b":
+                begun += 1
+                first = time.perf_counter()
+            elif not seconds:
+                seconds = time.perf_counter() - first
+        time.sleep(share * (seconds or 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return begun == count and not pipe.read()
+
+
+def in_child_now(action: Callable[[], Any]) -> NoReturn:
+    """The rest of a process that was forked; exits as `in_child` says."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    code = 70
+    try:
+        torch.set_num_threads(1)
+        action()
+        code = 0
+    except (InputError, OSError):
+        code = 2
+    finally:
+        os._exit(code)
+
+
+def ranks_in_children(
+    action: Callable[[], Any],
+    count: int = 2,
+    after: float | None = None,
+    victims: Collection[int] = (),
+    number: int = signal.SIGKILL,
+    spoil: Mapping[int, Callable[[], None]] | None = None,
+    within: float = 60.0,
+) -> tuple[list[int], list[str]]:
+    """Run as so many ranks in processes of their own, of which `victims` get a signal after so many seconds.
+
+    spoil: called first in the process of a rank. Gives exit codes as on the command line (1: a RanksError), negative: a
+    signal; and the error of each rank. Fails where a rank has not ended so many seconds after the first one.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = [os.memfd_create(f"rank-{rank}") for rank in range(count)]
+    children = [_rank(action, rank, count, port, told[rank], (spoil or {}).get(rank)) for rank in range(count)]
+    codes: dict[int, int] = {}
+    if after is not None:
+        time.sleep(after)
+        for rank in victims:
+            os.kill(children[rank], number)
+    until = math.inf
+    while len(codes) < count:
+        for rank, child in enumerate(children):
+            if rank not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(ended[1])
+                until = min(until, time.monotonic() + within)
+        if time.monotonic() > until:
+            for rank, child in enumerate(children):
+                if rank not in codes:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+            raise AssertionError(f"only ranks {sorted(codes)} ended within {within:g} s")
+        time.sleep(0.01)
+    errors = [os.pread(file, 100_000, 0).decode() for file in told]
+    for file in told:
+        os.close(file)
+    return [codes[rank] for rank in range(count)], errors
+
+
+def _rank(
+    action: Callable[[], Any], rank: int, count: int, port: int, told: int, spoil: Callable[[], None] | None
+) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        if spoil is not None:
+            spoil()
+        action()
+        code = 0
+    except (InputError, OSError, RanksError) as error:
+        code = 1 if isinstance(error, RanksError) else 2
+        os.write(told, str(error).encode())
+    except BaseException as error:
+        os.write(told, repr(error).encode())
+    finally:
+        os._exit(code)
 
 
 @contextmanager
