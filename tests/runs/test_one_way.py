@@ -144,7 +144,7 @@ EXCEPTIONS = {
     "experiments/execution.py": {"finished"},
     "experiments/worker.py": {"finished"},
     "experiments/compare/ranking.py": {"cross_entropy"},  # terms of a score
-    "runs/directory.py": {"metrics", "run", "step"},  # of a checkpoint's state.json
+    "runs/directory.py": {"best", "metrics", "run", "step"},  # of a checkpoint's state.json
 }
 EARLIER = "experiments/compare/earlier.py"  # which knows what other versions wrote
 
