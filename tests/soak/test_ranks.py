@@ -87,7 +87,11 @@ def _run(command: Sequence[str], code: int | None = 0) -> str:
     return done.stderr
 
 
-def test_torchrun_trains_stops_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_trains_stops_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     write_text(tmp_path / "text")
     _run(_torchrun(tmp_path, "--preset", "demo", "--steps", "400", "--out", str(tmp_path / "whole")))
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -99,7 +103,7 @@ def test_torchrun_trains_stops_and_resumes(tmp_path: Path) -> None:
     while not metrics.is_file() or metrics.stat().st_size < 2000:
         assert launcher.poll() is None
         time.sleep(0.1)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     began = time.monotonic()
     launcher.wait(60)
     assert time.monotonic() - began < 25

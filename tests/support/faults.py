@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from sparsae.errors import InputError, RanksError
 from sparsae.evaluate.loading import load_run
@@ -169,17 +170,21 @@ def ranks_in_children(
     number: int = signal.SIGKILL,
     spoil: Mapping[int, Callable[[], None]] | None = None,
     within: float = 60.0,
+    launcher: bool = True,
 ) -> tuple[list[int], list[str]]:
     """Run as so many ranks in processes of their own, of which `victims` get a signal after so many seconds.
 
     spoil: called first in the process of a rank. Gives exit codes as on the command line (1: a RanksError), negative: a
-    signal; and the error of each rank. Fails where a rank has not ended so many seconds after the first one.
+    signal; and the error of each rank. launcher: the ranks' store is kept by none of them, as under
+    torchrun. Fails where a rank has not ended so many seconds after the first one.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if launcher else None
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": str(launcher), "TORCHELASTIC_RESTART_COUNT": "0"}
     told = [os.memfd_create(f"rank-{rank}") for rank in range(count)]
-    children = [_rank(action, rank, count, port, told[rank], (spoil or {}).get(rank)) for rank in range(count)]
+    children = [_rank(action, rank, count, port, agent, told[rank], (spoil or {}).get(rank)) for rank in range(count)]
     codes: dict[int, int] = {}
     if after is not None:
         time.sleep(after)
@@ -201,11 +206,18 @@ def ranks_in_children(
     errors = [os.pread(file, 100_000, 0).decode() for file in told]
     for file in told:
         os.close(file)
+    del store
     return [codes[rank] for rank in range(count)], errors
 
 
 def _rank(
-    action: Callable[[], Any], rank: int, count: int, port: int, told: int, spoil: Callable[[], None] | None
+    action: Callable[[], Any],
+    rank: int,
+    count: int,
+    port: int,
+    agent: dict[str, str],
+    told: int,
+    spoil: Callable[[], None] | None,
 ) -> int:
     child = os.fork()
     if child:
@@ -214,7 +226,7 @@ def _rank(
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **agent}
         torch.set_num_threads(1)
         if spoil is not None:
             spoil()
@@ -222,9 +234,9 @@ def _rank(
         code = 0
     except (InputError, OSError, RanksError) as error:
         code = 1 if isinstance(error, RanksError) else 2
-        os.write(told, str(error).encode())
+        os.pwrite(told, str(error).encode(), 0)
     except BaseException as error:
-        os.write(told, repr(error).encode())
+        os.pwrite(told, repr(error).encode(), 0)
     finally:
         os._exit(code)
 

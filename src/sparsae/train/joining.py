@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -90,7 +90,7 @@ def _say(store: Any, rank: int, count: int, error: Exception) -> None:
     # Torch has no exception of its own for a connection that breaks in a backward pass.
     is_echo = isinstance(error, RankLostError) or type(error) is RuntimeError
     said, dead = None, None
-    with suppress(dist.DistError, RuntimeError):  # the store may have gone with the rank that kept it
+    try:
         until = time.monotonic() + (_LAST_WORDS if is_echo else 0.0)
         while not store.check([_ENDED]) and dead is None and time.monotonic() < until:
             time.sleep(0.05)
@@ -98,6 +98,9 @@ def _say(store: Any, rank: int, count: int, error: Exception) -> None:
         if dead is not None and not store.check([_ENDED]):
             raise RanksError(f"rank {dead} has ended without a word (killed, or out of memory)") from error
         said = json.loads(store.compare_set(_ENDED, "", json.dumps([rank, own])))
+    except (dist.DistError, RuntimeError):
+        if is_echo:  # without a launcher that keeps the store, it goes with the first rank
+            raise RanksError("rank 0, or the launcher of the ranks, has ended before it could say why") from error
     if said is not None and said[0] != rank and said[1] != own:
         raise RanksError(f"rank {said[0]} ended: {said[1]}") from error
 
