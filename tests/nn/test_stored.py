@@ -17,6 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from sparsae import AdamW, InputError, Sparsifier, SparsifierConfig, densify, parameter_groups, sparse_layers, sparsify
 from sparsae.nn.mlp import FusedMLP
@@ -75,6 +76,31 @@ def test_shards_of_one_megabyte(tmp_path: Path) -> None:
             model.lm_head.weight += 1.0
         model.save_pretrained(tmp_path, max_shard_size=size)
         assert_same(model, hf.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_trainer_resumes_from_shards_whatever_their_size(tmp_path: Path) -> None:
+    """File by file, in any order, into a model of another topology and another number of connections."""
+    model = sparse_llama()
+    sizes = ("5KB", "9KB", "14KB", "20KB", "27KB", "33KB")
+    for size in sizes:
+        folder = tmp_path / size
+        model.save_pretrained(folder, max_shard_size=size)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        for name in sparse_layers(model):
+            assert index[f"{name}.values"] == index[f"{name}.indices"]
+        for file in set(index.values()):
+            assert set(load_file(folder / file)) == {name for name, place in index.items() if place == file}
+        assert {path.name for path in folder.glob("*.safetensors")} == set(index.values())
+        assert_same(model, hf.AutoModelForCausalLM.from_pretrained(folder))
+        torch.manual_seed(7)
+        other = sparsify(densify(copy.deepcopy(model)), 0.5, seed=3)
+        for layer in sparse_layers(other).values():
+            torch.nn.init.normal_(layer.values)
+        load_sharded_checkpoint(other, str(folder))
+        assert_same(model, other)
+        tokens = torch.arange(8)[None]
+        with torch.no_grad():
+            assert torch.equal(other.eval()(tokens).logits, model.eval()(tokens).logits)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("tied", [True, False])

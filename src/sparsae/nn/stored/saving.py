@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sparsae.errors import InputError
-from sparsae.files import parse_json, sha256_of, with_seal, write_atomically
+from sparsae.files import open_as_directory, parse_json, sha256_of, with_seal, write_atomically
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.stored import FORMAT, GUARD, METHOD
 
@@ -75,7 +77,7 @@ def _complete(folder: Path, layers: Mapping[str, SparseLinear], variant: str | N
     weights, index = _first_files(folder, variant)
     names = [weights.name]
     if index.exists():
-        names = sorted(set(parse_json(index.read_bytes(), str(index))["weight_map"].values()))
+        names = sorted(set(_with_layers_whole(folder, index, layers).values()))
     saved: set[str] = set()
     for name in names:
         with safe_open(folder / name, "pt") as opened:
@@ -95,3 +97,31 @@ def _complete(folder: Path, layers: Mapping[str, SparseLinear], variant: str | N
         {"quant_method": METHOD, "format": FORMAT, "layers": table, "files": files}
     )
     write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _with_layers_whole(folder: Path, index: Path, layers: Mapping[str, SparseLinear]) -> dict[str, str]:
+    """Where each tensor lies, once the indices of every layer lie in the file of its values.
+
+    A Trainer resumes by loading one file after the other into a model that has another topology: a layer takes its
+    values and indices over together. Files become a little larger than was asked for by it.
+    """
+    content = parse_json(index.read_bytes(), str(index))
+    where: dict[str, str] = content["weight_map"]
+    pairs = [(f"{name}.indices", f"{name}.values") for name in layers]
+    moves = {i: where[v] for i, v in pairs if i in where and v in where and where[i] != where[v]}
+    changed = {where[name] for name in moves} | set(moves.values())
+    moved: dict[str, Tensor] = {}
+    for name in moves:
+        with safe_open(folder / where[name], "pt") as opened:
+            moved[name] = opened.get_tensor(name)
+    for file in sorted(changed):
+        kept = {name: tensor for name, tensor in load_file(folder / file).items() if name not in moves}
+        kept |= {name: moved[name] for name, to in moves.items() if to == file}
+        (folder / file).unlink()
+        if kept:
+            save_file(kept, folder / file, metadata={"format": "pt"})
+            open_as_directory(folder / file)
+    if moves:
+        where |= moves
+        write_atomically(index, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return where
