@@ -213,6 +213,14 @@ def test_what_sparsae_written_is_said_to_have_taken_it_has() -> None:
         assert value == inline(value_of(written, key)), key
 
 
+def test_the_migration_page_names_settings_that_there_are() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text("utf-8")
+    sections = "|".join(Config.model_fields)
+    named = set(re.findall(rf"`((?:{sections})\.[a-z0-9_.]+)[=`]", page))
+    assert len(named) > 25
+    assert {name for name in named if name not in setting_names()} == set()
+
+
 def value_of(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
