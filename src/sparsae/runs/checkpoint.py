@@ -66,6 +66,7 @@ def write_whole(
         make_way()
         os.replace(temporary, directory)
         sync(directory.parent)
+        sync(directory.parent.parent)  # which the first checkpoint gives the name of the directory above it
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
