@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -220,7 +222,7 @@ def test_what_training_holds_is_said_by_parts(tmp_path: Path, monkeypatch: pytes
             row[f"{part}_bytes"] for part in ("parameters", "indices", "optimizer", "teacher")
         )
         assert row["peak_bytes"] > row["base_bytes"] > 0
-    # Two moments of each weight, and a count of steps: of each where weights come and go.
+    # Two moments of each weight, and a count of steps: of each where weights are dropped and grown.
     assert 0 <= dense["optimizer_bytes"] - 8 * dense["weights"] < 1000
     nnz = sparse["weights"] - (dense["weights"] - 12 * 32**2)
     assert dense["indices_bytes"] == 0 < 4 * nnz <= sparse["indices_bytes"]
@@ -342,3 +344,25 @@ def test_the_tables_of_the_performance_page_are_those_of_its_files() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "performance.py"))
     page = (ROOT / "docs" / "performance.md").read_text("utf-8")
     assert script["filled"](page, ROOT / "docs" / "results" / "performance") == page
+
+
+def test_the_script_for_gpus_knows_its_parts() -> None:
+    script = ROOT / "benchmarks" / "gpu.sh"
+    wrong = subprocess.run([str(script), "kernel"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "no part 'kernel'" in wrong.stderr
+    told = subprocess.run([str(script), "--help"], capture_output=True, text=True, check=True).stdout
+    named = re.search(r'^ALL="(.*)"$', script.read_text("utf-8"), re.MULTILINE)
+    assert named is not None
+    assert all(part in told for part in named[1].split())
+    assert not (ROOT / "runs" / "gpu").exists()
+
+
+def test_rows_are_added_to_a_file_of_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"before": 1}\n')
+    command = "bench kernels --shapes 16x16 --tokens 8 --sparsities 0.5 --units 1x1 --rounds 1 --backends reference"
+    assert main([*command.split(), "--json", str(file)]) == 0
+    before, *rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert before == {"before": 1}
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]

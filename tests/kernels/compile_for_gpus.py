@@ -43,7 +43,7 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, Any], list[tuple[dict[s
         yield blocks._sddmm.kernel, {**block, "TOKENS": blocks._TOKENS}, list(blocks._sddmm.configurations)
 
 
-# Of pointers; every other argument is a number. Values come as float32 where they are scattered, and so are gradients.
+# Of pointers; every other argument is a number. Values are float32 where they are scattered, gradients always.
 _INTEGERS = {"indices": "*i32", "starts": "*i64", "by_row": "*i32", "row_ptr": "*i64"}
 _FLOATS = ("x", "dy", "values", "weight", "gradient", "found", "bias", "y", "dx")
 

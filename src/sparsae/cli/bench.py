@@ -33,7 +33,8 @@ bench = typer.Typer()
 Several = list[str] | None
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.  (default: torch's choice)")]
 JsonFile = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the rows as JSON; - for standard output; X.jsonl: add each."),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")]
 PlotFile = Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Draw the rows as SVG.")]
@@ -94,7 +95,7 @@ def kernels(
     console = _console(json_file)
     for line in measured.left_out():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    rows = _measure(console, "Layers beside F.linear", module.COLUMNS, measured)
+    rows = _measure(console, "Layers beside F.linear", module.COLUMNS, measured, json_file)
     show(console, "Geometric means over the layers", module.MEANS, module.means(rows))
     _write(rows, json_file, plot_file, plots.kernels)
 
@@ -136,7 +137,7 @@ def step(
         *(preset, method, settings or [], shares, names, steps, decode, threads, memory), device=where, teacher=teacher
     )
     columns = module.COLUMNS if where.type == "cpu" else (*module.COLUMNS, *module.UTILIZATION)
-    rows = _measure(_console(json_file), f"Training steps of {preset}", columns, measured)
+    rows = _measure(_console(json_file), f"Training steps of {preset}", columns, measured, json_file)
     _write(rows, json_file, plot_file, plots.steps)
 
 
@@ -158,7 +159,7 @@ def memory(
     from sparsae.bench import state as module
 
     measured = module.States(preset, method, settings or [], shares, threads, _device(device))
-    rows = _measure(_console(json_file), f"What training of {preset} holds", module.COLUMNS, measured)
+    rows = _measure(_console(json_file), f"What training of {preset} holds", module.COLUMNS, measured, json_file)
     _write(rows, json_file)
 
 
@@ -190,7 +191,7 @@ def topology(
     kinds = _several("--updates", updates, ",".join(module.UPDATES), str)
     measured = module.Updates(sizes, shares, block, kinds, backend, tokens, moved, rounds, threads or _torch_threads())
     console = _console(json_file)
-    rows = _measure(console, "Topology updates, ms by part", module.COLUMNS, measured)
+    rows = _measure(console, "Topology updates, ms by part", module.COLUMNS, measured, json_file)
     show(console, "Growth of the time with nnz (1: linear)", module.SLOPES, module.slopes(rows))
     _write(rows, json_file, plot_file, plots.topology)
 
@@ -209,11 +210,13 @@ def roofline(
     from sparsae.bench import roofline as module
 
     measured = module.Roofline(given or sorted({1, _torch_threads()}), seconds)
-    rows = _measure(_console(json_file), "Roofline", module.COLUMNS, measured)
+    rows = _measure(_console(json_file), "Roofline", module.COLUMNS, measured, json_file)
     _write(rows, json_file, plot_file, plots.roofline)
 
 
-def _measure(console: Console, title: str, columns: Sequence[Column], measured: _Measurement) -> list[Row]:
+def _measure(
+    console: Console, title: str, columns: Sequence[Column], measured: _Measurement, json_file: str | None
+) -> list[Row]:
     from sparsae.bench.rows import Sheet
 
     rows: list[Row] = []
@@ -221,7 +224,15 @@ def _measure(console: Console, title: str, columns: Sequence[Column], measured: 
         for case in measured.measure():
             sheet.add(case)
             rows += case
+            if _adds(json_file):
+                with Path(str(json_file)).open("a", encoding="utf-8") as file:
+                    file.writelines(to_json(row) + "\n" for row in case)
     return rows
+
+
+def _adds(json_file: str | None) -> bool:
+    """Whether rows are added to a file one by one, as they are measured, so that a measurement may be cut short."""
+    return json_file is not None and json_file.endswith(".jsonl")
 
 
 def _console(json_file: str | None) -> Console:
@@ -245,7 +256,7 @@ def _write(
 ) -> None:
     if json_file == "-":
         sys.stdout.write(to_json(rows, indent=1) + "\n")
-    elif json_file is not None:
+    elif json_file is not None and not _adds(json_file):
         write_atomically(Path(json_file), to_json(rows, indent=1) + "\n")
     if plot_file is not None and draw is not None:
         write_atomically(Path(plot_file), draw(rows))

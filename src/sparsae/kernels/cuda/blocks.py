@@ -195,11 +195,8 @@ def _gradient(
 
 
 # Index, then block: a load that waits for another takes two stages for one tile ahead, and four for two.
-_BY_TOKENS = [
-    *(({"TOKENS": 128}, 8, 4), ({"TOKENS": 64}, 4, 4), ({"TOKENS": 64}, 4, 6), ({"TOKENS": 128}, 4, 4)),
-    *(({"TOKENS": 128}, 4, 6), ({"TOKENS": 128}, 8, 6), ({"TOKENS": 256}, 8, 4)),
-]
+_BY_TOKENS = [({"TOKENS": 128}, 8, 4), ({"TOKENS": 128}, 4, 6), ({"TOKENS": 64}, 4, 4), ({"TOKENS": 256}, 8, 4)]
 _KEY = ["case", "out_features", "in_features", "B_OUT", "B_IN"]
 _spmm = Tuned(_forward, _BY_TOKENS, _KEY)
 _spmm_t = Tuned(_backward, _BY_TOKENS, _KEY)
-_sddmm = Tuned(_gradient, [({}, warps, stages) for warps in (4, 8) for stages in (2, 3, 4)], _KEY)
+_sddmm = Tuned(_gradient, [({}, 4, 3), ({}, 8, 3), ({}, 8, 4)], _KEY)
