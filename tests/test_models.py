@@ -183,7 +183,7 @@ def test_the_configuration_says_what_was_asked(config: ModelConfig) -> None:
     assert (settings.vocab_size, settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (
         VOCAB, EOS, EOS, None,
     )  # fmt: skip
-    assert settings._attn_implementation == "sdpa"
+    assert settings._attn_implementation == "sparsae"
     assert settings.max_position_embeddings == config.context
     assert settings.tie_word_embeddings == config.tie_embeddings
     shapes = layer_shapes(linear_layers(model))

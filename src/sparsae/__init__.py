@@ -75,6 +75,8 @@ __version__ = "0.1.0"
 
 # `from_pretrained` then knows what `save_pretrained` writes of a sparse model.
 when_imported("transformers.modeling_utils", "sparsae.nn.stored.plug")
+# And knows the attention of the native kernels by its name.
+when_imported("transformers.modeling_utils", "sparsae.nn.attention")
 
 _HOMES = {
     "AdamW": "sparsae.optim",

@@ -47,7 +47,7 @@ def build_model(
 
     with quiet_import(), torch.device(device):
         settings = transformers_config(config, size, eos_id)
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sparsae")
     model.tie_weights()  # which transformers 5.0 leaves out on the meta device
     return model
 

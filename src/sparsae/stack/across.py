@@ -41,7 +41,7 @@ ATTENTION = "sparsae_stacked"
 
 
 def register_attention() -> None:
-    """Make `ATTENTION` known to transformers: its own scaled dot product, with the runs folded into the batch."""
+    """Make `ATTENTION` known to transformers: that of a single run, with the runs folded into the batch."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attention)
@@ -56,9 +56,9 @@ def _attention(
 
 
 def _folded(module: nn.Module, settings: dict[str, Any], *qkv_RBHTD: Tensor) -> Tensor:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from sparsae.nn.attention import attention_forward
 
     runs = qkv_RBHTD[0].shape[0]
     query, key, value = (t.flatten(0, 1) for t in qkv_RBHTD)
-    folded, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
+    folded, _ = attention_forward(module, query, key, value, None, **settings)
     return folded.unflatten(0, (runs, -1))

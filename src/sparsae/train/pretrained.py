@@ -112,7 +112,7 @@ def read_model(path: Path, option: str = "") -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+            path, dtype=torch.float32, local_files_only=True, attn_implementation="sparsae"
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{option}{path}: cannot be read: {str(error).splitlines()[0]}") from None

@@ -14,11 +14,15 @@ from pathlib import Path
 import torch
 
 from sparsae.kernels.backend import Layout
+from sparsae.kernels.cpu import library
 
 # Densities of float32 layers at which both take about the same time, for single weights and for blocks.
 UNSTRUCTURED, BLOCKS = 0.4, 0.6
 # Densities of MLPs at which computing the hidden layer again takes as long as bringing it back from memory.
 MLP, GATED_MLP = 0.2, 0.07
+# By instruction set: tokens from which attention takes less time than torch's, with heads of up to ATTENTION_SIZE. The
+# others were not measured.
+ATTENTION, ATTENTION_SIZE = {"avx512": 128, "avx2": 128}, 128
 
 
 def pays(layout: Layout, dtype: torch.dtype) -> bool:
@@ -33,6 +37,12 @@ def fusing_pays(layouts: Sequence[Layout]) -> bool:
     active = sum(layout.indices.numel() * layout.unit[0] * layout.unit[1] for layout in layouts)
     weights = sum(layout.shape[0] * layout.shape[1] for layout in layouts)
     return active <= (GATED_MLP if len(layouts) > 2 else MLP) * weights
+
+
+def attention_pays(tokens: int, size: int) -> bool:
+    """Whether causal attention over whole sequences takes less time than torch's, with and without gradients."""
+    least = None if library.absence() else ATTENTION.get(library.isa())
+    return least is not None and tokens >= least and size <= ATTENTION_SIZE
 
 
 @cache

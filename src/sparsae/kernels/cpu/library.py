@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 # What the library must answer: see sparsae_interface in csrc/api.cpp.
-INTERFACE = 1
+INTERFACE = 2
 LIBRARY = Path(__file__).parent / "_native.so"
 
 
@@ -32,6 +32,24 @@ class Mlp(ctypes.Structure):
     _fields_ = (
         *((name, Problem) for name in ("up", "gate", "down")),
         *((name, ctypes.c_int32) for name in ("activation", "gated")),
+    )
+
+
+class Heads(ctypes.Structure):
+    """`Heads` of csrc/problem.hpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token")))
+
+
+class Attention(ctypes.Structure):
+    """`Attention` of csrc/problem.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "tokens", "size")),
+        *((name, Heads) for name in ("q", "k", "v", "y", "dy", "dq", "dk", "dv")),
+        ("logsum", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
     )
 
 
@@ -61,10 +79,14 @@ def _load() -> ctypes.CDLL | str:
     stale = "the native kernels were compiled from other sources than this Python code (install sparsae again)"
     if not hasattr(library, "sparsae_interface") or library.sparsae_interface() != INTERFACE:
         return stale
-    library.sparsae_mlp_size.restype = ctypes.c_int64
-    sizes = library.sparsae_problem_size(), library.sparsae_mlp_size()
-    if sizes != (ctypes.sizeof(Problem), ctypes.sizeof(Mlp)):
-        return stale
+    for size, structure in (
+        (library.sparsae_problem_size, Problem),
+        (library.sparsae_mlp_size, Mlp),
+        (library.sparsae_attention_size, Attention),
+    ):
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(structure):
+            return stale
     library.sparsae_multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.sparsae_multiply_add.restype = ctypes.c_double
     library.sparsae_triad.argtypes = [*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int]

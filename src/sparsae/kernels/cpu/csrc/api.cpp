@@ -180,11 +180,12 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
 }
 
 // What both sides must agree on. This counts up whenever what a function reads or writes changes its meaning.
-SPARSAE_EXPORT int sparsae_interface() { return 1; }
+SPARSAE_EXPORT int sparsae_interface() { return 2; }
 
 // Bytes of the argument structures.
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
 SPARSAE_EXPORT std::int64_t sparsae_mlp_size() { return sizeof(sparsae::Mlp); }
+SPARSAE_EXPORT std::int64_t sparsae_attention_size() { return sizeof(sparsae::Attention); }
 
 // Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr, with columns null no row order, with
 // source null none of that.
@@ -227,6 +228,20 @@ SPARSAE_EXPORT int sparsae_mlp_backward(const sparsae::Mlp* mlp) try {
     const sparsae::Problem& up = mlp->up;
     sparsae::use_huge_pages(up.dx, up.tokens * up.in * up.element_size());
     sparsae::selected()->mlp_backward(*mlp);
+    return sparsae::OK;
+} catch (const std::bad_alloc&) {
+    return sparsae::NO_MEMORY;
+}
+
+SPARSAE_EXPORT int sparsae_attention_forward(const sparsae::Attention* attention) try {
+    sparsae::selected()->attention_forward(*attention);
+    return sparsae::OK;
+} catch (const std::bad_alloc&) {
+    return sparsae::NO_MEMORY;
+}
+
+SPARSAE_EXPORT int sparsae_attention_backward(const sparsae::Attention* attention) try {
+    sparsae::selected()->attention_backward(*attention);
     return sparsae::OK;
 } catch (const std::bad_alloc&) {
     return sparsae::NO_MEMORY;

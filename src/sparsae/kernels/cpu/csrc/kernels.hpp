@@ -148,4 +148,5 @@ inline void backward(const Problem& p) {
 
 }  // namespace SPARSAE_ISA
 
+#include "attention.hpp"
 #include "mlp.hpp"

@@ -51,12 +51,33 @@ struct Mlp {
     std::int32_t gated;       // else `gate` is not read
 };
 
+// Float32 of all heads: element (b, h, t, f) lies at data + b * batch + h * head + t * token + f.
+struct Heads {
+    float* data;
+    std::int64_t batch, head, token;
+
+    float* head_of(std::int64_t b, std::int64_t h) const { return data + b * batch + h * head; }
+};
+
+// Causal attention over whole sequences: y = softmax(scale q k^T) v, each query with the keys up to its own. `heads` heads of
+// queries share `kv_heads` heads of keys and values, as many in a row as go into it. Forward writes y and logsum (batch,
+// heads, tokens), the logarithm of the sum of each row's exponentials; backward reads them and dy, and writes dq, dk and dv.
+struct Attention {
+    std::int64_t batch, heads, kv_heads, tokens, size;
+    Heads q, k, v, y, dy, dq, dk, dv;
+    float* logsum;
+    float scale;
+    std::int32_t threads;
+};
+
 struct Kernels {
     const char* name;
     void (*forward)(const Problem&);
     void (*backward)(const Problem&);
     void (*mlp_forward)(const Mlp&);
     void (*mlp_backward)(const Mlp&);
+    void (*attention_forward)(const Attention&);
+    void (*attention_backward)(const Attention&);
     double (*multiply_add)(std::int64_t rounds, int threads);
     void (*triad)(float* a, const float* b, const float* c, std::int64_t n, int threads);
 };

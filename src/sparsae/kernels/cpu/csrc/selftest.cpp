@@ -22,6 +22,8 @@ extern "C" int sparsae_forward(const sparsae::Problem*);
 extern "C" int sparsae_backward(const sparsae::Problem*);
 extern "C" int sparsae_mlp_forward(const sparsae::Mlp*);
 extern "C" int sparsae_mlp_backward(const sparsae::Mlp*);
+extern "C" int sparsae_attention_forward(const sparsae::Attention*);
+extern "C" int sparsae_attention_backward(const sparsae::Attention*);
 
 namespace {
 
@@ -260,6 +262,53 @@ void check_mlp(std::int64_t in, std::int64_t hidden, std::int64_t out, std::int6
     compare("mlp down", down.dvalues, down.at_units(m.down, d_down), 1000);
 }
 
+// Attention and its gradients against whole matrices of probabilities in float64. q, y and their gradients lie token by token,
+// keys and values head by head.
+void check_attention(std::int64_t batch, std::int64_t kv_heads, std::int64_t group, std::int64_t tokens, std::int64_t size,
+                     int threads) {
+    sparsae::Attention p{};
+    const std::int64_t heads = kv_heads * group;
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.tokens = tokens, p.size = size;
+    p.scale = 0.7f, p.threads = threads;
+    const std::size_t n = batch * heads * tokens * size, m = batch * kv_heads * tokens * size;
+    auto q = random_floats(n), k = random_floats(m), v = random_floats(m), dy = random_floats(n);
+    std::vector<float> y(n), dq(n), dk(m), dv(m), logsum(batch * heads * tokens);
+    const auto by_token = [&](std::vector<float>& t) { return sparsae::Heads{t.data(), tokens * heads * size, size, heads * size}; };
+    const auto by_head = [&](std::vector<float>& t) {
+        return sparsae::Heads{t.data(), kv_heads * tokens * size, tokens * size, size};
+    };
+    p.q = by_token(q), p.y = by_token(y), p.dy = by_token(dy), p.dq = by_token(dq), p.logsum = logsum.data();
+    p.k = by_head(k), p.v = by_head(v), p.dk = by_head(dk), p.dv = by_head(dv);
+    if (sparsae_attention_forward(&p) != 0 || sparsae_attention_backward(&p) != 0) failures++;
+    std::vector<double> exact_y(n), exact_dq(n), exact_dk(m), exact_dv(m), s(tokens), ds(tokens);
+    for (std::int64_t b = 0; b < batch; b++)
+        for (std::int64_t h = 0; h < heads; h++)
+            for (std::int64_t i = 0; i < tokens; i++) {
+                const std::int64_t row = ((b * tokens + i) * heads + h) * size, of = (b * kv_heads + h / group) * tokens * size;
+                double sum = 0, inner = 0;
+                for (std::int64_t j = 0; j <= i; j++) {
+                    s[j] = ds[j] = 0;
+                    for (std::int64_t f = 0; f < size; f++) {
+                        s[j] += double{p.scale} * q[row + f] * k[of + j * size + f];
+                        ds[j] += double{dy[row + f]} * v[of + j * size + f];
+                    }
+                    sum += s[j] = std::exp(s[j]);
+                }
+                for (std::int64_t j = 0; j <= i; j++) inner += (s[j] /= sum) * ds[j];
+                for (std::int64_t j = 0; j <= i; j++)
+                    for (std::int64_t f = 0; f < size; f++) {
+                        const double d = p.scale * s[j] * (ds[j] - inner);
+                        exact_y[row + f] += s[j] * v[of + j * size + f];
+                        exact_dq[row + f] += d * k[of + j * size + f];
+                        exact_dk[of + j * size + f] += d * q[row + f];
+                        exact_dv[of + j * size + f] += s[j] * dy[row + f];
+                    }
+            }
+    const auto terms = static_cast<double>(tokens * group * size);
+    compare("attention y", y, exact_y, terms), compare("attention dq", dq, exact_dq, terms);
+    compare("attention dk", dk, exact_dk, terms), compare("attention dv", dv, exact_dv, terms);
+}
+
 // bfloat16 results are rounded to nearest even, infinities stay and NaN stays NaN: y is one product each.
 void check_rounding() {
     constexpr int rows = 32, tokens = 64;
@@ -338,6 +387,9 @@ int main() {
                     check_mlp(8, 24, 12, 4, tokens, gated, threads);
                     check_mlp(9, 15, 6, 3, tokens, gated, threads);
                 }
+        for (const std::int64_t tokens : {0, 1, 5, 64, 65, 130, 300})
+            for (const std::int64_t size : {1, 7, 16, 48, 80})
+                for (const int threads : {1, 2}) check_attention(1, 2, threads, tokens, size, threads);
         check_rounding();
         std::printf("%s: %d failures\n", isa, failures);
     }

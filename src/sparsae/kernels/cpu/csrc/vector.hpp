@@ -44,6 +44,7 @@ typedef float32x4_t Vec;
 SPARSAE_INLINE Vec load(const float* p) { return vld1q_f32(p); }
 SPARSAE_INLINE void store(float* p, Vec v) { vst1q_f32(p, v); }
 SPARSAE_INLINE Vec fma(float w, Vec x, Vec a) { return vfmaq_n_f32(a, x, w); }
+SPARSAE_INLINE Vec larger_lanes(Vec a, Vec b) { return vmaxq_f32(a, b); }
 
 #elif defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
 
@@ -54,6 +55,7 @@ SPARSAE_INLINE Vec load(const float* p) { return *reinterpret_cast<const Unalign
 SPARSAE_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 SPARSAE_INLINE Vec fma(float w, Vec x, Vec a) { return w * x + a; }
 SPARSAE_INLINE Vec fma(Vec w, Vec x, Vec a) { return w * x + a; }
+SPARSAE_INLINE Vec larger_lanes(Vec a, Vec b) { return a > b ? a : b; }
 
 template <class Pattern, std::size_t... J>
 SPARSAE_INLINE Vec shuffle(Vec a, Vec b, std::index_sequence<J...>) {
@@ -88,6 +90,11 @@ SPARSAE_INLINE Vec fma(float w, const Vec& x, const Vec& a) {
     return v;
 }
 SPARSAE_INLINE Vec fma(const Vec& w, const Vec& x, const Vec& a) { return w * x + a; }
+SPARSAE_INLINE Vec larger_lanes(const Vec& a, const Vec& b) {
+    Vec v;
+    for (int j = 0; j < LANES; j++) v.lane[j] = a.lane[j] > b.lane[j] ? a.lane[j] : b.lane[j];
+    return v;
+}
 
 template <class Pattern, std::size_t... J>
 SPARSAE_INLINE Vec shuffle(const Vec& a, const Vec& b, std::index_sequence<J...>) {
