@@ -104,7 +104,10 @@ STEP = ("loss", "cross_entropy", "distillation", "gradient_norm", "nnz")
 VALIDATION = ("loss", "teacher_loss")
 UPDATE = ("nnz", "swaps", "accepted")
 # Methods that had another name in commits without the file.
-EARLIER_METHODS = {("sparsae/config/methods/random-search.yaml", "random-search"): "random_search"}
+EARLIER_METHODS = {
+    ("sparsae/config/methods/random-search.yaml", "random-search"): "random_search",
+    ("sparsae/config/methods/sparsae-guided.yaml", "sparsae-guided"): "sparsae",
+}
 Columns = dict[str, list[Any]]
 
 
@@ -224,7 +227,7 @@ def train(cases: Sequence[str], source: Path, text: Path, out: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
-        raise SystemExit(f"with {source}:\n{done.stdout}{done.stderr}")
+        raise SystemExit("\n".join([f"with {source}:", *done.stderr.splitlines()[-20:]]))
 
 
 @contextmanager
