@@ -1,4 +1,4 @@
-"""A run goes on with other settings only where each is allowed by its name, and says so."""
+"""A run continues with other settings only where each is allowed by its name, and says so."""
 
 from __future__ import annotations
 
