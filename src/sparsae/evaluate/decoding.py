@@ -2,7 +2,8 @@
 
 A token through a small sparse model is so little arithmetic that transformers' own path spends most of its time between
 the products. `FastDecoder` walks the blocks of a family itself, with a key-value cache that never moves and products
-that were prepared once; `ModelDecoder` serves everything else.
+that were prepared once, all blocks in one call where one backend has every weight of them; `ModelDecoder` serves
+everything else.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsae.families import FAMILIES, Family
+from sparsae.kernels.backend import TokenBlock, TokenNorm, TokenShape, Weight
 from sparsae.kernels.registry import BACKENDS
 from sparsae.models import attention_modules, decoder_and_head
 from sparsae.nn.linear import SparseLinear
-from sparsae.nn.mlp import FusedMLP, hooked
+from sparsae.nn.mlp import FusedMLP, hooked, kernel_of
 
 _Function = Callable[[Tensor], Tensor]
 
@@ -88,6 +90,7 @@ class FastDecoder(Decoder):
         # None where a version of transformers has no scaling: it multiplies by torch's own, 1 / sqrt(head size).
         self._scales = [getattr(attention, "scaling", None) for attention in attention_modules(model)]
         self._head = product(decoder_and_head(model)[1])
+        self._at_once = _at_once(blocks, self._scales, self._cache)
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
@@ -104,8 +107,11 @@ class FastDecoder(Decoder):
         position = self._length
         self._length += 1
         x = self._blocks.embed(token, position)  # (1, width)
-        for layer in range(len(self._blocks)):
-            x = self._blocks.block(layer, x, position, self._attend)
+        if self._at_once is not None:
+            x = self._at_once(x, position)
+        else:
+            for layer in range(len(self._blocks)):
+                x = self._blocks.block(layer, x, position, self._attend)
         return self._head(self._blocks.norm(x))[0].clone()
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -146,17 +152,23 @@ class _Blocks:
         attention = getattr(blocks[0], family.attention)
         self.heads, self.head_size = config.num_attention_heads, attention.head_dim
         self.kv_heads = getattr(config, "num_key_value_heads", self.heads)
+        self.family, self.modules = family, list(blocks)
         self._sizes = [size * self.head_size for size in (self.heads, self.kv_heads, self.kv_heads)]
         self._tokens = model.get_input_embeddings().weight
         self._positions = None if family.positions is None else model.get_submodule(family.positions).weight
         if self._positions is None:
             cos, sin = model.base_model.rotary_emb(self._tokens, torch.arange(context, device="cpu")[None])
-            self._cos, self._sin = cos[0], sin[0]  # (context, head size)
+            self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()  # (context, head size)
         self.norm = _norm(model.get_submodule(family.final_norm))
         self._blocks = [_block(block, family) for block in blocks]
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def shape(self, context: int) -> TokenShape:
+        """What all blocks share."""
+        rotary = (None, None) if self._positions is not None else (self._cos, self._sin)
+        return TokenShape(self._tokens.shape[1], self.heads, self.kv_heads, self.head_size, context, *rotary)
 
     def embed(self, token: int, position: int) -> Tensor:
         """(1, width) of a token, before the first block."""
@@ -201,6 +213,56 @@ def _block(block: nn.Module, family: Family) -> _Block:
         getattr(mlp, family.activation),
         product(getattr(mlp, family.down)),
     )
+
+
+def _at_once(blocks: _Blocks, scales: Sequence[float | None], cache: Tensor) -> Callable[[Tensor, int], Tensor] | None:
+    """All blocks in one call, by the backend that has every weight of them; None where there is none."""
+    given = [
+        _token_block(module, blocks.family, blocks.head_size**-0.5 if scale is None else scale)
+        for module, scale in zip(blocks.modules, scales, strict=True)
+    ]
+    whole = [block for block in given if block is not None]
+    names = {layer.kernel for module in blocks.modules for layer in module.modules() if isinstance(layer, SparseLinear)}
+    if len(whole) < len(given) or len(names) != 1:
+        return None
+    backend = BACKENDS[names.pop()]
+    if any(backend.token_refusal(w.layout, w.values.dtype) for block in whole for w in block.weights):
+        return None
+    return backend.token_blocks(whole, blocks.shape(cache.shape[4]), cache)
+
+
+def _token_block(block: nn.Module, family: Family, scale: float) -> TokenBlock | None:
+    """A block as a backend gets it; None where one of its layers is dense, or its activation is none that is known."""
+    attention, mlp = getattr(block, family.attention), getattr(block, family.mlp)
+    names = [*((attention, name) for name in (*family.projections, family.output))]
+    names += [(mlp, name) for name in (family.up, family.down, *([family.gate] if family.gate else []))]
+    layers = [getattr(module, name) for module, name in names]
+    activation = kernel_of(getattr(mlp, family.activation))
+    if activation is None or not all(isinstance(layer, SparseLinear) for layer in layers):
+        return None
+    weights = [Weight(layer.values.detach(), layer.bias, layer.layout) for layer in layers]
+    *projections, output = weights[: len(family.projections) + 1]
+    up, down, *gate = weights[len(family.projections) + 1 :]
+    norm_1, norm_2 = (_token_norm(getattr(block, name)) for name in family.norms)
+    heads = [_token_norm(getattr(attention, name)) for name in family.head_norms or ()]
+    return TokenBlock(
+        norm_1,
+        projections,
+        (heads[0], heads[1]) if heads else None,
+        scale,
+        output,
+        norm_2,
+        up,
+        gate[0] if gate else None,
+        down,
+        activation,
+    )
+
+
+def _token_norm(norm: Any) -> TokenNorm:
+    if isinstance(norm, nn.LayerNorm):
+        return TokenNorm(norm.weight, norm.bias, norm.eps, centered=True)
+    return TokenNorm(norm.weight, None, norm.variance_epsilon, centered=False)
 
 
 def product(layer: nn.Module) -> _Function:

@@ -7,7 +7,7 @@ Everything numerical in a sparse layer is one of three products; X is (tokens, i
     sddmm(dY, X, layout)       -> the gradient at any set of units: the active ones, or a sampled few
 
 A backend may have two more, and says why where it has not: a whole MLP at once (`mlp_refusal`), and a product that is
-prepared once for many single tokens (`token_refusal`).
+prepared once for many single tokens (`token_refusal`), with which may come all blocks of a decoder at once.
 """
 
 from __future__ import annotations
@@ -65,6 +65,51 @@ class Weight(NamedTuple):
     values: Tensor
     bias: Tensor | None
     layout: Layout
+
+
+class TokenNorm(NamedTuple):
+    """A layer norm, or where not centered one by the root of the mean square; scale and bias: (features,)."""
+
+    scale: Tensor
+    bias: Tensor | None
+    epsilon: float
+    centered: bool
+
+
+class TokenBlock(NamedTuple):
+    """A block of a decoder: x + output(attention(norm_1(x))), then that + mlp(norm_2(that)).
+
+    projections: of queries, keys and values, or one that gives all three in this order. head_norms: of each head's
+    queries and keys. scale: of queries times keys.
+    """
+
+    norm_1: TokenNorm
+    projections: Sequence[Weight]
+    head_norms: tuple[TokenNorm, TokenNorm] | None
+    scale: float
+    output: Weight
+    norm_2: TokenNorm
+    up: Weight
+    gate: Weight | None
+    down: Weight
+    activation: str
+
+    @property
+    def weights(self) -> list[Weight]:
+        """All of them."""
+        return [*self.projections, self.output, self.up, self.down, *([] if self.gate is None else [self.gate])]
+
+
+class TokenShape(NamedTuple):
+    """What all blocks share. cos and sin: (context, head_size) of rotary positions, or None."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    context: int
+    cos: Tensor | None
+    sin: Tensor | None
 
 
 class MlpGradients(NamedTuple):
@@ -161,6 +206,16 @@ class Backend(ABC):
     def token_product(self, values: Tensor, layout: Layout, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """`spmm` of x (1, in), for as long as these tensors stay as they are; may return one buffer each time."""
         raise NotImplementedError(self.name)
+
+    def token_blocks(
+        self, blocks: Sequence[TokenBlock], shape: TokenShape, cache: Tensor
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        """All blocks of a decoder for single tokens at once, or None where this backend has no such thing.
+
+        Called with x (1, width) and a position, it gives what the last block does, in one buffer each time. cache:
+        (layer, 2, 1, kv head, position, head size), keys and values.
+        """
+        return None
 
     def limits(self, device: torch.device) -> Limits | str:
         """What a device does at most, or why this backend cannot tell."""

@@ -54,7 +54,7 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""
         layers: list[Any] = [self._modules[name] for name in self._names]
-        activation = _kernel_of(self._modules[self._activation])
+        activation = kernel_of(self._modules[self._activation])
         if activation is None or not self._fuses(layers, x, activation):
             return self.original(x)
         if torch.compiler.is_compiling():
@@ -101,7 +101,7 @@ def hooked(module: nn.Module) -> bool:
     return any(own) or "forward" in vars(module) or bool(_has_any_global_hook())
 
 
-def _kernel_of(activation: nn.Module | None) -> str | None:
+def kernel_of(activation: nn.Module | None) -> str | None:
     """The kernels' name of an activation; None for one that they do not know."""
     if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
@@ -113,7 +113,7 @@ def recognized(module: nn.Module) -> bool:
     family = _family_of(module)
     return (
         family is not None
-        and _kernel_of(getattr(module, family.activation)) is not None
+        and kernel_of(getattr(module, family.activation)) is not None
         and all(isinstance(getattr(module, layer), SparseLinear) for layer in family.mlp_layers)
     )
 

@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 from sparsae.core.topology import Topology
-from sparsae.kernels.backend import Backend, Gradients, Layout, Limits, MlpGradients, Needs, Weight
+from sparsae.kernels.backend import (
+    Backend,
+    Gradients,
+    Layout,
+    Limits,
+    MlpGradients,
+    Needs,
+    TokenBlock,
+    TokenShape,
+    Weight,
+)
 from sparsae.kernels.cpu import breakeven, native, roofline
+from sparsae.kernels.cpu.token import Blocks
 from sparsae.kernels.reference import Reference
 
 
@@ -46,7 +57,7 @@ class Cpu(Backend):
         if not is_native(x_TI.dtype):
             return self._dense.spmm(values, layout, x_TI, bias)
         bias = None if bias is None else bias.float().contiguous()
-        return native.forward(values.float().contiguous(), layout, _index(layout), x_TI, bias)
+        return native.forward(values.float().contiguous(), layout, native.index_of(layout), x_TI, bias)
 
     def spmm_t(self, values: Tensor, layout: Layout, dy_TO: Tensor) -> Tensor:
         dx_TI = self.backward(values, layout, dy_TO, dy_TO, Needs(x=True, values=False, bias=False)).x
@@ -101,7 +112,12 @@ class Cpu(Backend):
         return None if dtype == torch.float32 else "it multiplies single tokens in float32"
 
     def token_product(self, values: Tensor, layout: Layout, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return native.Product(values, layout, _index(layout), bias)
+        return native.Product(values, layout, native.index_of(layout), bias)
+
+    def token_blocks(
+        self, blocks: Sequence[TokenBlock], shape: TokenShape, cache: Tensor
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        return Blocks(blocks, shape, cache)
 
     def limits(self, device: torch.device) -> Limits | str:
         if device.type != "cpu":
@@ -120,7 +136,3 @@ def is_native(dtype: torch.dtype) -> bool:
 def _in_float32(weight: Weight) -> Weight:
     bias = None if weight.bias is None else weight.bias.float().contiguous()
     return Weight(weight.values.float().contiguous(), bias, weight.layout)
-
-
-def _index(layout: Layout) -> native.Index:
-    return native.Index(*layout.derived) if layout.derived else native.make_index(layout)

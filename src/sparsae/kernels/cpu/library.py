@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 # What the library must answer: see sparsae_interface in csrc/api.cpp.
-INTERFACE = 2
+INTERFACE = 3
 LIBRARY = Path(__file__).parent / "_native.so"
 
 
@@ -53,6 +53,46 @@ class Attention(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    """`Norm` of csrc/problem.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scale", "bias")),
+        ("epsilon", ctypes.c_float),
+        ("centered", ctypes.c_int32),
+    )
+
+
+class TokenBlock(ctypes.Structure):
+    """`TokenBlock` of csrc/problem.hpp."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("norm_1", "norm_2", "query_norm", "key_norm")),
+        ("projections", Problem * 3),
+        *((name, Problem) for name in ("output", "up", "gate", "down")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("projection_count", "activation", "gated")),
+    )
+
+
+class Token(ctypes.Structure):
+    """`Token` of csrc/problem.hpp."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("count", "width", "heads", "kv_heads", "head_size", "context", "position")
+        ),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "normed", "added", "projected", "attended", "hidden", "gate", "scores")
+        ),
+    )
+
+
 def library() -> ctypes.CDLL:
     """The library. Raises RuntimeError where there is none."""
     found = _load()
@@ -79,13 +119,14 @@ def _load() -> ctypes.CDLL | str:
     stale = "the native kernels were compiled from other sources than this Python code (install sparsae again)"
     if not hasattr(library, "sparsae_interface") or library.sparsae_interface() != INTERFACE:
         return stale
-    for size, structure in (
-        (library.sparsae_problem_size, Problem),
-        (library.sparsae_mlp_size, Mlp),
-        (library.sparsae_attention_size, Attention),
+    for size, structures in (
+        (library.sparsae_problem_size, (Problem,)),
+        (library.sparsae_mlp_size, (Mlp,)),
+        (library.sparsae_attention_size, (Attention,)),
+        (library.sparsae_token_size, (Token, TokenBlock)),
     ):
         size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(structure):
+        if size() != sum(map(ctypes.sizeof, structures)):
             return stale
     library.sparsae_multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.sparsae_multiply_add.restype = ctypes.c_double

@@ -56,6 +56,11 @@ def make_index(layout: Layout) -> Index:
     return index
 
 
+def index_of(layout: Layout) -> Index:
+    """The structures that a layout has, or new ones."""
+    return Index(*layout.derived) if layout.derived else make_index(layout)
+
+
 def point_columns(layout: Layout) -> Tensor:
     """Only where each grid column starts. Raises ValueError for indices out of range or order."""
     col_ptr = _empty(layout.shape[1] // layout.unit[1] + 1, dtype=torch.int32)
@@ -84,22 +89,22 @@ class Product:
     def __init__(self, values: Tensor, layout: Layout, index: Index, bias: Tensor | None) -> None:
         self._shape = torch.Size((1, layout.shape[1]))
         self._y = _empty(1, layout.shape[0]).zero_()
-        self._problem = _whole_problem(values, layout, index, bias, _empty(*self._shape))
-        self._problem.y = _pointer(self._y)
+        self.problem = _whole_problem(values, layout, index, bias, _empty(*self._shape))
+        self.problem.y = _pointer(self._y)
         # Kept alive as long as their addresses are used.
         self._keeps = [values, layout, index, bias]
         if layout.unit == (1, 1) and _column_dtype(layout) == torch.int16:
             rows = _row_order(values, layout)
-            self._problem.row_ptr, self._problem.columns, self._problem.row_values = map(_pointer, rows)
+            self.problem.row_ptr, self.problem.columns, self.problem.row_values = map(_pointer, rows)
             self._keeps.append(rows)
         # One token takes microseconds: what is the same for all is looked up once.
-        self._forward, self._argument = library().sparsae_forward, ctypes.byref(self._problem)
+        self._forward, self._argument = library().sparsae_forward, ctypes.byref(self.problem)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self._shape or x.dtype is not torch.float32 or not x.is_cpu:
             raise ValueError(f"x is {x.dtype} {tuple(x.shape)} on {x.device}, not float32 {tuple(self._shape)} on cpu")
         x = x.contiguous()
-        self._problem.x = x.data_ptr()
+        self.problem.x = x.data_ptr()
         if self._forward(self._argument):
             raise _no_memory()
         return self._y

@@ -150,3 +150,4 @@ inline void backward(const Problem& p) {
 
 #include "attention.hpp"
 #include "mlp.hpp"
+#include "token.hpp"

@@ -70,6 +70,36 @@ struct Attention {
     std::int32_t threads;
 };
 
+// x to (x - m) scale / sqrt(mean square of that + epsilon) + bias, where m is the mean if centered, else 0.
+struct Norm {
+    const float* scale;  // null: no norm
+    const float* bias;   // or null
+    float epsilon;
+    std::int32_t centered;
+};
+
+// A block of a decoder: x + attention(norm_1(x)), then that + mlp(norm_2(that)). Problems are of one token of float32, with
+// x and y in the buffers of `Token`. keys and values: (kv_heads, context, head_size), those of the tokens before.
+struct TokenBlock {
+    Norm norm_1, norm_2, query_norm, key_norm;
+    Problem projections[3], output, up, gate, down;
+    float* keys;
+    float* values;
+    float scale;  // of queries times keys
+    std::int32_t projection_count;  // 1 where one gives queries, keys and values
+    std::int32_t activation, gated;
+};
+
+// One token at a position. x: (width,), before the first block and after the last. The rest are buffers: normed and added
+// (width,), projected ((heads + 2 kv_heads) head_size,), attended (heads head_size,), hidden and gate (hidden features,),
+// scores (heads, context). cos and sin: (context, head_size), or null where positions are not rotary.
+struct Token {
+    const TokenBlock* blocks;
+    std::int64_t count, width, heads, kv_heads, head_size, context, position;
+    const float *cos, *sin;
+    float *x, *normed, *added, *projected, *attended, *hidden, *gate, *scores;
+};
+
 struct Kernels {
     const char* name;
     void (*forward)(const Problem&);
@@ -78,6 +108,7 @@ struct Kernels {
     void (*mlp_backward)(const Mlp&);
     void (*attention_forward)(const Attention&);
     void (*attention_backward)(const Attention&);
+    void (*token)(const Token&);
     double (*multiply_add)(std::int64_t rounds, int threads);
     void (*triad)(float* a, const float* b, const float* c, std::int64_t n, int threads);
 };
