@@ -21,11 +21,15 @@ from sparsae.bench.kernels import layer_of, means
 from sparsae.bench.memory import held
 from sparsae.bench.rivals import RIVALS
 from sparsae.bench.rows import Column, markdown
+from sparsae.bench.runtimes import Decoding
 from sparsae.bench.topology import UPDATES, Subject, slopes
 from sparsae.cli import main
+from sparsae.config.load import resolve
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
+from sparsae.evaluate.decoding import open_decoder
 from sparsae.kernels.cpu import native
+from sparsae.train.model import model_of
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(native.absence() is not None, reason="the native kernels were not compiled")
@@ -195,6 +199,31 @@ def test_steps_dense_beside_sparse(tmp_path: Path) -> None:
             # By the count of operations; dense layers have more of them.
             sparse_flops, dense_flops = (row[f"{d}flops_per_second"] * row[f"{d}seconds"] for d in ("", "dense_"))
             assert dense_flops - sparse_flops == pytest.approx(6 * 32 * (12 * 32**2 - row["nnz"]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_another_runtime_decodes_the_same_dense_model(family: str) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    overrides = [f"model.family={family}", "model.layers=2", "model.width=32", "model.heads=2", "model.context=8"]
+    config = resolve(None, "demo", "dense", overrides)
+    model = model_of(config, 50, 0, torch.device("cpu")).eval().requires_grad_(False)
+    others, ours = Decoding(model, "onnxruntime", context=8, threads=1).logits(), open_decoder(model, 8)
+    token = 0
+    for position in range(4):
+        logits = next(others)
+        expected = ours.step(token) if position else ours.read([token])
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+        token = int(logits.argmax())
+
+
+def test_runtimes_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        (["--decode", "2", "--runtimes", "fast"], "fast is none of"),
+        (["--runtimes", "x"], "--decode"),
+    ):
+        assert main(["bench", "step", *options]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from sparsae.core.randomness import generator
 from sparsae.evaluate.decoding import Decoder, FastDecoder, ModelDecoder, open_decoder
+from sparsae.kernels.cpu import native
 from sparsae.nn.sparsify import sparsify
 
 IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -34,21 +35,37 @@ def llama(**settings: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
+def qwen3() -> nn.Module:
+    config = Qwen3Config(
+        vocab_size=60,
+        max_position_embeddings=24,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        **IDS,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
 MODELS = {
     "gpt2": gpt2,
     "gpt2, head of its own": lambda: gpt2(tie_word_embeddings=False, activation_function="relu"),
     "llama, grouped heads": llama,
+    "qwen3, head norms": qwen3,
     "llama, biases": lambda: llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
 }
 
 
-def prepared(name: str, sparsity: float, seed: int = 0) -> nn.Module:
+def prepared(name: str, sparsity: float, seed: int = 0, unit: tuple[int, int] = (1, 1)) -> nn.Module:
     torch.manual_seed(seed)
     model = MODELS[name]()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator(seed, str(parameter.shape)))
     if sparsity:
-        sparsify(model, sparsity, seed=seed, sparsify_head="own" in name)
+        sparsify(model, sparsity, seed=seed, unit=unit, sparsify_head="own" in name)
     return model.eval().requires_grad_(False)
 
 
@@ -63,12 +80,53 @@ def test_the_fast_path_equals_the_models_own(name: str, sparsity: float) -> None
     model = prepared(name, sparsity)
     fast = open_decoder(model, context=24)
     assert isinstance(fast, FastDecoder)
+    # All blocks in one call, unless a layer is denser than what the kernels pay for.
+    assert sparsity == 0.5 or (fast._at_once is not None) == (sparsity > 0 and native.absence() is None)
     tokens = torch.randint(60, (24,), generator=generator(1, "tokens")).tolist()
     whole = model(input_ids=torch.tensor([tokens])).logits[0]
     for prompt in (1, 9):  # the second reading forgets the first
         got = decoded(fast, tokens, prompt)
         torch.testing.assert_close(got, decoded(ModelDecoder(model), tokens, prompt), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got, whole[prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native.absence() is not None, reason="the native kernels were not compiled")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "portable"])
+def test_one_call_is_what_a_call_for_each_part_is(isa: str) -> None:
+    """With every instruction set, blocks of weights, head norms, and heads that fill no vector."""
+    before = native.isa()
+    if not native.select_isa(isa):
+        pytest.skip("this machine does not have it")
+    try:
+        for name, unit in (("llama, grouped heads", (1, 1)), ("qwen3, head norms", (1, 1)), ("gpt2", (4, 4))):
+            model = prepared(name, 0.8, unit=unit)
+            whole, parts = open_decoder(model, 24), open_decoder(model, 24)
+            assert isinstance(whole, FastDecoder)
+            assert isinstance(parts, FastDecoder)
+            assert whole._at_once is not None
+            parts._at_once = None
+            tokens = torch.randint(60, (24,), generator=generator(1, "tokens")).tolist()
+            torch.testing.assert_close(decoded(whole, tokens, 1), decoded(parts, tokens, 1), rtol=1e-5, atol=1e-5)
+    finally:
+        native.select_isa(before)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    model, tokens = prepared("gpt2", 0.8), list(range(24))
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(decoded(open_decoder(model, 24), tokens, 1))
+    assert torch.equal(*found)
+
+
+def test_a_layer_that_stays_dense_is_no_obstacle() -> None:
+    torch.manual_seed(0)
+    model = sparsify(gpt2(), 0.9, exclude=["*.0.attn.c_proj"]).eval().requires_grad_(False)
+    fast, tokens = open_decoder(model, 24), [5, 3, 8, 1]
+    assert isinstance(fast, FastDecoder)
+    assert fast._at_once is None
+    torch.testing.assert_close(decoded(fast, tokens, 1), decoded(ModelDecoder(model), tokens, 1), rtol=1e-4, atol=1e-4)
 
 
 class Wrapper(nn.Module):

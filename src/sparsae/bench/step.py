@@ -20,6 +20,7 @@ import torch
 
 from sparsae.bench.clock import CPU, synchronize, using_threads
 from sparsae.bench.rows import Column, Row, device_name
+from sparsae.bench.runtimes import Decoding, require_runtimes
 from sparsae.config.load import resolve
 from sparsae.config.schema import Config
 from sparsae.core.randomness import generator
@@ -40,7 +41,7 @@ _EVERY = 4  # steps from one measured update to the next
 
 COLUMNS = (
     Column("what", "what", width=6),
-    Column("backend", "backend", width=10),
+    Column("backend", "backend", width=17),
     Column("unit", "unit", width=5),
     Column("sparsity", "sparsity", "g"),
     Column("threads", "threads", width=7),
@@ -108,6 +109,8 @@ class _Model:
 class Steps:
     """What is measured. decode: tokens to decode a round, 0: none. memory: measure peak memory too.
 
+    runtimes: other programs that decode the dense model.
+
     threads: None for what the settings say, or else torch's choice. teacher: with one, where the settings have it.
     """
 
@@ -122,8 +125,12 @@ class Steps:
     memory: bool
     device: torch.device = CPU
     teacher: bool = False
+    runtimes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.runtimes and not self.decode:
+            raise InputError("--runtimes: decode: give --decode N too")
+        require_runtimes(self.runtimes)
         for config in self.configs():
             if config.sparsity.sparsity == 0:
                 raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
@@ -169,11 +176,22 @@ class Steps:
             for model in models:
                 model.step(counts=rounds > 0)
             rounds += 1
+        others = {name: Decoding(dense.trainer.model, name, config.model.context, threads) for name in self.runtimes}
+        seconds: dict[str, list[float]] = {name: [] for name in others}
         for round_ in range(4 if self.decode else 0):
             for model in models:
                 model.decode(self.decode, counts=round_ > 0)
+            for name, other in others.items():
+                seconds[name] += [_timed(other, self.decode)] if round_ else []
         memory = {m.backend: in_a_process(m.config, threads) for m in models} if self.memory else {}
-        return [row for model in sparse for row in self._compare(model, dense, memory, threads)]
+        rows = [row for model in sparse for row in self._compare(model, dense, memory, threads)]
+        first = next((row for row in rows if row["what"] == DECODE), None)
+        for name, times in seconds.items():
+            assert first is not None
+            mine = statistics.median(times)
+            changed = {"seconds": mine, "tokens_per_second": 1 / mine, "ratio": first["dense_seconds"] / mine}
+            rows.append(first | changed | {"backend": f"dense {name}", "nnz": 0, "unit": "-", "sparsity": 0.0})
+        return rows
 
     def _compare(self, model: _Model, dense: _Model, memory: Mapping[str, Row], threads: int) -> Iterator[Row]:
         config, trainer_ = model.config, model.trainer
@@ -225,6 +243,16 @@ def configuration(preset: str, method: str, settings: Sequence[str], sparsity: f
     if config.training.device not in ("auto", str(device)):
         raise InputError(f"training.device '{config.training.device}': this is measured on {device} (--device)")
     return _with(config, "training", device=str(device))
+
+
+def _timed(other: Decoding, tokens: int) -> float:
+    """Seconds of a token, after one that is not counted."""
+    made = other.logits()
+    next(made)
+    start = time.perf_counter()
+    for _ in islice(made, tokens):
+        pass
+    return (time.perf_counter() - start) / tokens
 
 
 def dense_twin(config: Config) -> Config:

@@ -113,6 +113,12 @@ def step(
     decode: Annotated[
         int, typer.Option(min=0, metavar="N", help="Also decode N tokens one at a time, three times.")
     ] = 0,
+    runtimes: Annotated[
+        Several,
+        typer.Option(
+            metavar="NAME", help="Also decode the dense model in them: onnxruntime, openvino.  (default: none)"
+        ),
+    ] = None,
     teacher: Annotated[bool, typer.Option("--teacher/--no-teacher", help="With the teacher of the settings.")] = False,
     device: Device = "cpu",
     memory: Annotated[
@@ -133,8 +139,12 @@ def step(
 
     names = _several("--backends", backends, "auto", str)
     where = _device(device)
+    others = _several("--runtimes", runtimes, "", str) if runtimes else []
     measured = module.Steps(
-        *(preset, method, settings or [], shares, names, steps, decode, threads, memory), device=where, teacher=teacher
+        *(preset, method, settings or [], shares, names, steps, decode, threads, memory),
+        device=where,
+        teacher=teacher,
+        runtimes=others,
     )
     columns = module.COLUMNS if where.type == "cpu" else (*module.COLUMNS, *module.UTILIZATION)
     rows = _measure(_console(json_file), f"Training steps of {preset}", columns, measured, json_file)

@@ -44,7 +44,7 @@ def open_decoder(model: nn.Module, context: int) -> Decoder:
     """The fastest decoder that serves a model. context: the longest sequence, in tokens."""
     family = FAMILIES.of(model)
     if family is not None and _is_evaluated(model) and _is_plain(model, family):
-        return FastDecoder(model, _Blocks(model, family, context), context)
+        return FastDecoder(model, Blocks(model, family, context), context)
     return ModelDecoder(model)
 
 
@@ -82,7 +82,7 @@ def _forward(decoder: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor
 class FastDecoder(Decoder):
     """Token by token through the blocks of a family, on the CPU in float32."""
 
-    def __init__(self, model: nn.Module, blocks: _Blocks, context: int) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks, context: int) -> None:
         self._model, self._blocks, self._length = model, blocks, 0
         shape = (len(blocks), 2, 1, blocks.kv_heads, context, blocks.head_size)
         # keys and values: (layer, 2, 1, head, position, head size)
@@ -144,7 +144,7 @@ class _Block:
     down: _Function
 
 
-class _Blocks:
+class Blocks:
     """The blocks of a model of a family, with what is before and after them."""
 
     def __init__(self, model: Any, family: Family, context: int) -> None:
@@ -175,7 +175,12 @@ class _Blocks:
         x = self._tokens[token : token + 1]
         return x if self._positions is None else x + self._positions[position : position + 1]
 
-    def block(self, layer: int, x: Tensor, position: int, attend: _Attend) -> Tensor:
+    def embed_tensors(self, token: Tensor, position: Tensor) -> Tensor:
+        """The same of tensors (1,), for who traces it."""
+        x = functional.embedding(token, self._tokens)
+        return x if self._positions is None else x + functional.embedding(position, self._positions)
+
+    def block(self, layer: int, x: Tensor, position: int | Tensor, attend: _Attend) -> Tensor:
         """x: (1, width), before and after a block."""
         block = self._blocks[layer]
         normed = block.norm_1(x)
@@ -193,7 +198,7 @@ class _Blocks:
             return x + block.down(block.activation(block.up(normed)))
         return x + block.down(block.activation(block.gate(normed)) * block.up(normed))
 
-    def _rotated(self, x: Tensor, position: int) -> Tensor:
+    def _rotated(self, x: Tensor, position: int | Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         return x * self._cos[position] + turned * self._sin[position]
@@ -215,7 +220,7 @@ def _block(block: nn.Module, family: Family) -> _Block:
     )
 
 
-def _at_once(blocks: _Blocks, scales: Sequence[float | None], cache: Tensor) -> Callable[[Tensor, int], Tensor] | None:
+def _at_once(blocks: Blocks, scales: Sequence[float | None], cache: Tensor) -> Callable[[Tensor, int], Tensor] | None:
     """All blocks in one call, by the backend that has every weight of them; None where there is none."""
     given = [
         _token_block(module, blocks.family, blocks.head_size**-0.5 if scale is None else scale)
