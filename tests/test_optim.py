@@ -16,7 +16,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
-from sparsae.optim import AdamW, parameter_groups
+from sparsae.optim import AdamW, _batches, parameter_groups
 from sparsae.parameterization import Parameterization
 
 SHAPES = [(7,), (3, 5), (2, 4, 4), ()]
@@ -77,6 +77,19 @@ def test_updating_all_parameters_together_is_the_same(per_weight: bool, monkeypa
     monkeypatch.setattr("sparsae.optim._batches", lambda together: [together] if together else [])
     got = run(AdamW(ours, weight_decay=0.1, per_weight_step=per_weight), ours, range(5), skip=0.3)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_parameters_of_a_gpu_are_updated_together_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsae.optim._TOGETHER", 100)
+
+    def sizes(device: str) -> list[list[int]]:
+        made = [torch.empty(n, device=device) for n in (60, 40, 1, 300, 5, 95, 6)]
+        return [[p.numel() for p in batch] for batch in _batches(made)]
+
+    assert sizes("meta") == [[60, 40], [1], [300], [5, 95], [6]]
+    assert sizes("cpu") == [[60], [40], [1], [300], [5], [95], [6]]
+    both = [torch.empty(2), torch.empty(2, device="meta"), torch.empty(2, device="meta"), torch.empty(2)]
+    assert [len(batch) for batch in _batches(both)] == [1, 2, 1]
 
 
 def test_groups_of_both_kinds_and_a_changing_rate() -> None:

@@ -20,6 +20,9 @@ from sparsae.parameterization import Parameterization, Scale
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 
+# Weights that a GPU updates at once, at most, but for a parameter with more: see `_batches`.
+_TOGETHER = 2**24
+
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
@@ -101,18 +104,20 @@ class AdamW(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         if group["per_weight_step"]:
-            # One at a time, so that only one parameter's temporaries exist, and not the whole group's.
-            for p, step, average, square in zip(parameters, steps, averages, squares, strict=True):
-                t = step.to(p.dtype)
-                share = self._share_of_rate(p, t, group)
-                denominator = _bias_correction(t, beta2)
-                torch.div(square, denominator, out=denominator).sqrt_().add_(eps)
-                denominator.mul_(_bias_correction(t, beta1, out=t))
-                if share is not None:
-                    denominator.div_(share)
-                p.addcdiv_(average, denominator, value=-lr)
+            ages = [step.to(p.dtype) for p, step in zip(parameters, steps, strict=True)]
+            shares = [self._share_of_rate(p, age, group) for p, age in zip(parameters, ages, strict=True)]
+            denominators = _bias_corrections(ages, beta2)
+            for square, denominator in zip(squares, denominators, strict=True):
+                torch.div(square, denominator, out=denominator)
+            torch._foreach_sqrt_(denominators)
+            torch._foreach_add_(denominators, eps)
+            torch._foreach_mul_(denominators, _bias_corrections(ages, beta1, last=True))
+            if given := [share for share in shares if share is not None]:
+                ramped = [d for d, share in zip(denominators, shares, strict=True) if share is not None]
+                torch._foreach_div_(ramped, given)
+            torch._foreach_addcdiv_(parameters, averages, denominators, value=-lr)
             return
-        denominators = torch._foreach_sqrt(squares)
+        denominators = list(torch._foreach_sqrt(squares))
         counts = [float(step) for step in steps]
         torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in counts])
         torch._foreach_add_(denominators, eps)
@@ -169,10 +174,19 @@ def _readable(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """What is updated together: one parameter on a CPU, whose cache then holds it throughout; all of them on a GPU."""
-    on_cpu = [p for p in parameters if p.device.type == "cpu"]
-    elsewhere = [p for p in parameters if p.device.type != "cpu"]
-    return [*([p] for p in on_cpu), *([elsewhere] if elsewhere else [])]
+    """What is updated together: one parameter on a CPU, whose cache then holds it throughout; on a GPU many small ones.
+
+    A launch takes longer there than a small layer's arithmetic; temporaries are twice as large as what is updated.
+    """
+    batches: list[list[Tensor]] = []
+    room = 0
+    for p in parameters:
+        if p.device.type == "cpu" or p.numel() > room or p.device != batches[-1][0].device:
+            batches.append([])
+            room = _TOGETHER
+        batches[-1].append(p)
+        room -= p.numel()
+    return batches
 
 
 def ramp_share(age: Tensor, steps: int) -> Tensor:
@@ -180,9 +194,18 @@ def ramp_share(age: Tensor, steps: int) -> Tensor:
     return (age / steps).clamp_(max=1.0)
 
 
-def _bias_correction(steps: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """1 - beta^t for steps t >= 1 of any shape, by expm1: the plain difference loses float32 digits near beta = 1."""
-    return torch.mul(steps, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
+def _bias_corrections(ages: list[Tensor], beta: float, *, last: bool = False) -> list[Tensor]:
+    """1 - beta^t for steps t >= 1 of any shape, by expm1: the plain difference loses float32 digits near beta = 1.
+
+    last: in place of the ages, which nobody wants any more.
+    """
+    rate = math.log(beta) if beta else -math.inf
+    corrections = ages if last else list(torch._foreach_mul(ages, rate))
+    if last:
+        torch._foreach_mul_(corrections, rate)
+    torch._foreach_expm1_(corrections)
+    torch._foreach_neg_(corrections)
+    return corrections
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Tensor:

@@ -97,11 +97,12 @@ class Teacher:
         owned = {id(layer.values) for layer in sparse.values()}
         shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
         teacher_parameters = dict(self.model.named_parameters())
-        if shared:
-            mine = [teacher_parameters[name].data for name, _ in shared]
-            torch._foreach_lerp_(mine, [p.data for _, p in shared], 1.0 - beta)
+        alike = [(teacher_parameters[name].data, p.data) for name, p in shared]
         for name, layer in sparse.items():
-            self.layers[name].average(layer, beta)
+            if (pair := self.layers[name].average(layer, beta)) is not None:
+                alike.append(pair)
+        if alike:
+            torch._foreach_lerp_([mine for mine, _ in alike], [theirs for _, theirs in alike], 1.0 - beta)
         theirs = dict(student.named_buffers())
         for name, buffer in self.model.named_buffers():
             # Index tensors belong to the topology, which surgery changes.

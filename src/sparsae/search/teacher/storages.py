@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.teacher import TeacherConfig
+from sparsae.core.ranking import positions
 from sparsae.core.topology import Topology, remap
 from sparsae.errors import InputError
 from sparsae.kernels.structures import same_indices
@@ -84,8 +85,11 @@ class Storage(ABC):
         """What the teacher multiplies by."""
 
     @abstractmethod
-    def average(self, student: SparseLinear, decay: float) -> None:
-        """One step. InputError where the student has another topology than the one that was followed."""
+    def average(self, student: SparseLinear, decay: float) -> tuple[Tensor, Tensor] | None:
+        """One step, or (average, values) where all of the average moves alike, for whoever moves many layers at once.
+
+        Raises InputError where the student has another topology than the one that was followed.
+        """
 
     @abstractmethod
     def follow(self, change: Change) -> None:
@@ -125,14 +129,17 @@ class Masked(Storage):
     def weights(self) -> Tensor:
         return self.module.values
 
-    def average(self, student: SparseLinear, decay: float) -> None:
+    def average(self, student: SparseLinear, decay: float) -> tuple[Tensor, Tensor] | None:
         if self.student is None:
             self.connect(student)
         if student.topology is not self.student:
             _require_same(self.name, self.module.topology.indices, student.topology)
             self.student = student.topology
-        values = student.values.data
-        self.module.values.data.lerp_(values, 1.0 - decay if self.ages is None else self.ages.rates(values))
+        average, values = self.module.values.data, student.values.data
+        if self.ages is None:
+            return average, values
+        average.lerp_(values, self.ages.rates(values))
+        return None
 
     def follow(self, change: Change) -> None:
         self.student = change.after
@@ -172,7 +179,7 @@ class Union(Storage):
     def weights(self) -> Tensor:
         return self.module.values
 
-    def average(self, student: SparseLinear, decay: float) -> None:
+    def average(self, student: SparseLinear, decay: float) -> tuple[Tensor, Tensor] | None:
         if self.student is None:
             self.connect(student)
         if student.topology is not self.student:
@@ -182,13 +189,19 @@ class Union(Storage):
         average, values = self.module.values.data, student.values.data
         rates = None if self.ages is None else self.ages.rates(values)
         if self.active is None:
-            average.lerp_(values, 1.0 - decay if rates is None else rates)
-        elif rates is None:
+            if rates is None:
+                return average, values
+            average.lerp_(values, rates)
+            return None
+        # Every step: a mask as an index would let a GPU be waited for.
+        at = positions(self.active, values.shape[0])
+        if rates is None:
             faded = average.mul_(decay)
-            faded[self.active] = faded[self.active].add_(values, alpha=1.0 - decay)
+            faded[at] = faded[at].add_(values, alpha=1.0 - decay)
         else:
-            mine = average[self.active].lerp(values, rates)
-            average.mul_(decay)[self.active] = mine
+            mine = average[at].lerp(values, rates)
+            average.mul_(decay)[at] = mine
+        return None
 
     def follow(self, change: Change) -> None:
         self.student = student = change.after
@@ -252,8 +265,9 @@ class Dense(Storage):
     def weights(self) -> Tensor:
         return self.place.matrix
 
-    def average(self, student: SparseLinear, decay: float) -> None:
+    def average(self, student: SparseLinear, decay: float) -> tuple[Tensor, Tensor] | None:
         student.add_to_dense(self.weights.mul_(decay), 1.0 - decay)
+        return None
 
     def follow(self, change: Change) -> None:
         """It has every position already."""
