@@ -53,10 +53,11 @@ COLUMNS = (
     Column("peak MB", lambda row: _mega(row.get("peak_bytes")), ",.0f"),
     Column("dense MB", lambda row: _mega(row.get("dense_peak_bytes")), ",.0f"),
 )
-# Of a GPU, whose peak is known: by the count of operations.
+# Of a GPU, by the count of operations: utilization where its peak is known.
 UTILIZATION = (
     Column("TFLOP/s", lambda row: _tera(row.get("flops_per_second")), ".2f"),
     Column("dense TFLOP/s", lambda row: _tera(row.get("dense_flops_per_second")), ".2f", 13),
+    Column("dense MFU", "dense_mfu", ".1%", 9),
 )
 
 
@@ -294,13 +295,15 @@ def _memory_of(memory: Mapping[str, Row], backend: str) -> Row:
 
 
 def _flops_of(model: _Model, dense: _Model, seconds: float, theirs: float) -> Row:
-    """Operations a second by the analytic count of a step: over a GPU's peak, dense's are model FLOPs utilization."""
+    """Operations a second by the analytic count of a step; dense's over the peak are model FLOPs utilization."""
 
     def counted(one: _Model) -> float:
         account = one.trainer.account
         return account.costs.cost.training(account.costs.met, account.tokens_per_step)
 
-    return {"flops_per_second": counted(model) / seconds, "dense_flops_per_second": counted(dense) / theirs}
+    flops, dense_flops = counted(model) / seconds, counted(dense) / theirs
+    mfu = dense.trainer.account.utilization(dense_flops)
+    return {"flops_per_second": flops, "dense_flops_per_second": dense_flops, "dense_mfu": mfu}
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:
