@@ -32,7 +32,8 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, Any], list[tuple[dict[s
     precision = "ieee" if dtype == "fp32" else "tf32"
     for unit in ((1, 1), (4, 4)):
         block = {"B_OUT": unit[0], "B_IN": unit[1], "CHUNK": dense._CHUNK}
-        yield dense._scatter, block, [({}, 4, 3)]
+        for compared in (False, True):
+            yield dense._scatter, {**block, "COMPARED": compared}, [({}, 4, 3)]
         yield dense._gather, block, [({}, 4, 3)]
     if dtype != "fp32":
         yield dense._by_tiles.kernel, {**_TILES, "PRECISION": precision}, list(dense._by_tiles.configurations)
@@ -44,7 +45,7 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, Any], list[tuple[dict[s
 
 
 # Of pointers; every other argument is a number. Values are float32 where they are scattered, gradients always.
-_INTEGERS = {"indices": "*i32", "starts": "*i64", "by_row": "*i32", "row_ptr": "*i64"}
+_INTEGERS = {"indices": "*i32", "seen": "*i32", "starts": "*i64", "by_row": "*i32", "row_ptr": "*i64"}
 _FLOATS = ("x", "dy", "values", "weight", "gradient", "found", "bias", "y", "dx")
 
 

@@ -37,7 +37,7 @@ def named_outside(source: str, name: str) -> Iterator[str]:
     """Where code imports a backend's folder or names the backend, as it may not outside of it.
 
     The name may be that of a torch device too: as an argument `device`, in `torch.device(...)`, `.to(...)` or
-    `.startswith(...)`, or compared with a `device` or its `type`.
+    `.startswith(...)`, compared with a `device` or its `type`, or one of what is called `devices`.
     """
     tree = ast.parse(source)
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -62,7 +62,8 @@ def of_a_device(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
             return isinstance(node.func, ast.Attribute) and node.func.attr in ("device", "to", "startswith")
         if isinstance(node, ast.Compare):
             return isinstance(node.left, ast.Attribute) and node.left.attr in ("type", "device")
-    return False
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return any(isinstance(target, ast.Name) and target.id == "devices" for target in targets)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -83,12 +84,15 @@ def test_what_names_a_backend_is_seen() -> None:
         "if layer.kernel == 'cpu': pass",
         "BACKENDS['cpu']",
         "sparsify(model, 0.9, backend='cpu')",
+        "backends = ('cpu', 'cuda')",
         "f(torch.device('cuda'), 'cpu')",
     ):
         assert len(list(named_outside(wrong, "cpu"))) == 1, wrong
     for right in (
         "x.to('cpu')",
         "device.startswith('cpu')",
+        "devices = ('cpu', 'cuda')",
+        "devices: tuple[str, ...] = ('cpu',)",
         "torch.device('cuda' if there else 'cpu')",
         "torch.zeros(1, device='cpu')",
         "if device.type not in ('cpu', 'cuda'): pass",

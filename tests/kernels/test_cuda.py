@@ -18,12 +18,14 @@ from torch import Tensor
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
+from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout, Needs
 from sparsae.kernels.cuda import thresholds
 from sparsae.kernels.cuda.availability import interpreted
 from sparsae.kernels.cuda.index import make_index, row_tiles, run_starts
 from sparsae.kernels.reference import Reference
 from sparsae.kernels.registry import BACKENDS, choose_backend
+from sparsae.kernels.structures import multiplied
 from tests.support.strategies import topologies
 
 BACKEND, ORACLE = BACKENDS["cuda"], Reference()
@@ -152,6 +154,32 @@ def test_products_of_blocks(dtype: torch.dtype, topology: Topology, tokens: int,
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(thresholds, "BLOCKS", dict.fromkeys(thresholds.BLOCKS, 1.0))
         check(topology, dtype, tokens, bias, seed)
+
+
+@in_interpreter
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4), (16, 16)])
+def test_other_indices_than_the_layers_own_give_nan(unit: tuple[int, int]) -> None:
+    topology = Topology.random((4 * unit[0], 5 * unit[1]), 2, generator(0, "seen"), unit)
+    layout, x = layout_of(topology), torch.ones(3, topology.shape[1])
+    values, other = torch.ones(topology.values_shape), topology.indices.clone()
+    want = BACKEND.spmm(values, layout, x)
+    assert torch.equal(BACKEND.spmm(values, layout._replace(seen=other), x), want)
+    other[1] += 1
+    got = BACKEND.spmm(values, layout._replace(seen=other), x)
+    assert bool(got.isnan().any(1).all())
+    assert bool(want.isfinite().all())
+
+
+def test_a_backend_that_compares_gets_the_indices_of_the_layer() -> None:
+    topology = Topology.random((4, 5), 7, generator(0, "seen"))
+    layout, values = Layout(topology.shape, (1, 1), topology.indices.to("meta")), torch.ones(7, device="meta")
+    indices = topology.indices.to("meta")
+    got, with_seen = multiplied(BACKEND, values, indices, layout)
+    assert got is values
+    assert with_seen.seen is indices
+    assert multiplied(ORACLE, values, indices, layout)[1].seen is None
+    with pytest.raises(InputError, match="written in place"):
+        multiplied(BACKEND, values, indices[1:], layout)
 
 
 @in_interpreter

@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     unit: tuple[int, int]
     indices: Tensor
     derived: Sequence[Tensor] = ()
+    # The buffer of the layer, for a backend that compares it with `indices` itself: see `Backend.compares`.
+    seen: Tensor | None = None
 
     @property
     def grid_rows(self) -> int:
@@ -142,6 +144,9 @@ class Backend(ABC):
     # Whether values may have another dtype than the inputs, as they have under autocast, since it casts what it reads;
     # the gradient of the values then has their dtype.
     casts: bool = False
+    # Whether `spmm` compares `layout.seen` with the indices as it reads them, and multiplies by NaN where they differ:
+    # asked on devices where an answer would have to be waited for.
+    compares: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """What this installation lacks for this backend to serve a device that it is made for; None where nothing."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsae.kernels.backend import Needs
 from sparsae.kernels.probe import note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS
-from sparsae.kernels.structures import key_and_layout, seen_with
+from sparsae.kernels.structures import key_and_layout, multiplied
 
 
 @torch.library.custom_op("sparsae::linear", mutates_args=())
@@ -38,7 +38,7 @@ def sparse_linear(
     """
     key, layout = key_and_layout(values, structures, out_features, in_features)
     note_forward(key, trains)
-    values = seen_with(values, indices, layout)
+    values, layout = multiplied(BACKENDS[backend], values, indices, layout)
     y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features), bias)
     return y_TO.view(*x.shape[:-1], out_features)
 

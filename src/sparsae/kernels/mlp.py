@@ -19,7 +19,7 @@ from sparsae.kernels.backend import Backend, MlpGradients, Weight
 from sparsae.kernels.function import sparse_linear_backward
 from sparsae.kernels.probe import note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS
-from sparsae.kernels.structures import key_and_layout, seen_with
+from sparsae.kernels.structures import key_and_layout, multiplied
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
@@ -58,10 +58,9 @@ def sparse_mlp(
     keys, weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
     for key in keys:
         note_forward(key, trains)
-    weights = [
-        weight._replace(values=seen_with(weight.values, own, weight.layout))
-        for weight, own in zip(weights, indices, strict=True)
-    ]
+    for number, (weight, own) in enumerate(zip(weights, indices, strict=True)):
+        read, layout = multiplied(BACKENDS[backend], weight.values, own, weight.layout)
+        weights[number] = weight._replace(values=read, layout=layout)
     return BACKENDS[backend].mlp_forward(weights, x_TI, activation).view(*x.shape[:-1], out_features)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsae.errors import InputError
-from sparsae.kernels.backend import Layout
+from sparsae.kernels.backend import Backend, Layout
 
 CHANGED = (
     "the indices of a sparse layer were written in place: bring another topology in by load_state_dict (model and "
@@ -47,16 +47,21 @@ def key_and_layout(
     return key, layout
 
 
-def seen_with(values: Tensor, indices: Tensor, layout: Layout) -> Tensor:
-    """The values to multiply by, where `indices` are those of the layout.
+def multiplied(backend: Backend, values: Tensor, indices: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    """The values to multiply by, and their layout, where `indices` are those of the layout.
 
-    Else InputError on the CPU; elsewhere, where an answer would have to be waited for, they are all NaN.
+    Else InputError on the CPU; elsewhere, where an answer would have to be waited for, values are NaN, or become so as
+    the backend reads them.
     """
     if indices.device.type == "cpu":
         if not same_indices(indices, layout.indices):
             raise InputError(CHANGED)
-        return values.data
-    return poisoned(values, indices, layout.indices)
+        return values.data, layout
+    if backend.compares:
+        if indices.shape != layout.indices.shape:
+            raise InputError(CHANGED)
+        return values, layout._replace(seen=indices)
+    return poisoned(values, indices, layout.indices), layout
 
 
 def poisoned(values: Tensor, indices: Tensor, own: Tensor) -> Tensor:

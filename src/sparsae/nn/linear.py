@@ -18,7 +18,7 @@ from sparsae.kernels.backend import Layout
 from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
-from sparsae.kernels.structures import CHANGED, key_and_layout, poisoned, same_indices, seen_with
+from sparsae.kernels.structures import CHANGED, key_and_layout, multiplied, poisoned, same_indices
 from sparsae.nn.kinds.kind import Kind
 from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.names import modules_by_name
@@ -212,7 +212,7 @@ class SparseLinear(nn.Module):
         bias = None if self.bias is None else in_autocast(self.bias)
         key, layout = key_and_layout(values, prepared.structures, self.out_features, self.in_features)
         note_forward(key, self.training)
-        values = seen_with(values, prepared.source, layout)
+        values, layout = multiplied(BACKENDS[prepared.backend], values, prepared.source, layout)
         y_TO = BACKENDS[prepared.backend].spmm(values, layout, x.reshape(-1, self.in_features), bias)
         return y_TO.view(*x.shape[:-1], self.out_features)
 

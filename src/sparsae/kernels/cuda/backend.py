@@ -13,6 +13,7 @@ from sparsae.kernels.backend import Backend, Gradients, Layout, Needs
 from sparsae.kernels.cuda.availability import DTYPES, absence, interpreted
 from sparsae.kernels.cuda.index import index_of, make_index, run_starts
 from sparsae.kernels.cuda.thresholds import by_blocks, by_tiles
+from sparsae.kernels.structures import poisoned
 
 
 class Cuda(Backend):
@@ -20,6 +21,7 @@ class Cuda(Backend):
 
     name = "cuda"
     casts = True
+    compares = True
 
     def missing(self, device: torch.device) -> str | None:
         return absence() if device.type == "cuda" else None
@@ -42,6 +44,8 @@ class Cuda(Backend):
         if by_blocks(layout):
             from sparsae.kernels.cuda import blocks
 
+            if layout.seen is not None:
+                values = poisoned(values, layout.seen, layout.indices)
             return blocks.spmm(values, layout, index_of(layout), x_TI, bias)
         from sparsae.kernels.cuda import dense
 

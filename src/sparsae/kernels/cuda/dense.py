@@ -28,16 +28,18 @@ _TOKENS, _SLOTS = 64, 16
 
 
 def scatter(values: Tensor, layout: Layout, index: Index, dtype: torch.dtype) -> Tensor:
-    """W^T, (in, out), with zeros where no unit is active."""
+    """W^T, (in, out), with zeros where no unit is active, and NaN for one that is another in `layout.seen`."""
     out_features, in_features = layout.shape
     weight_IO = torch.empty(in_features, out_features, dtype=dtype, device=values.device)
     if weight_IO.numel():
         _scatter[(in_features,)](
-            *(values.contiguous(), layout.indices, index.starts, weight_IO),
+            *(values.contiguous(), layout.indices, layout.indices if layout.seen is None else layout.seen),
+            *(index.starts, weight_IO),
             *(out_features, layout.grid_rows, row_tiles(layout)),
             B_OUT=layout.unit[0],
             B_IN=layout.unit[1],
             CHUNK=min(_CHUNK, triton.next_power_of_2(out_features)),
+            COMPARED=layout.seen is not None,
         )
     return weight_IO
 
@@ -81,6 +83,7 @@ def gradient_by_tiles(dy_TO: Tensor, x_TI: Tensor, layout: Layout, starts: Tenso
 def _scatter(
     values,
     indices,
+    seen,
     starts,
     weight,
     out_features,
@@ -89,6 +92,7 @@ def _scatter(
     B_OUT: tl.constexpr,
     B_IN: tl.constexpr,
     CHUNK: tl.constexpr,
+    COMPARED: tl.constexpr,
 ):
     # One row of W^T: one input, which is the one at `within` in the units of a grid column.
     feature = tl.program_id(0).to(tl.int64)
@@ -107,6 +111,8 @@ def _scatter(
         position, offset = entry // B_OUT, entry % B_OUT
         unit = tl.load(indices + position, mask=active, other=0)
         value = tl.load(values + (position * B_OUT + offset) * B_IN + within, mask=active, other=0.0)
+        if COMPARED:
+            value = tl.where(tl.load(seen + position, mask=active, other=0) == unit, value, float("nan"))
         output = (unit - column * grid_rows) * B_OUT + offset
         tl.store(row + output, value.to(weight.dtype.element_ty), mask=active)
 
