@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsae.core.randomness import generator
-from sparsae.core.topology import Topology, index_dtype, sample_distinct
+from sparsae.core.topology import Topology, _sample_by_mark, _sample_by_sort, index_dtype, sample_distinct
 from tests.support.strategies import topologies
 
 
@@ -85,6 +85,14 @@ def test_distinct_draws(population: int, n: int, seed: int) -> None:
     assert drawn.numel() == n
     assert bool((drawn[1:] > drawn[:-1]).all())
     assert not n or (int(drawn[0]) >= 0 and int(drawn[-1]) < population)
+
+
+@given(population=st.integers(1, 5000), n=st.integers(0, 1000), seed=st.integers(0, 10))
+def test_draws_by_mark_and_by_sort_are_the_same(population: int, n: int, seed: int) -> None:
+    n = min(n, population // 2)
+    one, other = generator(seed), generator(seed)
+    assert torch.equal(_sample_by_mark(population, n, one), _sample_by_sort(population, n, other))
+    assert torch.equal(one.get_state(), other.get_state())
 
 
 def test_a_huge_grid_costs_only_its_active_units() -> None:

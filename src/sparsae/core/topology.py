@@ -149,26 +149,24 @@ class Topology:
         grow = grow.to(self.indices.device, self.indices.dtype).sort().values
         if grow.numel() and not (int(grow[0]) >= 0 and int(grow[-1]) < self.units):
             raise ValueError(f"a grown unit is outside the layer, which has {self.units}")
+        drop = drop.to(self.indices.device).sort().values
         before = torch.searchsorted(self.indices, grow)  # active units below each grown one
         clash = bool((self.indices[before.clamp(max=self.count - 1)] == grow).any()) if self.count else False
         if clash or bool((grow[1:] == grow[:-1]).any()):
             raise ValueError("a grown unit is already active or given twice")
         keep = torch.ones(self.count, dtype=torch.bool, device=self.indices.device)
-        keep[self.positions(drop.sort().values)] = False
+        keep.index_fill_(0, self.positions(drop), False)
         kept_at = keep.nonzero().squeeze(1)
         if self.count - kept_at.numel() != drop.numel():
             raise ValueError("a dropped unit is given twice")
         # A grown unit stands where as many kept and grown ones are before it; the kept ones fill the other places.
-        kept_before = torch.cat([before.new_zeros(1), keep.cumsum(0)])
-        at_grown = kept_before[before] + torch.arange(grow.numel(), device=grow.device)
+        at_grown = before - torch.searchsorted(drop.to(grow), grow) + torch.arange(grow.numel(), device=grow.device)
         is_kept = torch.ones(kept_at.numel() + grow.numel(), dtype=torch.bool, device=grow.device)
-        is_kept[at_grown] = False
-        at_kept = is_kept.nonzero().squeeze(1)
+        is_kept.index_fill_(0, at_grown, False)
+        source = torch.full((is_kept.numel(),), -1, dtype=torch.int64, device=grow.device)
+        source.masked_scatter_(is_kept, kept_at)
         indices = torch.empty(is_kept.numel(), dtype=self.indices.dtype, device=grow.device)
-        indices[at_kept] = self.indices[kept_at]
-        indices[at_grown] = grow
-        source = torch.full((indices.numel(),), -1, dtype=torch.int64, device=grow.device)
-        source[at_kept] = kept_at
+        indices.masked_scatter_(is_kept, self.indices.index_select(0, kept_at)).index_copy_(0, at_grown, grow)
         return Topology(self.shape, indices, self.unit), source
 
     def to(self, device: torch.device | str) -> Topology:
@@ -206,18 +204,41 @@ def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
         raise ValueError(f"cannot draw {n} distinct units of {population}")
     if 4 * n >= population:
         return torch.randperm(population, generator=rng, device="cpu")[:n].sort().values
-    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
-    while drawn.numel() < n:
-        more = torch.randint(population, (n - drawn.numel() + n // 4 + 8,), generator=rng, device="cpu")
-        # Sorting takes most of the time, and half of it on numbers of half the size.
-        drawn = torch.cat([drawn, more]).to(index_dtype(population)).sort().values.long()
-        drawn = drawn[torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), drawn[1:] != drawn[:-1]])]
+    drawn = _sample_by_mark(population, n, rng) if population <= _MARKED * n else _sample_by_sort(population, n, rng)
     surplus = drawn.numel() - n
     if surplus:
         keep = torch.ones(drawn.numel(), dtype=torch.bool, device="cpu")
-        keep[sample_distinct(drawn.numel(), surplus, rng)] = False
+        keep.index_fill_(0, sample_distinct(drawn.numel(), surplus, rng), False)
         drawn = drawn[keep]
     return drawn
+
+
+# Bytes of marks a wanted number up to which marking what was drawn takes less time than sorting it.
+_MARKED = 32
+
+
+def _sample_by_mark(population: int, n: int, rng: torch.Generator) -> Tensor:
+    """At least n distinct numbers of [0, population), sorted."""
+    marked, found = torch.zeros(population, dtype=torch.bool, device="cpu"), 0
+    while found < n:
+        marked.index_fill_(0, _more(population, n, found, rng), True)
+        found = int(marked.count_nonzero())
+    return marked.nonzero().squeeze(1)
+
+
+def _sample_by_sort(population: int, n: int, rng: torch.Generator) -> Tensor:
+    """The same numbers as `_sample_by_mark`, without memory for the population."""
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
+    while drawn.numel() < n:
+        more = _more(population, n, drawn.numel(), rng)
+        # Sorting takes most of the time, and half of it on numbers of half the size.
+        drawn = torch.cat([drawn, more]).to(index_dtype(population)).sort().values.long()
+        drawn = drawn[torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), drawn[1:] != drawn[:-1]])]
+    return drawn
+
+
+def _more(population: int, n: int, found: int, rng: torch.Generator) -> Tensor:
+    return torch.randint(population, (n - found + n // 4 + 8,), generator=rng, device="cpu")
 
 
 def remap(tensor: Tensor, source: Tensor) -> Tensor:

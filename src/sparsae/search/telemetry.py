@@ -29,16 +29,19 @@ class TopologyTelemetry:
         self._start = {name: _cpu(layer.topology) for name, layer in layers.items()}
         self._ever = {name: Topology(t.shape, t.indices.clone(), t.unit) for name, t in self._start.items()}
         self._birth = {name: torch.zeros(t.count, dtype=torch.int32, device="cpu") for name, t in self._start.items()}
+        # Whether each active unit is one of the initial ones; it follows from the others.
+        self._original = {name: torch.ones(t.count, dtype=torch.bool, device="cpu") for name, t in self._start.items()}
 
     def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> TopologyRow:
         """The row of an update at `step`, after its changes were carried out; it says nothing yet of who chose them."""
         for name, change in changes.items():
             source = change.source.cpu()
-            birth = remap(self._birth[name], source)
-            birth[source < 0] = step
-            self._birth[name] = birth
-            ever, now = self._ever[name], _cpu(change.after)
-            self._ever[name] = ever.replace(ever.indices[:0], now.indices[~ever.contains(now.indices)])[0]
+            at = (source < 0).nonzero().squeeze(1)
+            grown, ever = change.after.indices.cpu()[at], self._ever[name]
+            self._birth[name] = remap(self._birth[name], source).index_fill_(0, at, step)
+            original = remap(self._original[name], source)
+            self._original[name] = original.index_copy_(0, at, self._start[name].contains(grown))
+            self._ever[name] = ever.replace(ever.indices[:0], grown[~ever.contains(grown)])[0]
         nnz = sum(layer.topology.nnz for layer in self._layers.values())
         swapped = {name: int(change.grown.sum()) for name, change in changes.items()}
         ages = step - torch.cat(list(self._birth.values())).double()
@@ -73,22 +76,18 @@ class TopologyTelemetry:
             density=topology.density,
             swaps=swaps,
             gradient_activity=norm,
-            dead_outputs=topology.unit[0] * (rows - topology.rows.unique().numel()),
-            dead_inputs=topology.unit[1] * (columns - topology.columns.unique().numel()),
+            dead_outputs=topology.unit[0] * _empty_lines(topology.rows, rows),
+            dead_inputs=topology.unit[1] * _empty_lines(topology.columns, columns),
             head_densities=None if densities is None else tuple(round(density, 6) for density in densities),
         )
 
     def _share_not_in_start(self) -> float:
-        dropped, total = 0, 0
-        for name, layer in self._layers.items():
-            now = _cpu(layer.topology)
-            dropped += int((~self._start[name].contains(now.indices)).sum())
-            total += now.count
-        return dropped / total
+        total = sum(original.numel() for original in self._original.values())
+        return (total - sum(int(original.count_nonzero()) for original in self._original.values())) / total
 
     def nbytes(self) -> int:
         """Bytes held."""
-        held = self.state_dict().values()
+        held = (*self.state_dict().values(), self._original)
         return sum(tensor.numel() * tensor.element_size() for part in held for tensor in part.values())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -115,6 +114,12 @@ class TopologyTelemetry:
             self._start[name] = Topology(shape, state["start"][name].cpu(), unit)
             self._ever[name] = Topology(shape, state["ever"][name].cpu(), unit)
             self._birth[name] = state["birth"][name].cpu()
+            self._original[name] = self._start[name].contains(layer.topology.indices.cpu())
+
+
+def _empty_lines(of_each_unit: Tensor, lines: int) -> int:
+    """How many of the grid's rows or columns have no active unit."""
+    return lines - int(torch.bincount(of_each_unit, minlength=lines).count_nonzero())
 
 
 def _cpu(topology: Topology) -> Topology:
