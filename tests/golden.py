@@ -36,7 +36,8 @@ COMMON = (
     "training.log_every=1", "training.validate_every=15", "training.validation_sequences=8", "training.device=cpu",
     "training.threads=1", "training.checkpoint_minutes=null", "tracking.sample_tokens=1",
 )  # fmt: skip
-TAUGHT = ("teacher.enabled=true", "teacher.warmup_fraction=0.1", "teacher.alpha=0.5")
+TEACHER = ("teacher.enabled=true", "teacher.alpha=0.5")
+TAUGHT = (*TEACHER, "teacher.warmup_fraction=0.1")
 SUPAR = (
     "topology.proposer=shift", "parameterization.name=supar", "parameterization.dynamic=true",
     "parameterization.base_width=16",
@@ -55,7 +56,7 @@ WRITTEN = (
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("dense", ("sparsity.sparsity=0.0", *TAUGHT)),
     "static": ("static", ()),
-    "static-taught": ("static", (*TAUGHT, "teacher.storage=dense", "teacher.warmup=validation")),
+    "static-taught": ("static", (*TEACHER, "teacher.storage=dense", "teacher.warmup=validation")),
     "set": ("set", ("topology.every=7",)),
     "rigl": ("rigl", ("topology.every=7",)),
     "rigl-blocks": (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import CASES, RECORDED, RECORDS, first_difference, record, recorded
+from sparsae.config.load import resolve
+from tests.golden import CASES, RECORDED, RECORDS, first_difference, record, recorded, settings_of
 from tests.support.runs import write_text
 
 # Relative, of float64.
@@ -25,6 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_has_its_recorded_numbers(case: str, folder: Path) -> None:
     found = record(case, folder / "text", folder)
     assert first_difference(recorded(case), found, TOLERANCE) is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_line_takes_a_case(case: str, tmp_path: Path) -> None:
+    method, overrides = settings_of(case, tmp_path, tmp_path)
+    idle: dict[str, str] = {}
+    resolve(None, "demo", method, overrides, on_idle=idle.update)
+    assert idle == {}  # the program refuses them
 
 
 def test_every_record_is_of_a_case_in_which_something_moves() -> None:
