@@ -131,6 +131,8 @@ class Steps:
     def __post_init__(self) -> None:
         if self.runtimes and not self.decode:
             raise InputError("--runtimes: decode: give --decode N too")
+        if self.runtimes and self.device.type != "cpu":
+            raise InputError("--runtimes: are measured on the CPU: leave out --device")
         require_runtimes(self.runtimes)
         for config in self.configs():
             if config.sparsity.sparsity == 0:
