@@ -20,6 +20,7 @@ _COLUMNS: Final = 160  # of a map of few rows
 _CELLS: Final = 48_000  # of a map of many, while it has a quarter of these columns
 _LEVELS: Final = 32  # of colour, so that the image compresses well
 _LABELS: Final = 48  # rows that still have a name each
+_LONGEST: Final = 40  # characters of a name beside its row
 # Orange for less, blue for more, and the paper itself for no change: legible on light and on dark.
 _LESS, _MORE = (0.84, 0.42, 0.0), (0.13, 0.5, 0.8)
 _CHANGE: Final = LinearSegmentedColormap.from_list(
@@ -120,6 +121,7 @@ def _map(
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     norm = _norm(low, high, signed, log and low > 0)
     rows = len(values)
+    labels = [(first, end, _end_of(label)) for first, end, label in labels]
     inches = min(8.0, max(1.2, 0.16 * rows if rows == len(labels) else max(0.16 * len(labels), 0.045 * rows)))
 
     def draw(figure: Figure) -> None:
@@ -144,6 +146,11 @@ def _map(
         last = ", ".join(f"{label} {written(row[-1])}" for (*_, label), row in zip(labels, values, strict=True))
         text += f" At the end: {last}."
     return panel(name, title, text, draw, height=inches + 0.42 + 0.5)
+
+
+def _end_of(label: str) -> str:
+    """A label that leaves room for the map: of a long name its end, which differs."""
+    return label if len(label) <= _LONGEST else f"…{label[1 - _LONGEST :]}"
 
 
 def _scale(

@@ -45,8 +45,9 @@ def joined() -> Iterator[None]:
     if count == 1 or (dist.is_available() and dist.is_initialized()):
         yield
         return
-    rank, store = _join(count)
+    rank, store = _meet(count)
     try:
+        _join(rank, count, store)
         yield
     except Exception as error:
         with _let_speak():
@@ -55,7 +56,8 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _join(count: int) -> tuple[int, Any]:
+def _meet(count: int) -> tuple[int, Any]:
+    """This rank's number, and the store that all ranks see."""
     needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
     if lacking := [name for name in needed if name not in os.environ]:
         raise InputError(f"WORLD_SIZE is {count}, but {lacking[0]} is not set: start the ranks by torchrun")
@@ -63,12 +65,15 @@ def _join(count: int) -> tuple[int, Any]:
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
     store, rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    return rank, store
+
+
+def _join(rank: int, count: int, store: Any) -> None:
     dist.init_process_group(store=PrefixStore("sparsae", store), rank=rank, world_size=count, timeout=_PATIENCE)
     store.set(f"{_ENDED}/place/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if not ranks().is_first:
         logging.getLogger("sparsae").setLevel(logging.ERROR)  # the first rank warns for all
     ranks().wait()
-    return rank, store
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def _say(store: Any, rank: int, count: int, error: Exception) -> None:
     """Leave the error of this rank for the others; raise RanksError where it follows from another's end."""
     own = str(error) if isinstance(error, (InputError, RanksError)) else f"{type(error).__name__}: {error}"
     # Torch has no exception of its own for a connection that breaks in a backward pass.
-    is_echo = isinstance(error, RankLostError) or type(error) is RuntimeError
+    is_echo = isinstance(error, RankLostError | dist.DistError) or type(error) is RuntimeError
     said, dead = None, None
     try:
         until = time.monotonic() + (_LAST_WORDS if is_echo else 0.0)
@@ -108,6 +113,8 @@ def _say(store: Any, rank: int, count: int, error: Exception) -> None:
 def _dead(store: Any, count: int) -> int | None:
     """The first rank of this machine whose process is no more."""
     for rank in range(count):
+        if not store.check([f"{_ENDED}/place/{rank}"]):
+            continue  # it has not come yet
         host, process = json.loads(store.get(f"{_ENDED}/place/{rank}"))
         if host == socket.gethostname():
             try:

@@ -318,6 +318,7 @@ def _train(
                 yield from trainer.running(request, save)
                 if saver is not None:
                     saver.finish()
+                here.wait()  # no rank has done its part before the last checkpoint is whole
         except DivergedError as error:
             diverged = error
         summary = summarize(manifest, trainer, unigram, elapsed(), metrics.position() if metrics else None, diverged)
