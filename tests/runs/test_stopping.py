@@ -15,6 +15,7 @@ from sparsae.config.load import resolve
 from sparsae.config.text import dump
 from sparsae.errors import DivergedError, InputError
 from sparsae.evaluate.loading import load_run
+from sparsae.files import is_temporary
 from sparsae.report.page import write_report
 from sparsae.runs.claim import claimed
 from sparsae.runs.directory import RunDirectory, describe
@@ -245,10 +246,11 @@ class TestKilled:
         (checkpoints / ".step-00000007.0123456789abcdef.partial").mkdir()
         (run / ".summary.json.0123456789abcdef.tmp").write_text("{")
         (checkpoints / "step-00000008-mine").mkdir()
+        (run / "tokenizer" / ".tokenizer.json.0123456789abcdef.tmp").write_text("{")
         assert resume(run, quiet=True)["finished"]
         names = {path.name for path in checkpoints.iterdir()}
         assert names == {"step-00000008", "step-00000012", "step-00000008-mine"}
-        assert not (run / ".summary.json.0123456789abcdef.tmp").exists()
+        assert not [path for path in run.rglob("*") if is_temporary(path)]
         assert_same_run(run, unbroken)
 
     def test_a_run_that_was_killed_before_its_sample_gets_it_and_its_report(self, finished: Path) -> None:

@@ -56,7 +56,8 @@ def claimed(path: Path) -> Iterator[Claim]:
         raise InputError(f"{path}: cannot make this directory: {error.strerror}; choose another") from None
     with locked(path, "this run"):
         run = RunDirectory(path)
-        for leftover in [*path.iterdir(), *(run.checkpoints.iterdir() if run.checkpoints.is_dir() else ())]:
+        folders = [folder for folder in (path, run.checkpoints, run.tokenizer) if folder.is_dir()]
+        for leftover in [entry for folder in folders for entry in folder.iterdir()]:
             if is_temporary(leftover):
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         yield Claim(path, tuple(reversed(made)), was_run=run.begun())
