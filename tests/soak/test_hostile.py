@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from sparsae.config.load import dump, resolve
+from sparsae.config.load import resolve
+from sparsae.config.text import dump
 from sparsae.report.page import write_report
 from tests.support.metrics_rows import STEPS, SUMMARY, metric_rows
 
