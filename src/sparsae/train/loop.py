@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsae.config.training import TrainingConfig
 from sparsae.core.ranks import ranks
@@ -136,7 +137,7 @@ class Trainer:
         A batch is divided among the ranks in the order of its sequences, of which the first ones are taught.
         """
         passes, taught_tokens, here = self.settings.accumulation, 0, ranks()
-        losses = []
+        answered: list[tuple[Tensor, float]] = []
         self.objective.begin_step(self.step)
         for index in range(passes):
             batch = self.data.batches.at(self.step * passes + index)
@@ -144,10 +145,14 @@ class Trainer:
             taught = self.objective.taught(self.step, index, rows * here.count)
             own = min(max(0, taught - here.rank * rows), rows)
             parts = yield Pass(self.objective, batch, alpha, own, passes)
-            loss, cross_entropy, distillation = torch.stack([part.detach() for part in parts]).tolist()
-            loss, cross_entropy, distillation = here.means([loss, cross_entropy, distillation * (own / rows)])
-            losses.append((loss, cross_entropy, distillation))
+            answered.append((torch.stack([part.detach() for part in parts]), own / rows))
             taught_tokens += taught * (batch.shape[1] - 1)
+        # Read once a step, since a GPU is waited for.
+        losses = []
+        numbers = torch.stack([parts for parts, _ in answered]).tolist()
+        for (loss, cross_entropy, distillation), (_, share) in zip(numbers, answered, strict=True):
+            loss, cross_entropy, distillation = here.means([loss, cross_entropy, distillation * share])
+            losses.append((loss, cross_entropy, distillation))
         return losses, taught_tokens
 
     def _follow(self) -> None:
