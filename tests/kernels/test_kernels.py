@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
@@ -183,3 +184,17 @@ def test_unknown_backend_and_refusal_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(reference), "refusal", lambda self, unit, device, dtype: "it is Sunday")
     with pytest.raises(InputError, match="cannot serve a 4x4 layer: it is Sunday"):
         choose_backend("reference", layout, torch.float32)
+
+
+def test_a_compiled_model_is_compiled_again_once_when_numbers_of_connections_change_and_never_when_they_move() -> None:
+    layer = random_layer(Topology.random((24, 20), 48, generator(0, "first")), True, 0, torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    # As training with training.compile sets it.
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        compiled = torch.compile(layer, backend=counter, dynamic=None)
+        counts = []
+        for step, count in enumerate((48, 48, 48, 50, 47, 30)):
+            layer.set_topology(Topology.random((24, 20), count, generator(step, "next")), torch.randn(count))
+            compiled(torch.ones(4, 20)).sum().backward()
+            counts.append(counter.frame_count)
+    assert counts == [1, 1, 1, 2, 2, 2]
