@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsae.bench import state
+from sparsae.bench import parts, state
 from sparsae.bench.clock import geometric_mean, interleaved
 from sparsae.bench.kernels import layer_of, means
 from sparsae.bench.memory import held
@@ -185,12 +185,16 @@ def test_means_are_geometric_and_scaling_is_against_the_fewest_threads() -> None
 def test_steps_dense_beside_sparse(tmp_path: Path) -> None:
     command = "bench step --preset demo --sparsity 0.75 --steps 1 --decode 3 --no-memory --backends reference"
     rows = run([*command.split(), *MODEL_OPTIONS], tmp_path)
-    assert [(row["what"], row["sparsity"]) for row in rows] == [(what, 0.75) for what in ("step", "decode", "update")]
+    whats = ["step", *["part"] * len(parts.NAMES), "decode", "update"]
+    assert [(row["what"], row["sparsity"]) for row in rows] == [(what, 0.75) for what in whats]
     for row in rows:
         assert row["nnz"] == round((1 - row["sparsity"]) * 12 * 32**2)
         assert row["dense_parameters"] - row["parameters"] == 12 * 32**2 - row["nnz"]
         if row["what"] == "update":
             assert row["steps"] == pytest.approx(row["seconds"] / row["step_seconds"])
+        elif row["what"] == "part":
+            working = row["part"] in ("attention", "layers", "head", "optimizer")
+            assert (row["seconds"] > 0 and row["dense_seconds"] > 0) or not working
         else:
             assert row["tokens"] == (32 if row["what"] == "step" else 1)
             assert row["ratio"] == pytest.approx(row["dense_seconds"] / row["seconds"])
@@ -226,12 +230,30 @@ def test_runtimes_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) 
         assert said in capsys.readouterr().err
 
 
+def test_the_parts_of_a_step_are_all_of_it_and_what_is_inside_counts_once() -> None:
+    layer, searched = torch.nn.Linear(64, 64), iter([0.0, 0.25])
+    x = torch.ones(4, 200, 8, 16).transpose(1, 2).requires_grad_()
+
+    def step() -> None:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x).sum().backward()
+        for _ in range(20):
+            layer(torch.ones(512, 64)).sum().backward()
+
+    found = parts.seconds_by_part(step, lambda: next(searched))
+    assert tuple(found) == parts.NAMES
+    assert found["attention"] > 0
+    assert found["layers"] > 0
+    assert found["head"] == found["optimizer"] == 0
+    assert found["search"] == 0.25
+
+
 @pytest.mark.slow
 def test_peak_memory_of_a_step_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
     command = "bench step --preset demo --method static --sparsity 0.99 --steps 1"
     wide = [*MODEL_OPTIONS, "--set", "model.width=512"]
-    (row,) = run([*command.split(), *wide], tmp_path)
+    row, *others = run([*command.split(), *wide], tmp_path)
     assert row["what"] == "step"
+    assert {other["what"] for other in others} == {"part"}
     # Weight, gradient and two moments of the weights that do not exist: 16 bytes each, at least half of it in the peak.
     missing = row["dense_parameters"] - row["parameters"]
     assert row["dense_peak_bytes"] - row["peak_bytes"] > 8 * missing

@@ -60,7 +60,7 @@ def steps(rows: Sequence[Row]) -> str:
     """Ratio to dense of training steps and of decoding, and updates in steps, as bars."""
     titles = {"step": "training, × dense", "decode": "decoding, × dense", "update": "an update, in steps"}
     with rc_context(_STYLE):  # type: ignore[arg-type]
-        kinds = groups(rows, ["what"])
+        kinds = groups([row for row in rows if row["what"] in titles], ["what"])
         figure, panels = _figure([what for (what,) in kinds], "")
         for ((what,), chosen), ax in zip(kinds.items(), panels, strict=True):
             labels = [f"{row['backend']}\n{row['sparsity']:g}" for row in chosen]

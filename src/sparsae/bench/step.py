@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sparsae.bench import parts
 from sparsae.bench.clock import CPU, synchronize, using_threads
 from sparsae.bench.rows import Column, Row, device_name
 from sparsae.bench.runtimes import Decoding, require_runtimes
@@ -36,16 +37,17 @@ from sparsae.train.loop import Trainer
 from sparsae.train.memory import keep_freed_memory
 from sparsae.train.model import choose_device, model_of, require_fit
 
-STEP, UPDATE, DECODE = "step", "update", "decode"
+STEP, UPDATE, DECODE, PART = "step", "update", "decode", "part"
 _EVERY = 4  # steps from one measured update to the next
 
 COLUMNS = (
-    Column("what", "what", width=6),
+    Column("what", lambda row: row.get("part", row["what"]), width=9),
     Column("backend", "backend", width=17),
     Column("unit", "unit", width=5),
     Column("sparsity", "sparsity", "g"),
     Column("threads", "threads", width=7),
     Column("ms", lambda row: 1e3 * row["seconds"], ",.1f", 10),
+    Column("dense ms", lambda row: _milli(row.get("dense_seconds")), ",.1f", 10),
     Column("tokens/s", "tokens_per_second", ",.0f", 9),
     Column("dense", "dense_tokens_per_second", ",.0f", 9),
     Column("ratio", "ratio", ".2f", 6),
@@ -81,6 +83,13 @@ class _Model:
         synchronize(self.trainer.objective.device)
         if counts:
             self.seconds[UPDATE if due else STEP].append(time.perf_counter() - start)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of one more step without an update, by `parts.NAMES`."""
+        while self.trainer.sparsifier is not None and self.trainer.sparsifier.update_due:
+            self.trainer.train_step()
+        watch = self.trainer.account.watch
+        return parts.seconds_by_part(self.trainer.train_step, lambda: watch.seconds.get("topology", 0.0))
 
     def decode(self, tokens: int, counts: bool) -> None:
         """One token at a time after a prompt of one, the seconds of one token."""
@@ -179,6 +188,9 @@ class Steps:
             for model in models:
                 model.step(counts=rounds > 0)
             rounds += 1
+        # What the processor does while a GPU computes is no part of the step's time.
+        on_cpu = dense.trainer.objective.device.type == "cpu"
+        spent = {model.backend: model.parts() if on_cpu else {} for model in models}
         others = {name: Decoding(dense.trainer.model, name, config.model.context, threads) for name in self.runtimes}
         seconds: dict[str, list[float]] = {name: [] for name in others}
         for round_ in range(4 if self.decode else 0):
@@ -187,7 +199,7 @@ class Steps:
             for name, other in others.items():
                 seconds[name] += [_timed(other, self.decode)] if round_ else []
         memory = {m.backend: in_a_process(m.config, threads) for m in models} if self.memory else {}
-        rows = [row for model in sparse for row in self._compare(model, dense, memory, threads)]
+        rows = [row for model in sparse for row in self._compare(model, dense, memory, spent, threads)]
         first = next((row for row in rows if row["what"] == DECODE), None)
         for name, times in seconds.items():
             assert first is not None
@@ -196,7 +208,14 @@ class Steps:
             rows.append(first | changed | {"backend": f"dense {name}", "nnz": 0, "unit": "-", "sparsity": 0.0})
         return rows
 
-    def _compare(self, model: _Model, dense: _Model, memory: Mapping[str, Row], threads: int) -> Iterator[Row]:
+    def _compare(
+        self,
+        model: _Model,
+        dense: _Model,
+        memory: Mapping[str, Row],
+        spent: Mapping[str, Mapping[str, float]],
+        threads: int,
+    ) -> Iterator[Row]:
         config, trainer_ = model.config, model.trainer
         common: Row = {
             "backend": model.backend,
@@ -228,6 +247,12 @@ class Steps:
                 **(_memory_of(memory, model.backend) if what == STEP else {}),
                 **(_flops_of(model, dense, seconds, theirs) if what == STEP else {}),
             }
+            if what == STEP:
+                for part, seconds in spent[model.backend].items():
+                    theirs = spent[dense.backend][part]
+                    ratio = theirs / seconds if seconds and theirs else None
+                    found = {"part": part, "seconds": seconds, "dense_seconds": theirs, "ratio": ratio}
+                    yield {"what": PART, **common, **found}
         step, update = model.median(STEP), model.median(UPDATE)
         if step is not None and update is not None:
             # What an update adds to the step that it follows, the gradients at sampled units included.
@@ -314,6 +339,10 @@ def _with(config: Config, section: str, **values: Any) -> Config:
 
 def _tera(count: float | None) -> float | None:
     return None if count is None else count / 1e12
+
+
+def _milli(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
 
 
 def _mega(count: float | None) -> float | None:
