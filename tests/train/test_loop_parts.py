@@ -195,4 +195,4 @@ def test_the_loop_knows_no_observer() -> None:
     }
     assert not imported & {"sparsae.train.progress", "sparsae.runs.metrics"}
     assert not [name for name in imported if name and name.startswith("sparsae.observers.")]
-    assert "sparsae.config.schema" in imported
+    assert "sparsae.config.training" in imported
