@@ -108,7 +108,7 @@ def test_what_training_holds_is_said_by_parts(tmp_path: Path, monkeypatch: pytes
         assert row["state_bytes"] == sum(
             row[f"{part}_bytes"] for part in ("parameters", "indices", "optimizer", "teacher")
         )
-        assert row["peak_bytes"] > row["base_bytes"] > 0
+        assert row["peak_bytes"] >= row["base_bytes"] > 0  # in this process, which may hold more already
     # Two moments of each weight, and a count of steps: of each where weights are dropped and grown.
     assert 0 <= dense["optimizer_bytes"] - 8 * dense["weights"] < 1000
     nnz = sparse["weights"] - (dense["weights"] - 12 * 32**2)

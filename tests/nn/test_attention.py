@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsae.config.schema import ModelConfig
 from sparsae.kernels.cpu import breakeven, native
+from sparsae.kernels.registry import BACKENDS
 from sparsae.models import build_model
 from sparsae.nn import attention
 
@@ -33,8 +34,8 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return function(*args)
 
-    function = attention.causal_attention
-    monkeypatch.setattr(attention, "causal_attention", counted)
+    function = BACKENDS["cpu"].attention
+    monkeypatch.setattr(BACKENDS["cpu"], "attention", counted)
     return calls
 
 

@@ -6,8 +6,9 @@ Everything numerical in a sparse layer is one of three products; X is (tokens, i
     spmm_t(values, layout, dY) -> dX (tokens, in)      backward to the input
     sddmm(dY, X, layout)       -> the gradient at any set of units: the active ones, or a sampled few
 
-A backend may have two more, and says why where it has not: a whole MLP at once (`mlp_refusal`), and a product that is
-prepared once for many single tokens (`token_refusal`), with which may come all blocks of a decoder at once.
+A backend may have more, and says why where it has not: a whole MLP at once (`mlp_refusal`); a product that is prepared
+once for many single tokens (`token_refusal`), with which may come all blocks of a decoder at once; and causal attention
+(`attention_refusal`), of which a model takes the first that is there.
 """
 
 from __future__ import annotations
@@ -221,6 +222,17 @@ class Backend(ABC):
         (layer, 2, 1, kv head, position, head size), keys and values.
         """
         return None
+
+    def attention_refusal(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> str | None:
+        """Why this backend does not compute causal attention over such sequences; None where it does, and pays."""
+        return "it has no attention"
+
+    def attention(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float) -> Tensor:
+        """softmax(scale q k^T) v, each query with the keys up to its own, with gradients: (batch, heads, tokens, size).
+
+        k and v have a number of heads that divides that of q: each is shared by as many heads in a row.
+        """
+        raise NotImplementedError(self.name)
 
     def limits(self, device: torch.device) -> Limits | str:
         """What a device does at most, or why this backend cannot tell."""

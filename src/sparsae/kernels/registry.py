@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Backend, Layout
@@ -98,6 +99,11 @@ def choose_backend(name: str, layout: Layout, dtype: torch.dtype) -> Backend:
     if reason is not None:
         raise InputError(f"backend '{name}' (sparsity.backend) cannot serve a {shape[0]}x{shape[1]} layer: {reason}")
     return backend
+
+
+def attention_backend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Backend | None:
+    """The first of this package that computes such causal attention; None where torch's own is to be taken."""
+    return next((b for b in _OWN if b.attention_refusal(q_BHTD, k_BGTD, v_BGTD) is None), None)
 
 
 def _place(backend: Backend) -> str:

@@ -1,4 +1,4 @@
-"""The attention of transformers' models on the CPU: by the native kernels wherever these are right and pay.
+"""The attention of transformers' models: a backend's wherever one is right and pays.
 
 It is known to transformers by a name (`attn_implementation="sparsae"`), from the import of its models on, and hands
 over to transformers' own scaled dot product in all other cases.
@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sparsae.kernels.cpu import breakeven
-from sparsae.kernels.cpu.attention import causal_attention
+from sparsae.kernels.backend import Backend
+from sparsae.kernels.registry import attention_backend
 from sparsae.nn.tracing import is_traced, transformed, watched
 
 NAME = "sparsae"
@@ -38,9 +38,9 @@ def attention_forward(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and not dropout and causal and all(other in _PLAIN for other in _given(others))
-    if plain and _native(query, key, value):
+    if plain and (backend := _backend(query, key, value)) is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return causal_attention(query, key, value, scale).transpose(1, 2), None
+        return backend.attention(query, key, value, scale).transpose(1, 2), None
     y, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )
@@ -55,17 +55,13 @@ def _given(others: dict[str, Any]) -> list[str]:
     return [name for name, other in others.items() if other is not None and other is not False]
 
 
-def _native(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _backend(query: Tensor, key: Tensor, value: Tensor) -> Backend | None:
     # Whoever looks in sees torch's operators.
-    if is_traced() or transformed() or torch.is_autocast_enabled("cpu"):
-        return False
-    if any(t.dtype is not torch.float32 or t.device.type != "cpu" or watched(t) for t in (query, key, value)):
-        return False
-    heads, groups = query.shape[1], key.shape[1]
-    if key.shape != value.shape or query.shape != (key.shape[0], heads, *key.shape[2:]) or heads % groups:
-        return False
-    batch, _, tokens, size = query.shape
-    return batch * groups >= torch.get_num_threads() and breakeven.attention_pays(tokens, size)
+    if is_traced() or transformed() or torch.is_autocast_enabled(query.device.type):
+        return None
+    if any(watched(tensor) for tensor in (query, key, value)):
+        return None
+    return attention_backend(query, key, value)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -24,6 +24,7 @@ from sparsae.kernels.backend import (
     Weight,
 )
 from sparsae.kernels.cpu import breakeven, native, roofline
+from sparsae.kernels.cpu.attention import causal_attention
 from sparsae.kernels.cpu.token import Blocks
 from sparsae.kernels.reference import Reference
 
@@ -118,6 +119,20 @@ class Cpu(Backend):
         self, blocks: Sequence[TokenBlock], shape: TokenShape, cache: Tensor
     ) -> Callable[[Tensor, int], Tensor] | None:
         return Blocks(blocks, shape, cache)
+
+    def attention_refusal(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> str | None:
+        if any(t.device.type != "cpu" or t.dtype is not torch.float32 for t in (q_BHTD, k_BGTD, v_BGTD)):
+            return "it attends in float32 on the CPU"
+        batch, heads, tokens, size = q_BHTD.shape
+        groups = k_BGTD.shape[1]
+        if heads % groups or not k_BGTD.shape == v_BGTD.shape == (batch, groups, tokens, size):
+            return "keys and values are not those of the same tokens"
+        if batch * groups < torch.get_num_threads():
+            return "there are fewer heads than threads"
+        return None if breakeven.attention_pays(tokens, size) else "torch's attention is faster"
+
+    def attention(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float) -> Tensor:
+        return causal_attention(q_BHTD, k_BGTD, v_BGTD, scale)
 
     def limits(self, device: torch.device) -> Limits | str:
         if device.type != "cpu":
