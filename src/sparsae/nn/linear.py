@@ -22,7 +22,7 @@ from sparsae.kernels.structures import CHANGED, key_and_layout, multiplied, pois
 from sparsae.nn.kinds.kind import Kind
 from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.names import modules_by_name
-from sparsae.nn.tracing import by_operators, in_autocast, is_traced, transformed, unwrapped, watched
+from sparsae.nn.tracing import by_operators, in_autocast, is_exporting, is_traced, transformed, unwrapped, watched
 from sparsae.nn.weight import DenseView
 
 
@@ -253,7 +253,7 @@ class SparseLinear(nn.Module):
         prepared, (b_out, b_in) = self.prepare(), self.unit
         own = prepared.topology.indices
         values: Tensor = self.values
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             # Compared when the graph runs.
             values = poisoned(values, self.indices, own)
         elif not is_traced() and not same_indices(prepared.source, own):

@@ -15,7 +15,7 @@ def by_operators() -> bool:
 
     So it is where a graph is made that shall do without this package, and under what can look into them only.
     """
-    return is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()) or transformed()
+    return is_tracing() or (is_exporting() and torch.onnx.is_in_onnx_export()) or transformed()
 
 
 def transformed() -> bool:
@@ -23,9 +23,15 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    """Whether torch.export makes a graph. torch 2.11's compiler takes its own function for True in any graph."""
+    return torch.compiler.is_exporting()
+
+
 # As torch.compiler.assume_constant_result does, which would import the compiler: asked while a graph is made, whose
 # guards know of transforms.
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_traced() -> bool:
