@@ -120,9 +120,11 @@ class TestTrain:
 
     def test_resume(self, calls: Calls) -> None:
         assert main(["train", "--resume", "there"]) == 0
-        assert calls[0] == ("resume", (Path("there"), False, None))
+        assert calls[0] == ("resume", (Path("there"), False, None, ()))
         assert main(["train", "--resume", "there", "--steps", "9"]) == 0
-        assert ("resume", (Path("there"), False, 9)) in calls
+        assert ("resume", (Path("there"), False, 9, ())) in calls
+        assert main(["train", "--resume", "there", "--allow-change", "training.clip"]) == 0
+        assert ("resume", (Path("there"), False, None, ["training.clip"])) in calls
 
     def test_json_alone_on_standard_output(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         for arguments in (["train"], ["train", "--resume", "there"], ["train", "--dry-run"]):
@@ -173,7 +175,7 @@ class TestOtherCommands:
     def test_generate(self, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["--tokens", "5", "--temperature", "0", "--top-k", "3", "--seed", "2", "--teacher"]
         assert main(["generate", "r", "--prompt", "def", *arguments]) == 0
-        assert calls == [("generate_text", (Path("r"), "def", 5, 0.0, 3, 2, True))]
+        assert calls == [("generate_text", (Path("r"), "def", 5, 0.0, 3, 2, True, False))]
         assert capsys.readouterr().out.endswith("def f(): pass\n")
 
     def test_a_text_that_the_model_ends_at_once_is_said(
@@ -192,7 +194,7 @@ class TestOtherCommands:
 
     def test_export(self, calls: Calls) -> None:
         assert main(["export", "r", "--to", "there", "--teacher"]) == 0
-        assert calls == [("export_run", (Path("r"), Path("there"), True, "dense", None))]
+        assert calls == [("export_run", (Path("r"), Path("there"), True, "dense", None, False))]
 
     def test_info(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run = RunDirectory(tmp_path / "r")

@@ -82,6 +82,6 @@ def test_a_tracker_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest
     client = Client("wandb")
     monkeypatch.setattr(client, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no network\nTraceback")))
     monkeypatch.setitem(sys.modules, "wandb", client)
-    with pytest.raises(InputError, match=r"^tracking\.wandb cannot start: no network$"):
+    with pytest.raises(InputError, match=r"^--set: tracking\.wandb cannot start: no network$"):
         start(config(tmp_path, "tracking.wandb=true"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

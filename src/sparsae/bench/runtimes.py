@@ -146,7 +146,7 @@ class _Step(nn.Module):
 
 def _export(step: _Step, kv_heads: int, head_size: int, path: Path) -> None:
     past = torch.zeros(len(step.blocks), 2, kv_heads, 5, head_size, dtype=torch.float32, device="cpu")
-    example = (torch.tensor([3], device="cpu"), torch.tensor([5], device="cpu"), past)
+    example = (*(torch.tensor([n], dtype=torch.int64, device="cpu") for n in (3, 5)), past)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
