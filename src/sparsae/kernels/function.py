@@ -40,7 +40,7 @@ def sparse_linear(
     note_forward(key, trains)
     values, layout = multiplied(BACKENDS[backend], values, indices, layout)
     y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features), bias)
-    return y_TO.view(*x.shape[:-1], out_features)
+    return y_TO.contiguous().view(*x.shape[:-1], out_features)  # a guest's may lie otherwise
 
 
 @sparse_linear.register_fake
@@ -79,7 +79,7 @@ def sparse_linear_backward(
     if needs_values and (probe := open_probe(key)) is not None:
         probe.add(BACKENDS[backend], layout, dy_TO, x_TI)
     return (
-        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], in_features),
+        dy.new_empty(0) if dx is None else dx.contiguous().view(*dy.shape[:-1], in_features),
         dy.new_empty(0) if dvalues is None else dvalues,
         dy.new_empty(0) if dbias is None else dbias,
     )

@@ -214,7 +214,7 @@ class SparseLinear(nn.Module):
         note_forward(key, self.training)
         values, layout = multiplied(BACKENDS[prepared.backend], values, prepared.source, layout)
         y_TO = BACKENDS[prepared.backend].spmm(values, layout, x.reshape(-1, self.in_features), bias)
-        return y_TO.view(*x.shape[:-1], self.out_features)
+        return y_TO.contiguous().view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """The (out, in) weight with its zeros, a new tensor: for export, people and tests."""
