@@ -46,8 +46,11 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     with quiet_import(), torch.device(device):
+        from sparsae.nn.attention import attend
+
         settings = transformers_config(config, size, eos_id)
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sparsae")
+        model = AutoModelForCausalLM.from_config(settings)
+        attend(model)
     model.tie_weights()  # which transformers 5.0 leaves out on the meta device
     return model
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from sparsae import models
 from sparsae.config.schema import ModelConfig
 from sparsae.kernels.cpu import breakeven, native
 from sparsae.kernels.registry import BACKENDS
 from sparsae.models import build_model
 from sparsae.nn import attention
+from sparsae.train.pretrained import read_model
 
 TOKENS = 160
 pytestmark = pytest.mark.skipif(
@@ -122,3 +126,34 @@ def test_attention_that_is_not_causal_is_torchs(native_calls: list[int]) -> None
     assert not native_calls
     attention.attention_forward(nn.Module(), q, q, q, None)
     assert native_calls
+
+
+def others() -> list[Any]:
+    """Configurations of models that take no attention by its name, or not all of what theirs is told."""
+    sizes: dict[str, Any] = {"vocab_size": 257, "hidden_size": 32}
+    heads: dict[str, Any] = {**sizes, "num_hidden_layers": 2, "num_attention_heads": 4}
+    grouped: dict[str, Any] = {**heads, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    neo: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    return [
+        transformers.BloomConfig(**sizes, n_layer=2, n_head=4),
+        transformers.FalconConfig(**heads),
+        transformers.GPTNeoConfig(**sizes, **neo, window_size=64, max_position_embeddings=256),
+        transformers.Gemma2Config(**grouped, pad_token_id=0, bos_token_id=1, eos_token_id=1),
+        transformers.MistralConfig(**grouped, sliding_window=50),
+    ]
+
+
+@pytest.mark.parametrize("config", others(), ids=lambda config: config.model_type)
+def test_models_that_cannot_take_it_attend_as_ever(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native_calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    expected = model(tokens_of(), use_cache=False).logits
+    assert torch.equal(read_model(tmp_path).eval()(tokens_of(), use_cache=False).logits, expected)
+    monkeypatch.setattr(models, "transformers_config", lambda *_: config)
+    built = build_model(ModelConfig(), 257, 0, device="cpu").eval()
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(built(tokens_of(), use_cache=False).logits, expected)
+    assert not native_calls

@@ -1,12 +1,12 @@
 """The attention of transformers' models: a backend's wherever one is right and pays.
 
 It is known to transformers by a name (`attn_implementation="sparsae"`), from the import of its models on, and hands
-over to transformers' own scaled dot product in all other cases.
+over to transformers' own scaled dot product in all other cases. Not every model can take it: `attend` knows which.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,20 @@ from sparsae.kernels.backend import Backend
 from sparsae.kernels.registry import attention_backend
 from sparsae.nn.tracing import is_traced, transformed, watched
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME = "sparsae"
+
+
+def attend(model: PreTrainedModel) -> None:
+    """Let a model of transformers attend by `attention_forward`, where torch's scaled dot product is what it has now.
+
+    Others (with position biases, sinks or capped scores) compute attention themselves, and would do so without a mask:
+    they and those that look up no attention by its name stay as they are.
+    """
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(NAME)
 
 
 def attention_forward(

@@ -47,7 +47,7 @@ def classifier(loaded: LoadedRun, task: Task, seed: int) -> nn.Module:
     config.num_labels = 1 if task.chooses else len(task.labels)
     config.problem_type = "single_label_classification"
     with quiet_import(), torch.device("meta"):
-        model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation="sparsae")
+        model: Any = AutoModelForSequenceClassification.from_config(config)  # attends as the body
     setattr(model, model.base_model_prefix, body.base_model)
     shape = model.score.weight.shape
     drawn = generator(seed, "head", task.name)

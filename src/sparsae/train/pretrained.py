@@ -110,12 +110,14 @@ def read_model(path: Path, option: str = "") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from sparsae.nn.attention import attend
+
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, attn_implementation="sparsae"
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{option}{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    attend(model)
+    return model
 
 
 def read_pretrained(path: Path, config: Config) -> Pretrained:
