@@ -20,7 +20,7 @@ from sparsae.train.run import resume, start
 from tests.runs.conftest import Make
 from tests.support.faults import failing_disk
 from tests.support.rundir import Killed, assert_same_run, killed_at
-from tests.support.runs import contents, weights
+from tests.support.runs import contents, stopped_at, weights
 
 LOSSES = {0: 6.0, 3: 5.0, 6: 4.0, 9: 4.5, 12: 4.2}
 
@@ -62,6 +62,17 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
 def test_a_run_that_keeps_no_best_has_none(finished: Path) -> None:
     with pytest.raises(InputError, match=r"keeps no best checkpoint.*training\.keep_best=true"):
         load_run(finished, best=True)
+
+
+@pytest.mark.usefixtures("best_at_6")
+def test_a_best_one_that_was_not_kept_then_is_forgotten_where_it_is_to_be_kept(make: Make, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with stopped_at(8):
+        start(make("training.validate_every=3"), run, quiet=True)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("keep_best: false", "keep_best: true"))
+    resume(run, quiet=True, allowed=["training.keep_best"])
+    assert load_run(run, best=True).step == 12  # the better one after step 6 is gone; that after step 9 was worse
 
 
 EVERY_4 = ("training.checkpoint_every=4", "training.keep_checkpoints=3")

@@ -77,6 +77,14 @@ class SavedRun:
             raise InputError(
                 f"checkpoint {self.path}: state.json or search.safetensors does not fit this run: {error!r}"
             ) from None
+        best = trainer.validation.best
+        if best is not None and trainer.settings.keep_best and not self._of_step(best[0]).exists():
+            # From before the best one was to be kept: the best of those that can be is looked for.
+            trainer.validation.best = None
+
+    def _of_step(self, step: int) -> Path:
+        """The run's checkpoint of another step, whether it exists or not."""
+        return RunDirectory(self.path.parents[1]).checkpoint(step)
 
     def _file(self, group: str) -> str:
         """The file of a group of tensors, for messages."""
