@@ -128,3 +128,14 @@ def test_a_disk_that_fails_beside_training_ends_it_with_a_line(
     monkeypatch.undo()
     resume(run, quiet=True)
     assert weights(run) == weights(unbroken)
+
+
+@pytest.mark.parametrize("beside", ["false", "true"])
+def test_a_checkpoint_that_cannot_be_removed_at_once_ends_no_run(make: Make, tmp_path: Path, beside: str) -> None:
+    run, settings = tmp_path / "run", ("training.keep_checkpoints=1", f"training.checkpoint_async={beside}")
+    with stopped_at(10), failing_disk("rmdir", 1) as failed:
+        start(make("training.checkpoint_every=4", *settings), run, quiet=True)
+    assert failed()
+    assert RunDirectory(run).saved_steps() == [10]
+    assert resume(run, quiet=True)["finished"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000012"]

@@ -104,13 +104,17 @@ def _make_way(directory: Path, run: str) -> None:
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint so that a crash leaves none that looks whole."""
+    """Remove a checkpoint so that a crash leaves none that looks whole.
+
+    What of it cannot be removed at once (on NFS, while somebody reads it) stays under a temporary name: a run that
+    saved well does not end by it.
+    """
     if directory.is_symlink() or not directory.is_dir():
         directory.unlink()
         return
     gone = temporary_name(directory, "partial")
     os.replace(directory, gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def load_checkpoint(directory: Path, *groups: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
