@@ -41,7 +41,10 @@ class Decoder(ABC):
 
 
 def open_decoder(model: nn.Module, context: int) -> Decoder:
-    """The fastest decoder that serves a model. context: the longest sequence, in tokens."""
+    """The fastest decoder that serves a model, whose weights it prepared: open another one once they have changed.
+
+    context: the longest sequence, in tokens.
+    """
     family = FAMILIES.of(model)
     if family is not None and _is_evaluated(model) and _is_plain(model, family):
         return FastDecoder(model, Blocks(model, family, context), context)
