@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from sparsae.errors import InputError
 from sparsae.models import attention_modules, decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify
@@ -39,8 +40,13 @@ def shape_of(objective: Objective, batch: Tensor) -> Shape:
 class StackedDecoder:
     """The decoders of several runs of one `shape_of`."""
 
-    def __init__(self, decoder: nn.Module) -> None:
-        """decoder: that of any of the runs; nothing of it is kept but its architecture."""
+    def __init__(self, decoder: Any) -> None:
+        """decoder: that of any of the runs; nothing of it is kept but its architecture.
+
+        Raises InputError for one that computes its attention itself: it would do so without a mask.
+        """
+        if decoder.config._attn_implementation not in ("sparsae", "sdpa"):
+            raise InputError(f"{type(decoder).__name__} computes its attention itself: runs of it cannot be stacked")
         register_attention()
         names = list(sparse_layers(decoder))
         template: Any = densify(copy.deepcopy(decoder)).to("meta")
