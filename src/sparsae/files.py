@@ -180,6 +180,12 @@ def refuse_unwritable(option: str, file: str | None) -> None:
         raise InputError(f"{option}: no permission to write in {folder}; give a file elsewhere")
 
 
+def refuse_file(option: str, folder: Path | None) -> None:
+    """InputError if the directory that an option names, which may have to be made, is a file; None is none."""
+    if folder is not None and (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise InputError(f"{option}: {folder} is a file; give a directory")
+
+
 def holds_files(path: Path, but: str) -> bool:
     """Whether the directory at a path holds anything but a file of this name and what a crash left.
 

@@ -16,7 +16,7 @@ from sparsae.evaluate.export import export_run
 from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.nn.linear import sparse_layers
-from sparsae.report.essential import essential_curve
+from sparsae.report.essential import essential_curve, verdict
 from sparsae.train.run import start
 from tests.support.runs import config_of, contents, write_text
 
@@ -115,6 +115,14 @@ def test_the_command_writes_table_json_and_page(runs: Path, tmp_path: Path, caps
     assert main([*asked[:3], "--sparsities", "1.5"]) == 2
     assert main([*asked[:3], "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 20
+
+
+def test_a_curve_that_never_bends_says_at_least() -> None:
+    rows = [Pruned("global", s, loss, 1.0) for s, loss in ((0.5, 2.0), (0.9, 2.01), (0.95, 4.0))]
+    known = Essential("run", "text", 9, 4, 0.0, 2.0, 0.01, {"global": 0.9}, tuple(rows))
+    assert verdict(known).startswith("Essential sparsity: 90 % (global), the largest")
+    flat = Essential("run", "text", 9, 4, 0.0, 2.0, 0.01, {"global": 0.9}, tuple(rows[:2]))
+    assert verdict(flat).startswith("Essential sparsity: at least 90 % (global): at no measured")
 
 
 def test_where_the_curve_bends_has_a_figure_of_its_own() -> None:

@@ -119,3 +119,21 @@ def test_every_figure_of_a_page_is_a_file(runs: Path, tmp_path: Path) -> None:
 def test_a_page_of_several_runs_has_its_figures_too(runs: Path, tmp_path: Path) -> None:
     told([runs / "short", runs / "two" / "run"], tmp_path / "page.html", "--figures", str(tmp_path / "figures"))
     assert {"loss-train-flops-1.pdf", "throughput.svg"} <= set(contents(tmp_path / "figures"))
+
+
+def test_places_of_a_page_and_its_figures_are_looked_at_first(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "file").write_text("mine")
+    both = [str(runs / "short"), str(runs / "two" / "run")]
+    for options, said in (
+        (
+            ["--out", str(tmp_path / "page.html"), "--figures", str(file)],
+            f"--figures: {file} is a file; give a directory",
+        ),
+        (["--out", str(tmp_path)], f"--out: {tmp_path} is a directory; give a file"),
+        (["--out", str(tmp_path / "none" / "page.html")], "--out: no directory"),
+    ):
+        assert main(["report", *both, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

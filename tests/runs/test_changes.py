@@ -42,6 +42,8 @@ def test_a_change_is_refused_by_name_and_made_where_it_is_allowed(
         told = capsys.readouterr().err.splitlines()[-1]
         assert ("seed" if "seed" in allowed else "training.clip is 0.5, not 1.0") in told
         assert contents(stopped) == before | {".lock": contents(stopped)[".lock"]}
+    assert main(["train", "--resume", str(stopped), "--allow-change", "trainin.learning_rate"]) == 2
+    assert f"trainin.learning_rate: no such setting; did you mean {RATE}" in capsys.readouterr().err
     assert main(["train", "--resume", str(stopped), "--allow-change", RATE, "--allow-change", "training.clip"]) == 0
     changes = [
         {"step": 6, "key": RATE, "before": "0.002", "after": "0.001"},

@@ -45,7 +45,7 @@ from sparsae.config.complaints import explain
 from sparsae.config.schema import MOST_GENERATED
 from sparsae.errors import InputError, RanksError, require_utf8
 from sparsae.experiments.directory import is_experiment
-from sparsae.files import refuse_unwritable
+from sparsae.files import refuse_file, refuse_unwritable
 from sparsae.registry import import_files
 from sparsae.runs.claim import refuse_occupied
 from sparsae.runs.directory import describe
@@ -127,6 +127,8 @@ def report(
     ] = None,
 ) -> None:
     """Write the report.html of a run, or of an experiment, again; or one page of several runs."""
+    refuse_file("--figures", figures)
+    refuse_unwritable("--out", None if out is None else str(out))
     if len(runs) > 1:
         if out is None:
             raise InputError("--out: name the page of several runs, such as runs.html")

@@ -67,7 +67,9 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Continue a run; takes no other settings but more --steps.", show_default=False
+            metavar="RUN",
+            help="Continue a run; takes no other settings but more --steps and --allow-change.",
+            show_default=False,
         ),
     ] = None,
     allowed: Annotated[

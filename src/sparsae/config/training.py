@@ -75,7 +75,8 @@ class TrainingConfig(Section):
     )
     keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
     keep_best: bool = Field(
-        default=False, description="save where a validation is better than all before, and keep the best one too"
+        default=False,
+        description="save where a validation is better than all after a first step, and keep the best one too",
     )
     checkpoint_async: bool = Field(
         default=False, description="write checkpoints beside training, from a copy of them in memory"

@@ -45,6 +45,12 @@ def essential_table(found: Essential) -> Table:
 def verdict(found: Essential) -> str:
     """What the curve says, with its rule."""
     said = " and ".join(f"{percent(value, 4)} ({name})" for name, value in found.essential.items())
+    ends = [max(row.sparsity for row in found.rows if row.allocation == name) for name in found.essential]
+    if list(found.essential.values()) == ends:
+        return (
+            f"Essential sparsity: at least {said}: at no measured sparsity is the loss more than "
+            f"{percent(found.tolerance)} above that of the unpruned model."
+        )
     return (
         f"Essential sparsity: {said}, the largest measured sparsity before the loss is more than "
         f"{percent(found.tolerance)} above that of the unpruned model."

@@ -17,8 +17,8 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from sparsae.config import Config
-from sparsae.config.complaints import shown
-from sparsae.config.load import resolve
+from sparsae.config.complaints import nearest, shown
+from sparsae.config.load import resolve, setting_names
 from sparsae.config.text import dump
 from sparsae.errors import InputError
 from sparsae.files import read_sealed, sha256_of, sync, write_atomically, write_sealed
@@ -125,6 +125,8 @@ class Manifest:
         there = resolve(file)
         changes = [] if self._not_yet_extended(there) else self._changed_to(there)
         if idle := [key for key in allowed if key not in {change.key for change in changes}]:
+            if idle[0] not in (known := setting_names()):
+                raise InputError(f"--allow-change {idle[0]}: no such setting; {nearest(idle[0], known)}")
             raise InputError(f"--allow-change {idle[0]}: {file} has the value of it that the run has: leave it out")
         if not changes:
             return self.config
