@@ -236,10 +236,10 @@ def test_accumulated_steps_count_once() -> None:
 def test_a_compiled_step() -> None:
     torch._dynamo.reset()
     one, three = Loop(made="sgd"), Loop(made="sgd", attached=False)
-    compiled = torch.compile(one.optimizer.step, backend="eager")
+    compiled = [torch.compile(loop.optimizer.step, backend="eager") for loop in (one, three)]
     for step in range(7):
-        one.one(step, call=compiled)
-        three.one(step)
+        one.one(step, call=compiled[0])
+        three.one(step, call=compiled[1])  # which torch 2.11 rounds otherwise than a step that is not compiled
     assert_same(one, three)
 
 
