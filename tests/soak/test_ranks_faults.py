@@ -21,20 +21,13 @@ from sparsae.runs.directory import RunDirectory
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
 from sparsae.train.run import resume, start
+from tests.soak.conftest import SAVED, Make
 from tests.support.faults import failing_disk, in_child, ranks_in_children
-from tests.support.runs import config_of, rows, weights, write_text
+from tests.support.runs import rows, weights
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 
-Make = Callable[..., Config]
 _FAILING = ExitStack()  # of a process that ends with it
-SAVED = ("training.checkpoint_every=5", "training.keep_checkpoints=2")
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    text, cache = write_text(tmp_path_factory.mktemp("text")), tmp_path_factory.mktemp("cache")
-    return lambda *overrides, method="sparsae-guided": config_of(text, cache, *overrides, method=method)
 
 
 @pytest.fixture(scope="module")

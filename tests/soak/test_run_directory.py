@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,11 @@ from sparsae.report.page import write_report
 from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import resume, start
 from sparsae.train.stopping import STOP_SIGNALS
+from tests.soak.conftest import SAVED, Make
 from tests.support.faults import assert_found_or_without_effect, damage, failing_disk, in_child, killed_in_a_save, seen
-from tests.support.runs import config_of, contents, rows, weights, write_text
+from tests.support.runs import contents, rows, weights
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
-
-Make = Callable[..., Config]
-SAVED = ("training.checkpoint_every=5", "training.keep_checkpoints=2")
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    text, cache = write_text(tmp_path_factory.mktemp("text")), tmp_path_factory.mktemp("cache")
-    return lambda *overrides, method="sparsae-guided": config_of(text, cache, *overrides, method=method)
 
 
 @pytest.fixture(scope="module")

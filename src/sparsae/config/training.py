@@ -76,7 +76,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Count = Field(default=1, description="checkpoints kept, newest first")
     keep_best: bool = Field(
         default=False,
-        description="save where a validation is better than all after a first step, and keep the best one too",
+        description="save where a validation is better than all before (the untrained one left out), and keep the best",
     )
     checkpoint_async: bool = Field(
         default=False, description="write checkpoints beside training, from a copy of them in memory"
