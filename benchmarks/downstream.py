@@ -3,7 +3,7 @@
 Two GPTs of 15 million parameters read 5 million tokens of books, one sparse from the first step to the last, one dense.
 Both are fine-tuned on five tasks (the sparse one with its topology frozen, and densified), and asked by lm-eval. OUT
 gets runs and results; the record goes to docs/results/downstream/results.json and the page beside it, which
-`--page` writes again from the record alone. Stopped at any time, the same command goes on. BOOKS has train-*.jsonl.xz
+`--page` writes again from the record alone. Stopped at any time, the same command goes on. BOOKS has train-0.jsonl.xz
 and valid.jsonl.xz; EVAL is described in lm_eval/local.py, with a folder for each task.
 """
 
@@ -30,11 +30,15 @@ KEPT = ["preset", "method", "sparsity", "steps", "tokens", "parameters_dense", "
 Record = Mapping[str, Any]
 
 
+SETTINGS = ("--set", "data.max_documents=120", "--set", "training.precision=bfloat16")
+
+
 @dataclass(frozen=True)
 class Size:
     """How large everything is."""
 
-    train: tuple[str, ...] = ("--preset", "tiny", "--steps", "1300")  # of 4,096 tokens
+    # Steps of 4,096 tokens; of the books, enough to be read once.
+    train: tuple[str, ...] = ("--preset", "tiny", "--steps", "1300", *SETTINGS)
     finetune: tuple[str, ...] = ("--max-examples", "4000", "--epochs", "3", "--seeds", "3", "--max-length", "256")
     tasks: str = "rte,cola,sst2,wnli,boolq"
     asked: tuple[str, ...] = ()
@@ -66,19 +70,8 @@ def measure(out: Path, size: Size) -> dict[str, Any]:
             given = ["--tasks", size.asked_tasks, "--include-path", str(TASK_FILES), "--json", str(asked)]
             call("evaluate", run, *given, *size.asked)
         summary = read_json(run / "summary.json")
-        kept = (
-            "preset",
-            "method",
-            "sparsity",
-            "steps",
-            "tokens",
-            "parameters_dense",
-            "nnz",
-            "validation_loss",
-            "train_flops",
-        )
         record["runs"][name] = {
-            "summary": {key: summary[key] for key in kept},
+            "summary": {key: summary[key] for key in KEPT},
             "finetuned": read_json(run / "tasks" / "results.json"),
             "asked": read_json(asked),
         }
@@ -92,7 +85,7 @@ def train(run: Path, method: str, size: Size) -> None:
     if (run / "checkpoints").is_dir():
         call("train", "--resume", run)
         return
-    text = ["--set", "data.source=${BOOKS}/train-*.jsonl.xz", "--set", "data.validation_source=${BOOKS}/valid.jsonl.xz"]
+    text = ["--set", "data.source=${BOOKS}/train-0.jsonl.xz", "--set", "data.validation_source=${BOOKS}/valid.jsonl.xz"]
     sparse = [] if method == "dense" else ["--sparsity", size.sparsity]
     call("train", "--method", method, *size.train, *text, *sparse, "--out", run)
 

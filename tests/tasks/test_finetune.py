@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsae.cli import main
 from sparsae.evaluate.loading import load_run
@@ -63,6 +64,29 @@ def test_a_task_is_learnt_and_equal_seeds_are_equal(place: Path) -> None:
     assert len(first.epochs) == 4
     assert (first.scores, first.training_loss) == (again.scores, again.training_loss)
     assert first.training_loss != other.training_loss
+
+
+def test_a_precision_is_what_it_computes_in(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(**more: Any) -> tuple[Outcome, set[Any]]:
+        seen: set[Any] = set()
+        build = one.classifier
+
+        def watched(*given: Any) -> Any:
+            model = build(*given)
+            model.score.register_forward_hook(lambda _, __, y: seen.add((model.training, y.dtype)))
+            return model
+
+        monkeypatch.setattr(one, "classifier", watched)
+        few = settings(place, epochs=1, max_examples=16, **more)
+        found = finetune(place / "sparse", read_task(TASKS["sst2"], str(place / "data"), 16), "frozen", 0, few, print)
+        monkeypatch.setattr(one, "classifier", build)
+        return found, seen
+
+    (full, of_full), (half, of_half) = trained(), trained(precision="bfloat16")
+    assert of_full == {(True, torch.float32), (False, torch.float32)}
+    assert of_half == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert half.training_loss == pytest.approx(full.training_loss, rel=0.05)
+    assert half.training_loss != full.training_loss
 
 
 @pytest.mark.parametrize("mode", ["frozen", "searched", "dense"])
@@ -180,6 +204,7 @@ def test_a_dense_run_is_called_dense(place: Path, tmp_path: Path, capsys: pytest
         (["--task", "sst2", "--seeds", "0"], ["--seeds", "1 to 1000"]),
         (["--task", "sst2", "--learning-rate", "nan"], ["--learning-rate", "finite"]),
         (["--task", "sst2", "--max-length", "2"], ["--max-length", "at least 8"]),
+        (["--task", "sst2", "--precision", "float16"], ["--precision", "'float32' or 'bfloat16'"]),
         (["--task", "sst2", "--device", "tpu"], ["--device", "tpu"]),
     ],
 )

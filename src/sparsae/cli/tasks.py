@@ -18,7 +18,8 @@ from sparsae.tasks.settings import MODES, FinetuneConfig, finetune_config
 
 _OPTIONS = {"names": "--task", "data": "--data", "topology": "--topology", "seeds": "--seeds", "epochs": "--epochs"}
 _OPTIONS |= {"learning_rate": "--learning-rate", "batch_size": "--batch-size", "max_examples": "--max-examples"}
-_OPTIONS |= {"max_length": "--max-length", "weight_decay": "--weight-decay", "device": "--device"}
+_OPTIONS |= {"max_length": "--max-length", "weight_decay": "--weight-decay", "precision": "--precision"}
+_OPTIONS |= {"device": "--device"}
 
 
 def _default(key: str) -> object:
@@ -133,6 +134,9 @@ def finetune(
     max_length: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens of an example at most.  (default: the model's context)")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16.  (default: as the run was trained)")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  (default: as the run has it)")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results lie.  (default: RUN/tasks)", show_default=False)
@@ -152,6 +156,7 @@ def finetune(
         "weight_decay": weight_decay,
         "max_examples": max_examples,
         "max_length": max_length,
+        "precision": precision,
         "device": device,
     }
     settings = finetune_config({key: value for key, value in given.items() if value is not None}, _OPTIONS)

@@ -60,15 +60,22 @@ def classifier(loaded: LoadedRun, task: Task, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, encoded: Sequence[Encoded], collator: Collator, batch_size: int) -> list[int]:
-    """The class of each example, in evaluation mode; the model is left in the mode that it was in."""
+def predict(
+    model: nn.Module, encoded: Sequence[Encoded], collator: Collator, batch_size: int, bfloat16: bool = False
+) -> list[int]:
+    """The class of each example, in evaluation mode; the model is left in the mode that it was in.
+
+    bfloat16: of the arithmetic, by autocast.
+    """
     before, device = model.training, next(model.parameters()).device
     model.eval()
     found = [0] * len(encoded)
     for places in by_length(encoded, batch_size):
         batch = {name: part.to(device) for name, part in collator([encoded[place] for place in places]).items()}
         del batch["labels"]
-        for place, label in zip(places, model(**batch)["logits"].argmax(-1).tolist(), strict=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            labels = model(**batch)["logits"].argmax(-1).tolist()
+        for place, label in zip(places, labels, strict=True):
             found[place] = label
     model.train(before)
     return found

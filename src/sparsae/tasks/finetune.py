@@ -73,15 +73,17 @@ def finetune(
     model.to(device)
     collator = Collator(loaded.tokenizer.pad_id, data.task.chooses)
 
+    bfloat16 = (settings.precision or loaded.config.training.precision) == "bfloat16"
+
     def score() -> dict[str, float]:
-        return all_scores(data, {name: predict(model, part, collator, 64) for name, part in encoded.items()})
+        return all_scores(data, {name: predict(model, part, collator, 64, bfloat16) for name, part in encoded.items()})
 
     swaps = list[int]()
     rule = _rule(loaded.config) if mode == "searched" else None
     began = time.monotonic()
     epochs = list[dict[str, float]]()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _trainer(model, train, collator, seed, settings, device, scratch)
+        trainer = _trainer(model, train, collator, seed, settings, device, scratch, bfloat16)
         from sparsae.integrations.transformers import SparsaeCallback
         from sparsae.tasks.callbacks import Following
 
@@ -114,6 +116,7 @@ def _trainer(
     settings: FinetuneConfig,
     device: torch.device,
     scratch: str,
+    bfloat16: bool,
 ) -> Trainer:
     with quiet_import():
         from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -127,6 +130,7 @@ def _trainer(
         max_grad_norm=1.0,
         seed=seed,
         use_cpu=device.type == "cpu",
+        bf16=bfloat16,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",

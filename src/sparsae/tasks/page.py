@@ -30,6 +30,7 @@ def page(results: TaskResults) -> str:
         ("epochs", str(settings.epochs)),
         ("learning rate", f"{settings.learning_rate:g}"),
         ("batch", str(settings.batch_size)),
+        *([("precision", settings.precision)] if settings.precision else []),
         ("seeds", ", ".join(map(str, settings.seeds))),
         ("time", duration(sum(row.seconds for row in rows))),
     ]

@@ -39,6 +39,9 @@ class FinetuneConfig(Section):
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         default=None, description="tokens of an example at most; null: the model's context"
     )
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="of the arithmetic, by autocast; null: as the run was trained (training.precision)"
+    )
     device: Text | None = Field(default=None, description="cpu, cuda; null: as the run has it")
 
     @field_validator("names")
