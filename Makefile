@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 # Files of tests go to as many processes; make test WORKERS=0: one after the other, in this process.
 WORKERS ?= 2
 test: check
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The tests alone, on the newest versions, in an environment of its own. PYTEST: arguments for pytest.
 NEWEST := $(VENV)-newest

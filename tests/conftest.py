@@ -20,6 +20,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     mend_interpreter()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end no process works on one while the others have nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
     """One process is enough for what shards its state."""
