@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.linear import SparseLinear, quota_problem
 from sparsae.optimizer_state import follow
 
 InitialStd = Callable[[str, Topology], float]
@@ -91,7 +91,7 @@ def prepare_swap(
 
     initial_std: standard deviation of a layer's values, given its name and its topology after the swap: for "normal".
     Raises ValueError where the model's number of units would change by anything but what the swap says, where a dropped
-    unit is not active, and where a grown one is.
+    unit is not active, where a grown one is, and where a layer would not keep its quota.
     """
     dropped, grown = swap.size, sum(units.numel() for units in swap.grow.values())
     if dropped - grown != swap.shrinks:
@@ -108,6 +108,8 @@ def prepare_swap(
             after, source = before.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
         except (ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"layer {name}: {error}") from error
+        if problem := quota_problem(after, layer.quota):
+            raise ValueError(f"layer {name}: {problem}")
         values = remap(layer.values.data, source)
         is_new = source < 0
         if initialization == "kaiming_uniform":

@@ -147,7 +147,7 @@ class Steps:
             if config.sparsity.sparsity == 0:
                 raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
             require_fit(config)
-            unit = config.sparsity.unit
+            unit = config.sparsity.block
             for backend in self.backends:
                 one = torch.zeros(1, dtype=torch.int32, device=self.device)
                 choose_backend(backend, Layout(unit, unit, one), torch.float32)
@@ -221,7 +221,7 @@ class Steps:
             "backend": model.backend,
             "preset": self.preset,
             "method": self.method,
-            "unit": "x".join(map(str, config.sparsity.unit)),
+            "unit": config.sparsity.unit_name,
             "sparsity": config.sparsity.sparsity,
             "precision": config.training.precision,
             "threads": threads,

@@ -81,7 +81,7 @@ def count_parameters(model: ModelConfig, vocabulary: int, sparsity: SparsityConf
             and not any(fnmatchcase(name, glob) for glob in sparsity.exclude)
         }
         inactive = sum(selected.values()) + (head if sparsity.sparsify_head else 0)
-        unit = math.prod(sparsity.unit)
+        unit = math.prod(sparsity.block)
         active = unit * round((1.0 - sparsity.sparsity) * (inactive // unit))
     else:
         inactive = active = 0

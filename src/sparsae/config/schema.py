@@ -7,7 +7,7 @@ defaults are those of the preset `demo` with the method `sparsae`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, PrivateAttr, field_validator, model_validator
 
@@ -18,9 +18,10 @@ from sparsae.config.effect import Idle, where_dense
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schedule import ScheduleConfig
-from sparsae.config.section import LARGEST, TOLERANCE, Count, Counts, Section, Share, ShareOfMean, Text
+from sparsae.config.section import LARGEST, TOLERANCE, Count, Section, Share, ShareOfMean, Text
 from sparsae.config.teacher import TeacherConfig
 from sparsae.config.training import TrainingConfig
+from sparsae.config.unit import Quota, Unit, parsed_unit, unit_name
 from sparsae.errors import InputError
 from sparsae.families import DEFAULT, FAMILIES
 from sparsae.registry import method_named
@@ -80,7 +81,11 @@ class SparsityConfig(Section):
     budget: Literal["uniform", "er", "erk"] = Field(
         default="erk", description="how density spreads over layers (er: Erdos-Renyi, erk: with kernel sizes)"
     )
-    unit: Counts = Field(default=(1, 1), description="rows and columns of a unit: [1, 1] single weights, [4, 4] blocks")
+    unit: Unit = Field(
+        default=(1, 1),
+        description="rows and columns of a unit: [1, 1] single weights, [4, 4] blocks; or N:M such as 2:4, single "
+        "weights of which N of every M consecutive inputs exist, which gives the sparsity",
+    )
     min_density: Share | None = Field(
         default=None, description="k_min: no layer below this density; null: a quarter of the model's"
     )
@@ -110,6 +115,40 @@ class SparsityConfig(Section):
     exclude: list[Text] = Field(default=[], description="names (globs) of layers to leave dense")
     sparsify_head: bool = Field(default=False, description="sparsify the output head too (only where it is not tied)")
     backend: Text = Field(default="auto", description="kernels: auto, or a backend by name (reference, cpu)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follows_from_a_quota(cls, data: Any) -> Any:
+        """Sparsity and budget, where the unit is N:M: every layer has the density N / M."""
+        try:
+            quota = parsed_unit(data["unit"])[1]
+        except (ValueError, KeyError, TypeError):
+            return data
+        return data if quota is None else {"sparsity": quota.sparsity, "budget": "uniform", **data}
+
+    @model_validator(mode="after")
+    def _quota_stands_alone(self) -> Self:
+        quota = self.quota
+        if quota is None or self.sparsity == 0.0:
+            return self
+        if abs(self.sparsity - quota.sparsity) > TOLERANCE:
+            what = f"unit {quota} has sparsity {quota.sparsity:.6g}, not {self.sparsity:g}: leave sparsity out"
+            raise SettingError(what, "sparsity", "unit")
+        others = {
+            "budget": self.budget != "uniform",
+            "min_density": self.min_density is not None,
+            "max_density": self.max_density is not None,
+            "head_min_density": self.head_min_density > 0,
+            "fan_in": self.fan_in is not None,
+            "fan_out": self.fan_out is not None,
+            "density": bool(self.density),
+            "schedule.kind": self.schedule.kind != "constant",
+        }
+        for name, is_given in others.items():
+            if is_given:
+                what = f"unit {quota} fixes the density of every neuron of every layer: leave {name} out"
+                raise SettingError(what, name, "unit")
+        return self
 
     @model_validator(mode="after")
     def _bounds_hold(self) -> Self:
@@ -147,6 +186,21 @@ class SparsityConfig(Section):
                 "sparsity",
             )
         return self
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a unit; single weights are 1 x 1."""
+        return parsed_unit(self.unit)[0]
+
+    @property
+    def quota(self) -> Quota | None:
+        """How many weights exist of so many in a row, where the unit says it."""
+        return parsed_unit(self.unit)[1]
+
+    @property
+    def unit_name(self) -> str:
+        """What people call the unit: 1x1, 4x4, 2:4."""
+        return unit_name(self.block, self.quota)
 
     @property
     def density_bounds(self) -> tuple[float, float]:
@@ -227,6 +281,9 @@ class Config(Section):
         start, end = self.topology.first_sparsity, self.sparsity.sparsity
         if start is None:
             return self
+        if end and self.sparsity.quota is not None:
+            what = f"rule {self.topology.rule} prunes, and every model of unit {self.sparsity.quota} has one density"
+            raise SettingError(f"{what}: choose another rule", "topology.rule", "sparsity.unit")
         if self.sparsity.schedule.moves:
             raise SettingError(
                 f"sparsity.schedule.kind {self.sparsity.schedule.kind} is for rules that keep the density: rule "

@@ -19,8 +19,8 @@ def random_topology(
 ) -> Topology:
     """`count` random units within groups, which have to be able to hold so many.
 
-    Heads with a floor get it first, and the rest falls anywhere. Of neurons that got too many or too few units, random
-    ones move then (see `evened`). Without groups the draw is uniform.
+    Heads with a floor get it first, and the rest falls anywhere; a quota leaves none. Of neurons that got
+    too many or too few units, random ones move then (see `evened`). Without groups the draw is uniform.
     """
     heads = [part for part in groups if part.fan is None and part.least]
     topology = _above_floors(shape, unit, count, heads[0], rng) if heads else Topology.random(shape, count, rng, unit)
@@ -44,8 +44,13 @@ def with_heads_floors(groups: Sequence[Groups]) -> list[Groups]:
 def _above_floors(
     shape: tuple[int, int], unit: tuple[int, int], count: int, heads: Groups, rng: torch.Generator
 ) -> Topology:
-    places = [sample_distinct(heads.size, heads.least, rng) + head * heads.size for head in range(heads.count)]
-    units = heads.units(torch.cat(places)).sort().values
+    if heads.is_quota:  # there may be millions
+        sizes, counts = (torch.full((heads.count,), n, device="cpu") for n in (heads.size, heads.least))
+        places = sample_from_each(sizes, counts, rng)
+    else:
+        drawn = (sample_distinct(heads.size, heads.least, rng) + head * heads.size for head in range(heads.count))
+        places = torch.cat(list(drawn))
+    units = heads.units(places).sort().values
     floors = Topology(shape, units.to(index_dtype(heads.grid[0] * heads.grid[1])), unit)
     return floors.replace(floors.indices[:0], floors.sample_inactive(count - floors.count, rng))[0]
 

@@ -1,8 +1,9 @@
 """Groups of units of a layer, each with a least and a most number of active ones.
 
 A partition cuts the grid of a layer's units into equal tiles: the whole layer, the slices of attention heads, rows (the
-fan-in of a neuron, or of a block of neurons) or columns (the fan-out). Whatever moves connections keeps every group
-inside its limits; a group that is outside them already may come nearer, and goes no farther.
+fan-in of a neuron, or of a block of neurons), columns (the fan-out), or a few consecutive inputs of a row, of which a
+quota says how many are active. Whatever moves connections keeps every group inside its limits; a group that is outside
+them already may come nearer, and goes no farther.
 
 Needs no torch at import.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparsae.config.unit import Quota
     from sparsae.core.heads import HeadLayout
 
 TOLERANCE = 1e-9  # 0.1 * 30 is not 3 in floating point
@@ -59,6 +61,11 @@ class Groups:
         tile = (1, grid[1]) if fan == "in" else (grid[0], 1)
         return cls(grid, tile, 0, tile[0] * tile[1], fan, share).at(count)
 
+    @classmethod
+    def of_quota(cls, grid: tuple[int, int], quota: Quota) -> Groups:
+        """Every so many consecutive weights of a row, which the quota has to divide: exactly N of M are active."""
+        return cls(grid, (1, quota.of), quota.active, quota.active)
+
     def at(self, count: int) -> Groups:
         """The same groups where the layer has so many active units."""
         if self.fan is None:
@@ -81,6 +88,11 @@ class Groups:
     def binds(self) -> bool:
         """Whether the limits exclude anything."""
         return self.least > 0 or self.most < self.size
+
+    @property
+    def is_quota(self) -> bool:
+        """Whether every group has to keep one number of active units, whatever the layer has."""
+        return self.fan is None and self.least == self.most
 
     def of(self, units: Tensor) -> Tensor:
         """(n,) int64: the group of each of the flat unit numbers (see topology.py), numbered down the columns."""

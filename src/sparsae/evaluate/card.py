@@ -78,7 +78,7 @@ def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
         "architecture": f"{config.model.layers} blocks of width {config.model.width}, {config.model.heads} heads",
         "context": f"{config.model.context:,} tokens",
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} entries",
-        "sparsity": f"{1 - active / weights:.2%} of the sparse layers" if layers else "none",
+        "sparsity": f"{1 - active / weights:.2%} of the sparse layers{_by_quota(config)}" if layers else "none",
         "method": config.method + (", the average of the trained model (its teacher)" if teacher else ""),
         "steps": f"{loaded.step:,} of {config.training.steps:,}, of {_tokens(config):,} tokens each",
         "seed": str(config.seed),
@@ -101,6 +101,11 @@ def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
         ).rstrip()
         + "\n"
     )
+
+
+def _by_quota(config: Config) -> str:
+    quota = config.sparsity.quota
+    return "" if quota is None else f", {quota}: of every {quota.of} weights of a row in turn {quota.active} exist"
 
 
 def _tokens(config: Config) -> int:

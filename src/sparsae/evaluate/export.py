@@ -108,7 +108,7 @@ def _topologies(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     layers = sparse_layers(model)
     topology = {f"{name}.indices": layer.indices.cpu() for name, layer in layers.items()}
     layout = {
-        name: f"{layer.out_features}x{layer.in_features} in units of {layer.unit[0]}x{layer.unit[1]}"
+        name: f"{layer.out_features}x{layer.in_features} in units of {layer.unit_name}"
         for name, layer in layers.items()
     }
     return topology, layout

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.unit import Quota
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
@@ -32,6 +33,7 @@ class Maker:
     initializer: Initializer | None
     backend: str
     seed: int
+    quota: Quota | None = None
 
     def __call__(self, name: str, matrix_OI: Tensor, kind: Kind) -> SparseLinear:
         topology = self.topologies[name]
@@ -43,7 +45,7 @@ class Maker:
         else:
             topology = topology.to(matrix_OI.device)
             values = gathered(_present(name, matrix_OI), topology)
-        return SparseLinear(topology, values, backend=self.backend, kind=kind)
+        return SparseLinear(topology, values, backend=self.backend, kind=kind, quota=self.quota)
 
 
 def sparse_twin(name: str, module: nn.Module, make: Callable[[str, Tensor, Kind], SparseLinear]) -> nn.Module:

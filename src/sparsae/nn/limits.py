@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsae.config.section import require_share_of_mean
+from sparsae.config.unit import Quota
 from sparsae.core.drawing import with_heads_floors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
@@ -17,11 +18,15 @@ from sparsae.errors import InputError
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of the parts of every layer: see `sparsify`. Raises InputError for fans that are none."""
+    """What is asked of the parts of every layer: see `sparsify`.
+
+    Raises InputError for fans that are none, and for anything beside a quota.
+    """
 
     head_min_density: float = 0.0
     fan_in: tuple[float, float] | None = None
     fan_out: tuple[float, float] | None = None
+    quota: Quota | None = None
 
     def __post_init__(self) -> None:
         for name, share in (("fan_in", self.fan_in), ("fan_out", self.fan_out)):
@@ -29,6 +34,9 @@ class Limits:
                 require_share_of_mean((0.0, 1.0) if share is None else share)
             except ValueError as error:
                 raise InputError(f"{name}: {error}") from None
+        others = {"head_min_density": self.head_min_density, "fan_in": self.fan_in, "fan_out": self.fan_out}
+        if self.quota is not None and (given := [name for name, value in others.items() if value]):
+            raise InputError(f"unit {self.quota} fixes the connections of every neuron: leave out {', '.join(given)}")
 
     def heads(
         self, shape: tuple[int, int], unit: tuple[int, int], count: int, layout: HeadLayout | None
@@ -58,6 +66,8 @@ class Limits:
     ) -> tuple[Groups, ...]:
         """All that have limits of a layer with `count` active units. Raises InputError as `heads` does."""
         grid = shape[0] // unit[0], shape[1] // unit[1]
+        if self.quota is not None:
+            return (Groups.of_quota(grid, self.quota),)
         found = [self.heads(shape, unit, count, layout)]
         found += [Groups.of_neurons(grid, fan, share, count) for fan, share in self._fans()]
         return tuple(groups for groups in found if groups is not None)
@@ -86,3 +96,18 @@ class Limits:
 def is_rigid(groups: Sequence[Groups]) -> bool:
     """Whether no connection of a layer can move by itself: every row and every column has to keep its number."""
     return {part.fan for part in groups if part.least == part.most} >= {"in", "out"}
+
+
+def require_quota(shapes: Mapping[str, Sequence[int]], quota: Quota) -> None:
+    """Raises InputError for a layer that cannot have a quota; shapes: (out, in, kernel dimensions...) by name."""
+    for name, shape in shapes.items():
+        if len(shape) > 2:
+            raise InputError(
+                f"unit {quota} (sparsity.unit) is for linear layers, and {name} is a convolution: leave it out with "
+                "sparsity.exclude"
+            )
+        if shape[1] % quota.of:
+            raise InputError(
+                f"unit {quota} (sparsity.unit) does not divide the {shape[1]} input features of layer {name}: choose "
+                "one that does, or leave the layer out with sparsity.exclude"
+            )

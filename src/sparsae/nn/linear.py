@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 from torch.nn import functional
 
+from sparsae.config.unit import Quota, unit_name
+from sparsae.core.groups import Groups
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
@@ -48,7 +50,8 @@ class SparseLinear(nn.Module):
     (out,) or None. indices: buffer, a copy of `topology.indices`, for state dicts; whoever puts another tensor in its
     place changes the topology, whoever writes another topology into it is refused by the next forward pass. Under
     autocast the product is computed in the autocast dtype. kind: what the layer stands for, where that is no
-    `nn.Linear`: how inputs become rows of features, and how the dense weight lies (see nn/kinds).
+    `nn.Linear`: how inputs become rows of features, and how the dense weight lies (see nn/kinds). quota: what every
+    topology of the layer keeps, of single weights.
     """
 
     indices: Tensor
@@ -61,8 +64,9 @@ class SparseLinear(nn.Module):
         *,
         backend: str = "auto",
         kind: Kind = Linear(),
+        quota: Quota | None = None,
     ) -> None:
-        """Raises ValueError where values or bias do not have the topology's shape.
+        """Raises ValueError where values or bias do not have the topology's shape, or that does not keep the quota.
 
         Raises InputError for a backend that does not exist or refuses this layer.
         """
@@ -73,6 +77,9 @@ class SparseLinear(nn.Module):
         self.unit = topology.unit
         self.backend = backend
         self.kind = kind
+        self.quota = quota
+        if problem := quota_problem(topology, quota):
+            raise ValueError(problem)
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("indices", topology.indices)
@@ -85,6 +92,11 @@ class SparseLinear(nn.Module):
     def topology(self) -> Topology:
         """The active units, on the device of the indices."""
         return self.prepare().topology
+
+    @property
+    def unit_name(self) -> str:
+        """What people call its unit: 1x1, 4x4, 2:4."""
+        return unit_name(self.unit, self.quota)
 
     @property
     def kernel(self) -> str:
@@ -232,7 +244,7 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         topology = self.topology
-        unit = "" if self.unit == (1, 1) else f", unit={self.unit[0]}x{self.unit[1]}"
+        unit = "" if self.unit == (1, 1) and self.quota is None else f", unit={self.unit_name}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, nnz={topology.nnz}, "
             f"density={topology.density:.4g}{unit}, bias={self.bias is not None}"
@@ -277,7 +289,7 @@ class SparseLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if before is not None and same_indices(indices, before.topology.indices):
                 return before.topology.to(indices.device)
-            return _validated(shape, indices, self.unit, "the indices of a sparse layer")
+            return _validated(shape, indices, self.unit, self.quota, "the indices of a sparse layer")
 
     def _has(self, topology: Topology) -> bool:
         """Whether this is the layer's topology: values that are loaded for it change nothing else, as in any module."""
@@ -331,7 +343,8 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         indices, values = state_dict.get(prefix + "indices"), state_dict.get(prefix + "values")
         if indices is not None and values is not None:
-            topology = _validated((self.out_features, self.in_features), indices, self.unit, prefix + "indices")
+            shape = self.out_features, self.in_features
+            topology = _validated(shape, indices, self.unit, self.quota, prefix + "indices")
             if not self._has(topology) or tuple(values.shape) != topology.values_shape:
                 device = self.values.device
                 self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
@@ -355,7 +368,20 @@ def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
         probe.add(BACKENDS["reference"], prepared.layout, gradient_OI.T.contiguous(), identity_II)
 
 
-def _validated(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], what: str) -> Topology:
+def quota_problem(topology: Topology, quota: Quota | None) -> str | None:
+    """What is wrong with a topology that does not keep a quota; None: it does, or its indices are not there yet."""
+    if quota is None or topology.indices.is_meta:
+        return None
+    if topology.unit != (1, 1) or topology.shape[1] % quota.of:
+        return f"{quota} is of single weights, and of input features that {quota.of} divides"
+    counts = Groups.of_quota(topology.grid, quota).counts(topology.indices)
+    wrong = int((counts != quota.active).count_nonzero())
+    return f"{wrong:,} of {counts.numel():,} groups of {quota.of} have not {quota.active} of them" if wrong else None
+
+
+def _validated(
+    shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], quota: Quota | None, what: str
+) -> Topology:
     """The topology of indices from outside. Raises InputError for what no SparseLinear of this shape saves."""
     problem = None
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
@@ -366,10 +392,11 @@ def _validated(shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], w
         except ValueError as error:
             problem = str(error)
         else:
-            if same_indices(indices, topology.indices):
+            problem = quota_problem(topology, quota)
+            if problem is None and same_indices(indices, topology.indices):
                 return topology
-            problem = "they are not sorted"
+            problem = problem or "they are not sorted"
     raise InputError(
-        f"{what} are not those of a {shape[0]}x{shape[1]} layer in units of {unit[0]}x{unit[1]}: {problem}; "
+        f"{what} are not those of a {shape[0]}x{shape[1]} layer in units of {unit_name(unit, quota)}: {problem}; "
         "give what such a layer saved"
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Real
 from reprlib import repr
 
 import torch
 from torch import nn
 
 from sparsae.config.density import DensityFactors
+from sparsae.config.section import TOLERANCE
+from sparsae.config.unit import Quota, parsed_unit
 from sparsae.core.budgets import (
     allocate,
     density_bounds,
@@ -37,7 +39,7 @@ from sparsae.nn.conversion import (
     to_sparse,
 )
 from sparsae.nn.dense import strongest
-from sparsae.nn.limits import Limits
+from sparsae.nn.limits import Limits, require_quota
 from sparsae.nn.mlp import FusedMLP, recognized
 from sparsae.nn.start import Start, given_topologies, require_sparsity, require_start
 from sparsae.nn.summary import forget, note
@@ -52,7 +54,7 @@ def sparsify(
     *,
     start: Start = "random",
     budget: str = "erk",
-    unit: tuple[int, int] = (1, 1),
+    unit: tuple[int, int] | str = (1, 1),
     min_density: float = 0.0,
     max_density: float = 1.0,
     density: DensityFactors | None = None,
@@ -80,6 +82,8 @@ def sparsify(
     stands at a bound is told of in the log. `fan_in` and `fan_out` are the least and the most active units of a row and
     of a column of a layer's grid, in terms of their mean there, rounded outward: with (1, 1) all neurons of a layer
     have as many inputs, to within one.
+    unit "2:4" (N:M): of every M consecutive inputs of a row exactly N weights are active. So every layer, which has to
+    be linear, has the density N / M, whatever the budget; another sparsity, shares, fans and floors are errors.
     start: which units these are. "random"; "magnitude": those with the largest weights of each layer (the first of
     equal ones); "nonzero": those with a weight that is not zero, in the layers that have a zero; masks: bool tensors by
     the names of layers, of the shapes of their weights, in the layers that have one, heads included. The last two bring
@@ -91,11 +95,13 @@ def sparsify(
     optimizer: the one that trains the model already, between two of its steps. The new parameters get the places of the
     old ones in its groups, and what it keeps for each weight is kept for those that stay.
 
-    Raises InputError for arguments of other types, a sparsity outside [0, 1), a unit that does not divide a layer,
+    Raises InputError for arguments of other types, a sparsity outside [0, 1) or other than N:M has, a unit that does
+    not divide a layer, a convolution by N:M,
     patterns, factors and heads that match nothing, bounds that cannot hold the budget, hooks on the gradient of a
     weight, and an optimizer whose state cannot follow; then nothing has changed.
     """
-    _require_types(model, sparsity, unit)
+    _require_types(model, sparsity)
+    unit, quota = _parsed(unit)
     require_start(start)
     _require_optimizer(optimizer, initializer)
     _refuse_synchronized(model)
@@ -111,13 +117,16 @@ def sparsify(
         shares |= {"head_min_density": head_min_density}
         if given := [name for name, is_given in shares.items() if is_given]:
             raise InputError(f"start brings every layer's density along: leave out {', '.join(given)}")
-        choice, targets, topologies = given_topologies(model, start, choice, unit)
+        choice, targets, topologies = given_topologies(model, start, choice, unit, quota)
         choice = replace(choice, sparsity=require_sparsity(sparsity, topologies))
     else:
         targets = choice.layers(model)
         shapes = layer_shapes(targets)
+        if quota is not None:
+            choice, budget = replace(choice, sparsity=_sparsity_of(quota, sparsity, density)), "uniform"
+            require_quota(shapes, quota)
         validated_heads(heads, head_min_density, shapes)
-        limits = Limits(head_min_density, fan_in, fan_out)
+        limits = Limits(head_min_density, fan_in, fan_out, quota)
         densities = (min_density, max_density)
         factors = density_factors(density or {}, list(shapes))
         counts = layer_counts(shapes, choice.sparsity, budget, unit, densities, factors)
@@ -138,7 +147,7 @@ def sparsify(
     if "" in targets:
         raise InputError("the model is itself a layer: put it into an nn.Sequential")
     # All topologies first: a layer that cannot be made sparse leaves the model as it was.
-    make = Maker(topologies, initializer, backend, seed)
+    make = Maker(topologies, initializer, backend, seed, quota)
     twins = {name: sparse_twin(name, module, make) for name, module in targets.items()}
     succeed = _succession(
         optimizer, {k: s for name, twin in twins.items() for k, s in to_sparse(name, targets[name], twin)}
@@ -164,7 +173,7 @@ def _require_optimizer(optimizer: object, initializer: object) -> None:
         raise InputError("an initializer draws new values, to which nothing of the optimizer's belongs: leave out one")
 
 
-def _require_types(model: object, sparsity: object, unit: object) -> None:
+def _require_types(model: object, sparsity: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model: must be a torch.nn.Module, not {repr(model)}")
     if sparsity is not None:
@@ -172,9 +181,22 @@ def _require_types(model: object, sparsity: object, unit: object) -> None:
             raise InputError(f"sparsity: must be a number such as 0.9, not {repr(sparsity)}")
         if not 0.0 <= float(sparsity) < 1.0:
             raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
-    sides = unit if isinstance(unit, tuple | list) else ()
-    if len(sides) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in sides):
-        raise InputError(f"unit: must be two whole numbers, rows and columns such as (4, 4), not {repr(unit)}")
+
+
+def _parsed(unit: object) -> tuple[tuple[int, int], Quota | None]:
+    try:
+        return parsed_unit(unit)
+    except ValueError as error:
+        raise InputError(f"unit: {error}") from None
+
+
+def _sparsity_of(quota: Quota, asked: float | None, density: DensityFactors | None) -> float:
+    """Raises InputError where another sparsity was asked for, or other densities of some layers."""
+    if asked is not None and abs(asked - quota.sparsity) > TOLERANCE:
+        raise InputError(f"unit {quota} has sparsity {quota.sparsity:.6g}, not {asked:g}: leave sparsity out")
+    if density:
+        raise InputError(f"unit {quota} gives every layer one density: leave out density")
+    return quota.sparsity
 
 
 def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:

@@ -11,11 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.unit import Quota
+from sparsae.core.groups import Groups
 from sparsae.core.topology import Topology, grid_size, index_dtype
 from sparsae.errors import InputError
-from sparsae.nn.choice import Choice
+from sparsae.nn.choice import Choice, layer_shapes
 from sparsae.nn.conversion import DensePlace, dense_matrices, dense_places
+from sparsae.nn.dense import strongest
 from sparsae.nn.kinds.kind import KINDS
+from sparsae.nn.limits import require_quota
 
 Start = Literal["random", "magnitude", "nonzero"] | Mapping[str, Tensor]
 _NAMES = ("random", "magnitude", "nonzero")
@@ -36,12 +40,13 @@ def require_start(start: object) -> None:
 
 
 def given_topologies(
-    model: nn.Module, start: Start, choice: Choice, unit: tuple[int, int]
+    model: nn.Module, start: Start, choice: Choice, unit: tuple[int, int], quota: Quota | None
 ) -> tuple[Choice, dict[str, nn.Module], dict[str, Topology]]:
     """What is chosen, the dense modules that become sparse, and the topologies of their layers by name.
 
     start: "nonzero" or masks. A module without any zero stays dense. Raises InputError where nothing is pruned, a mask
-    does not fit, or a layer would have no unit at all.
+    does not fit, a layer would have no unit at all, or does not keep a quota: of nonzero weights there may be fewer,
+    and zeros make up for them.
     """
     if isinstance(start, Mapping):
         choice, targets, active = _masked(model, start, choice)
@@ -54,7 +59,11 @@ def given_topologies(
         targets = {name: module for name, module in targets.items() if id(module) in pruned}
         active = {name: active[name] for name in dense_places(targets)}
         choice = replace(choice, include=tuple(map(escape, targets)), exclude=())
-    topologies = {name: _topology(name, mask_OI, unit, whole=start != "nonzero") for name, mask_OI in active.items()}
+    if quota is not None:
+        require_quota(layer_shapes(targets), quota)
+        topologies = {name: _with_quota(name, mask, quota, whole=start != "nonzero") for name, mask in active.items()}
+    else:
+        topologies = {name: _topology(name, mask, unit, whole=start != "nonzero") for name, mask in active.items()}
     return choice, targets, topologies
 
 
@@ -116,3 +125,18 @@ def _topology(name: str, mask_OI: Tensor, unit: tuple[int, int], whole: bool) ->
     if not indices.numel():
         raise InputError(f"start: no weight of layer {name} would exist: leave the layer out, or prune it less")
     return Topology((rows, columns), indices.to(index_dtype(grid_size((rows, columns), unit))), unit)
+
+
+def _with_quota(name: str, mask_OI: Tensor, quota: Quota, whole: bool) -> Topology:
+    """As many active weights of each group as the quota says; whole: just those of the mask."""
+    groups = Groups.of_quota((mask_OI.shape[0], mask_OI.shape[1]), quota)
+    counts = mask_OI.reshape(-1, quota.of).sum(1)
+    wrong = counts != quota.active if whole else counts > quota.active
+    if bool(wrong.any()):
+        what = "active" if whole else "nonzero"
+        raise InputError(
+            f"start: {int(wrong.sum()):,} of {groups.count:,} groups of {quota.of} weights of layer {name} do not have "
+            f"{quota.active} {what} ones: {'give a mask' if whole else 'prune the model'} by {quota}, or choose "
+            "another unit"
+        )
+    return strongest(mask_OI.to(torch.float32), groups.count * quota.active, (1, 1), [groups])

@@ -28,7 +28,7 @@ _FAR_BELOW = 0.5
 
 @dataclass(frozen=True)
 class SparseRow:
-    """A sparse layer: (out, in, kernel dimensions...) and unit in weights.
+    """A sparse layer: (out, in, kernel dimensions...) and unit in weights, and the unit's name, such as 2:4.
 
     frozen: its values do not train, so its connections stay. last: it is the last linear layer, which for many models
     is an output head that nothing tells apart. factor: that of its density which `sparsify` was asked for.
@@ -37,6 +37,7 @@ class SparseRow:
     name: str
     shape: tuple[int, ...]
     unit: tuple[int, int]
+    unit_name: str
     nnz: int
     frozen: bool
     last: bool
@@ -110,14 +111,14 @@ class Summary:
         has_factors = any(row.factor != 1.0 for row in self.sparse)
         columns = ["sparse layer", "count", "shape", "unit", "density", *(["factor"] if has_factors else []), "nnz", ""]
         lines = [columns]
-        for rows in _alike(self.sparse, lambda row: (_pattern(row.name), row.shape, row.unit, row.remark)):
+        for rows in _alike(self.sparse, lambda row: (_pattern(row.name), row.shape, row.unit_name, row.remark)):
             first, nnz = rows[0], sum(row.nnz for row in rows)
             lines.append(
                 [
                     first.name if len(rows) == 1 else _pattern(first.name),
                     str(len(rows)),
                     "x".join(map(str, first.shape)),
-                    "{}x{}".format(*first.unit),
+                    first.unit_name,
                     _span([row.density for row in rows]),
                     *([_span([row.factor for row in rows])] if has_factors else []),
                     f"{nnz:,}",
@@ -161,7 +162,14 @@ def summary(model: nn.Module) -> Summary:
             frozen = not module.values.requires_grad
             sparse.append(
                 SparseRow(
-                    name, module.shape, topology.unit, topology.nnz, frozen, module is last, factors.get(name, 1.0)
+                    name,
+                    module.shape,
+                    topology.unit,
+                    module.unit_name,
+                    topology.nnz,
+                    frozen,
+                    module is last,
+                    factors.get(name, 1.0),
                 )
             )
         if kind_in(module) is not None:

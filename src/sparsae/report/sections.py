@@ -24,6 +24,8 @@ def title(run: RunData) -> str:
     """Preset, method and, where the method's name does not say it, sparsity."""
     config, sparsity = run.config, run.config.sparsity.sparsity
     kind = f"{percent(sparsity)} sparse" if sparsity else "dense"
+    if sparsity and config.sparsity.quota is not None:
+        kind = f"{config.sparsity.quota} sparse"
     return " · ".join((config.preset, config.method, *([] if config.method.startswith(kind) else [kind])))
 
 

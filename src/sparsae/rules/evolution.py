@@ -180,6 +180,7 @@ class Evolution(Rule[EvolutionState]):
         self.initialization = config.initialization
         self.burn_in = config.burn_in
         self.declines = config.selection == "elitist"
+        self.shifts = "topology.proposer shift" if config.proposer == "shift" else None
         self.when = Periodic(config.every or "5%", config.start, config.stop, at_stop=True)
         needs: set[Need] = set()
         wanted: dict[str, Need] = {"guided": "gradient_at", "rigl": "dense_gradient"}
@@ -329,7 +330,9 @@ class Evolution(Rule[EvolutionState]):
                 return reset(seen, self.config.reset, rng)
             return self.config.proposer, PROPOSERS[self.config.proposer](seen, count, guidance, rng)
 
-        if self.config.bounds == "obey":
+        # N of M is what a topology is there, rather than a limit that a draw may miss: none would ever keep it.
+        has_quotas = any(part.is_quota for view in observation.layers.values() for part in view.groups)
+        if self.config.bounds == "obey" or has_quotas:
             name, swap = proposed(observation)
             return Candidate(within_limits(observation, swap, rng), name)
         blind = {name: dataclasses.replace(view, groups=()) for name, view in observation.layers.items()}

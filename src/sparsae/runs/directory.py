@@ -236,6 +236,7 @@ def describe(path: Path) -> dict[str, Any]:
         "method": config.method,
         "seed": config.seed,
         "sparsity": config.sparsity.sparsity,
+        "unit": config.sparsity.unit_name,
         "steps_planned": config.training.steps,
         "checkpoint_step": steps[-1] if steps else None,
         "finished": False,

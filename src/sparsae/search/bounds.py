@@ -6,10 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sparsae.config.unit import Quota
 from sparsae.core.budgets import density_bounds, density_factors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
-from sparsae.core.schedule import Schedule
+from sparsae.core.schedule import CONSTANT, Schedule
 from sparsae.errors import InputError
 from sparsae.nn.limits import Limits, is_rigid
 from sparsae.nn.linear import SparseLinear
@@ -36,6 +37,9 @@ def layer_bounds(
     low, high = _densities(config, density if config.sparsity is None else 1.0 - config.sparsity)
     bounds = {}
     for name, topology in topologies.items():
+        if layers[name].quota is not None:
+            bounds[name] = (1, topology.units)  # its groups say all
+            continue
         k_min, k_max = density_bounds(topology.units, low, high)
         reached = topology.count, *ends.get(name, ())
         bounds[name] = (min(k_min, *reached), max(k_max, *reached))
@@ -48,8 +52,10 @@ def layer_ends(
     """Each trained layer's units now and at the end, of a rule that prunes; or between what the schedule moves it.
 
     Raises InputError where rule, schedule and `config.sparsity` do not fit, and where the model is sparser already than
-    it shall be, or denser than a schedule begins.
+    it shall be, or denser than a schedule begins; and as `refuse_shifting` does.
     """
+    if quota := next((layer.quota for layer in layers.values() if layer.quota is not None), None):
+        refuse_shifting(rule, quota, schedule)
     kind = config.schedule.kind
     what = f"rule '{rule.name}' prunes" if rule.prunes else f"schedule {kind} moves density"
     if rule.prunes and schedule.moves:
@@ -81,6 +87,19 @@ def layer_ends(
     return schedule.ends(now, last) if schedule.moves else {name: (now[name], last[name]) for name in trained}
 
 
+def refuse_shifting(rule: Rule[Any], quota: Quota, schedule: Schedule = CONSTANT) -> None:
+    """Raise InputError for a rule or a schedule that changes the density of layers, which a quota fixes."""
+    what = None
+    if rule.prunes:
+        what = f"rule '{rule.name}' prunes"
+    elif schedule.moves:
+        what = "a density schedule moves density"
+    elif rule.shifts is not None:
+        what = f"rule '{rule.name}' moves density between layers ({rule.shifts})"
+    if what is not None:
+        raise InputError(f"{what}, and with unit {quota} (sparsity.unit) every layer has density {quota.density:.4g}")
+
+
 def layer_groups(
     layers: Layers,
     config: SparsifierConfig,
@@ -92,9 +111,9 @@ def layer_groups(
 
     Raises InputError as `Limits.groups` does.
     """
-    limits = Limits(config.head_min_density, config.fan_in, config.fan_out)
     found = {}
     for name, layer in layers.items():
+        limits = Limits(config.head_min_density, config.fan_in, config.fan_out, layer.quota)
         shape, unit = layer.topology.shape, layer.topology.unit
         first = round(densities[name] * layer.topology.units)
         limits.groups(shape, unit, min([first, *ends.get(name, ())]), heads.get(name))

@@ -92,7 +92,7 @@ def _factors(config: Config, layers: Mapping[str, SparseLinear]) -> tuple[dict[s
     factors = density_factors(density_of(config), list(layers)) if layers else {}
     shapes, sparsity = {name: layer.shape for name, layer in layers.items()}, config.sparsity
     bounds = initial_bounds(config)
-    return factors, cut_short(shapes, config.initial_sparsity, sparsity.budget, sparsity.unit, bounds, factors)
+    return factors, cut_short(shapes, config.initial_sparsity, sparsity.budget, sparsity.block, bounds, factors)
 
 
 @telling_places
@@ -129,7 +129,7 @@ def _expected_flops(
     topologies = first = {name: layer.topology for name, layer in layers.items()}
     units = {name: topology.units for name, topology in topologies.items()}
     start = {name: topology.count for name, topology in topologies.items()}
-    block = config.sparsity.unit[0] * config.sparsity.unit[1]
+    block = math.prod(config.sparsity.block)
     end = round((1.0 - config.sparsity.sparsity) * sum(units.values()))
     schedule, level = Schedule.of(config.sparsity.schedule, rule.moves), 1.0
     active, ends = dict(start), schedule.ends(start, _last(config, layers)) if schedule.moves else {}
@@ -206,7 +206,7 @@ def _density_steps(config: Config, layers: Mapping[str, SparseLinear], rule: Rul
         return []
     topologies = {name: layer.topology for name, layer in layers.items()}
     start, units = ({n: getattr(t, what) for n, t in topologies.items()} for what in ("count", "units"))
-    ends, block = schedule.ends(start, _last(config, layers)), config.sparsity.unit[0] * config.sparsity.unit[1]
+    ends, block = schedule.ends(start, _last(config, layers)), math.prod(config.sparsity.block)
     found, level = [], 1.0
     for step in [0, *schedule.moments(horizon)]:
         level = schedule.level(step, horizon, level)
@@ -222,7 +222,7 @@ def _last(config: Config, layers: Mapping[str, SparseLinear]) -> dict[str, int]:
         {name: layer.shape for name, layer in layers.items()},
         sparsity.sparsity,
         sparsity.budget,
-        sparsity.unit,
+        sparsity.block,
         sparsity.density_bounds,
         factors,
         {name: layer.topology.count for name, layer in layers.items()},

@@ -19,11 +19,12 @@ from sparsae.errors import InputError
 from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
 from sparsae.nn.choice import Choice, layer_shapes
 from sparsae.nn.conversion import Initializer
-from sparsae.nn.limits import Limits
+from sparsae.nn.limits import Limits, require_quota
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import layer_counts, sparsify, validated_heads
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
+from sparsae.search.bounds import refuse_shifting
 
 
 @telling_places
@@ -46,13 +47,16 @@ def require_fit(config: Config) -> None:
     rule = build_rule(config.topology, config.rules)
     rule.refuse_layers(shapes)
     factors = density_factors(density_of(config), list(shapes), "sparsity.density")
-    counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.unit, sparsity.density_bounds, factors)
+    if sparsity.quota is not None:
+        require_quota(shapes, sparsity.quota)
+        refuse_shifting(rule, sparsity.quota)
+    counts = layer_counts(shapes, sparsity.sparsity, sparsity.budget, sparsity.block, sparsity.density_bounds, factors)
     heads = head_layouts(shapes, config)
     validated_heads(heads, sparsity.head_min_density, shapes)
-    limits = Limits(sparsity.head_min_density, sparsity.fan_in, sparsity.fan_out)
+    limits = Limits(sparsity.head_min_density, sparsity.fan_in, sparsity.fan_out, sparsity.quota)
     sparsest = {name: min(ends) for name, ends in Schedule.of(sparsity.schedule, True).ends(counts, counts).items()}
     for name, shape in shapes.items():
-        limits.require_room(matrix_shape(shape), sparsity.unit, sparsest.get(name, counts[name]), heads.get(name))
+        limits.require_room(matrix_shape(shape), sparsity.block, sparsest.get(name, counts[name]), heads.get(name))
 
 
 def model_of(

@@ -34,7 +34,7 @@ def summarize(
     live = sum(p.numel() for p in model.parameters())
     nnz = sum(layer.topology.nnz for layer in sparse_layers(model).values())
     weights = account.costs.cost.sparse_weights
-    b_out, b_in = config.sparsity.unit
+    b_out, b_in = config.sparsity.block
     target = b_out * b_in * round((1.0 - config.sparsity.sparsity) * (weights // (b_out * b_in)))
     training_seconds = sum(account.watch.seconds.get(part, 0.0) for part in ("train", "topology"))
     flops_per_second = account.flops.total / training_seconds if training_seconds else None

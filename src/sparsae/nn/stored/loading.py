@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.unit import Quota
 from sparsae.core.topology import Topology, index_dtype
 from sparsae.errors import InputError
 from sparsae.files import is_whole, sha256_of
@@ -20,13 +21,19 @@ from sparsae.nn.names import modules_by_name
 from sparsae.nn.sparsify import put_in_place
 from sparsae.nn.stored import FORMAT
 
-Facts = tuple[int, tuple[int, int]]
+
+class Facts(NamedTuple):
+    """What is told of a layer."""
+
+    nnz: int
+    unit: tuple[int, int]
+    quota: Quota | None
 
 
 class Stored:
     """What `config.json` tells of a model that was stored sparse.
 
-    layers: (nnz, unit) by the names of the sparse layers. files: SHA-256 of the files of weights, by their names.
+    layers: facts by the names of the sparse layers. files: SHA-256 of the files of weights, by their names.
     """
 
     def __init__(self, table: Mapping[str, Any]) -> None:
@@ -39,7 +46,8 @@ class Stored:
         if not is_whole(table):
             raise InputError("config.json: quantization_config was changed since it was saved; the file is damaged")
         self.layers: dict[str, Facts] = {
-            name: (entry["nnz"], tuple(entry["unit"])) for name, entry in table["layers"].items()
+            name: Facts(entry["nnz"], tuple(entry["unit"]), Quota.parse(entry["quota"]) if "quota" in entry else None)
+            for name, entry in table["layers"].items()
         }
         self.files: dict[str, str] = table["files"]
 
@@ -62,7 +70,7 @@ class Stored:
         wanted, targets = self._in(model)
 
         def make(name: str, matrix_OI: Tensor, kind: Kind) -> SparseLinear:
-            nnz, unit = wanted[name]
+            nnz, unit, quota = wanted[name]
             rows, columns = matrix_OI.shape
             units, count = rows * columns // math.prod(unit), nnz // math.prod(unit)
             if rows % unit[0] or columns % unit[1] or count > units:
@@ -73,12 +81,12 @@ class Stored:
             indices = torch.empty(count, dtype=index_dtype(units), device="meta")
             topology = Topology((rows, columns), indices, unit)
             values = torch.empty(topology.values_shape, dtype=matrix_OI.dtype, device="meta")
-            return SparseLinear(topology, values, kind=kind)
+            return SparseLinear(topology, values, kind=kind, quota=quota)
 
         put_in_place(model, targets, {name: sparse_twin(name, module, make) for name, module in targets.items()})
 
     def _in(self, model: Any) -> tuple[dict[str, Facts], dict[str, nn.Module]]:
-        """(nnz, unit) by the names that the layers have in this model, and the dense modules that become sparse."""
+        """Facts by the names that the layers have in this model, and the dense modules that become sparse."""
         modules, prefix = modules_by_name(model), f"{model.base_model_prefix}."
         able = {n: m for n, m in modules.items() if (k := KINDS.claiming(m)) is not None and k.refusal(m) is None}
         places, wanted = dense_places(able), {}

@@ -91,7 +91,12 @@ def _complete(folder: Path, layers: Mapping[str, SparseLinear], variant: str | N
     path = folder / "config.json"
     config = parse_json(path.read_bytes(), str(path))
     config["transformers_weights"] = GUARD
-    table = {name: {"nnz": layer.topology.nnz, "unit": list(map(int, layer.unit))} for name, layer in layers.items()}
+    table: dict[str, Any] = {
+        name: {"nnz": layer.topology.nnz, "unit": list(map(int, layer.unit))} for name, layer in layers.items()
+    }
+    for name, layer in layers.items():
+        if layer.quota is not None:
+            table[name]["quota"] = str(layer.quota)
     files = {name: sha256_of(folder / name) for name in names}
     config["quantization_config"] = with_seal(
         {"quant_method": METHOD, "format": FORMAT, "layers": table, "files": files}

@@ -122,6 +122,7 @@ class Evolved(Rule[EvolvedState]):
         self._extremes = [inner, *(build(_with(settings, {name: value})) for name, value in ends)]
         self.when, self.accumulate, self.initialization = inner.when, inner.accumulate, inner.initialization
         self.needs = frozenset[Any]({"loss"}).union(*(rule.needs for rule in self._extremes))
+        self.shifts = "topology.strategy" if config.shifts else None
         self.terms = (TERMS["cross_entropy"].build(TERMS["cross_entropy"].settings()),)
         self.micro_batch = MicroBatchConfig(mode="static", sequences=config.sequences)
 

@@ -76,7 +76,7 @@ class Rule(ABC, Generic[State]):
     fast as `when` says. micro_batch: the held-out sequences that score its candidates, where it needs their loss.
     initialization: values of grown units (`surgery.prepare_swap`). burn_in: the gradient steps after a change. ramp,
     ramp_first: as its settings have them. declines: whether an update may leave the topology as it is since no
-    candidate is better.
+    candidate is better. shifts: the setting by which it moves density between layers on purpose, or None.
     """
 
     when: Cadence = Never()
@@ -92,6 +92,7 @@ class Rule(ABC, Generic[State]):
     ramp_first: bool = False
     micro_batch: MicroBatchConfig | None = None
     declines: bool = False
+    shifts: str | None = None
 
     @property
     def grows(self) -> bool:

@@ -68,6 +68,7 @@ class Several(Rule[SeveralState]):
             raise InputError(
                 f"rules '{scored[0].name}' and '{scored[1].name}' both compare candidates by scores: let one of them do"
             )
+        self.shifts = next((rule.shifts for rule in rules_ if rule.shifts), None)
         self.micro_batch = scored[0].micro_batch if scored else None
         self.terms = scored[0].terms if scored else ()
         dense = [rule for rule in moving if "dense_gradient" in rule.needs]
