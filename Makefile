@@ -93,14 +93,27 @@ PAGES ?= build/pages
 pages: $(VENV)/.installed
 	$(BIN)/python benchmarks/pages.py $(PAGES)
 
-# The documentation as a site, in build/site; a link that leads nowhere fails.
-DOCS := $(VENV)-docs
-$(DOCS)/.installed: Makefile
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/pip install --quiet --upgrade "zensical>=0.0.10,<1"
+# The documentation as a site, in build/site; a link that leads nowhere fails, and so does what another place would serve.
+# npm brings MathJax, which the site carries along.
+MATHJAX := build/mathjax-3.2.2
+$(MATHJAX)/.fetched:
+	mkdir -p $(MATHJAX)
+	cd build && npm pack --silent $(subst -,@,$(notdir $(MATHJAX))) && tar -xzf $(notdir $(MATHJAX)).tgz -C $(notdir $(MATHJAX))
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed Makefile
+	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)" "zensical>=0.0.73,<0.1"
 	@touch $@
-docs: $(DOCS)/.installed
-	$(DOCS)/bin/zensical build --clean --strict
+
+STAGED := build/docs
+docs: $(VENV)/.docs $(MATHJAX)/.fetched
+	rm -rf $(STAGED)
+	cp -R docs $(STAGED)
+	mkdir -p $(STAGED)/assets/mathjax/output/chtml/fonts
+	cp $(MATHJAX)/package/LICENSE $(MATHJAX)/package/es5/tex-chtml.js $(STAGED)/assets/mathjax
+	cp -R $(MATHJAX)/package/es5/output/chtml/fonts/woff-v2 $(STAGED)/assets/mathjax/output/chtml/fonts
+	$(BIN)/zensical build --clean --strict
+	$(BIN)/python website/check.py build/site
 
 # A wheel for this machine, in dist/. It has the native kernels and knows neither Python's version nor torch's.
 wheel:
@@ -114,4 +127,4 @@ wheels:
 	$(WHEELS)/bin/cibuildwheel --output-dir dist
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) $(WHEELS) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WHEELS) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis
