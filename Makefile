@@ -102,7 +102,7 @@ $(MATHJAX)/.fetched:
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed Makefile
-	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)" "zensical>=0.0.73,<0.1"
+	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)" "zensical>=0.0.73,<0.1" "mkdocstrings-python>=2,<3" "griffe-pydantic>=1.3,<2"
 	@touch $@
 
 STAGED := build/docs

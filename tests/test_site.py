@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import inspect
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+
+import sparsae
+from sparsae.registry import RULES, TERMS
+from sparsae.runs.rows import KINDS as ROWS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
@@ -61,3 +69,42 @@ def test_what_a_page_loads_is_in_the_site(more: str, style: str, complaint: str 
     found = website("check").complaints(tmp_path)
     assert len(found) == (complaint is not None)
     assert not found or found[0].endswith(complaint)
+
+
+REFERENCE = re.compile(r"^::: (sparsae[\w.]*)$", re.MULTILINE)
+
+
+@functools.cache
+def documented() -> dict[str, Any]:
+    """What the reference has an entry for, by its name; of integrations, which import slowly, None."""
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    names = [name for page in pages for name in REFERENCE.findall(page.read_text("utf-8"))]
+    assert len(names) == len(set(names))
+    found = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        if module.startswith("sparsae.integrations."):
+            source = (ROOT / "src" / Path(*module.split("."))).with_suffix(".py").read_text("utf-8")
+            assert re.search(rf"^(class|def) {attribute}\b", source, re.MULTILINE), name
+            found[name] = None
+        else:
+            found[name] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def test_the_reference_has_what_is_public() -> None:
+    entries = documented()
+    assert {f"sparsae.{name}" for name in sparsae.__all__} == {name for name in entries if name.count(".") == 1}
+    things = {id(thing) for thing in entries.values()}
+    for registry in (RULES, TERMS):
+        missing = [name for name in registry.own_names() if id(registry[name].settings) not in things]
+        assert not missing
+    assert {id(kind) for kind in ROWS.values()} <= things
+
+
+def test_what_the_reference_says_of_them_is_no_accidental_markup() -> None:
+    """Stars in a docstring that are no code become emphasis, and vanish."""
+    for name, thing in documented().items():
+        for part in [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]:
+            prose = re.sub(r"`[^`]*`", "", getattr(part, "__doc__", None) or "")
+            assert not re.search(r"\*\S(.*\S)?\*", prose), f"{name}: {prose}"

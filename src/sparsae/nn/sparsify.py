@@ -78,10 +78,10 @@ def sparsify(
     weights are active over the whole model (sparsity: 0.9, where none is given), shared out by `budget` ("uniform",
     "er", "erk") with every layer's density inside [min_density, max_density], and every head of a layer that `heads`
     describes at least at head_min_density. `density` multiplies what the budget gives: by globs over layer names
-    {"*.mlp.*": 0.8}, and from the first block to the last {"depth": [1.5, 1.0, 0.5]}; the total stays, and a layer that
-    stands at a bound is told of in the log. `fan_in` and `fan_out` are the least and the most active units of a row and
-    of a column of a layer's grid, in terms of their mean there, rounded outward: with (1, 1) all neurons of a layer
-    have as many inputs, to within one.
+    `{"*.mlp.*": 0.8}`, and from the first block to the last `{"depth": [1.5, 1.0, 0.5]}`; the total stays, and a layer
+    that stands at a bound is told of in the log. `fan_in` and `fan_out` are the least and the most active units of a
+    row and of a column of a layer's grid, in terms of their mean there, rounded outward: with (1, 1) all neurons of a
+    layer have as many inputs, to within one.
     unit "2:4" (N:M): of every M consecutive inputs of a row exactly N weights are active. So every layer, which has to
     be linear, has the density N / M, whatever the budget; another sparsity, shares, fans and floors are errors.
     start: which units these are. "random"; "magnitude": those with the largest weights of each layer (the first of
