@@ -102,7 +102,8 @@ class TestSkipped:
         def stepping(self: Trainer) -> Passes[None]:
             yield from steps(self)
             moments = [self.optimizer.state[p]["exp_avg"] for p in self.model.parameters()]
-            seen[self.step] = [p.detach().clone() for p in (*self.model.parameters(), *moments)]
+            average = self.teacher.model.parameters()
+            seen[self.step] = [p.detach().clone() for p in (*self.model.parameters(), *moments, *average)]
 
         monkeypatch.setattr(Trainer, "stepping", stepping)
         settings = ("training.log_every=1", "topology.every=7")

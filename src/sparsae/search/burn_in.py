@@ -65,16 +65,17 @@ class BurnIn:
                     if id(parameter) not in learning:
                         parameter.grad = None
 
-    def after_step(self) -> None:
-        """After the optimizer's step."""
-        if not self.active:
+    def after_step(self, stepped: bool = True) -> None:
+        """After the optimizer's step, or after one that was skipped: nothing has moved, and it is none of these."""
+        before, self._before = self._before, {}
+        moved = (not torch.equal(was, self._layers[name].values.detach()) for name, was in before.items())
+        if not (self.active and stepped and any(moved)):
             return
         elsewhere = 1.0 if self._config.scope == "all" else 0.0
-        for name, before in self._before.items():
+        for name, was in before.items():
             values, new = self._layers[name].values.data, self.new[name]
             weight = torch.where(new, self._config.multiplier, elsewhere).to(values.dtype)
-            values.copy_(torch.lerp(before, values, weight.view(-1, *[1] * (values.dim() - 1))))
-        self._before = {}
+            values.copy_(torch.lerp(was, values, weight.view(-1, *[1] * (values.dim() - 1))))
         self.steps_left -= 1
         if not self.steps_left:
             self.new = {}

@@ -70,8 +70,11 @@ class LoopCalls:
             name = min(moved, key=lambda n: moved[n].numel())
             self._before = name, moved[name].detach().clone()
 
-    def after_step(self) -> None:
-        """Raises InputError for an optimizer whose state cannot follow connections that move."""
+    def after_step(self, stepped: bool = True) -> None:
+        """Raises InputError for an optimizer whose state cannot follow connections that move.
+
+        stepped: False where it is known that the step was skipped.
+        """
         if not self._is_moved:
             return
         if not self._between:
@@ -85,7 +88,7 @@ class LoopCalls:
         if self._before is not None:
             name, before = self._before
             self._before = None
-            if torch.equal(before, self._layers[name].values.detach()):
+            if stepped and torch.equal(before, self._layers[name].values.detach()):
                 self._tell(
                     "step",
                     f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "

@@ -68,9 +68,9 @@ class Ramp:
                     refuse_ahead(self._optimizer, values)
                     self._before[name] = values.detach().clone(), decay_of(self._optimizer, values)
 
-    def after_step(self) -> None:
+    def after_step(self, stepped: bool = True) -> None:
         """After the optimizer's step, or after one that was skipped: nothing has moved then, and nothing ages."""
-        for name, seen in self._before.items():
+        for name, seen in self._before.items() if stepped else ():
             values = self._layers[name].values.data
             if seen is not None and torch.equal(seen[0], values):
                 continue

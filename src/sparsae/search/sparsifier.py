@@ -158,10 +158,14 @@ class Sparsifier:
         self._refuse_attached("before_step")
         self._before_step(None, loss_scale)
 
-    def after_step(self) -> Update | None:
-        """After `optimizer.step()`: the average, then the topology update if one is due."""
+    def after_step(self, stepped: bool = True) -> Update | None:
+        """After `optimizer.step()`: the average, then the topology update if one is due.
+
+        stepped: False where the loop has skipped `optimizer.step()`. Such a step has its place in all schedules, and
+        nothing else happens in it: no average, no step of burn-in, no age; an update that is due waits for the next.
+        """
         self._refuse_attached("after_step")
-        return self._after_step()
+        return self._after_step(stepped)
 
     def set_rule(self, rule: Rule[Any] | RuleConfig, *, sparsity: float | None = None) -> None:
         """Search by another rule from the next step on; call it between two steps, before the backward pass.
@@ -294,14 +298,14 @@ class Sparsifier:
         self._ramp.before_step()
         self._calls.watch(self.update_due)
 
-    def _after_step(self) -> Update | None:
-        self._calls.after_step()
-        self._burn_in.after_step()
-        self._ramp.after_step()
+    def _after_step(self, stepped: bool = True) -> Update | None:
+        self._calls.after_step(stepped)
+        self._burn_in.after_step(stepped)
+        self._ramp.after_step(stepped)
         self.step += 1
         if self.teacher is not None:
-            self.teacher.update(self._model, self.step - 1)
-        update = self.search.update(self.step)
+            self.teacher.update(self._model, self.step - 1, stepped)
+        update = self.search.update(self.step, stepped)
         if update is not None and update.accepted:
             self._burn_in.begin({name: change.grown for name, change in update.changes.items()})
             self._ramp.follow(update.changes)

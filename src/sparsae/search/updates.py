@@ -70,9 +70,10 @@ class Update:
 class TopologySearch:
     """Runs a rule over the sparse layers of a model.
 
-    An update whose gradients are not all finite (a gradient scaler then skips the optimizer's step) changes nothing,
-    whatever the rule looks at: it says so, the first time in the log and each time in its row, and is made up for
-    after the next step (`waiting`), so that a rule that prunes ends where it shall.
+    An update whose gradients are not all finite (a gradient scaler then skips the optimizer's step), or whose step was
+    skipped for another reason, changes nothing, whatever the rule looks at: it says so, the first time in the log and
+    each time in its row, and is made up for after the next step (`waiting`), so that a rule that prunes ends where it
+    shall.
     """
 
     def __init__(
@@ -168,14 +169,14 @@ class TopologySearch:
         if self.due(step) or self.gradients.probes:
             self.gradients.take(self.rule, self.bounds, self.ends if self.rule.prunes else {}, scale, loss_scale)
 
-    def update(self, step: int) -> Update | None:
-        """After the optimizer's step: one update of the topology, if it is due."""
+    def update(self, step: int, stepped: bool = True) -> Update | None:
+        """After the optimizer's step, or one that was skipped: one update of the topology, if it is due."""
         seen = self.gradients.views
         if seen is None:
             return None
         started = time.perf_counter()
         self._scoring.forget()
-        if self.gradients.not_finite is not None:
+        if self.gradients.not_finite is not None or not stepped:
             self._since = self._since or step
             return self._postponed(step, started)
         moments = self._moments()
@@ -274,11 +275,12 @@ class TopologySearch:
 
     def _postponed(self, step: int, started: float) -> Update:
         if not self._told:
+            layer = self.gradients.not_finite
             log.warning(
-                "step %d: the topology update waits for the next step, since a gradient of %s is not finite "
+                "step %d: the topology update waits for the next step, since %s "
                 "(said once; rows of the metrics have it as skipped)",
                 step,
-                self.gradients.not_finite,
+                "the optimizer's step was skipped" if layer is None else f"a gradient of {layer} is not finite",
             )
             self._told = True
         cost = self._cost()

@@ -103,18 +103,21 @@ class Trainer:
         if self.sparsifier:
             self.sparsifier.before_step()
         norm = float(clip_gradients(self.model.parameters(), self.settings.clip))
-        self._step(losses, taught, norm)
+        stepped = self._step(losses, taught, norm)
         self.step += 1
         if self.done or update_due or not self.account.state_bytes:
             window = self.sparsifier.search.gradients.windows.peak if self.sparsifier else 0
             self.account.measure_state(self.model, self.optimizer, self.teacher, window)
-        self._follow()
+        self._follow(stepped)
         self.optimizer.zero_grad(set_to_none=True)
         if self.done or self.step % self.settings.log_every == 0:
             self._tell(self._averages.row(self.step, self.account, rate, norm, burning_in))
 
-    def _step(self, losses: list[tuple[float, float, float]], taught: int, norm: float) -> None:
-        """The optimizer's, unless what it would take is not finite: alike on all ranks, since all of it is reduced."""
+    def _step(self, losses: list[tuple[float, float, float]], taught: int, norm: float) -> bool:
+        """The optimizer's, unless what it would take is not finite: alike on all ranks, since all of it is reduced.
+
+        Whether it was made.
+        """
         numbers = [("the loss", loss) for loss, *_ in losses] + [("the gradient's norm", norm)]
         reason = next((f"{what} is {number}" for what, number in numbers if not math.isfinite(number)), None)
         if reason is None:
@@ -123,11 +126,12 @@ class Trainer:
                 self._averages.add(*each, len(losses))
             self._averages.end_step(taught / self.account.tokens_per_step)
             self.account.skipped_in_a_row = 0
-            return
+            return True
         if self.account.skipped_in_a_row == self.settings.skip_limit:
             raise self.diverged(reason)
         self.account.skip()
         self._tell(SkippedRow(self.step + 1, tokens=self.account.tokens(self.step + 1), reason=reason))
+        return False
 
     def _gradients(self, alpha: float) -> Passes[tuple[list[tuple[float, float, float]], int]]:
         """The gradient of the mean loss over all batches of the step.
@@ -155,14 +159,14 @@ class Trainer:
             losses.append((loss, cross_entropy, distillation))
         return losses, taught_tokens
 
-    def _follow(self) -> None:
-        """The teacher's average and the topology's update."""
+    def _follow(self, stepped: bool) -> None:
+        """The teacher's average and the topology's update, after a step that was made or skipped."""
         if self.sparsifier is None:
             if self.teacher:
-                self.teacher.update(self.model, self.step - 1)
+                self.teacher.update(self.model, self.step - 1, stepped)
             return
         with self.account.watch.of("topology"):
-            update = self.sparsifier.after_step()
+            update = self.sparsifier.after_step(stepped)
         if update is not None:
             self.account.update(update, self.sparsifier.layer_nnz)
             self._tell(update.record)

@@ -80,15 +80,18 @@ class Teacher:
         return sum(kept.weights.numel() for kept in self.layers.values())
 
     @torch.no_grad()
-    def update(self, student: nn.Module, step: int) -> None:
+    def update(self, student: nn.Module, step: int, stepped: bool = True) -> None:
         """One step of the average, after the optimizer's (`step` is counted from 0); or its beginning, as a copy.
 
+        stepped: False where the optimizer's step was skipped, which is none of the average's either.
         Raises InputError where a layer of the student was made sparse or dense, or got another topology, and the
         teacher was not told.
         """
         if not self.begun:
             if step + 1 >= self._first:
                 self._begin(step + 1)
+            return
+        if not stepped:
             return
         beta, student = self.decay(step), _unsynchronized(student)
         sparse = sparse_layers(student)
