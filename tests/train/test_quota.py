@@ -25,7 +25,10 @@ TWO_OF_FOUR = ("sparsity.unit=2:4", "training.checkpoint_every=3", "topology.eve
 
 @pytest.mark.parametrize(
     ("method", "overrides"),
-    [("sparsae", ("teacher.enabled=true", "teacher.warmup_fraction=0.1")), ("sparsae-written", ())],
+    [
+        ("sparsae", ("teacher.enabled=true", "teacher.warmup_fraction=0.1", "teacher.storage=union")),
+        ("sparsae-written", ()),
+    ],
 )
 def test_a_stopped_run_ends_as_one_that_was_not(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *TWO_OF_FOUR, *overrides, method=method)
@@ -44,6 +47,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(method: str, overrides: tuple[st
     page = write_report(tmp_path / "whole").read_text()
     assert "2:4 sparse" in page
     if method == "sparsae":
+        taught = sparse_layers(load_run(tmp_path / "whole", teacher=True).model)
+        assert sum(layer.topology.nnz for layer in taught.values()) > known["nnz"]
         require_exports_come_back(tmp_path, model)
 
 

@@ -163,12 +163,15 @@ def export(
             "--format",
             metavar="NAME",
             help="dense: anything loads it, zeros are stored; sparse: import sparsae first; compact: few bytes; "
-            "onnx: other runtimes.",
+            "semi-structured: 2:4 for GPUs, as torch packs it; onnx: other runtimes.",
         ),
     ] = "dense",
     precision: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Of a compact one: float32 changes nothing.  (default: bfloat16)"),
+        typer.Option(
+            metavar="NAME",
+            help="Of a compact one (float32 changes nothing) or a semi-structured one.  (default: bfloat16)",
+        ),
     ] = None,
 ) -> None:
     """Write a run's model for transformers, dense or sparse, for other runtimes, or in few bytes."""

@@ -21,15 +21,19 @@ from torch import Tensor, nn
 
 from sparsae.errors import InputError
 from sparsae.evaluate.card import model_card
-from sparsae.evaluate.formats.compact import PRECISIONS, write_compact
+from sparsae.evaluate.formats import compact, semi_structured
+from sparsae.evaluate.formats.compact import write_compact
 from sparsae.evaluate.formats.onnx import require_onnx, write_onnx
+from sparsae.evaluate.formats.semi_structured import write_semi_structured
 from sparsae.evaluate.loading import LoadedRun, load_run
 from sparsae.files import open_as_directory, temporary_name
 from sparsae.models import fold_attention_scale
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
 
-FORMS = ("dense", "sparse", "compact", "onnx")
+FORMS = ("dense", "sparse", "compact", "semi-structured", "onnx")
+# Of the forms that have any: the first is taken where none is given.
+_PRECISIONS = {"compact": tuple(compact.PRECISIONS), "semi-structured": tuple(semi_structured.PRECISIONS)}
 
 
 def export_run(
@@ -42,18 +46,19 @@ def export_run(
 ) -> None:
     """Write the run in `path` to the new directory `to`: model, tokenizer and model card.
 
-    form: "dense", or "sparse" as `save_pretrained` has it; "compact" and "onnx" have modules of their own in `formats`.
-    precision: of a compact one, bfloat16 unless it is given. Beside dense weights lies topology.safetensors, which
-    holds, for every sparse layer, `NAME.indices` (flat unit numbers down the columns of the grid of units) and its
-    shape and unit in the metadata. Raises InputError for a run that cannot be read, for another form, or where `to`
-    cannot be written; then nothing is left behind.
+    form: "dense", or "sparse" as `save_pretrained` has it; the others have modules of their own in `formats`.
+    precision: of a compact or a semi-structured one, bfloat16 unless it is given. Beside dense weights lies
+    topology.safetensors, which holds, for every sparse layer, `NAME.indices` (flat unit numbers down the columns of
+    the grid of units) and its shape and unit in the metadata. Raises InputError for a run that cannot be read or does
+    not fit the form, for another form, or where `to` cannot be written; then nothing is left behind.
     """
     if form not in FORMS:
         raise InputError(f"--format: must be {' or '.join(FORMS)}, not {form}")
-    if precision is not None and form != "compact":
-        raise InputError("--precision: is for --format compact")
-    if precision not in (None, *PRECISIONS):
-        raise InputError(f"--precision: must be {' or '.join(PRECISIONS)}, not {precision}")
+    precisions = _PRECISIONS.get(form, ())
+    if precision is not None and not precisions:
+        raise InputError(f"--precision: is for --format {' and '.join(_PRECISIONS)}")
+    if precision not in (None, *precisions):
+        raise InputError(f"--precision: must be {' or '.join(precisions)}, not {precision}")
     if form == "onnx":
         require_onnx()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -61,7 +66,9 @@ def export_run(
     loaded = load_run(path, teacher, best)
     with _new(to) as partial:
         if form == "compact":
-            write_compact(loaded, partial, precision or next(iter(PRECISIONS)), teacher)
+            write_compact(loaded, partial, precision or precisions[0], teacher)
+        elif form == "semi-structured":
+            write_semi_structured(loaded, partial, precision or precisions[0])
         elif form == "onnx":
             write_onnx(loaded, partial)
         else:

@@ -171,6 +171,13 @@ class Union(Storage):
     ages: Ages | None = None
     active: Tensor | None = None
 
+    @staticmethod
+    def prepare(model: nn.Module) -> Mapping[str, Any]:
+        layers = sparse_layers(model)
+        for layer in layers.values():
+            layer.quota = None  # what fades is more than it allows
+        return layers
+
     @classmethod
     def of(cls, name: str, copied: SparseLinear, student: SparseLinear, config: TeacherConfig) -> Self:
         return cls(name, copied, config.tolerance, student.topology, Ages.of(student, config))
