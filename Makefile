@@ -7,7 +7,7 @@ LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-newest test-triton soak golden check format lock performance pages docs wheel wheels clean
+.PHONY: demo test test-oldest test-newest test-triton soak golden check format lock performance pages docs gallery wheel wheels clean
 
 # Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -102,13 +102,25 @@ $(MATHJAX)/.fetched:
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed Makefile
-	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)" "zensical>=0.0.73,<0.1" "mkdocstrings-python>=2,<3" "griffe-pydantic>=1.3,<2"
+	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)" "zensical>=0.0.73,<0.1" "mkdocstrings-python>=2,<3" "griffe-pydantic>=1.3,<2" \
+	  "jupytext>=1.17,<2" "nbconvert>=7.14,<8" "ipykernel>=6.29,<8"
 	@touch $@
 
+# The examples as executed notebooks: two minutes. `make docs` runs those that changed; make gallery, all.
+GALLERY := build/gallery
+PLAYED := $(patsubst examples/%.py,$(GALLERY)/%.md,$(wildcard examples/*.py))
+$(GALLERY)/%.md: examples/%.py website/gallery.py | $(VENV)/.docs
+	$(BIN)/python website/gallery.py $< $(GALLERY)
+gallery:
+	rm -rf $(GALLERY)
+	$(MAKE) $(PLAYED)
+
 STAGED := build/docs
-docs: $(VENV)/.docs $(MATHJAX)/.fetched
+docs: $(VENV)/.docs $(MATHJAX)/.fetched $(PLAYED)
+	$(BIN)/python website/gallery.py $(GALLERY)
 	rm -rf $(STAGED)
 	cp -R docs $(STAGED)
+	cp -R $(GALLERY) $(STAGED)/gallery
 	mkdir -p $(STAGED)/assets/mathjax/output/chtml/fonts
 	cp $(MATHJAX)/package/LICENSE $(MATHJAX)/package/es5/tex-chtml.js $(STAGED)/assets/mathjax
 	cp -R $(MATHJAX)/package/es5/output/chtml/fonts/woff-v2 $(STAGED)/assets/mathjax/output/chtml/fonts

@@ -1,4 +1,7 @@
-"""A loop of your own around accelerate, with a sparse network: `python examples/accelerate_loop.py`.
+# %% [markdown]
+"""# A loop of accelerate
+
+A loop of your own around accelerate, with a sparse network: `python examples/accelerate_loop.py`.
 
 `attach` hangs the Sparsifier on the optimizer's own step, so that accumulated and skipped steps are none of the loop's
 business; `register_for_checkpointing` puts its state, and the teacher, into accelerate's checkpoints. Stopped at half
@@ -6,6 +9,7 @@ and resumed, training ends as if it had not been stopped, bit for bit. Wants `pi
 tells the rest.
 """
 
+# %%
 import tempfile
 
 import torch
@@ -19,7 +23,11 @@ from sparsae.config import TeacherConfig
 EPOCHS, PASSES = 20, 2
 SAMPLES, BATCH = 1024, 32
 
+# %% [markdown]
+# `attach` is all that the loop below has to do with updates of the topology.
 
+
+# %%
 class Training:
     """Everything that a training consists of."""
 
@@ -55,6 +63,11 @@ class Training:
         return float(parts.cross_entropy)
 
 
+# %% [markdown]
+# One training without a stop, one from its checkpoint, and their weights beside each other.
+
+
+# %%
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Training()
@@ -71,5 +84,6 @@ def main() -> None:
     print(f"stopped at epoch {EPOCHS // 2} and resumed: the same {len(ours)} tensors, bit for bit")
 
 
+# %%
 if __name__ == "__main__":
     main()

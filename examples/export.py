@@ -1,4 +1,7 @@
-"""Train by the program, export, and load what it wrote with transformers alone: `python examples/export.py`.
+# %% [markdown]
+"""# Train, export, load with transformers
+
+Train by the program, export, and load what it wrote with transformers alone: `python examples/export.py`.
 
 The same as on the command line:
 
@@ -6,6 +9,7 @@ The same as on the command line:
     sparsae export RUN --to DIRECTORY
 """
 
+# %%
 import sys
 import tempfile
 from pathlib import Path
@@ -22,12 +26,21 @@ SMALL = [
     *("--set", "training={batch_size: 4, validation_sequences: 8}"),
 ]
 
+# %% [markdown]
+# Commands of the program, as a shell would give them.
 
+
+# %%
 def command(*arguments: str) -> None:
     if code := sparsae(list(arguments)):
         sys.exit(code)
 
 
+# %% [markdown]
+# From the run's directory to one that transformers loads.
+
+
+# %%
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run, exported = f"{folder}/run", f"{folder}/model"
@@ -45,5 +58,6 @@ def main() -> None:
         assert zeros > 0.5
 
 
+# %%
 if __name__ == "__main__":
     main()

@@ -1,10 +1,14 @@
-"""A network that Lightning trains sparse from the first step: `python examples/lightning_trainer.py`.
+# %% [markdown]
+"""# The Trainer of Lightning
+
+A network that Lightning trains sparse from the first step: `python examples/lightning_trainer.py`.
 
 `sparsify` belongs into the module's `__init__`, one callback into the Trainer; `training_step` adds what the teacher
 says. Stopped at half and resumed, training ends as if it had not been stopped, bit for bit. Wants
 `pip install lightning`; docs/trainers.md tells the rest.
 """
 
+# %%
 import tempfile
 
 import torch
@@ -19,7 +23,11 @@ from sparsae.integrations.lightning import SparsaeCallback
 
 EPOCHS = 20
 
+# %% [markdown]
+# The module is made sparse when it is made, and asks the callback for what the teacher adds to the loss.
 
+
+# %%
 class Spirals(LightningModule):
     """Tells which of two spirals a point lies on."""
 
@@ -53,6 +61,11 @@ def points(count: int, seed: int) -> TensorDataset:
     return TensorDataset(torch.stack([radius * angle.cos(), radius * angle.sin()], 1), label)
 
 
+# %% [markdown]
+# The callback goes to the Trainer, as others do.
+
+
+# %%
 def train(folder: str, checkpoint: str | None = None) -> tuple[Spirals, SparsaeCallback]:
     torch.manual_seed(0)
     module, callback = Spirals(), SparsaeCallback(module="net", teacher=TeacherConfig(beta=0.9, alpha=0.1))
@@ -66,7 +79,13 @@ def train(folder: str, checkpoint: str | None = None) -> tuple[Spirals, SparsaeC
     return module, callback
 
 
-def main() -> None:
+# %% [markdown]
+# One training without a stop, one from its checkpoint, and their weights beside each other; then what the network
+# makes of the plane.
+
+
+# %%
+def main() -> Spirals:
     with tempfile.TemporaryDirectory() as folder:
         module, callback = train(folder)
         resumed, _ = train(folder, f"{folder}/epoch={EPOCHS // 2 - 1}.ckpt")
@@ -79,7 +98,19 @@ def main() -> None:
     with torch.no_grad():
         accuracy = (module.eval().net(x).argmax(1) == label).float().mean().item()
     print(f"{accuracy:.0%} of new points are right")
+    return module
 
 
+# %%
 if __name__ == "__main__":
-    main()
+    from matplotlib import pyplot as plt
+
+    net, side = main().net, torch.linspace(-1, 1, 200)
+    with torch.no_grad():
+        plane = net(torch.cartesian_prod(side, side)).softmax(1)[:, 1].reshape(200, 200).T
+    x, label = points(400, 1).tensors
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    drawn = axes.contourf(side, side, plane, levels=10, cmap="RdBu", alpha=0.6)
+    axes.scatter(*x.T, c=label, cmap="RdBu", edgecolors="black", linewidths=0.5, s=12)
+    figure.colorbar(drawn, label="probability of the second spiral")
+    plt.show()

@@ -1,4 +1,7 @@
-"""An observer of your own, in one file: it sees every row of a run's metrics while the run trains.
+# %% [markdown]
+"""# An observer of your own
+
+An observer of your own, in one file: it sees every row of a run's metrics while the run trains.
 
 This one keeps the best validation so far in `best.json` beside the run's other files. A run takes it by name, and
 `python examples/own_observer.py` makes such a run:
@@ -8,6 +11,7 @@ This one keeps the best validation so far in `best.json` beside the run's other 
 docs/own-observer.md tells the rest, and how a package of yours brings it along.
 """
 
+# %%
 import json
 import math
 import tempfile
@@ -16,7 +20,11 @@ from pathlib import Path
 from sparsae import OBSERVERS, Observer
 from sparsae.runs.rows import Row
 
+# %% [markdown]
+# What it does with a row.
 
+
+# %%
 @OBSERVERS.register("best")
 class Best(Observer):
     """Writes down the lowest validation loss, and where it was."""
@@ -32,6 +40,11 @@ class Best(Observer):
             self.file.write_text(json.dumps({"step": row.step, "loss": row.loss}))
 
 
+# %% [markdown]
+# A run of the program that names it, and what it has left there.
+
+
+# %%
 def main() -> None:
     from sparsae.config.load import resolve
     from sparsae.train.run import start
@@ -49,5 +62,6 @@ def main() -> None:
     assert best["loss"] <= summary["validation_loss"]
 
 
+# %%
 if __name__ == "__main__":
     main()

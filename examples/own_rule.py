@@ -1,4 +1,7 @@
-"""A topology rule of your own, in one file: `python examples/own_rule.py`.
+# %% [markdown]
+"""# A topology rule of your own
+
+A topology rule of your own, in one file: `python examples/own_rule.py`.
 
 The rule drops small weights, but not exactly the smallest: noise decides between weights of similar size. A run takes
 it by name:
@@ -8,6 +11,7 @@ it by name:
 docs/own-rule.md tells the rest, and how a package of yours brings it along.
 """
 
+# %%
 import torch
 from pydantic import Field
 from torch import nn
@@ -28,7 +32,11 @@ from sparsae import (
     sparsify,
 )
 
+# %% [markdown]
+# Its settings. The first line is what `sparsae methods` says of it, and each description is in the lists of settings.
 
+
+# %%
 class NoisyConfig(RuleConfig):
     """Small weights are dropped with noise, random ones grown."""
 
@@ -39,6 +47,11 @@ class NoisyConfig(RuleConfig):
     )
 
 
+# %% [markdown]
+# What is new about it: the scores by which connections are dropped.
+
+
+# %%
 class NoisyMagnitude(Drop):
     """What has the lowest score is dropped. Randomness comes from `rng` alone, so that a run can be repeated."""
 
@@ -50,6 +63,11 @@ class NoisyMagnitude(Drop):
         return (view.magnitude + 1e-12).log() + self.temperature * noise
 
 
+# %% [markdown]
+# The rest is made of parts that there are, and gets a name.
+
+
+# %%
 @RULES.register("noisy", NoisyConfig)
 def build(config: NoisyConfig) -> Exchange:
     when, fraction = Periodic(config.every, stop=0.75), CosineFraction(config.drop_fraction, stop=0.75)
@@ -57,13 +75,18 @@ def build(config: NoisyConfig) -> Exchange:
     return Exchange("noisy", when=when, fraction=fraction, drop=drop, grow=RandomGrowth())
 
 
-def train(topology: NoisyConfig, steps: int = 200) -> int:
-    """Trains a small network to shift its input; returns how many connections moved."""
+# %% [markdown]
+# A small network that learns to shift its input, by the rule with and without noise.
+
+
+# %%
+def train(topology: NoisyConfig, steps: int = 200) -> list[float]:
+    """Trains with the rule; returns the losses."""
     torch.manual_seed(0)
     model = sparsify(nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32)), sparsity=0.9)
     optimizer = AdamW(model.parameters(), lr=3e-3)
     sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=steps, topology=topology))
-    moved = 0
+    moved, losses = 0, []
     for _ in range(steps):
         x = torch.randn(64, 32)
         loss = (model(x) - x.roll(1, 1)).square().mean()
@@ -71,12 +94,21 @@ def train(topology: NoisyConfig, steps: int = 200) -> int:
         loss.backward()
         sparsifier.before_step()
         optimizer.step()
+        losses.append(loss.item())
         if update := sparsifier.after_step():
             moved += update.row["swaps"]
+    assert moved > 0
     print(f"temperature {topology.temperature}: {moved} connections moved, loss {loss.item():.3f}")
-    return moved
+    return losses
 
 
+# %%
 if __name__ == "__main__":
-    assert train(NoisyConfig(temperature=0.0)) > 0
-    assert train(NoisyConfig(temperature=0.5)) > 0
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for temperature in (0.0, 0.5):
+        axes.plot(train(NoisyConfig(temperature=temperature)), label=f"temperature {temperature}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    plt.show()

@@ -1,11 +1,15 @@
-"""Stop a training and resume it as if it had never stopped, bit for bit: `python examples/resume.py`.
+# %% [markdown]
+"""# Stop and resume
+
+Stop a training and resume it as if it had never stopped, bit for bit: `python examples/resume.py`.
 
 A checkpoint has three parts: model, optimizer and Sparsifier, which brings its teacher along. They are loaded in that
 order. (`sparsae train --resume RUN` does all this by itself, for runs of the program.)
 """
 
+# %%
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +19,11 @@ from sparsae import AdamW, Sparsifier, SparsifierConfig, parameter_groups, spars
 
 STEPS, STOP = 120, 50
 
+# %% [markdown]
+# Model, optimizer and Sparsifier, and how they are saved and loaded.
 
+
+# %%
 @dataclass
 class Training:
     """Everything that a training consists of, and its step."""
@@ -23,6 +31,7 @@ class Training:
     model: nn.Module
     optimizer: AdamW
     sparsifier: Sparsifier
+    losses: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def new(cls) -> "Training":
@@ -36,6 +45,7 @@ class Training:
         while self.sparsifier.step < until:
             x = torch.randn(64, 32, generator=torch.Generator().manual_seed(self.sparsifier.step))
             loss = (self.model(x) - x.roll(1, 1)).square().mean()
+            self.losses[self.sparsifier.step] = loss.item()
             self.optimizer.zero_grad()
             loss.backward()
             self.sparsifier.before_step()
@@ -54,7 +64,12 @@ class Training:
             part.load_state_dict(state)
 
 
-def main() -> None:
+# %% [markdown]
+# One training without a stop, one that is stopped and resumed, and their weights beside each other.
+
+
+# %%
+def main() -> tuple[Training, Training]:
     unbroken = Training.new()
     unbroken.run(STEPS)
 
@@ -70,7 +85,16 @@ def main() -> None:
     ours, theirs = resumed.model.state_dict(), unbroken.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     print(f"stopped at step {STOP} and resumed to step {STEPS}: the same {len(theirs)} tensors, bit for bit")
+    return unbroken, resumed
 
 
+# %%
 if __name__ == "__main__":
-    main()
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for training, label, style in zip(main(), ("without a stop", "resumed"), ("-", "--"), strict=True):
+        axes.plot(*zip(*training.losses.items(), strict=True), style, label=label)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    plt.show()

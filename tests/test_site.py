@@ -41,7 +41,9 @@ def pages(nav: Any) -> list[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     named = pages(SETTINGS["nav"])
     docs = ROOT / "docs"
-    assert sorted(named) == sorted(page.relative_to(docs).as_posix() for page in docs.rglob("*.md"))
+    written = [page.relative_to(docs).as_posix() for page in docs.rglob("*.md")]
+    played = [f"gallery/{script.stem}.md" for script in (ROOT / "examples").glob("*.py")]
+    assert sorted(named) == sorted([*written, "gallery/index.md", *played])
 
 
 PAGE = '<link rel="stylesheet" href="a.css"><script src="assets/b.js"></script><a href="https://c.org">c</a>{}'
