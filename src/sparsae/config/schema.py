@@ -132,7 +132,7 @@ class SparsityConfig(Section):
         if quota is None or self.sparsity == 0.0:
             return self
         if abs(self.sparsity - quota.sparsity) > TOLERANCE:
-            what = f"unit {quota} has sparsity {quota.sparsity:.6g}, not {self.sparsity:g}: leave sparsity out"
+            what = f"unit {quota} has sparsity {quota.sparsity:.6g}, not {self.sparsity:g}: set that, or leave it out"
             raise SettingError(what, "sparsity", "unit")
         others = {
             "budget": self.budget != "uniform",

@@ -45,8 +45,7 @@ def _above_floors(
     shape: tuple[int, int], unit: tuple[int, int], count: int, heads: Groups, rng: torch.Generator
 ) -> Topology:
     if heads.is_quota:  # there may be millions
-        sizes, counts = (torch.full((heads.count,), n, device="cpu") for n in (heads.size, heads.least))
-        places = sample_from_each(sizes, counts, rng)
+        places = _sample_alike(heads.size, heads.least, heads.count, rng)
     else:
         drawn = (sample_distinct(heads.size, heads.least, rng) + head * heads.size for head in range(heads.count))
         places = torch.cat(list(drawn))
@@ -93,6 +92,20 @@ def sample_from_each(sizes: Tensor, counts: Tensor, rng: torch.Generator) -> Ten
     numbers = starts[all_of] + torch.arange(all_of.numel(), device="cpu") - first[all_of]
     rest = drawn[~inverted[torch.searchsorted(ends, drawn, right=True)]]
     return torch.cat([rest, numbers[~_among(drawn, numbers)]]).sort().values
+
+
+def _sample_alike(size: int, n: int, count: int, rng: torch.Generator) -> Tensor:
+    """n distinct numbers from each of `count` ranges of `size` numbers that follow one another, each set as likely.
+
+    Selection sampling (Knuth): the next number is taken with the chance that as many as are wanted still have among
+    those that are left. O(count) memory.
+    """
+    wanted, found = torch.full((count,), n, device="cpu"), []
+    for i in range(size):
+        taken = torch.randint(size - i, (count,), generator=rng, device="cpu") < wanted
+        found.append(taken.nonzero().squeeze(1) * size + i)
+        wanted -= taken.long()
+    return torch.cat(found)
 
 
 def evened(topology: Topology, fan: Literal["in", "out"], least: int, most: int, rng: torch.Generator) -> Topology:

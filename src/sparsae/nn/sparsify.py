@@ -193,7 +193,9 @@ def _parsed(unit: object) -> tuple[tuple[int, int], Quota | None]:
 def _sparsity_of(quota: Quota, asked: float | None, density: DensityFactors | None) -> float:
     """Raises InputError where another sparsity was asked for, or other densities of some layers."""
     if asked is not None and abs(asked - quota.sparsity) > TOLERANCE:
-        raise InputError(f"unit {quota} has sparsity {quota.sparsity:.6g}, not {asked:g}: leave sparsity out")
+        raise InputError(
+            f"unit {quota} has sparsity {quota.sparsity:.6g}, not {asked:g}: set that, or leave sparsity out"
+        )
     if density:
         raise InputError(f"unit {quota} gives every layer one density: leave out density")
     return quota.sparsity
