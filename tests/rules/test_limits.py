@@ -66,9 +66,9 @@ def trained(case: str, limits: Limits, unit: tuple[int, int]) -> tuple[Sparsifie
     seen, moved = [], 0
     update = sparsifier.search.update
 
-    def watch(step: int) -> object:
+    def watch(step: int, stepped: bool = True) -> object:
         nonlocal moved
-        found = update(step)
+        found = update(step, stepped)
         if found is not None:
             seen.append({name: layer.topology for name, layer in sparse_layers(model).items()})
             moved += sum(row["swaps"] for row in found.row["candidates"]) // max(1, len(found.row["candidates"]))

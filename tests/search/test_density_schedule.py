@@ -106,11 +106,11 @@ def test_the_smallest_weights_of_each_layer_go_and_what_stays_keeps_its_state(mo
     layers, update = sparse_layers(model), sparsifier.search.update
     before: dict[str, tuple[Topology, Tensor, Tensor]] = {}
 
-    def watched(step: int) -> Any:
+    def watched(step: int, stepped: bool = True) -> Any:
         for name, layer in layers.items():
             average = optimizer.state[layer.values]["exp_avg"].clone()
             before[name] = layer.topology, layer.values.detach().clone(), average
-        return update(step)
+        return update(step, stepped)
 
     monkeypatch.setattr(sparsifier.search, "update", watched)
     moved = 0
