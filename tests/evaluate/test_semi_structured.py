@@ -18,11 +18,13 @@ from sparsae.cli import main
 from sparsae.errors import InputError
 from sparsae.evaluate.export import export_run
 from sparsae.evaluate.formats import semi_structured as form
-from sparsae.evaluate.formats.semi_structured import load_semi_structured, packed, unpacked
-from sparsae.evaluate.loading import load_run
+from sparsae.evaluate.formats.semi_structured import load_semi_structured, packed, unpacked, write_semi_structured
+from sparsae.evaluate.loading import LoadedRun, load_run
 from sparsae.files import read_sealed
 from sparsae.nn.linear import sparse_layers
+from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import start
+from tests.support import loops
 from tests.support.runs import config_of, contents, write_text
 
 SIZES = ("model.width=64", "model.mlp_width=128", "training.steps=4", "topology.every=2")
@@ -112,26 +114,29 @@ def test_on_cuda_the_layers_have_torchs_own_tensors(run: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("method", "overrides", "options", "message"),
+    ("overrides", "message"),
     [
-        ("set", (), [], "more than 2 weights in"),
-        ("set", ("sparsity.unit=[4, 4]",), [], "has units of 4x4"),
-        ("set", ("sparsity.unit=2:4", "model.width=32"), [], "multiples of 32 and 64"),
-        ("dense", (), [], "this one is dense"),
-        ("set", ("sparsity.unit=2:8",), ["--precision", "float32"], "--precision: must be bfloat16 or float16"),
+        (("sparsity.sparsity=0.9",), "more than 2 weights in"),
+        (("sparsity.unit=3:4",), "more than 2 weights in"),
+        (("sparsity.unit=[4, 4]",), "has units of 4x4"),
+        (("sparsity.unit=2:4", "model.width=32"), "multiples of 32 and 64"),
+        (("sparsity.sparsity=0.0",), "this one is dense"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
-    tmp_path: Path, method: str, overrides: tuple[str, ...], options: list[str], message: str, capsys: Any
-) -> None:
-    sizes = [size for size in SIZES if method != "dense" or not size.startswith("topology")]
-    config = config_of(write_text(tmp_path / "text"), tmp_path / "cache", *sizes, "training.steps=1", *overrides,
-                       method=method)  # fmt: skip
-    start(config, tmp_path / "run", quiet=True)
-    command = ["export", str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "semi-structured"]
-    assert main([*command, *options]) == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert message in told[-1]
+def test_what_does_not_fit_is_one_line(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    config = loops.config_of(*overrides)
+    loaded = LoadedRun(RunDirectory(tmp_path), config, loops.built(config), None, torch.device("cpu"), 0, "")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message) as refused:
+        write_semi_structured(loaded, tmp_path, "bfloat16")
+    assert "--format semi-structured" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_precisions_that_there_are_not(run: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["export", str(run), "--to", str(tmp_path / "out"), "--format", "semi-structured"]
+    assert main([*command, "--precision", "float32"]) == 2
+    assert "--precision: must be bfloat16 or float16" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -93,7 +93,7 @@ def test_no_update_leaves_the_quota_and_connections_move(case: str, unit: str) -
         assert any(not torch.equal(layer.indices, first[name].indices) for name, layer in sparse_layers(model).items())
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(QUOTAS),
@@ -132,7 +132,7 @@ def test_every_proposal_keeps_the_quota(seed: int, unit: str, proposer: str, rat
         assert within_limits(observation, raw[0], generator(seed)).size >= 0.5 * min(count, raw[0].size)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 8), st.integers(2, 9), st.data())
 def test_the_first_topology_keeps_it_and_is_random(seed: int, rows: int, groups: int, of: int, data: Any) -> None:
     quota = Quota(data.draw(st.integers(1, of - 1)), of)
