@@ -37,10 +37,10 @@ CASES: dict[str, list[str]] = {
     "train --set topology.rule=rigll": ["--set", "topology.rule", "did you mean rigl?"],
     "train --method static --set topology.every=3": ["--set", "topology.every", "topology.rule"],
     "train --set model.heads=3": ["--set", "width 256", "heads 3"],
-    "train --sparsity 1": ["--sparsity", "sparsity.sparsity", "below 1"],
+    "train --sparsity 1": ["error: --sparsity: must be below 1, not 1.0"],
     "train --sparsity nan": ["--sparsity", "finite"],
     "train --sparsity half": ["--sparsity", "number"],
-    "train --steps 0": ["--steps", "at least 1"],
+    "train --steps 0": ["error: --steps: must be at least 1, not 0"],
     "train --steps 1.5": ["--steps", "whole number", "'1.5'"],
     "train --steps 1e3": ["--steps: must be a whole number, not '1e3'"],
     "train --sparsity 90%": ["--sparsity: must be a number, not '90%'"],
@@ -85,7 +85,14 @@ CASES: dict[str, list[str]] = {
     "export run --to new --format spars": ["--format", "sparse"],
     "info": ["RUN"],
     "info missing": ["missing", "no such directory"],
-    "info folder": ["folder", "config.yaml"],
+    "info folder": ["folder", "it has no config.yaml, but notes.txt"],
+    "info empty": ["empty", "it is empty"],
+    "evaluate .": ["it holds 4 runs: give one of them, such as begun"],
+    "report begun/checkpoints": ["it is a part of the run begun: give that"],
+    "watch compared": ["it is an experiment: give the run compared/runs/one"],
+    "info compact": ["it is a compact export: evaluate and generate read it"],
+    "finetune saved --task rte --data .": ["it is a sparse model for transformers: only train --from and"],
+    "export trained --to x": ["it holds checkpoints of transformers' Trainer"],
     "info twice.yaml": ["twice.yaml", "not a directory"],
     "info damaged": ["summary.json", "damaged"],
     "info run --json none/x": ["--json", "none"],
@@ -101,6 +108,14 @@ CASES: dict[str, list[str]] = {
     "compare --out x --match foo": ["error: --match: must be 'flops'", "'foo'"],
     "compare --out x --sparsities 2": ["error: --sparsities: must be below 1, not 2.0"],
     "compare --out x --methods static,rigel": ["error: --methods: no method 'rigel'; did you mean rigl?"],
+    "compare --out x --sparsities ,": ["error: --sparsities: give at least one number"],
+    "compare --out x --learning-rates ,": ["error: --learning-rates: give at least one number"],
+    "transfer --out x --widths ,": ["error: --widths: give at least one number"],
+    "check sparsity run --sparsities ,": ["error: --sparsities: give at least one number"],
+    "sensitivity --out x --sequences 0": ["error: --sequences: must be at least 1, not 0"],
+    "finetune run --data . --task rtee": ["error: --task: no task 'rtee'; did you mean rte?"],
+    "finetune run --data . --task rte,rte": ["error: --task: one is given twice"],
+    "finetune run --data . --task ,": ["error: --task: must have at least 1 entry, not 0"],
     "compare --methods static --ray auto --out x": ["--ray", "sparsae[ray]"],
     "ablate --ray auto --out x": ["--ray", "sparsae[ray]"],
     "transfer --ray auto --out x": ["--ray", "sparsae[ray]"],
@@ -122,6 +137,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name / "config.yaml").write_text(dump(resolve()))
     (tmp_path / "damaged" / "summary.json").write_text('{"nnz": ')
     (tmp_path / "deep" / "summary.json").write_text('{"a": ' + "[" * 100_000)
+    (tmp_path / "empty").mkdir()
+    for name in ("begun/checkpoints", "compared/runs/one", "compact", "saved", "trained/checkpoint-3"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / "begun" / name).touch()
+    (tmp_path / "compared" / "plan.yaml").write_text("kind: comparison\n")
+    (tmp_path / "compared" / "runs" / "one" / "config.yaml").write_text(dump(resolve()))
+    (tmp_path / "compact" / "compact.json").write_text("{}")
+    (tmp_path / "saved" / "config.json").write_text('{"quantization_config": {"quant_method": "sparsae"}}')
+    (tmp_path / "trained" / "checkpoint-3" / "trainer_state.json").write_text("{}")
     (tmp_path / "bomb.yaml").write_text(BOMB)
     (tmp_path / "deep.yaml").write_text("seed: " + "[" * 5000)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

@@ -331,7 +331,7 @@ def test_the_layer_that_gave_the_wrong_value_is_blamed(tmp_path: Path) -> None:
     assert refusal(file).startswith(f"{file}: training.steps")
     good = write(tmp_path, "sparsity: {min_density: 0.05}\n")
     assert refusal(good, None, None, ["sparsity.sparsity=0.99"]).startswith("--set: sparsity.sparsity: bounds")
-    assert refusal(None, options={"--steps": ("training.steps", 0)}).startswith("--steps: training.steps")
+    assert refusal(None, options={"--steps": ("training.steps", 0)}).startswith("--steps: must be at least 1")
 
 
 def test_dense_methods_are_known_by_their_settings_and_the_narrow_one_is_named_in_one_place() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -26,6 +27,7 @@ from sparsae.experiments.registry import KINDS
 from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.files import refuse_unwritable
 
+G = TypeVar("G")
 _PARTS = "; ".join(f"{method}: {', '.join(parts)}" for method, parts in ABLATIONS.items())
 
 Given = Annotated[
@@ -184,6 +186,8 @@ def sensitivity(
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
     counts = [int(count) for count in numbers_in("--sequences", sequences, int)]
+    if min(counts) < 1:
+        raise InputError(f"--sequences: must be at least 1, not {min(counts)}")
     variants = sensitivity_variants(method, counts, names_in(modes))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {
@@ -254,10 +258,10 @@ def grid_options(
         "preset": preset,
         "method": method,
         "heads": heads,
-        "parameterizations": parameterizations and names_in(parameterizations),
-        "widths": widths and numbers_in("--widths", widths, int),
-        "sparsities": sparsities and numbers_in("--sparsities", sparsities, float),
-        "seeds": seeds and seeds_in(seeds),
+        "parameterizations": _given(parameterizations, names_in),
+        "widths": _given(widths, partial(numbers_in, "--widths", kind=int)),
+        "sparsities": _given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
+        "seeds": _given(seeds, seeds_in),
     }
     return options_of(options)
 
@@ -292,8 +296,8 @@ def _options(
     """The options that were given, by the keys of a plan."""
     options = {
         "preset": preset,
-        "seeds": seeds and seeds_in(seeds),
-        "sparsities": sparsities and numbers_in("--sparsities", sparsities, float),
+        "seeds": _given(seeds, seeds_in),
+        "sparsities": _given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
         "match": match,
         "budget": budget,
         "reference": reference,
@@ -301,7 +305,7 @@ def _options(
         "tuning.extensions": tuning_extensions,
     }
     found = options_of(options)
-    if learning_rates:
+    if learning_rates is not None:
         found["--learning-rates"] = "tuning.learning_rates", numbers_in("--learning-rates", learning_rates, float)
     return found
 
@@ -312,8 +316,15 @@ def names_in(text: str) -> list[str]:
 
 
 def numbers_in(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
-    """The numbers of a list with commas between. Raises InputError for what is none."""
-    return [_number(option, word, kind) for word in names_in(text)]
+    """The numbers of a list with commas between. Raises InputError for what is none, and for an empty list."""
+    words = names_in(text)
+    if not words:
+        raise InputError(f"{option}: give at least one number, or leave it out")
+    return [_number(option, word, kind) for word in words]
+
+
+def _given(text: str | None, read: Callable[[str], G]) -> G | None:
+    return None if text is None else read(text)
 
 
 def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
@@ -327,7 +338,7 @@ def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
 def seeds_in(text: str) -> float | list[float]:
     """A list of seeds, or how many."""
     found = numbers_in("--seeds", text, int)
-    return found[0] if found and "," not in text else found
+    return found if "," in text else found[0]
 
 
 def _run(

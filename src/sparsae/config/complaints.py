@@ -188,7 +188,7 @@ def placed(origin: Origin, keys: Path) -> str:
     if callable(origin):
         return origin(keys)
     name = dotted(keys)
-    is_said = origin == option_of(keys) or (": " in origin and origin.endswith(f".{name}"))
+    is_said = origin in (option_of(keys), option_of(keys[-1:])) or (": " in origin and origin.endswith(f".{name}"))
     return origin if is_said or not keys else f"{origin}: {name}"
 
 
@@ -204,7 +204,8 @@ def _what(error: ErrorDetails) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "too_short":
-        return f"must have at least {context['min_length']} entries, not {context['actual_length']}"
+        least = context["min_length"]
+        return f"must have at least {least} {'entry' if least == 1 else 'entries'}, not {context['actual_length']}"
     if kind == "literal_error":
         return f"must be {context['expected']}, not {shown(given)}"
     if kind in ("missing", "too_long"):

@@ -21,6 +21,7 @@ from sparsae.errors import InputError
 from sparsae.files import read_json, read_sealed, sha256_of, write_sealed
 from sparsae.runs.manifest import NAME, Manifest
 from sparsae.runs.metrics import Position, read_rows
+from sparsae.runs.recognized import is_run, what_is
 from sparsae.runs.rows import Row, TrainRow, ValidationRow
 from sparsae.runs.summary import Sample, Summary
 
@@ -50,12 +51,12 @@ class RunDirectory:
             raise InputError(f"{path}: {what}; give the directory of a run, such as runs/demo-sparsae-1")
         run = cls(path)
         if not run.begun():
-            raise InputError(f"{path}: not the directory of a run: it has no config.yaml")
+            raise InputError(f"{path}: not the directory of a run: {what_is(path)}")
         return run
 
     def begun(self) -> bool:
         """Whether this is the directory of a run."""
-        return self.config_file.is_file() or (self.path / NAME).is_file()
+        return is_run(self.path)
 
     def measured(self) -> bool:
         """Whether there are results that cannot be had again without training."""

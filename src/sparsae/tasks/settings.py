@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
-from sparsae.config.complaints import explain
+from sparsae.config.complaints import Keys, Origin, explain
 from sparsae.config.section import Count, OrHowMany, Positive, Section, Text
 from sparsae.errors import InputError
 from sparsae.tasks.catalogue import TASKS, task_named
@@ -68,5 +68,10 @@ def finetune_config(options: Mapping[str, object], names: Mapping[str, str]) -> 
         return FinetuneConfig.model_validate(options)
     except ValidationError as errors:
         error = errors.errors(include_url=False)[0]
-        key = str(error["loc"][0])
-        raise InputError(explain(error, error["loc"], {(key,): names.get(key, key)})) from None
+        origins: dict[Keys, Origin] = {(key,): _option(option) for key, option in names.items()}
+        raise InputError(explain(error, error["loc"], origins)) from None
+
+
+def _option(name: str) -> Origin:
+    """An option that its own name says enough of, whatever the key is called that it gives."""
+    return lambda _: name
