@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from sparsae.evaluate.export import export_run
 from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.nn.linear import sparse_layers
-from sparsae.report.essential import essential_curve, verdict
+from sparsae.report.essential import body, essential_curve, remark, verdict
+from sparsae.report.readable import percent
 from sparsae.train.run import start
 from tests.support.runs import config_of, contents, write_text
 
@@ -62,11 +64,14 @@ def test_what_a_sparse_run_has_not_counts_as_zero(runs: Path) -> None:
     positions = sum(layer.in_features * layer.out_features for layer in layers)
     assert found.own_sparsity == 1 - nnz / positions
     assert [round(row.sparsity, 3) for row in found.rows] == [0.95, 0.95]
+    assert found.left_out == (0.5,)
+    assert remark(found) == f"Left out: 50 %, since {percent(found.own_sparsity, 4)} are zero before any pruning."
+    assert str(remark(found)) in body(found)
     assert contents(runs / "static") == before
     default = essential_sparsity(runs / "static", max_tokens=40)
     assert default.tokens == 40
     assert default.rows[0].sparsity == pytest.approx(1 - 0.9 * (1 - found.own_sparsity), abs=1e-3)
-    with pytest.raises(InputError, match="give a higher one"):
+    with pytest.raises(InputError, match=r"before any pruning: give a higher one, not 0\.5"):
         essential_sparsity(runs / "static", sparsities=[0.5])
 
 
@@ -81,8 +86,29 @@ def test_a_directory_gives_the_curve_of_its_run(runs: Path, tmp_path: Path, meth
         assert one.loss == pytest.approx(other.loss, abs=1e-4)
     with pytest.raises(InputError, match="--data"):
         essential_sparsity(tmp_path / "hf")
+    with pytest.raises(InputError, match="no Trainer says which"):
+        essential_sparsity(tmp_path / "hf", text, best=True)
     with pytest.raises(InputError, match="--teacher"):
         essential_sparsity(tmp_path / "hf", text, teacher=True)
+
+
+def test_the_best_checkpoint_of_a_trainers_directory(runs: Path, tmp_path: Path) -> None:
+    """As transformers' Trainer leaves it, moved elsewhere; from the directory and from any checkpoint in it."""
+    text = str(runs / "text" / "0.txt")
+    for step, method in ((3, "static"), (6, "dense")):
+        export_run(runs / method, tmp_path / f"checkpoint-{step}")
+        state = {"global_step": step, "best_model_checkpoint": "/where/it/was/checkpoint-3" if step == 6 else None}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    wanted = essential_sparsity(runs / "static", text, [0.95], max_tokens=200).unpruned_loss
+    for path in (tmp_path, tmp_path / "checkpoint-6"):
+        found = essential_sparsity(path, text, [0.95], best=True, max_tokens=200)
+        assert found.model == str(tmp_path / "checkpoint-3")
+        assert found.unpruned_loss == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(InputError, match="knows no best checkpoint"):
+        essential_sparsity(tmp_path / "checkpoint-3", text, best=True)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(InputError, match="checkpoint-3 is gone"):
+        essential_sparsity(tmp_path, text, best=True)
 
 
 @pytest.mark.parametrize(

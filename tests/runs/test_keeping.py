@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,8 +56,14 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     assert evaluate_run(run, best=True)["step"] == 6
     assert main(["generate", str(run), "--prompt", "item", "--tokens", "2", "--best"]) == 0
     assert main(["export", str(run), "--to", str(tmp_path / "out"), "--best"]) == 0
-    assert main(["evaluate", str(run), "--tasks", "blimp", "--best"]) == 2
-    assert "--best" in capsys.readouterr().err
+    losses = {}
+    curve = ["check", "sparsity", str(run), "--sparsities", "0.95", "--max-tokens", "200", "--json", "-"]
+    for best in (True, False):
+        capsys.readouterr()
+        assert main(curve + ["--best"] * best) == 0
+        losses[best] = json.loads(capsys.readouterr().out)["unpruned_loss"]
+        assert losses[best] == pytest.approx(evaluate_run(run, max_tokens=200, best=best)["loss"], abs=1e-3)
+    assert abs(losses[True] - losses[False]) > 1e-2
 
 
 def test_a_run_that_keeps_no_best_has_none(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from sparsae.cli import main
+from sparsae.cli.tasks import _OPTIONS
+from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.nn.linear import sparse_layers
 from sparsae.tasks import finetune as one
@@ -17,7 +20,8 @@ from sparsae.tasks.catalogue import TASKS
 from sparsae.tasks.data import TaskData, read_task
 from sparsae.tasks.finetune import finetune
 from sparsae.tasks.record import Outcome
-from sparsae.tasks.settings import FinetuneConfig
+from sparsae.tasks.settings import FinetuneConfig, finetune_config
+from sparsae.train.objective import Objective
 from sparsae.train.run import start
 from tests.support.runs import config_of, write_text
 from tests.support.tasks import sentiment, write_lines
@@ -109,6 +113,32 @@ def test_the_topology_is_frozen_searched_or_given_up(place: Path, mode: Any, mon
     # The run's own rule goes on.
     assert outcome.rule == ("set" if mode == "searched" else None)
     assert (outcome.swaps > 0) is (mode == "searched")
+
+
+def test_fine_tuning_begins_with_the_best_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run whose loss got worse; one that keeps none is refused before anything is read."""
+    losses = itertools.cycle([3.0, 2.0, 2.5])
+    monkeypatch.setattr(Objective, "validate", lambda self, rows: (next(losses), None))
+    keeping = ["training.steps=8", "training.validate_every=4", "training.keep_best=true", "model.context=32"]
+    start(config_of(place / "text", place / "cache", *keeping), tmp_path / "run", quiet=True)
+    loaded, load = [], one.load_run
+    monkeypatch.setattr(one, "load_run", lambda *given, **how: loaded.append(load(*given, **how)) or loaded[-1])
+    given = ["--data", str(place / "data"), "--task", "sst2", "--seeds", "1", "--epochs", "1", "--max-examples", "16"]
+    for more, step in ((["--best"], 4), ([], 8)):
+        capsys.readouterr()
+        assert main(["finetune", str(tmp_path / "run"), *given, "--json", "-", *more]) == 0
+        assert json.loads(capsys.readouterr().out)["step"] == loaded[-1].step == step
+    assert main(command(place, "--task", "sst2", "--best")) == 2
+    assert "training.keep_best=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", FinetuneConfig.model_fields)
+def test_what_is_wrong_is_told_of_the_option(key: str) -> None:
+    with pytest.raises(InputError, match=r"^--[a-z-]+: must be") as told:
+        finetune_config({"names": ["sst2"], "data": "x", key: {}}, _OPTIONS)
+    assert str(told.value).startswith(f"{_OPTIONS[key]}: must be")
 
 
 def command(place: Path, *more: str) -> list[str]:

@@ -20,7 +20,7 @@ from sparsae.cli.experiments import (
     read,
 )
 from sparsae.cli.listing import Preset
-from sparsae.cli.output import JsonFile, Teacher, output, show_table
+from sparsae.cli.output import Best, JsonFile, Teacher, output, show_table
 from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
@@ -118,6 +118,7 @@ def sparsity(
         float, typer.Option(min=0.0, metavar="F", help="Rise of the loss, as a share, that counts as none.")
     ] = 0.01,
     teacher: Teacher = False,
+    best: Best = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new directory for report.html and sparsity.json.")
     ] = None,
@@ -133,7 +134,7 @@ def sparsity(
         refuse_occupied(out)
     with output(json_file) as result:
         from sparsae.evaluate.essential import essential_sparsity
-        from sparsae.report.essential import essential_table, verdict, write_essential
+        from sparsae.report.essential import essential_table, remark, verdict, write_essential
         from sparsae.train.progress import Display
 
         with contextlib.closing(Display(quiet=json_file == "-")) as display:
@@ -142,6 +143,7 @@ def sparsity(
                 data,
                 shares,
                 teacher=teacher,
+                best=best,
                 max_tokens=max_tokens,
                 tolerance=tolerance,
                 progress=display.stage,
@@ -154,5 +156,7 @@ def sparsity(
     table = essential_table(found)
     show_table(table.title, table.columns, table.rows, table.names)
     typer.echo(verdict(found))
+    if (left_out := remark(found)) is not None:
+        typer.echo(left_out)
     if out is not None:
         typer.echo(f"written: {out / 'report.html'}, sparsity.json")

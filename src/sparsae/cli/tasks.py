@@ -60,8 +60,6 @@ def evaluate(
     of_tasks |= {"--batch-size": batch_size, "--device": device}
     if tasks is None and (given := [option for option, value in of_tasks.items() if value is not None]):
         raise InputError(f"{given[0]} is for tasks: give --tasks too")
-    if tasks is not None and best:
-        raise InputError("--best is for text: leave it out with --tasks")
     if tasks is not None and (data is not None or max_tokens is not None):
         raise InputError("--tasks have questions of their own: leave out --data and --max-tokens")
     with output(json_file) as result:
@@ -72,6 +70,7 @@ def evaluate(
                 run,
                 names_in(tasks),
                 teacher=teacher,
+                best=best,
                 include=include_path or [],
                 num_fewshot=num_fewshot,
                 limit=limit,
@@ -138,6 +137,7 @@ def finetune(
         str | None, typer.Option(help="float32 or bfloat16.  (default: as the run was trained)")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  (default: as the run has it)")] = None,
+    best: Best = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results lie.  (default: RUN/tasks)", show_default=False)
     ] = None,
@@ -167,7 +167,7 @@ def finetune(
 
         with contextlib.closing(Display(quiet=json_file == "-")) as display:
             try:
-                results = finetune_run(run, settings, where, display.stage)
+                results = finetune_run(run, settings, where, display.stage, best=best)
             except KeyboardInterrupt:
                 if (where / "ended").is_dir():
                     typer.echo(f"what ended is kept in {where}; go on with the same command", err=True)

@@ -29,7 +29,7 @@ from sparsae.nn.pruning import Prunable, global_zeros, prunable, uniform_zeros
 from sparsae.runs.directory import is_pretrained
 from sparsae.train.model import choice_of, choose_device
 from sparsae.train.objective import Objective
-from sparsae.train.pretrained import read_model
+from sparsae.train.pretrained import best_of_trainer, read_model
 from sparsae.train.validation import perplexity
 
 Allocation = Literal["uniform", "global"]
@@ -58,7 +58,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Essential:
-    """The curve of a model. essential: the sparsity that costs next to nothing, by allocation; see the module."""
+    """The curve of a model. essential: the sparsity that costs next to nothing, by allocation; see the module.
+
+    left_out: sparsities that were asked for and that the model has without any pruning.
+    """
 
     model: str
     data: str
@@ -69,6 +72,7 @@ class Essential:
     tolerance: float
     essential: dict[str, float]
     rows: tuple[Pruned, ...]
+    left_out: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,7 @@ def essential_sparsity(
     sparsities: Sequence[float] | None = None,
     *,
     teacher: bool = False,
+    best: bool = False,
     max_tokens: int = MAX_TOKENS,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
@@ -105,16 +110,27 @@ def essential_sparsity(
     """Prune the run or the directory of transformers' in `path` at each sparsity, and measure the loss each time.
 
     data: a text; None: the run's held-out one. sparsities: shares of all positions of the layers; those that the model
-    has anyway are left out; None: `SHARES` of what is not zero. Of a sparse model the sparse layers are pruned, of a
-    dense run those that its settings would make sparse, of another dense model all but its output head. Nothing is
-    written. Raises InputError for a model or a text that cannot be read, and where no sparsity is left.
+    has anyway are left out, and named; None: `SHARES` of what is not zero. best: of the best checkpoint, also of a
+    directory of transformers' Trainer that knows one. Of a sparse model the sparse layers are pruned, of a dense run
+    those that its settings would make sparse, of another dense model all but its output head. Nothing is written.
+    Raises InputError for a model or a text that cannot be read, and where no sparsity is left.
     """
-    judged = _judged(path, data, teacher, max_tokens, progress)
+    if best and (kept := best_of_trainer(path)) is not None:
+        path, best = kept, False
+
+    def judge(progress: Progress | None) -> _Judged:
+        return _judged(path, data, teacher, best, max_tokens, progress)
+
+    judged = judge(progress)
     positions, before = _positions(judged.layers), _sparsity(judged.layers)
-    asked = [1 - (1 - before) * (1 - share) for share in SHARES] if sparsities is None else sorted(set(sparsities))
-    asked = [share for share in asked if round(share * positions) > round(before * positions)]
+    given = [1 - (1 - before) * (1 - share) for share in SHARES] if sparsities is None else sorted(set(sparsities))
+    asked = [share for share in given if round(share * positions) > round(before * positions)]
+    left_out = tuple(share for share in given if share not in asked)
     if not asked:
-        raise InputError(f"{path}: its layers have a sparsity of {before:.6g}: give a higher one")
+        raise InputError(
+            f"{path}: its layers have a sparsity of {before:.6g} before any pruning: give a higher one, not "
+            f"{', '.join(f'{share:g}' for share in left_out)}"
+        )
     total, done = (1 + len(ALLOCATIONS) * len(asked)) * (len(judged.tokens) - 1), 0
 
     def measured(tokens: int) -> None:
@@ -127,7 +143,7 @@ def essential_sparsity(
     rows: list[Pruned] = []
     for number, allocation in enumerate(ALLOCATIONS):
         if number:
-            judged = _judged(path, data, teacher, max_tokens, None)
+            judged = judge(None)
         rows += _curve(judged, allocation, asked, measured)
     return Essential(
         model=str(path),
@@ -142,6 +158,7 @@ def essential_sparsity(
             for name in ALLOCATIONS
         },
         rows=tuple(rows),
+        left_out=left_out,
     )
 
 
@@ -169,10 +186,14 @@ def _curve(
         yield Pruned(allocation, _sparsity(judged.layers), loss, perplexity(loss))
 
 
-def _judged(path: Path, data: str | None, teacher: bool, max_tokens: int, progress: Progress | None) -> _Judged:
+def _judged(
+    path: Path, data: str | None, teacher: bool, best: bool, max_tokens: int, progress: Progress | None
+) -> _Judged:
     if is_pretrained(path):
+        if best:
+            raise InputError(f"{path}: no Trainer says which checkpoint is the best: leave out --best")
         return _pretrained(path, data, teacher, max_tokens, progress)
-    loaded = load_run(path, teacher)
+    loaded = load_run(path, teacher, best)
     tokens = _cut(held_out_text(loaded, data, progress)[0], max_tokens)
     objective = Objective(loaded.model, loaded.config.training, loaded.device)
     layers: Mapping[str, nn.Module] = sparse_layers(loaded.model) or choice_of(loaded.config).layers(loaded.model)

@@ -57,6 +57,14 @@ def verdict(found: Essential) -> str:
     )
 
 
+def remark(found: Essential) -> str | None:
+    """What was asked for and is not in the table; None where there is nothing."""
+    if not found.left_out:
+        return None
+    shares = ", ".join(percent(share, 4) for share in found.left_out)
+    return f"Left out: {shares}, since {percent(found.own_sparsity, 4)} are zero before any pruning."
+
+
 def body(found: Essential) -> str:
     """The page, but for its frame."""
     table = essential_table(found)
@@ -75,6 +83,7 @@ def body(found: Essential) -> str:
                 lead,
                 markup.figures([essential_curve(found), essential_curve(found, near=True)]),
                 markup.table(table.title, table.columns, table.rows),
+                markup.notes([line] if (line := remark(found)) else []),
             ),
             f"</main>\n<footer>Written by sparsae {escape(__version__)} from its own measurements.</footer>",
         ]

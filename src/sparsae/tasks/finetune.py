@@ -51,14 +51,20 @@ def refuse_without_libraries() -> None:
 
 
 def finetune(
-    run: Path, data: TaskData, mode: TopologyMode, seed: int, settings: FinetuneConfig, step_done: StepDone
+    run: Path,
+    data: TaskData,
+    mode: TopologyMode,
+    seed: int,
+    settings: FinetuneConfig,
+    step_done: StepDone,
+    best: bool = False,
 ) -> Outcome:
     """Fine-tune the run's model, its topology in the given mode, and score it on the task's validation examples.
 
-    step_done: called after every optimizer step. Raises InputError for a run that cannot be read, and where training
-    diverges.
+    step_done: called after every optimizer step. best: begin with the run's best checkpoint, not its newest. Raises
+    InputError for a run that cannot be read, and where training diverges.
     """
-    loaded = load_run(run)
+    loaded = load_run(run, best=best)
     device = loaded.device if settings.device is None else choose_device(settings.device, "--device")
     length = min(settings.max_length or loaded.config.model.context, loaded.config.model.context)
     sets = {"train": data.train, **data.validations}

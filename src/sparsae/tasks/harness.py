@@ -25,6 +25,7 @@ def ask(
     tasks: Sequence[str],
     *,
     teacher: bool = False,
+    best: bool = False,
     include: Sequence[str] = (),
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -32,7 +33,7 @@ def ask(
     device: str | None = None,
     quiet: bool = False,
 ) -> HarnessScores:
-    """The run's scores on tasks and groups of tasks, by name or glob, as lm-eval computes them.
+    """The scores of the model that `load_run` gives on tasks and groups of tasks, by name or glob, by lm-eval.
 
     include: folders with task files of one's own, whose names win. num_fewshot: solved examples before each question
     (None: as each task has it; a task that has none keeps none). limit: questions of each task at most.
@@ -50,7 +51,7 @@ def ask(
     with _quietly(quiet):
         evaluator, tasks_of, model_of = _library()
         manager, names = _known(tasks, [expanded(folder) for folder in include], tasks_of)
-        lm = model_of(path, teacher=teacher, batch_size=batch_size or _BATCH, device=device)
+        lm = model_of(path, teacher=teacher, best=best, batch_size=batch_size or _BATCH, device=device)
         seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), _SEED)
         with _data_errors(tasks):
             found = evaluator.simple_evaluate(

@@ -23,8 +23,9 @@ from sparsae.train.model import choose_device
 class SparsaeLM(HFLM):
     """What lm-eval's `hf` does with a model of transformers, with the model and the tokenizer of a run.
 
-    path: the run. teacher: its average in the place of the student. device: auto, cpu or cuda; None, or cuda where
-    there is none: as the run has it. other: what `hf` takes beside a model, such as add_bos_token.
+    path: the run. teacher: its average in the place of the student. best: its best checkpoint, not its newest.
+    device: auto, cpu or cuda; None, or cuda where there is none: as the run has it.
+    other: what `hf` takes beside a model, such as add_bos_token.
 
     Raises InputError as `load_run` does.
     """
@@ -33,13 +34,14 @@ class SparsaeLM(HFLM):
         self,
         path: str | Path,
         teacher: bool = False,
+        best: bool = False,
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = 64,
         max_length: int | None = None,
         **other: Any,
     ) -> None:
-        loaded = load_run(Path(path), teacher)
+        loaded = load_run(Path(path), teacher, best)
         model: Any = loaded.model
         # lm-eval's command line names cuda:0 where its user names nothing; `hf` too stays on the CPU without one.
         if device is not None and not (device.startswith("cuda") and not torch.cuda.is_available()):

@@ -63,10 +63,12 @@ def finetune_run(
     out: Path | None = None,
     progress: Progress | None = None,
     data: Sequence[TaskData] | None = None,
+    best: bool = False,
 ) -> TaskResults:
     """Fine-tune the run in `path` as the settings say; writes into `out` (None: RUN/tasks) and returns the results.
 
-    data: what `read_tasks` gives for the settings, where that is at hand.
+    data: what `read_tasks` gives for the settings, where that is at hand. best: begin with the run's best checkpoint,
+    not its newest.
 
     Raises InputError for a run, data or settings that are wrong, before anything is trained. Stopped at any time and
     called again, it goes on after the last fine-tuning that ended.
@@ -76,7 +78,7 @@ def finetune_run(
     run = RunDirectory.open(path)
     config = run.config()
     modes = _modes(path, config.sparsity.sparsity > 0, settings)
-    identity = _identity(run)
+    identity = _identity(run, best)
     out = path / "tasks" if out is None else out
     tasks = read_tasks(settings) if data is None else data
     baselines = {data.task.name: majority(data) for data in tasks}
@@ -96,7 +98,7 @@ def finetune_run(
                 progress("finetune", done, total)
 
         for job in left:
-            outcome = finetune(path, job.data, job.mode, job.seed, settings, step_done)
+            outcome = finetune(path, job.data, job.mode, job.seed, settings, step_done, best)
             write_sealed(job.file, encode(replace(outcome, made_with=job.made_with)))
         rows = _rows(jobs, baselines)
         results = TaskResults(
@@ -139,9 +141,9 @@ def _modes(path: Path, is_sparse: bool, settings: FinetuneConfig) -> Sequence[To
     return ("dense",)
 
 
-def _identity(run: RunDirectory) -> dict[str, Any]:
-    manifest = run.manifest()
-    return {"run_of": manifest.run if manifest else "", "step": int(run.latest_checkpoint().name.rpartition("-")[2])}
+def _identity(run: RunDirectory, best: bool) -> dict[str, Any]:
+    manifest, checkpoint = run.manifest(), run.best_checkpoint() if best else run.latest_checkpoint()
+    return {"run_of": manifest.run if manifest else "", "step": int(checkpoint.name.rpartition("-")[2])}
 
 
 def _jobs(

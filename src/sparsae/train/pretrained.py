@@ -16,6 +16,7 @@ from sparsae.config.schema import Config, ModelConfig
 from sparsae.data import Tokenizer
 from sparsae.errors import InputError
 from sparsae.families import FAMILIES
+from sparsae.files import read_json
 from sparsae.models import build_model, materialize, parameterized, transformers_config
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors
@@ -27,6 +28,7 @@ _FREE = frozenset({"dropout", "context"})
 _NO_MATTER = frozenset(
     {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout"}
 )
+_STATE = "trainer_state.json"
 _PROBE = 16  # tokens on which a model made from settings has to compute what the directory's does
 
 
@@ -118,6 +120,25 @@ def read_model(path: Path, option: str = "") -> Any:
         raise InputError(f"{option}{path}: cannot be read: {str(error).splitlines()[0]}") from None
     attend(model)
     return model
+
+
+def best_of_trainer(path: Path) -> Path | None:
+    """The best checkpoint of a directory that transformers' Trainer wrote, or of one of its checkpoints.
+
+    None where no Trainer wrote there. Raises InputError where its Trainer names none, or that is gone.
+    """
+    states = [file for file in (path / _STATE, *path.glob(f"checkpoint-*/{_STATE}")) if file.is_file()]
+    if not states:
+        return None
+    newest = max((read_json(file) for file in states), key=lambda state: int(state.get("global_step", 0)))
+    best = newest.get("best_model_checkpoint")
+    if best is None:
+        raise InputError(f"{path}: its Trainer knows no best checkpoint: name one, or leave out --best")
+    # Named from where the Trainer ran; it may have been moved since.
+    found = [folder / Path(best).name for folder in (path, path.parent) if (folder / Path(best).name).is_dir()]
+    if not found:
+        raise InputError(f"{path}: its best checkpoint {Path(best).name} is gone: name another one")
+    return found[0]
 
 
 def read_pretrained(path: Path, config: Config) -> Pretrained:
