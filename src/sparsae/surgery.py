@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap
-from sparsae.nn.linear import SparseLinear, quota_problem
+from sparsae.nn.indices import quota_problem
+from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import follow
 
 InitialStd = Callable[[str, Topology], float]

@@ -15,11 +15,11 @@ from sparsae.cli.experiments import (
     Parameterizations,
     Settings,
     grid_options,
-    numbers_in,
     options_of,
     read,
 )
 from sparsae.cli.listing import Preset
+from sparsae.cli.lists import numbers_in
 from sparsae.cli.output import Best, JsonFile, Teacher, output, show_table
 from sparsae.core.record import encode
 from sparsae.errors import InputError

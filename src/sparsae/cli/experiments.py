@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from sparsae.cli.listing import Preset
+from sparsae.cli.lists import if_given, names_in, numbers_in, seeds_in
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
 from sparsae.config.complaints import nearest, option_of, shown
 from sparsae.config.load import parse_override
@@ -27,7 +28,6 @@ from sparsae.experiments.registry import KINDS
 from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.files import refuse_unwritable
 
-G = TypeVar("G")
 _PARTS = "; ".join(f"{method}: {', '.join(parts)}" for method, parts in ABLATIONS.items())
 
 Given = Annotated[
@@ -258,10 +258,10 @@ def grid_options(
         "preset": preset,
         "method": method,
         "heads": heads,
-        "parameterizations": _given(parameterizations, names_in),
-        "widths": _given(widths, partial(numbers_in, "--widths", kind=int)),
-        "sparsities": _given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
-        "seeds": _given(seeds, seeds_in),
+        "parameterizations": if_given(parameterizations, names_in),
+        "widths": if_given(widths, partial(numbers_in, "--widths", kind=int)),
+        "sparsities": if_given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
+        "seeds": if_given(seeds, seeds_in),
     }
     return options_of(options)
 
@@ -296,8 +296,8 @@ def _options(
     """The options that were given, by the keys of a plan."""
     options = {
         "preset": preset,
-        "seeds": _given(seeds, seeds_in),
-        "sparsities": _given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
+        "seeds": if_given(seeds, seeds_in),
+        "sparsities": if_given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
         "match": match,
         "budget": budget,
         "reference": reference,
@@ -308,37 +308,6 @@ def _options(
     if learning_rates is not None:
         found["--learning-rates"] = "tuning.learning_rates", numbers_in("--learning-rates", learning_rates, float)
     return found
-
-
-def names_in(text: str) -> list[str]:
-    """The entries of a list with commas between."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers_in(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
-    """The numbers of a list with commas between. Raises InputError for what is none, and for an empty list."""
-    words = names_in(text)
-    if not words:
-        raise InputError(f"{option}: give at least one number, or leave it out")
-    return [_number(option, word, kind) for word in words]
-
-
-def _given(text: str | None, read: Callable[[str], G]) -> G | None:
-    return None if text is None else read(text)
-
-
-def _number(option: str, text: str, kind: type[int] | type[float]) -> float:
-    try:
-        return kind(text)
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"{option}: must be {what} with commas between, not {shown(text)}") from None
-
-
-def seeds_in(text: str) -> float | list[float]:
-    """A list of seeds, or how many."""
-    found = numbers_in("--seeds", text, int)
-    return found if "," in text else found[0]
 
 
 def _run(

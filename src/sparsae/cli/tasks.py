@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsae.cli.experiments import names_in, seeds_in
+from sparsae.cli.lists import names_in, seeds_in
 from sparsae.cli.output import Best, JsonFile, Run, Teacher, output, show_table, show_values
 from sparsae.core.record import encode
 from sparsae.errors import InputError

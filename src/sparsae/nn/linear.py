@@ -13,7 +13,6 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional
 
 from sparsae.config.unit import Quota, unit_name
-from sparsae.core.groups import Groups
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
@@ -21,6 +20,7 @@ from sparsae.kernels.function import sparse_linear
 from sparsae.kernels.probe import new_key, note_forward, open_probe
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import CHANGED, key_and_layout, multiplied, poisoned, same_indices
+from sparsae.nn.indices import quota_problem, validated
 from sparsae.nn.kinds.kind import Kind
 from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.names import modules_by_name
@@ -289,7 +289,7 @@ class SparseLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if before is not None and same_indices(indices, before.topology.indices):
                 return before.topology.to(indices.device)
-            return _validated(shape, indices, self.unit, self.quota, "the indices of a sparse layer")
+            return validated(shape, indices, self.unit, self.quota, "the indices of a sparse layer")
 
     def _has(self, topology: Topology) -> bool:
         """Whether this is the layer's topology: values that are loaded for it change nothing else, as in any module."""
@@ -344,7 +344,7 @@ class SparseLinear(nn.Module):
         indices, values = state_dict.get(prefix + "indices"), state_dict.get(prefix + "values")
         if indices is not None and values is not None:
             shape = self.out_features, self.in_features
-            topology = _validated(shape, indices, self.unit, self.quota, prefix + "indices")
+            topology = validated(shape, indices, self.unit, self.quota, prefix + "indices")
             if not self._has(topology) or tuple(values.shape) != topology.values_shape:
                 device = self.values.device
                 self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
@@ -366,37 +366,3 @@ def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
     if (probe := open_probe(prepared.structures[0])) is not None:
         identity_II = torch.eye(gradient_OI.shape[1], dtype=gradient_OI.dtype, device=gradient_OI.device)
         probe.add(BACKENDS["reference"], prepared.layout, gradient_OI.T.contiguous(), identity_II)
-
-
-def quota_problem(topology: Topology, quota: Quota | None) -> str | None:
-    """What is wrong with a topology that does not keep a quota; None: it does, or its indices are not there yet."""
-    if quota is None or topology.indices.is_meta:
-        return None
-    if topology.unit != (1, 1) or topology.shape[1] % quota.of:
-        return f"{quota} is of single weights, and of input features that {quota.of} divides"
-    counts = Groups.of_quota(topology.grid, quota).counts(topology.indices)
-    wrong = int((counts != quota.active).count_nonzero())
-    return f"{wrong:,} of {counts.numel():,} groups of {quota.of} have not {quota.active} of them" if wrong else None
-
-
-def _validated(
-    shape: tuple[int, int], indices: Tensor, unit: tuple[int, int], quota: Quota | None, what: str
-) -> Topology:
-    """The topology of indices from outside. Raises InputError for what no SparseLinear of this shape saves."""
-    problem = None
-    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        problem = f"they are {indices.dtype} of shape {tuple(indices.shape)}, not sorted int32 or int64 unit numbers"
-    else:
-        try:
-            topology = Topology.from_indices(shape, indices, unit)
-        except ValueError as error:
-            problem = str(error)
-        else:
-            problem = quota_problem(topology, quota)
-            if problem is None and same_indices(indices, topology.indices):
-                return topology
-            problem = problem or "they are not sorted"
-    raise InputError(
-        f"{what} are not those of a {shape[0]}x{shape[1]} layer in units of {unit_name(unit, quota)}: {problem}; "
-        "give what such a layer saved"
-    )
