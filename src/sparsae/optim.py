@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsae.core.shards import local, whole
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.parameterization import Parameterization, Scale
@@ -87,16 +88,18 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         if per_weight and group.get("ramp") and not group["ramp_first"] and "total" not in state:
-            oldest = float(state["step"].max()) if p.numel() else 0.0
+            oldest = float(whole(state["step"]).max()) if p.numel() else 0.0
             state["total"] = torch.full((), oldest, dtype=torch.float32, device="cpu")
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
         (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), group["eps"]
-        grads = [p.grad for p in parameters if p.grad is not None]
+        # All of it is elementwise: of what is sharded over ranks each moves its part.
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
         steps, averages, squares = (
-            [self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq")
+            [local(self.state[p][key]) for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq")
         )
+        owners, parameters = parameters, [local(p) for p in parameters]
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
@@ -105,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         if group["per_weight_step"]:
             ages = [step.to(p.dtype) for p, step in zip(parameters, steps, strict=True)]
-            shares = [self._share_of_rate(p, age, group) for p, age in zip(parameters, ages, strict=True)]
+            shares = [self._share_of_rate(p, age, group) for p, age in zip(owners, ages, strict=True)]
             denominators = _bias_corrections(ages, beta2)
             for square, denominator in zip(squares, denominators, strict=True):
                 torch.div(square, denominator, out=denominator)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsae.core.shards import is_sharded, local, spread, whole
 from sparsae.core.topology import remap
 from sparsae.errors import InputError
 
@@ -85,7 +86,7 @@ def refuse_unmovable(optimizer: Optimizer, values: Values) -> None:
         if entry.key in _MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
             continue
         own = values[entry.layer].detach()
-        if entry.tensor.shape == own.shape and _resembles(_floats(entry.tensor), own):
+        if entry.tensor.shape == own.shape and _resembles(whole(_floats(entry.tensor)), whole(own)):
             raise entry.refusal(
                 "looks like a copy of the weights under a name that is not known for one: "
                 "whether it starts a new connection from zero or from its weight cannot be told"
@@ -105,12 +106,12 @@ def follow(optimizer: Optimizer, values: Values, changes: Mapping[str, tuple[Ten
     def move(layer: str) -> None:
         source, new_values = changes[layer]
         for entry in entries.get(layer, ()):
-            before = _floats(entry.tensor)
+            before = whole(_floats(entry.tensor))
             after = remap(before, source.to(before.device))
             if entry.key in _WEIGHT_COPIES:
                 new = (source < 0).to(after.device)
-                after[new] = new_values.to(after.device, after.dtype)[new]
-            entry.state[entry.key] = _like(entry.tensor, after)
+                after[new] = whole(new_values).to(after.device, after.dtype)[new]
+            entry.state[entry.key] = spread(_like(entry.tensor, after), entry.tensor)
 
     return move
 
@@ -372,7 +373,8 @@ def _floats(tensor: Tensor) -> Tensor:
 
 def _is_ordinary(thing: Any) -> bool:
     """Whether it is a tensor whose numbers can be moved."""
-    return type(thing) in (Tensor, nn.Parameter) or (isinstance(thing, Tensor) and _is_quantized(thing))
+    own = local(thing) if is_sharded(thing) else thing
+    return type(own) in (Tensor, nn.Parameter) or (isinstance(thing, Tensor) and _is_quantized(thing))
 
 
 def _is_quantized(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsae.core.shards import spread, whole
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, remap
 from sparsae.nn.indices import quota_problem
@@ -29,7 +30,10 @@ InitialStd = Callable[[str, Topology], float]
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One layer before and after; `source` is each new unit's old position, -1 for a grown one."""
+    """One layer before and after; `source` is each new unit's old position, -1 for a grown one.
+
+    values: the new ones, lying as the layer's do: of a layer that is sharded over ranks this rank keeps its part.
+    """
 
     before: Topology
     after: Topology
@@ -111,7 +115,7 @@ def prepare_swap(
             raise ValueError(f"layer {name}: {error}") from error
         if problem := quota_problem(after, layer.quota):
             raise ValueError(f"layer {name}: {problem}")
-        values = remap(layer.values.data, source)
+        values = remap(whole(layer.values.data), source)
         is_new = source < 0
         if initialization == "kaiming_uniform":
             values[is_new] = kaiming_uniform(after, rng).to(values.device, values.dtype)[is_new.cpu()]
@@ -123,7 +127,7 @@ def prepare_swap(
         elif initialization != "zero":
             known = "zero, kaiming_uniform, or with initial_std normal"
             raise ValueError(f"unknown initialization '{initialization}': use {known}")
-        changes[name] = Change(before, after, source, values)
+        changes[name] = Change(before, after, source, spread(values, layer.values))
     return PreparedSwap(layers, changes)
 
 

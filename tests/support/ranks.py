@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
+from sparsae.core import shards
+from sparsae.core.shards import whole
 from sparsae.nn.linear import sparse_layers
 from sparsae.rules import build_rule
 from sparsae.search.sparsifier import Sparsifier
@@ -65,12 +68,15 @@ def train(
     dtype: torch.dtype = torch.float64,
     look: Callable[[int, Sparsifier], None] | None = None,
     scores_nan: bool = False,
+    sharded: bool = False,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     **of_wrapper: Any,
 ) -> Trained:
     """A training such as anybody writes, with this rank's share of batches that do not depend on how many there are.
 
     ties: weights, inputs and gradients of few different sizes. look: called before every step.
-    scores_nan: what this rank scores is NaN.
+    scores_nan: what this rank scores is NaN. sharded: by FSDP2, the first layer by itself and then the rest, in the
+    place of DDP. optimizer: that of a model, in the place of SGD.
     """
     here = ranks()
     model = mlp(WIDTH).to(dtype)
@@ -78,8 +84,13 @@ def train(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_((parameter * 20).round() / 20)
-    parallel: Any = model if here.count == 1 else nn.parallel.DistributedDataParallel(model, **of_wrapper)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    parallel: Any = model
+    if sharded:
+        fully_shard(model[0])
+        fully_shard(model)
+    elif here.count > 1:
+        parallel = nn.parallel.DistributedDataParallel(model, **of_wrapper)
+    made = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) if optimizer is None else optimizer(model)
     config = config_of(section, steps, teacher)
 
     def batch(*purpose: int | str) -> Tensor:
@@ -92,7 +103,7 @@ def train(
         return loss * torch.nan if scores_nan else loss
 
     scores = bool(build_rule(config.topology).needs & {"loss", "candidate_gradient"})
-    sparsifier = Sparsifier(parallel, optimizer, config, score=score if scores else None)
+    sparsifier = Sparsifier(parallel, made, config, score=score if scores else None)
     updates, losses = [], []
     own = slice(here.rank * ROWS // here.count, (here.rank + 1) * ROWS // here.count)
     for step in range(steps):
@@ -103,12 +114,12 @@ def train(
             with torch.no_grad():
                 taught = sparsifier.teacher.model(x)
             loss = loss + 0.1 * (y - taught).square().mean()
-        optimizer.zero_grad()
+        made.zero_grad()
         loss.backward()
         if look is not None:
             look(step, sparsifier)
         sparsifier.before_step()
-        optimizer.step()
+        made.step()
         if (update := sparsifier.after_step()) is not None:
             updates.append(update)
         losses.append(here.means([float(loss.detach())])[0])
@@ -133,13 +144,17 @@ def config_of(section: str, steps: int, teacher: bool = False) -> SparsifierConf
 def assert_same(one: Trained, other: Trained, tolerance: float = 1e-9) -> None:
     """The same swaps, and values to within a tolerance."""
     assert len(one.updates) == len(other.updates) > 0
+    # All of its ranks together score each candidate.
+    is_sharded = any(map(shards.is_sharded, one.model.parameters()))
     for mine, theirs in zip(one.updates, other.updates, strict=True):
         assert mine.changes.keys() == theirs.changes.keys(), f"step {mine.row['step']}"
         for name, change in mine.changes.items():
             assert torch.equal(change.after.indices, theirs.changes[name].after.indices), f"step {mine.row['step']}"
         assert mine.row["chosen"] == theirs.row["chosen"]
-        assert mine.cost == theirs.cost
+        assert mine.cost.probed == theirs.cost.probed
+        assert is_sharded or mine.cost == theirs.cost
     for (name, tensor), (_, its) in zip(one.model.state_dict().items(), other.model.state_dict().items(), strict=True):
         assert tensor.shape == its.shape, name
+        tensor, its = whole(tensor), whole(its)
         assert bool(((tensor.double() - its.double()).abs() <= tolerance).all()), name
     torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=0, atol=tolerance)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups, binding
@@ -61,6 +62,13 @@ class LayerView:
     ends: tuple[int, int] | None = None
     past: Mapping[int, Tensor] = field(default_factory=dict)
 
+    def having(self, **fields: Any) -> LayerView:
+        """With these fields in the place of its own. Unlike `dataclasses.replace` it reads, and so gathers, nothing."""
+        other = copy.copy(self)
+        for name, value in fields.items():
+            object.__setattr__(other, name, value)
+        return other
+
     @property
     def magnitude(self) -> Tensor:
         """(count,) |w| of each unit, the L2 norm of a block."""
@@ -79,6 +87,31 @@ class LayerView:
             if not bool(((low <= after) & (after <= high)).all()):
                 return False
         return True
+
+
+class _Whole:
+    """A tensor that is read whole: each reading gathers anew what is sharded over ranks, and keeps nothing.
+
+    So a rule that looks at one layer after another has the numbers of one at a time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, view: object | None, owner: type) -> Any:
+        if view is None:
+            return self
+        from sparsae.core.shards import whole
+
+        held = vars(view)[self._name]
+        return None if held is None else whole(held)
+
+    def __set__(self, view: object, held: Any) -> None:
+        vars(view)[self._name] = held
+
+
+for _name in ("values", "gradient", "moment"):
+    setattr(LayerView, _name, _Whole(_name))
 
 
 @dataclass(frozen=True, eq=False)

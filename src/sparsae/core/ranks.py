@@ -86,6 +86,16 @@ class Ranks:
         """The value of the first rank, as `gather` has it."""
         return value if self.count == 1 else self.gather(value if self.is_first else None, "agreement")[0]
 
+    def whole(self, sharded: Any, purpose: str = "sharded tensors") -> Tensor:
+        """All of a DTensor, a new tensor, without gradient."""
+        with torch.no_grad():
+            self.sent[purpose] += sharded.to_local().nbytes
+            try:
+                found: Tensor = sharded.full_tensor()
+            except RuntimeError as error:
+                raise _lost(error) from error
+        return found
+
     def wait(self) -> None:
         """Until all ranks are here."""
         self.any(False)

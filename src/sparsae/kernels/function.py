@@ -40,7 +40,9 @@ def sparse_linear(
     note_forward(key, trains)
     values, layout = multiplied(BACKENDS[backend], values, indices, layout)
     y_TO = BACKENDS[backend].spmm(values, layout, x.reshape(-1, in_features), bias)
-    return y_TO.contiguous().view(*x.shape[:-1], out_features)  # a guest's may lie otherwise
+    # A guest's may lie otherwise. No view of it, which FSDP warns of: nobody else has what it would be a view of.
+    y: Tensor = torch.ops.aten._unsafe_view(y_TO.contiguous(), [*x.shape[:-1], out_features])
+    return y
 
 
 @sparse_linear.register_fake

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsae.core.ranking import smallest
 from sparsae.core.ranks import ranks
+from sparsae.core.shards import local
 from sparsae.kernels.backend import Backend, Layout
 
 _numbers = itertools.count()
@@ -117,7 +118,7 @@ class SampledGradients(Probe):
         assert self._values is not None
         wide = torch.promote_types(self._values.dtype, torch.float32)
         if self.gradient is None:
-            return self._values.new_zeros(self.units.numel(), *self._values.shape[1:], dtype=wide)
+            return local(self._values).new_zeros(self.units.numel(), *self._values.shape[1:], dtype=wide)
         return self.gradient.to(wide)
 
 

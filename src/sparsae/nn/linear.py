@@ -13,6 +13,7 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional
 
 from sparsae.config.unit import Quota, unit_name
+from sparsae.core.shards import is_sharded, overwrite
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
@@ -139,6 +140,8 @@ class SparseLinear(nn.Module):
     def set_topology(self, topology: Topology, values: Tensor) -> None:
         """Take over a topology and its values, keeping the parameter object and dropping its gradient.
 
+        Values of a layer that is sharded over ranks lie as the layer's do, or are whole on each rank.
+
         For `surgery` and for loading only: optimizer state and teacher do not follow by themselves.
         """
         if tuple(values.shape) != topology.values_shape:
@@ -157,7 +160,9 @@ class SparseLinear(nn.Module):
     @contextmanager
     def trying(self, topology: Topology, values: Tensor) -> Iterator[None]:
         """With another topology and other values inside; afterwards everything is as before, but for the gradient."""
-        before = self.prepare(), self.values.data
+        # What is sharded stays in its memory, where FSDP looks for it.
+        held = self.values.data.clone() if is_sharded(self.values) else self.values.data
+        before = self.prepare(), held
         indices = topology.view("copy", lambda t: [t.indices.clone()])[0]
         self._install(self._structured(indices, topology), values)
         try:
@@ -168,12 +173,15 @@ class SparseLinear(nn.Module):
     def _install(self, prepared: Prepared, values: Tensor) -> None:
         with self.lock:
             self.values.grad = None
-            if values.shape != self.values.shape:
+            if is_sharded(self.values):
+                overwrite(self.values, values)
+            elif values.shape != self.values.shape:
                 # A graph that is still referenced keeps the parameter's gradient accumulator, which remembers the old
                 # shape; a passing change of dtype makes autograd forget it.
                 other = torch.float64 if values.dtype != torch.float64 else torch.float32
                 self.values.data = values.new_empty(0, dtype=other)
-            self.values.data = values
+            if not is_sharded(self.values):
+                self.values.data = values
             self.indices, self._prepared = prepared.source, prepared
 
     def prepare(self) -> Prepared:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsae.config.rules import BurnInConfig
+from sparsae.core.shards import has_moved, local, local_of
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 
@@ -57,7 +58,7 @@ class BurnIn:
         """Between the backward pass and the optimizer's step."""
         if not self.active:
             return
-        self._before = {name: self._layers[name].values.detach().clone() for name in self.new}
+        self._before = {name: local(self._layers[name].values.detach()).clone() for name in self.new}
         if self._config.scope == "new":
             learning = {id(self._layers[name].values) for name in self.new}
             for group in optimizer.param_groups:
@@ -68,12 +69,13 @@ class BurnIn:
     def after_step(self, stepped: bool = True) -> None:
         """After the optimizer's step, or after one that was skipped: nothing has moved, and it is none of these."""
         before, self._before = self._before, {}
-        moved = (not torch.equal(was, self._layers[name].values.detach()) for name, was in before.items())
+        moved = (has_moved(self._layers[name].values, was) for name, was in before.items())
         if not (self.active and stepped and any(moved)):
             return
         elsewhere = 1.0 if self._config.scope == "all" else 0.0
         for name, was in before.items():
-            values, new = self._layers[name].values.data, self.new[name]
+            values = local(self._layers[name].values.data)
+            new = local_of(self.new[name], self._layers[name].values)
             weight = torch.where(new, self._config.multiplier, elsewhere).to(values.dtype)
             values.copy_(torch.lerp(was, values, weight.view(-1, *[1] * (values.dim() - 1))))
         self.steps_left -= 1

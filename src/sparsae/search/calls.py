@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
+from sparsae.core.shards import local
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import refuse_unmovable
@@ -67,8 +68,8 @@ class LoopCalls:
         learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
         moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
         if moved:
-            name = min(moved, key=lambda n: moved[n].numel())
-            self._before = name, moved[name].detach().clone()
+            name = min(moved, key=lambda n: local(moved[n]).numel())
+            self._before = name, local(moved[name].detach()).clone()
 
     def after_step(self, stepped: bool = True) -> None:
         """Raises InputError for an optimizer whose state cannot follow connections that move.
@@ -88,7 +89,7 @@ class LoopCalls:
         if self._before is not None:
             name, before = self._before
             self._before = None
-            if stepped and torch.equal(before, self._layers[name].values.detach()):
+            if stepped and torch.equal(before, local(self._layers[name].values.detach())):
                 self._tell(
                     "step",
                     f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "
@@ -99,7 +100,7 @@ class LoopCalls:
         """Whether the next step changes values: their gradient is finite and not zero, and their rate is not zero."""
         groups = (group for group in self._optimizer.param_groups if any(p is values for p in group["params"]))
         at_rest = any(group.get("lr") is not None and float(group["lr"]) == 0 for group in groups)
-        gradient = values.grad
+        gradient = None if values.grad is None else local(values.grad)
         return gradient is not None and not at_rest and bool(gradient.isfinite().all()) and bool(gradient.any())
 
     def _tell(self, kind: str, what: str) -> None:

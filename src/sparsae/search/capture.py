@@ -15,6 +15,7 @@ from sparsae.core.groups import Groups, binding
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Need
 from sparsae.core.randomness import generator
+from sparsae.core.shards import local, whole
 from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients, over_ranks
 from sparsae.nn.linear import SparseLinear
@@ -121,7 +122,7 @@ class GradientCapture:
         for name, layer in self.trained.items():
             views[name] = LayerView(
                 layer.topology,
-                layer.values.data,
+                layer.values.detach(),
                 bounds[name],
                 self.groups.get(name, ()),
                 self._heads.get(name),
@@ -187,11 +188,11 @@ class GradientCapture:
         """Note norms, and what is not finite. Raises InputError where a probe was not answered."""
         self.not_finite = None
         for name, gradient in gradients.items():
-            probe = self.probes.get(name)
-            if probe is not None and probe.gradient is None and bool(gradient.any()):
+            probe, seen = self.probes.get(name), whole(gradient)
+            if probe is not None and probe.gradient is None and bool(seen.any()):
                 raise InputError(_unanswered(name, self._passes))
-            self.norms[name] = float(gradient.norm())
-            if not (_is_finite(gradient, self.norms[name]) and _is_finite(None if probe is None else probe.gradient)):
+            self.norms[name] = float(seen.norm())
+            if not (_is_finite(seen, self.norms[name]) and _is_finite(None if probe is None else probe.gradient)):
                 self.not_finite = self.not_finite or name
 
     def _sum(self, factor: float | Tensor | None) -> None:
@@ -209,7 +210,7 @@ class GradientCapture:
         probe, layer = self.probes.get(name), self._layers[name]
         if name in self._moved and name in self.windows.sums:
             return averaged(self.windows.sums[name], layer, self._counts.get(name))
-        values = layer.values.detach()
+        values = local(layer.values.detach())
         if probe is None:
             wanted = needs & {"gradient_at", "dense_gradient"}
             return {"sample": layer.indices[:0], "sample_gradient": values[:0]} if wanted else {}

@@ -5,6 +5,8 @@ autograd's nodes. Layers whose number of connections stays need nothing: the par
 size. Another number wants new buckets and new hooks, for which the reducer is made again, as torch makes it for a copy
 from a pickle.
 
+A model that FSDP2 shards has no such wrapper: see sharding.py.
+
 The wrapper may be made before or after the Sparsifier, around the model or more, and is nobody's argument: it is looked
 for among all objects, seldom.
 """
@@ -12,28 +14,29 @@ for among all objects, seldom.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsae.core.ranks import ranks
+from sparsae.core.shards import is_sharded
 from sparsae.core.topology import digest
-from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
+from sparsae.search.sharding import gradients_at, in_parts
 
 Layers = Mapping[str, SparseLinear]
 
 
 class DataParallel:
-    """The wrappers that reduce gradients of some layers; none where a process trains alone."""
+    """The wrappers that reduce gradients of some layers; none where a process trains alone, or in parts."""
 
-    def __init__(self, layers: Layers) -> None:
-        self._layers = layers
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self._model, self._layers = model, layers
         self._seen: list[ReferenceType[DistributedDataParallel]] | None = None
 
     def require_same(self, **more: bytes) -> None:
@@ -74,6 +77,25 @@ class DataParallel:
             for wrapper, backward, forward in before:
                 wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
 
+    def in_parts(self) -> None:
+        """After a pass: parameters that are sharded over ranks are the optimizer's again."""
+        in_parts(self._model)
+
+    def share(self, race: Sequence[int | None]) -> Sequence[int | None]:
+        """What this rank scores: all of it where each pass is of all ranks together."""
+        here = ranks()
+        return race if self._is_sharded else race[here.rank :: here.count]
+
+    def gradients_at(self, values: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor | None]]:
+        """Before a forward pass: what gives the gradients of its loss at these; `.grad` stays what it is."""
+        if self._is_sharded:
+            return gradients_at(values, self._model)
+        return lambda loss: list(torch.autograd.grad(loss, values, allow_unused=True))
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(layer.values) for layer in self._layers.values())
+
     def _wrappers(self) -> list[DistributedDataParallel]:
         """Those that were seen, and where one is there no more, or none was, all that are there now."""
         seen = [wrapper() for wrapper in self._seen or ()]
@@ -88,22 +110,6 @@ class DataParallel:
         wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
         # One that is being made, or was given up half made, has no reducer.
         return [w for w in wrappers if "reducer" in vars(w) and values & set(map(id, w.module.parameters()))]
-
-
-def refuse_sharded(model: nn.Module, layers: Layers) -> None:
-    """Raise InputError where a layer's values are spread over ranks."""
-    sharded = [name for name, layer in layers.items() if _is_a(layer.values, "DTensor")]
-    if sharded or any(_is_a(module, "FullyShardedDataParallel") for module in model.modules()):
-        what = f"the values of {sharded[0]} are" if sharded else "the model is"
-        raise InputError(
-            f"{what} sharded over ranks (FSDP, fully_shard, a device mesh), and connections cannot move in shards: "
-            "wrap the model in DistributedDataParallel, whose ranks hold it whole"
-        )
-
-
-def _is_a(thing: object, kind: str) -> bool:
-    # By name, for the import takes long.
-    return any(each.__name__ == kind for each in type(thing).__mro__)
 
 
 def _digest(layer: SparseLinear) -> bytes:

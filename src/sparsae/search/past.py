@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsae.config.span import Horizon
 from sparsae.core.observation import PastValues
+from sparsae.core.shards import WholeEach, spread, whole
 from sparsae.core.topology import Topology
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Rule
@@ -42,9 +43,9 @@ class PastCapture:
                 self._taken.pop(window, None)  # taken for an update that will not happen: the run was extended
             self._watched.add(window)
 
-    def of(self, layer: str) -> dict[int, Tensor]:
+    def of(self, layer: str) -> Mapping[int, Tensor]:
         """What a layer's values were when each window began."""
-        return {window: layers[layer][1] for window, layers in self._taken.items()}
+        return WholeEach({window: layers[layer][1] for window, layers in self._taken.items()})
 
     def clear(self) -> None:
         """Forget everything."""
@@ -53,7 +54,7 @@ class PastCapture:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by window and layer."""
         return {
-            str(window): {name: values for name, (_, values) in layers.items()}
+            str(window): {name: whole(values) for name, (_, values) in layers.items()}
             for window, layers in self._taken.items()
         }
 
@@ -65,8 +66,9 @@ class PastCapture:
         self.clear()
         self._taken = {
             int(window): {
-                name: (self._layers[name].topology, values.to(self._layers[name].values.device))
+                name: (self._layers[name].topology, spread(values.to(own.device), own))
                 for name, values in layers.items()
+                for own in [self._layers[name].values]
             }
             for window, layers in state.items()
         }

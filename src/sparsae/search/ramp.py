@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsae.core.shards import has_moved, local, local_of
 from sparsae.core.topology import remap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
@@ -66,19 +67,20 @@ class Ramp:
                 self._before[name] = None
                 if is_young:
                     refuse_ahead(self._optimizer, values)
-                    self._before[name] = values.detach().clone(), decay_of(self._optimizer, values)
+                    self._before[name] = local(values.detach()).clone(), decay_of(self._optimizer, values)
 
     def after_step(self, stepped: bool = True) -> None:
         """After the optimizer's step, or after one that was skipped: nothing has moved then, and nothing ages."""
         for name, seen in self._before.items() if stepped else ():
-            values = self._layers[name].values.data
-            if seen is not None and torch.equal(seen[0], values):
+            own = self._layers[name].values
+            values = local(own.data)
+            if seen is not None and not has_moved(own, seen[0]):
                 continue
             self.ages[name] += 1
             if seen is None:
                 continue
             before, decay = seen
-            share = ramp_share(self.ages[name], self.steps).to(values.dtype)
+            share = ramp_share(local_of(self.ages[name], own), self.steps).to(values.dtype)
             before *= 1.0 - decay()
             values.copy_(torch.lerp(before, values, share.view(-1, *[1] * (values.dim() - 1))))
         self._before = {}

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.core.observation import LayerView
+from sparsae.core.shards import whole
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score, Trial
+from sparsae.search.parallel import DataParallel
 from sparsae.search.rows import CandidateRow
 from sparsae.surgery import PreparedSwap
 
@@ -33,8 +35,9 @@ class Passes:
     values: the parameters whose gradients are wanted, by layer; None: there will be no backward pass.
     """
 
-    def __init__(self, loss: Callable[[], Tensor], values: Mapping[str, Tensor] | None) -> None:
-        self._loss, self._values = loss, values
+    def __init__(self, loss: Callable[[], Tensor], values: Mapping[str, Tensor] | None, parallel: DataParallel) -> None:
+        self._loss, self._names = loss, None if values is None else list(values)
+        self._gradients = None if values is None else parallel.gradients_at(list(values.values()))
         self.forwards, self.backwards = 0, 0
 
     def loss(self) -> float:
@@ -43,16 +46,17 @@ class Passes:
 
     def gradient_norms(self) -> dict[str, float]:
         """By layer; 0 where the loss does not depend on it."""
-        assert self._values is not None
-        gradients = torch.autograd.grad(self._forward, list(self._values.values()), allow_unused=True)
+        assert self._names is not None
+        assert self._gradients is not None
+        gradients = self._gradients(self._forward)
         self.backwards += 1
-        norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
-        return dict(zip(self._values, norms, strict=True))
+        norms = [0.0 if gradient is None else float(whole(gradient).norm()) for gradient in gradients]
+        return dict(zip(self._names, norms, strict=True))
 
     @cached_property
     def _forward(self) -> Tensor:
         self.forwards += 1
-        with torch.set_grad_enabled(self._values is not None):
+        with torch.set_grad_enabled(self._names is not None):
             return self._loss()
 
 
@@ -62,8 +66,10 @@ class Scoring:
     forwards, backwards, studied: passes on the micro-batch, and topologies on all validation text, since `forget`.
     """
 
-    def __init__(self, model: nn.Module, score: ScoreFunction | None, study: StudyFunction | None) -> None:
-        self._model, self._score, self._study = model, score, study
+    def __init__(
+        self, model: nn.Module, score: ScoreFunction | None, study: StudyFunction | None, parallel: DataParallel
+    ) -> None:
+        self._model, self._score, self._study, self._parallel = model, score, study, parallel
         self.forwards, self.backwards, self.studied = 0, 0, 0
         self._told: set[str] = set()
 
@@ -84,14 +90,14 @@ class Scoring:
         if with_gradient or "loss" in rule.needs:
             assert self._score is not None
             values = {name: layer.values for name, layer in layers.items()} if with_gradient else None
-            passes = Passes(partial(self._score, step), values)
+            passes = Passes(partial(self._score, step), values, self._parallel)
         trial = Trial(
             views,
             candidate.changes if candidate else {},
             forward=passes.loss if passes else None,
             backward=passes.gradient_norms if passes and with_gradient else None,
         )
-        with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
+        with self._trying(candidate):
             score = {term.name: float(term.value(trial)) for term in rule.terms}
         for name, value in score.items():
             if not math.isfinite(value) and name not in self._told:
@@ -110,10 +116,19 @@ class Scoring:
         if self._study is None:
             return found
         for index, candidate in prepared:
-            with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
+            with self._trying(candidate):
                 found[index] = self._study()
         self.studied += len(found)
         return found
+
+    @contextmanager
+    def _trying(self, candidate: PreparedSwap | None) -> Iterator[None]:
+        """With a topology, None being the current one, and without gradients."""
+        with candidate.preview() if candidate else nullcontext(), _evaluating(self._model), torch.no_grad():
+            try:
+                yield
+            finally:
+                self._parallel.in_parts()
 
 
 def candidate_rows(

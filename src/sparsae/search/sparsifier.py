@@ -42,9 +42,10 @@ from sparsae.search.bounds import layer_bounds, layer_ends, layer_groups, tell_i
 from sparsae.search.burn_in import BurnIn
 from sparsae.search.calls import LoopCalls, refuse_lost, refuse_tied, tell_if_still, trained_layers
 from sparsae.search.guests import as_rule, refuse_unfit
-from sparsae.search.parallel import DataParallel, refuse_sharded
+from sparsae.search.parallel import DataParallel
 from sparsae.search.ramp import Ramp
 from sparsae.search.scoring import ScoreFunction, StudyFunction
+from sparsae.search.sharding import in_parts, refuse_unfit_shards
 from sparsae.search.teacher import Teacher
 from sparsae.search.updates import TopologySearch, Update
 
@@ -92,10 +93,11 @@ class Sparsifier:
         self._is_closed = False
         self._model, self._optimizer = model, optimizer
         self._has_score, self._parameterization = score is not None, parameterization
+        in_parts(model)
         self._layers = sparse_layers(model)
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
-        self._parallel = DataParallel(self._layers)
+        self._parallel = DataParallel(model, self._layers)
         self._parallel.require_same(**{"the settings of Sparsifier": _settings_digest(config)})
         if rule is not None and config.rules:
             raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
@@ -269,7 +271,7 @@ class Sparsifier:
         refuse_unfit(rule, self._has_score)
         refuse_lost(self._model, self._layers)
         if moves:
-            refuse_sharded(self._model, self._layers)
+            refuse_unfit_shards(self._model, self._layers)
             refuse_tied(self._layers)
             refuse_unsupported(self._optimizer, {name: layer.values for name, layer in trained.items()})
         ends = layer_ends(rule, schedule, self._layers, trained, config)
@@ -290,6 +292,7 @@ class Sparsifier:
         self.search.arm(self.step + 1)
 
     def _before_step(self, scale: Tensor | None, loss_scale: float | None) -> None:
+        self._parallel.in_parts()
         refuse_lost(self._model, self._layers)
         self._parallel.settle()
         self._calls.before_step(self.update_due, is_hooked=self._hooks is not None)
@@ -299,6 +302,7 @@ class Sparsifier:
         self._calls.watch(self.update_due)
 
     def _after_step(self, stepped: bool = True) -> Update | None:
+        self._parallel.in_parts()
         self._calls.after_step(stepped)
         self._burn_in.after_step(stepped)
         self._ramp.after_step(stepped)

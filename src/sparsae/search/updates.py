@@ -105,7 +105,7 @@ class TopologySearch:
         """
         self.telemetry = TopologyTelemetry(layers, heads)
         self._layers, self._optimizer, self._followers = layers, optimizer, followers
-        self._scoring, self._initial_std = Scoring(model, score, study), initial_std
+        self._scoring, self._initial_std = Scoring(model, score, study, parallel), initial_std
         self._horizon, self._seed, self._parallel = horizon, seed, parallel
         self.gradients = GradientCapture(model, layers, optimizer, heads, horizon=horizon, passes=passes, seed=seed)
         self._past = PastCapture(layers, horizon)
@@ -181,9 +181,8 @@ class TopologySearch:
             return self._postponed(step, started)
         moments = self._moments()
         views = {
-            name: dataclasses.replace(
-                view,
-                values=self._layers[name].values.data,
+            name: view.having(
+                values=self._layers[name].values.detach(),
                 moment=moments.get(name),
                 past=self._past.of(name),
                 groups=self._groups_now(view),
@@ -333,7 +332,7 @@ class TopologySearch:
             race = [index for index in _race(candidates) if index is None or candidates[index].is_scored]
             # Each rank scores its share. The chosen swap is prepared again, from the same generator.
             with self._parallel.silent():
-                for index, candidate in self._prepare_all(candidates, step, race[here.rank :: here.count]):
+                for index, candidate in self._prepare_all(candidates, step, self._parallel.share(race)):
                     found[index] = self._scoring.score(self.rule, candidate, views, self.gradients.trained, step)
             found = {index: score for part in here.gather(list(found.items())) for index, score in part}
         return found.get(None), [found.get(i) for i in range(len(candidates))]

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsae.config.span import Horizon
 from sparsae.core.cadence import Window
 from sparsae.core.schedule import CONSTANT, Schedule
+from sparsae.core.shards import local
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.probe import Probe, largest_of
@@ -210,7 +211,7 @@ class GradientWindows:
 
 def averaged(found: Sum, layer: SparseLinear, count: int | None) -> dict[str, Tensor]:
     """The mean of a layer's sum as fields of its view; count: how many of a dense gradient's largest, else None."""
-    values, mean = layer.values.detach(), found.mean()
+    values, mean = local(layer.values.detach()), found.mean()
     if count is None:
         units = layer.indices[:0] if found.units is None else found.units
         gradient = values.new_zeros(units.numel(), *values.shape[1:]) if mean is None else mean.to(values.dtype)

@@ -43,4 +43,5 @@ class RandomDrop(Drop):
     def scores(self, view: LayerView, rng: torch.Generator) -> Tensor:
         import torch
 
-        return torch.rand(view.topology.count, generator=rng, dtype=torch.float64, device="cpu").to(view.values.device)
+        scores = torch.rand(view.topology.count, generator=rng, dtype=torch.float64, device="cpu")
+        return scores.to(view.topology.indices.device)

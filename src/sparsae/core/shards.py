@@ -1,0 +1,92 @@
+"""Tensors that lie in parts on the ranks, as FSDP2 (`fully_shard`) leaves a model's parameters: DTensors.
+
+What is elementwise works on the rank's `local` part. What moves connections needs one layer's numbers `whole` for the
+time that it takes, and has them `spread` again afterwards. Every other tensor is whole, and its own part: nobody has to
+ask which it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsae.core.ranks import ranks
+from sparsae.errors import InputError
+
+Key = TypeVar("Key")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is one of several ranks together."""
+    # Where nobody has imported it, which takes long, there is none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it: of a sharded tensor a new one, without gradient, for which all ranks have to come here."""
+    return ranks().whole(tensor) if is_sharded(tensor) else tensor
+
+
+class WholeEach(Mapping[Key, Tensor]):
+    """Tensors each of which is read `whole`."""
+
+    def __init__(self, tensors: Mapping[Key, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, key: Key) -> Tensor:
+        return whole(self._tensors[key])
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of it, in the same memory; of a sharded tensor without gradient."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    with torch.no_grad():
+        own: Tensor = sharded.to_local()
+    return own
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that each rank has whole, lying as `like`, which has as many units; nothing is sent."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded: Any = like
+    mesh = sharded.device_mesh
+    with torch.no_grad():
+        everywhere = DTensor.from_local(tensor.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        found: Tensor = everywhere.redistribute(placements=sharded.placements)
+    return found
+
+
+def local_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that each rank has whole, what belongs to this rank's part of `like`."""
+    return local(spread(tensor, like))
+
+
+def overwrite(own: Tensor, values: Tensor) -> None:
+    """Values of as many units into a sharded tensor, in its memory. Raises InputError for another number of them."""
+    if own.shape != values.shape:
+        raise InputError(
+            f"{own.shape[0]} connections that are sharded over ranks (fully_shard) cannot become {values.shape[0]}"
+        )
+    local(own).copy_(local_of(values, own))
+
+
+def has_moved(own: Tensor, was: Tensor) -> bool:
+    """Whether a parameter is not what it was, in any rank's part. was: what this rank's part was."""
+    moved = not torch.equal(was, local(own.detach()))
+    return ranks().any(moved) if is_sharded(own) else moved
