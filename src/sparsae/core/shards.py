@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sparsae.core.ranks import ranks
-from sparsae.errors import InputError
 
 Key = TypeVar("Key")
 
@@ -75,15 +74,6 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 def local_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a tensor that each rank has whole, what belongs to this rank's part of `like`."""
     return local(spread(tensor, like))
-
-
-def overwrite(own: Tensor, values: Tensor) -> None:
-    """Values of as many units into a sharded tensor, in its memory. Raises InputError for another number of them."""
-    if own.shape != values.shape:
-        raise InputError(
-            f"{own.shape[0]} connections that are sharded over ranks (fully_shard) cannot become {values.shape[0]}"
-        )
-    local(own).copy_(local_of(values, own))
 
 
 def has_moved(own: Tensor, was: Tensor) -> bool:

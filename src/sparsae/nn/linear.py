@@ -13,7 +13,7 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional
 
 from sparsae.config.unit import Quota, unit_name
-from sparsae.core.shards import is_sharded, overwrite
+from sparsae.core.shards import is_sharded
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.kernels.backend import Layout
@@ -25,6 +25,7 @@ from sparsae.nn.indices import quota_problem, validated
 from sparsae.nn.kinds.kind import Kind
 from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.names import modules_by_name
+from sparsae.nn.resharding import overwrite
 from sparsae.nn.tracing import by_operators, in_autocast, is_exporting, is_traced, transformed, unwrapped, watched
 from sparsae.nn.weight import DenseView
 
