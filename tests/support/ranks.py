@@ -15,13 +15,14 @@ from torch.distributed.fsdp import fully_shard
 
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.config.teacher import TeacherConfig
+from sparsae.core import shards
 from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
-from sparsae.core import shards
 from sparsae.core.shards import whole
 from sparsae.nn.linear import sparse_layers
 from sparsae.rules import build_rule
 from sparsae.search.sparsifier import Sparsifier
+from sparsae.search.teacher import Teacher
 from sparsae.search.updates import Update
 from tests.support.loops import mlp
 from tests.support.sections import SECTIONS
@@ -63,7 +64,7 @@ def train(
     section: str,
     steps: int,
     *,
-    teacher: bool = False,
+    teacher: bool | TeacherConfig = False,
     ties: bool = False,
     dtype: torch.dtype = torch.float64,
     look: Callable[[int, Sparsifier], None] | None = None,
@@ -85,13 +86,16 @@ def train(
             for parameter in model.parameters():
                 parameter.copy_((parameter * 20).round() / 20)
     parallel: Any = model
+    config = config_of(section, steps, teacher)
+    own: Teacher | None = None
     if sharded:
-        fully_shard(model[0])
-        fully_shard(model)
+        own = Teacher(model, config.teacher, steps) if teacher else None
+        for each in (model, own.model) if own else (model,):
+            fully_shard(each[0])
+            fully_shard(each)
     elif here.count > 1:
         parallel = nn.parallel.DistributedDataParallel(model, **of_wrapper)
     made = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) if optimizer is None else optimizer(model)
-    config = config_of(section, steps, teacher)
 
     def batch(*purpose: int | str) -> Tensor:
         x = torch.randn(ROWS, WIDTH, generator=generator(7, *purpose), dtype=torch.float64).to(dtype)
@@ -103,7 +107,7 @@ def train(
         return loss * torch.nan if scores_nan else loss
 
     scores = bool(build_rule(config.topology).needs & {"loss", "candidate_gradient"})
-    sparsifier = Sparsifier(parallel, made, config, score=score if scores else None)
+    sparsifier = Sparsifier(parallel, made, config, score=score if scores else None, teacher=own)
     updates, losses = [], []
     own = slice(here.rank * ROWS // here.count, (here.rank + 1) * ROWS // here.count)
     for step in range(steps):
@@ -126,17 +130,20 @@ def train(
     return Trained(model, sparsifier, updates, losses)
 
 
-def config_of(section: str, steps: int, teacher: bool = False) -> SparsifierConfig:
+def config_of(section: str, steps: int, teacher: bool | TeacherConfig = False) -> SparsifierConfig:
     """The settings of one of SECTIONS."""
     rule = {"rule": section.partition(",")[0], **SECTIONS[section]}
     config = SparsifierConfig.model_validate({"steps": steps, "topology": rule})
     prunes = build_rule(config.topology).prunes
+    taught = TeacherConfig(start=0.1) if teacher is True else teacher or TeacherConfig(enabled=False)
     return SparsifierConfig.model_validate(
         {
             "steps": steps,
             "topology": rule,
             "sparsity": 0.9 if prunes else None,
-            "teacher": TeacherConfig(enabled=True, start=0.1).model_dump() if teacher else {"enabled": False},
+            "teacher": (
+                TeacherConfig(start=0.1) if teacher is True else teacher or TeacherConfig(enabled=False)
+            ).model_dump(),
         }
     )
 

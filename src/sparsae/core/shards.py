@@ -71,9 +71,24 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return found
 
 
+def to_save(tensor: Tensor) -> Tensor:
+    """The tensor itself, without gradient; of a sharded one all of it, on the CPU."""
+    return whole(tensor).cpu() if is_sharded(tensor) else tensor.detach()
+
+
 def local_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a tensor that each rank has whole, what belongs to this rank's part of `like`."""
     return local(spread(tensor, like))
+
+
+def lying_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """Of any tensor what belongs to this rank's part of `like`; gathered first where it lies otherwise."""
+    ours, theirs = (_placement(each) for each in (like, tensor))
+    return local(tensor) if ours == theirs else local_of(whole(tensor), like)
+
+
+def _placement(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
 def has_moved(own: Tensor, was: Tensor) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsae.core.shards import spread
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import full_names, innermost
@@ -18,7 +19,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], origin: str = "the checkpoint") -> None:
-    """Into a model of the same architecture, any topologies.
+    """Into a model of the same architecture, any topologies; each rank gives all of what the model has in parts.
 
     Raises InputError, which names `origin` and a tensor, where names, shapes or dtypes do not fit, or indices are none.
     """
@@ -40,7 +41,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], origin: str = "t
                 )
     for name, layer in layers.items():
         _require_sparse(name, layer, tensors, origin)
-    model.load_state_dict({full: tensors[plain] for plain, full, _ in named}, strict=False)
+    model.load_state_dict({full: spread(tensors[plain], own) for plain, full, own in named}, strict=False)
 
 
 def _named(model: nn.Module) -> list[tuple[str, str, Tensor]]:

@@ -28,6 +28,7 @@ from sparsae.core.shards import is_sharded
 from sparsae.core.topology import digest
 from sparsae.nn.linear import SparseLinear
 from sparsae.search.sharding import gradients_at, in_parts
+from sparsae.search.teacher import Teacher
 
 Layers = Mapping[str, SparseLinear]
 
@@ -37,6 +38,7 @@ class DataParallel:
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
         self._model, self._layers = model, layers
+        self.teacher: Teacher | None = None
         self._seen: list[ReferenceType[DistributedDataParallel]] | None = None
 
     def require_same(self, **more: bytes) -> None:
@@ -78,8 +80,10 @@ class DataParallel:
                 wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
 
     def in_parts(self) -> None:
-        """After a pass: parameters that are sharded over ranks are the optimizer's again."""
+        """After a pass: parameters that are sharded over ranks are the optimizer's again, the teacher's too."""
         in_parts(self._model)
+        if self.teacher is not None and self.teacher.begun:
+            in_parts(self.teacher.model)
 
     def share(self, race: Sequence[int | None]) -> Sequence[int | None]:
         """What this rank scores: all of it where each pass is of all ranks together."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsae.config.span import Horizon
 from sparsae.core.observation import PastValues
-from sparsae.core.shards import WholeEach, spread, whole
+from sparsae.core.shards import WholeEach, spread, to_save
 from sparsae.core.topology import Topology
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Rule
@@ -54,7 +54,7 @@ class PastCapture:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by window and layer."""
         return {
-            str(window): {name: whole(values) for name, (_, values) in layers.items()}
+            str(window): {name: to_save(values) for name, (_, values) in layers.items()}
             for window, layers in self._taken.items()
         }
 

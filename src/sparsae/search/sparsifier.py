@@ -51,6 +51,9 @@ from sparsae.search.updates import TopologySearch, Update
 
 log = logging.getLogger(__name__)
 
+# What every state has; those without an age of connections may lack "ramp".
+_STATE = ("step", "rule", "search", "burn_in", "initial_densities", "topologies", "teacher")
+
 
 class Sparsifier:
     """Searches the topology of a sparsified model while somebody trains it, and keeps its teacher.
@@ -106,7 +109,9 @@ class Sparsifier:
         heads = validated_heads(heads, config.head_min_density, self._layers)
         if teacher is None and config.teacher.enabled:
             teacher = Teacher(model, config.teacher, config.steps)
-        self.teacher = teacher
+        if teacher is not None:
+            teacher.refuse_sharded(model)
+        self.teacher = self._parallel.teacher = teacher
         self._initial_densities = {name: layer.topology.density for name, layer in self._layers.items()}
         self._follow_density()
         self._layouts = heads
@@ -322,8 +327,10 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs beside model and optimizer: one nested mapping of plain values and tensors.
 
-        The teacher's model is in it. As in torch, tensors are not copies.
+        The teacher's model is in it. As in torch, tensors are not copies. Of a model that is sharded over ranks all of
+        them call this: it is the same on each, whole and on the CPU.
         """
+        self._parallel.in_parts()
         return {
             "step": self.step,
             "rule": self.search.rule.name,
@@ -341,7 +348,8 @@ class Sparsifier:
         Raises InputError for anything else: of other sparse layers or connections, another rule, or with a teacher
         where this Sparsifier has none.
         """
-        require_state("Sparsifier", state, [key for key in self.state_dict() if key != "ramp"])
+        self._parallel.in_parts()
+        require_state("Sparsifier", state, _STATE)
         if state["rule"] != self.search.rule.name:
             raise InputError(
                 f"the state is of rule '{state['rule']}', not of '{self.search.rule.name}': make the Sparsifier with "

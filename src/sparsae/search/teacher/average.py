@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from sparsae.config.teacher import TeacherConfig
+from sparsae.core.shards import local, lying_as, to_save
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors
+from sparsae.search.sharding import in_parts, sharded_modules
 from sparsae.search.teacher.storages import STORAGES, Storage
 
 
@@ -29,7 +31,8 @@ class Teacher:
     def __init__(self, student: nn.Module, config: TeacherConfig, steps: int | None = None) -> None:
         """Begins as a copy of the student; sparse layers share the student's index tensors until they diverge.
 
-        steps: of the whole training. Raises InputError where `config.start` is a share of steps that are not known.
+        steps: of the whole training. Raises InputError where `config.start` is a share of steps that are not known, and
+        for a student that `fully_shard` has sharded already: call it on `model` as on the student, after this.
         """
         if config.start and steps is None:
             raise InputError(f"teacher.start {config.start:g} is a share of the steps: give Teacher(..., steps=N)")
@@ -56,6 +59,7 @@ class Teacher:
 
     def _begin(self, step: int) -> None:
         config, student = self.config, _unsynchronized(self._student)
+        self.refuse_sharded(student)
         model = _copy_sharing_indices(student).eval()
         storage = STORAGES[config.storage]
         copied = storage.prepare(model)
@@ -63,6 +67,18 @@ class Teacher:
         self.since, self._model = step, model
         for name, layer in sparse_layers(student).items():
             self.layers[name] = storage.of(name, copied[name], layer, config)
+
+    def refuse_sharded(self, student: nn.Module) -> None:
+        """Raise InputError for what cannot follow a student that is sharded over ranks."""
+        if not any(True for _ in sharded_modules(student)):
+            return
+        if not self.begun:
+            raise InputError(
+                "a model that fully_shard has sharded cannot be copied as a teacher: make Teacher(model, config) "
+                "before, with start 0, call fully_shard on its `model` too, and give it as Sparsifier(teacher=...)"
+            )
+        if self.config.storage == "dense":
+            raise InputError("a teacher with storage 'dense' cannot follow a sharded model: use 'masked' or 'union'")
 
     def _end(self) -> None:
         # Whoever watches `layers` has the mapping.
@@ -93,6 +109,7 @@ class Teacher:
             return
         if not stepped:
             return
+        in_parts(self.model)
         beta, student = self.decay(step), _unsynchronized(student)
         sparse = sparse_layers(student)
         if other := sorted(sparse.keys() ^ self.layers.keys()):
@@ -105,7 +122,8 @@ class Teacher:
             if (pair := self.layers[name].average(layer, beta)) is not None:
                 alike.append(pair)
         if alike:
-            torch._foreach_lerp_([mine for mine, _ in alike], [theirs for _, theirs in alike], 1.0 - beta)
+            averages, values = [local(mine) for mine, _ in alike], [lying_as(mine, theirs) for mine, theirs in alike]
+            torch._foreach_lerp_(averages, values, 1.0 - beta)
         theirs = dict(student.named_buffers())
         for name, buffer in self.model.named_buffers():
             # Index tensors belong to the topology, which surgery changes.
@@ -123,9 +141,10 @@ class Teacher:
     def state_dict(self) -> dict[str, Any]:
         """Plain names of `model`'s tensors, which are those of the average, with the topologies that it has.
 
-        None before it has begun; `since`, and the `ages` of connections where they are counted, beside it.
+        None before it has begun; `since`, and the `ages` of connections where they are counted, beside it. What is
+        sharded over ranks is gathered to each one's CPU.
         """
-        model = {name: tensor.detach() for name, tensor in model_tensors(self.model).items()} if self.begun else None
+        model = {name: to_save(tensor) for name, tensor in model_tensors(self.model).items()} if self.begun else None
         ages = {name: kept.ages.steps for name, kept in self.layers.items() if kept.ages is not None}
         return {"model": model, "since": self.since, "ages": ages}
 

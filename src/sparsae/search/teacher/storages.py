@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from sparsae.config.teacher import TeacherConfig
 from sparsae.core.ranking import positions
+from sparsae.core.shards import is_sharded, local, local_of, lying_as, whole
 from sparsae.core.topology import Topology, remap
 from sparsae.errors import InputError
 from sparsae.kernels.structures import same_indices
 from sparsae.nn.conversion import DensePlace, dense_places, sparse_modules
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import modules_by_name
+from sparsae.nn.resharding import overwrite
 from sparsae.nn.sparsify import densify
 from sparsae.surgery import Change
 
@@ -55,7 +57,9 @@ class Ages:
         """After the module, the teacher's layer, has followed."""
         self.steps = remap(self.steps, change.source)
         grown = module.topology.positions(change.after.indices[change.grown])
-        module.values.data[grown] = change.values[change.grown]
+        average = whole(module.values.data)
+        average[grown] = whole(change.values)[change.grown]
+        overwrite(module.values, average)
 
 
 class Storage(ABC):
@@ -138,12 +142,12 @@ class Masked(Storage):
         average, values = self.module.values.data, student.values.data
         if self.ages is None:
             return average, values
-        average.lerp_(values, self.ages.rates(values))
+        local(average).lerp_(lying_as(average, values), local_of(self.ages.rates(values), average))
         return None
 
     def follow(self, change: Change) -> None:
         self.student = change.after
-        self.module.set_topology(change.after, remap(self.module.values.data, change.source))
+        self.module.set_topology(change.after, remap(whole(self.module.values.data), change.source))
         if self.ages is not None:
             self.ages.follow(change, self.module)
 
@@ -198,21 +202,33 @@ class Union(Storage):
         if self.active is None:
             if rates is None:
                 return average, values
-            average.lerp_(values, rates)
+            local(average).lerp_(lying_as(average, values), local_of(rates, average))
             return None
+        active, here = self._here(average)
+        average, values = local(average), whole(values)[here]
         # Every step: a mask as an index would let a GPU be waited for.
-        at = positions(self.active, values.shape[0])
+        at = positions(active, values.shape[0])
         if rates is None:
             faded = average.mul_(decay)
             faded[at] = faded[at].add_(values, alpha=1.0 - decay)
         else:
-            mine = average[at].lerp(values, rates)
+            mine = average[at].lerp(values, rates[here])
             average.mul_(decay)[at] = mine
         return None
 
+    def _here(self, average: Tensor) -> tuple[Tensor, slice]:
+        """Which units of this rank's part of the average are the student's, and of the student's these are."""
+        assert self.active is not None
+        if not is_sharded(average):
+            return self.active, slice(None)
+        active, through = local_of(self.active, average), local_of(self.active.cumsum(0), average)
+        # Both are in the order of the units.
+        end = int(through[-1]) if through.numel() else 0
+        return active, slice(end - int(active.count_nonzero()), end)
+
     def follow(self, change: Change) -> None:
         self.student = student = change.after
-        union, average = self.module.topology, self.module.values.data
+        union, average = self.module.topology, whole(self.module.values.data)
         magnitude = average.abs().reshape(union.count, -1).amax(1) if union.count else average
         forgotten = ~student.contains(union.indices) & (magnitude < self.tolerance)
         new = student.indices[~union.contains(student.indices)]
