@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from sparsae.config.sparsifier import SparsifierConfig
-from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
 from sparsae.core.topology import digest
-from sparsae.errors import InputError, RanksError
+from sparsae.errors import RanksError
 from sparsae.nn.linear import sparse_layers
 from sparsae.search.sparsifier import Sparsifier
 from tests.support.loops import mlp
@@ -37,7 +34,6 @@ def _checks(rank: int, count: int, store: str) -> None:
         for settings in ({"gradient_as_bucket_view": True}, {"static_graph": True}):
             _told(settings, lambda s=settings: assert_same(train("gmp", 50, teacher=True, **s), alone["gmp"]))
         for check in (
-            _sharded_values_train_and_stay,
             _scores_that_are_no_numbers,
             _active_weights_travel,
             _dense_gradients_are_counted,
@@ -52,29 +48,6 @@ def _told(what: object, check: Callable[[], None]) -> None:
         check()
     except Exception as error:
         raise AssertionError(f"{what}, rank {ranks().rank}: {error!r}") from error
-
-
-def _sharded_values_train_and_stay() -> None:
-    """FSDP2 over the values: trained as under DDP by a rule that moves nothing, and refused by others."""
-    models = [mlp(23).double() for _ in range(2)]
-    parallel = nn.parallel.DistributedDataParallel(models[0])
-    sharded = fully_shard(models[1], mesh=init_device_mesh("cpu", (2,)))
-    still = SparsifierConfig.model_validate({"steps": 9, "topology": {"rule": "static"}})
-    for model in (parallel, sharded):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        sparsifier = Sparsifier(model, optimizer, still)
-        for step in range(9):
-            x = torch.randn(4, 23, generator=generator(step, ranks().rank), dtype=torch.float64)
-            optimizer.zero_grad()
-            (model(x) - x.roll(1, 1)).square().mean().backward()
-            sparsifier.before_step()
-            optimizer.step()
-            sparsifier.after_step()
-    for mine, theirs in zip(sharded.parameters(), models[0].parameters(), strict=True):
-        torch.testing.assert_close(mine.detach().full_tensor(), theirs.detach(), rtol=0, atol=1e-12)
-    moving = SparsifierConfig.model_validate({"steps": 9, "topology": {"rule": "set"}})
-    with pytest.raises(InputError, match=r"are sharded over ranks .*: wrap the model in DistributedDataParallel"):
-        Sparsifier(sharded, optimizer, moving)
 
 
 def _scores_that_are_no_numbers() -> None:

@@ -87,14 +87,13 @@ def train(
                 parameter.copy_((parameter * 20).round() / 20)
     parallel: Any = model
     config = config_of(section, steps, teacher)
-    own: Teacher | None = None
+    average = Teacher(model, config.teacher, steps) if sharded and teacher else None
     if sharded:
-        own = Teacher(model, config.teacher, steps) if teacher else None
-        for each in (model, own.model) if own else (model,):
-            fully_shard(each[0])
-            fully_shard(each)
+        shard(model)
     elif here.count > 1:
         parallel = nn.parallel.DistributedDataParallel(model, **of_wrapper)
+    if average is not None:
+        shard(average.model)
     made = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) if optimizer is None else optimizer(model)
 
     def batch(*purpose: int | str) -> Tensor:
@@ -107,7 +106,7 @@ def train(
         return loss * torch.nan if scores_nan else loss
 
     scores = bool(build_rule(config.topology).needs & {"loss", "candidate_gradient"})
-    sparsifier = Sparsifier(parallel, made, config, score=score if scores else None, teacher=own)
+    sparsifier = Sparsifier(parallel, made, config, score=score if scores else None, teacher=average)
     updates, losses = [], []
     own = slice(here.rank * ROWS // here.count, (here.rank + 1) * ROWS // here.count)
     for step in range(steps):
@@ -130,6 +129,12 @@ def train(
     return Trained(model, sparsifier, updates, losses)
 
 
+def shard(model: Any) -> None:
+    """By FSDP2, the first layer by itself, which gives up after a pass what it has gathered, and then the rest."""
+    fully_shard(model[0])
+    fully_shard(model)
+
+
 def config_of(section: str, steps: int, teacher: bool | TeacherConfig = False) -> SparsifierConfig:
     """The settings of one of SECTIONS."""
     rule = {"rule": section.partition(",")[0], **SECTIONS[section]}
@@ -141,9 +146,7 @@ def config_of(section: str, steps: int, teacher: bool | TeacherConfig = False) -
             "steps": steps,
             "topology": rule,
             "sparsity": 0.9 if prunes else None,
-            "teacher": (
-                TeacherConfig(start=0.1) if teacher is True else teacher or TeacherConfig(enabled=False)
-            ).model_dump(),
+            "teacher": taught.model_dump(),
         }
     )
 
@@ -164,4 +167,6 @@ def assert_same(one: Trained, other: Trained, tolerance: float = 1e-9) -> None:
         assert tensor.shape == its.shape, name
         tensor, its = whole(tensor), whole(its)
         assert bool(((tensor.double() - its.double()).abs() <= tolerance).all()), name
+    averages = [each.sparsifier.state_dict()["teacher"] or {"model": {}} for each in (one, other)]
+    torch.testing.assert_close(*(each["model"] for each in averages), rtol=0, atol=tolerance)
     torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=0, atol=tolerance)

@@ -48,12 +48,16 @@ class Probe(ABC):
     positions = 0
     tokens = 0
 
-    def __init__(self, key: Tensor, values: Tensor | None = None) -> None:
+    def __init__(
+        self, key: Tensor, values: Tensor | None = None, has_gradient: Callable[[Tensor], bool] | None = None
+    ) -> None:
         """key: that of the layer with the topology that it has now.
 
         values: the layer's. Where their own gradient starts anew, since a step was skipped, what is gathered does too.
+        has_gradient: of values whose gradient may lie elsewhere than in `.grad`.
         """
         self._number, self._values = int(key), values
+        self._has_gradient = has_gradient or (lambda own: own.grad is not None)
         # The backward pass that is under way.
         self._task: int | None = None
         # Forward passes that no backward pass has answered yet, and whether one has answered since the last.
@@ -81,7 +85,7 @@ class Probe(ABC):
         # Reentrant checkpointing makes the backward pass of what it computes again one of its own, inside the other.
         task = torch._C._current_graph_task_id() if self._again_in < 0 else self._again_in
         is_other, self._task = task != self._task, task
-        return is_other, is_other and self._values is not None and self._values.grad is None
+        return is_other, is_other and self._values is not None and not self._has_gradient(self._values)
 
     @abstractmethod
     def add(self, backend: Backend, layout: Layout, dy_TO: Tensor, x_TI: Tensor) -> None:
@@ -94,8 +98,14 @@ class SampledGradients(Probe):
     gradient: (n,) or (n, b_out, b_in) in the dtype of the products. `over_ranks` makes it that of all ranks.
     """
 
-    def __init__(self, key: Tensor, units: Tensor | Draw, values: Tensor | None = None) -> None:
-        super().__init__(key, values)
+    def __init__(
+        self,
+        key: Tensor,
+        units: Tensor | Draw,
+        values: Tensor | None = None,
+        has_gradient: Callable[[Tensor], bool] | None = None,
+    ) -> None:
+        super().__init__(key, values, has_gradient)
         self._draw = None if isinstance(units, Tensor) else units
         self.units = units if isinstance(units, Tensor) else None
 
@@ -141,8 +151,9 @@ class LargestGradients(Probe):
         accumulate: Literal["last", "sum"],
         passes: int = 1,
         values: Tensor | None = None,
+        has_gradient: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        super().__init__(key, values)
+        super().__init__(key, values, has_gradient)
         self.active: Tensor | None = None
         self._count, self._accumulate, self._passes = count, accumulate, passes
         self._sum: Tensor | None = None

@@ -355,8 +355,10 @@ class SparseLinear(nn.Module):
             shape = self.out_features, self.in_features
             topology = validated(shape, indices, self.unit, self.quota, prefix + "indices")
             if not self._has(topology) or tuple(values.shape) != topology.values_shape:
-                device = self.values.device
-                self.set_topology(topology.to(device), torch.empty_like(values, device=device, dtype=self.values.dtype))
+                device, dtype = self.values.device, self.values.dtype
+                # What is sharded may be given in the memory of the parameter itself, which then has the values already.
+                given = values if is_sharded(self.values) else torch.empty_like(values, device=device, dtype=dtype)
+                self.set_topology(topology.to(device), given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from sparsae.core.shards import local, local_of, whole
+from sparsae.core.shards import is_sharded, local, local_of, whole
 from sparsae.errors import InputError
 
 # FSDP's records by the id of their parameter, which does not know of them.
@@ -31,6 +31,15 @@ def overwrite(own: Tensor, values: Tensor) -> None:
         local(own).copy_(local_of(values, own))
     else:
         _resize(_record_of(own), whole(values))
+
+
+def has_gradient(own: Tensor) -> bool:
+    """Whether a layer's values have a gradient since the last step, or a share of one that waits to be reduced."""
+    if own.grad is not None or not is_sharded(own):
+        return own.grad is not None
+    record = _record_of(own)
+    gathered = getattr(record, "_unsharded_param", None)
+    return record.unsharded_accumulated_grad is not None or (gathered is not None and gathered.grad is not None)
 
 
 def _record_of(own: Tensor) -> Any:

@@ -19,6 +19,7 @@ from sparsae.core.shards import local, whole
 from sparsae.errors import InputError
 from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients, over_ranks
 from sparsae.nn.linear import SparseLinear
+from sparsae.nn.resharding import has_gradient
 from sparsae.rules.parts.rule import Rule
 from sparsae.search.calls import refuse_lost, refuse_tied, trained_layers
 from sparsae.search.windows import GradientWindows, averaged
@@ -167,7 +168,7 @@ class GradientCapture:
             fresh = {name: topology for name, topology in topologies.items() if name not in samples}
             samples |= rule.sample(fresh, state, generator(self._seed, "sample", step))
             for name, units in samples.items():
-                self.probes[name] = SampledGradients(layers[name].key, units, layers[name].values)
+                self.probes[name] = SampledGradients(layers[name].key, units, layers[name].values, has_gradient)
         if "dense_gradient" in rule.needs:
             for due in dict.fromkeys(wanted.values()):
                 part = {name: topology for name, topology in topologies.items() if wanted[name] == due}
@@ -182,7 +183,9 @@ class GradientCapture:
         kept = max(n, layer.topology.count) if binding(self.groups.get(name, ())) else n
         self._counts[name] = kept
         count = None if is_summed else kept
-        self.probes[name] = LargestGradients(layer.key, count, rule.accumulate, self._passes, layer.values)
+        self.probes[name] = LargestGradients(
+            layer.key, count, rule.accumulate, self._passes, layer.values, has_gradient
+        )
 
     def _note(self, gradients: Mapping[str, Tensor]) -> None:
         """Note norms, and what is not finite. Raises InputError where a probe was not answered."""
