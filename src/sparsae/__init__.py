@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sparsae.nn.sparsify import densify as densify
     from sparsae.nn.sparsify import sparsify as sparsify
     from sparsae.nn.summary import summary as summary
+    from sparsae.nn.tensors import load_model as load_model
     from sparsae.observers import OBSERVERS as OBSERVERS
     from sparsae.observers import Observer as Observer
     from sparsae.optim import AdamW as AdamW
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from sparsae.score import Term as Term
     from sparsae.score import Trial as Trial
     from sparsae.search.sparsifier import Sparsifier as Sparsifier
+    from sparsae.search.teacher import Teacher as Teacher
 
 __version__ = "0.1.0"
 
@@ -122,6 +124,7 @@ _HOMES = {
     "SparsifierConfig": "sparsae.config.sparsifier",
     "Swap": "sparsae.core.swap",
     "TERMS": "sparsae.registry",
+    "Teacher": "sparsae.search.teacher",
     "Term": "sparsae.score",
     "TermConfig": "sparsae.config.rules",
     "Topology": "sparsae.core.topology",
@@ -129,6 +132,7 @@ _HOMES = {
     "Window": "sparsae.core.cadence",
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
+    "load_model": "sparsae.nn.tensors",
     "parameter_groups": "sparsae.optim",
     "register_backend": "sparsae.kernels.registry",
     "sparse_layers": "sparsae.nn.linear",

@@ -85,8 +85,8 @@ def refuse_unmovable(optimizer: Optimizer, values: Values) -> None:
     for entry in _moving(optimizer, values):
         if entry.key in _MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
             continue
-        own = values[entry.layer].detach()
-        if entry.tensor.shape == own.shape and _resembles(whole(_floats(entry.tensor)), whole(own)):
+        own, floats = values[entry.layer].detach(), _floats(entry.tensor)
+        if floats.shape == own.shape and floats.is_floating_point() and _resembles(whole(floats), whole(own)):
             raise entry.refusal(
                 "looks like a copy of the weights under a name that is not known for one: "
                 "whether it starts a new connection from zero or from its weight cannot be told"
@@ -396,7 +396,5 @@ def _like(quantized: Tensor, floats: Tensor) -> Tensor:
 
 
 def _resembles(state: Tensor, values: Tensor) -> bool:
-    if not state.is_floating_point():
-        return False
     size = float(values.float().norm())
     return 0 < size < math.inf and float((state.float() - values.float()).norm()) <= 0.1 * size

@@ -74,8 +74,8 @@ class Sparsifier:
     layer. `before_step` and `after_step` raise it for calls that are missing; what may be meant (a step that was
     skipped) is logged.
 
-    Several ranks (`DistributedDataParallel`) search one topology together. RanksError, on all of them: their settings
-    or connections are not the same.
+    Several ranks (`DistributedDataParallel`, `fully_shard`) search one topology together. RanksError, on all of them:
+    their settings or connections are not the same.
     """
 
     def __init__(
