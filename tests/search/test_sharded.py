@@ -49,7 +49,7 @@ TRAININGS: dict[str, tuple[str, TeacherConfig | bool]] = {
 
 def _one(section: str, **given: Any) -> Any:
     optimizer, teacher = TRAININGS[section]
-    steps = 6 if "elitist" in section else 20
+    steps = {"gse": 12, "evolution, elitist": 5}.get(section, 20)
     return train(section, steps, teacher=teacher, optimizer=OPTIMIZERS[optimizer], **given)
 
 
