@@ -29,7 +29,7 @@ from sparsae.core.ranks import ranks
 from sparsae.core.shards import is_sharded, whole
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
-from sparsae.nn.sparsify import sparsify
+from sparsae.nn.sparsify import densify, sparsify
 from sparsae.nn.tensors import load_model
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.search.sparsifier import Sparsifier
@@ -201,6 +201,8 @@ def _what_does_not_fit_is_refused() -> None:
     _refused(fully_shard(mlp(), mesh=rows["together"]), "that are not all of them")
     _refused(averaged, "cannot be copied as a teacher: make Teacher", TeacherConfig())
     model = mlp()
+    with pytest.raises(InputError, match="has a dense weight during a pass only"):
+        densify(averaged)
     dense = Teacher(model, TeacherConfig(storage="dense"))
     _refused(fully_shard(model), "storage 'dense' cannot follow a sharded model", TeacherConfig(), dense)
 

@@ -274,6 +274,11 @@ class SparseLinear(nn.Module):
         prepared, (b_out, b_in) = self.prepare(), self.unit
         own = prepared.topology.indices
         values: Tensor = self.values
+        if not is_traced() and is_sharded(values):
+            raise InputError(
+                "a sparse layer that is sharded over ranks (fully_shard) has a dense weight during a pass only: load "
+                "the whole state of the model, as get_model_state_dict gives it, into one that is not sharded"
+            )
         if torch.compiler.is_compiling() and not is_exporting():
             # Compared when the graph runs.
             values = poisoned(values, self.indices, own)
