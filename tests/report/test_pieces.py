@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from sparsae.report.looks import looks
+from sparsae.report.markup import figures, paragraph, section
 from sparsae.report.readable import compact, count, decimal, duration, percent, short_names, tick
 from sparsae.report.svg import POINTS, curve, thinned
 
@@ -90,3 +92,15 @@ def test_points_that_nothing_is_joined_to_are_marked(values: list[float], marked
         assert int(line.get_markevery().sum()) == marked
     else:
         assert line.get_marker() == "None"
+
+
+def test_no_two_looks_are_the_same_and_a_mark_tells_them_apart() -> None:
+    """A legend shows colour and mark, and no dashes."""
+    found = looks([str(number) for number in range(64)])
+    assert len({(look.colour, look.marker) for look in found.values()}) == 64
+    assert len({(look.colour, look.symbol) for look in found.values()}) == 64
+
+
+def test_a_section_of_nothing_is_not_there() -> None:
+    assert section("a", "A", "What it says.") == section("a", "A", "What it says.", "", figures([None])) == ""
+    assert "<h2" in section("a", "A", "What it says.", paragraph("said"))

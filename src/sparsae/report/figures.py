@@ -52,13 +52,15 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
         ax.set_xlim(0, max(v for x, _ in curves.values() for v in x if math.isfinite(v)) or 1)
         for name, value in lines.items():
             ax.axhline(value, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
+            # Where the curves are far off: they begin at the untrained model's loss, and end near the other.
+            at = 1 if name == "untrained" else 0
             ax.annotate(
                 f"{name} {decimal(value, 3)}",
-                (1, value),
-                (0, 2),
+                (at, value),
+                (0 if at else 4, 2),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                ha="right",
+                ha="right" if at else "left",
                 va="bottom",
                 color=COLOURS["ink"],
             )

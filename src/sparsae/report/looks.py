@@ -22,9 +22,9 @@ class Look:
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A look for each method: eight colours and marks, the line's dashes changing where they come round again."""
+    """A look for each method: eight colours, each with another mark and other dashes when it comes round again."""
     return {
-        name: Look(f"series{i % 8}", _DASHES[i // 8 % 4], *_MARKS[i % 8])
+        name: Look(f"series{i % 8}", _DASHES[i // 8 % 4], *_MARKS[(i + i // 8) % 8])
         for i, name in enumerate(dict.fromkeys(methods))
     }
 

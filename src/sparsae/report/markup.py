@@ -19,7 +19,9 @@ class Tile:
 
 
 def section(name: str, title: str, lead: str, *blocks: str) -> str:
-    """A section with its heading, one sentence on how to read it, and blocks of markup."""
+    """A section with its heading, one sentence on how to read it, and blocks of markup; nothing without a block."""
+    if not any(blocks):
+        return ""
     return (
         f'<section id="{escape(name)}" aria-labelledby="{escape(name)}-title">\n'
         f'<h2 id="{escape(name)}-title">{escape(title)}</h2>\n<p class="lead">{escape(lead)}</p>\n'

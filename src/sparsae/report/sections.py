@@ -58,31 +58,23 @@ def body(run: RunData) -> str:
 
 def _training(run: RunData) -> str:
     rates = draw.training_curve
-    return markup.section(
-        "training",
-        "Training",
+    lead = (
         "Lower is better; the dotted lines are an untrained model and one that knows only how frequent each token is. "
-        "By FLOPs, runs of different sparsity can be held against each other.",
-        markup.figures(
-            [
-                draw.loss(run, "step"),
-                draw.loss(run, "train_flops"),
-                rates(run, "learning-rate", "Learning rate", "base rate of the optimizer", lambda r: r.learning_rate),
-                rates(
-                    run, "gradient-norm", "Gradient norm", "L2, before clipping", lambda r: r.gradient_norm, log=True
-                ),
-                rates(
-                    run,
-                    "distillation",
-                    "Divergence from the teacher",
-                    "KL, nats per token",
-                    lambda r: or_nan(r.distillation),
-                ),
-                rates(run, "throughput", "Throughput", "tokens per second", lambda r: r.tokens_per_second),
-                rates(run, "mfu", "Model FLOPs utilization", "share of the peak", lambda r: or_nan(r.mfu)),
-            ]
-        ),
+        "By FLOPs, runs of different sparsity can be held against each other."
     )
+    panels = [
+        draw.loss(run, "step"),
+        draw.loss(run, "train_flops"),
+        rates(run, "learning-rate", "Learning rate", "base rate of the optimizer", lambda r: r.learning_rate),
+        rates(run, "gradient-norm", "Gradient norm", "L2, before clipping", lambda r: r.gradient_norm, log=True),
+        rates(
+            run, "distillation", "Divergence from the teacher", "KL, nats per token", lambda r: or_nan(r.distillation)
+        ),
+        rates(run, "throughput", "Throughput", "tokens per second", lambda r: r.tokens_per_second),
+        rates(run, "mfu", "Model FLOPs utilization", "share of the peak", lambda r: or_nan(r.mfu)),
+    ]
+    missing = "" if any(panels) else markup.paragraph("No loss has been measured yet.")
+    return markup.section("training", "Training", lead, markup.figures(panels), missing)
 
 
 def density(run: RunData) -> str:

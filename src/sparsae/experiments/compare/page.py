@@ -250,6 +250,8 @@ def _steps(group: TuningRow) -> str:
 
 
 def _settings(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
+    if not runs:  # of a page that is written from the numbers alone
+        return ""
     flat = {key: dict(_leaves(run.config)) for key, run in runs.items()}
     names = list(dict.fromkeys(name for settings in flat.values() for name in settings))
     values = {name: {settings.get(name, UNKNOWN) for settings in flat.values()} for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -52,12 +53,10 @@ def optimum_by(optima: Sequence[Optimum], knob: Knob, over: Over) -> Panel | Non
         held = percent(entry.sparsity) if over == "width" else f"width {entry.width}"
         lines.setdefault(f"{entry.parameterization} · {held}", []).append(entry)
     names = dict.fromkeys(entry.parameterization for entry in mine)
-    colour = {name: style.colour for name, style in looks(list(names)).items()}
-    base = looks(list(lines))
-    look = {
-        line: Look(colour[points[0].parameterization], base[line].dash, base[line].marker, base[line].symbol)
-        for line, points in lines.items()
-    }
+    look = looks(list(lines))
+    if len(names) > 1:  # a colour is a parameterization
+        colour = {name: style.colour for name, style in looks(list(names)).items()}
+        look = {line: replace(look[line], colour=colour[points[0].parameterization]) for line, points in lines.items()}
 
     def draw(figure: Figure) -> None:
         ax = axes(figure, LABELS[knob], x=over)
