@@ -8,13 +8,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from sparsae.cli import main
+from sparsae.cli import app, main
 from sparsae.config.load import resolve, setting_names
 from sparsae.config.schema import Config
 from sparsae.config.shipped import methods, presets
@@ -282,3 +285,46 @@ def test_the_tables_of_growth_and_of_a_strategy_are_what_can_be_set(capsys: pyte
         ends = [1, 2] if gene not in ("drop_fraction", "random_share") else [0.5, 1]
         genes_of = f"topology.strategy.genes={{{gene}: {ends}}}"
         assert resolve(method="sparsae-evolved", overrides=[genes_of]).topology.strategy.genes  # type: ignore[attr-defined]
+
+
+def command_lines(page: Path) -> list[str]:
+    """The commands of `sparsae` in a page's blocks: indented, or fenced as a shell's."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    fenced = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", text, re.M | re.S)
+    unfenced = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    lines = [*"".join(fenced).splitlines(), *re.findall(r"^ {4,}(.*)$", unfenced, re.M)]
+    found = [re.fullmatch(r"(?:[A-Z_]+=\S+ )*(?:torchrun .* -m )?sparsae (.+)", line) for line in lines]
+    return [line[1] for line in found if line]
+
+
+def complaint(command: Any, line: str, settings: Collection[str]) -> str | None:
+    """Why a command line cannot be: a command or an option that there is not, or a setting."""
+    words = shlex.split(line, comments=True)
+    while hasattr(command, "commands") and words:
+        if words[0] not in command.commands:
+            return None if words[0].startswith("-") else f"no command {words[0]}"
+        command = command.commands[words.pop(0)]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--") and word.partition("=")[0] not in options | {"--help"}:
+            return f"no option {word}"
+        key = following.partition("=")[0]
+        # What `topology` has is up to the rule.
+        known = key.startswith("topology.") or any(f"{name}.".startswith(f"{key}.") for name in settings)
+        if word == "--set" and not known:
+            return f"no setting {key}"
+    return None
+
+
+def test_the_commands_of_the_documentation_are_those_that_there_are() -> None:
+    lines = {line: page for page in PAGES for line in command_lines(page)}
+    program, settings = get_command(app), setting_names()
+    assert len(lines) > 60
+    assert complaint(program, "train --presett demo", settings) == "no option --presett"
+    assert complaint(program, "train --set training.step=3", settings) == "no setting training.step"
+    wrong = {
+        f"{name_of(page)}: sparsae {line}: {why}"
+        for line, page in lines.items()
+        if (why := complaint(program, line, settings))
+    }
+    assert wrong == set()
