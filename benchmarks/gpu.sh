@@ -93,7 +93,7 @@ run() {
     memory)
       for preset in "$SMALL" "$MEDIUM"; do
         "${SPARSAE[@]}" bench memory --device "$DEVICE" --preset "$preset" --json "$file" "${SET[@]}" \
-          --set training.compile=false || return
+          --set training.compile=false --set teacher.enabled=true || return
         [ "$DEVICE" = cpu ] && break
       done ;;
     data) SECONDS_EACH=150 train data --method static --set training.steps=1 --set training.validation_sequences=2 ;;

@@ -101,6 +101,9 @@ def test_what_training_holds_is_said_by_parts(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "rows.json"
     command = ["bench", "memory", "--preset", "demo", "--threads", "1", "--json", str(file), *MODEL_OPTIONS]
     assert main(command) == 0
+    for row in json.loads(file.read_text("utf-8")):  # of a method that has no teacher
+        assert row["teacher_bytes"] == 0
+    assert main([*command, "--set", "teacher.enabled=true"]) == 0
     dense, sparse = json.loads(file.read_text("utf-8"))
     assert (dense["model"], sparse["model"], sparse["sparsity"]) == ("dense", "sparse", 0.9)
     for row in (dense, sparse):

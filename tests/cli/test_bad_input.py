@@ -82,6 +82,7 @@ CASES: dict[str, list[str]] = {
     "generate run --prompt a --temperature inf": ["--temperature", "finite"],
     "export run": ["--to"],
     "export run --to folder": ["folder", "not empty"],
+    "report run --figures folder": ["--figures: folder holds notes.txt, which is no figure: give a new directory"],
     "export run --to new --format spars": ["--format", "sparse"],
     "info": ["RUN"],
     "info missing": ["missing", "no such directory"],

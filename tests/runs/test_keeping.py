@@ -14,7 +14,7 @@ from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.runs import checkpoint
-from sparsae.runs.directory import RunDirectory
+from sparsae.runs.directory import RunDirectory, describe
 from sparsae.train.loop import Trainer
 from sparsae.train.objective import Objective
 from sparsae.train.run import resume, start
@@ -56,6 +56,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     assert evaluate_run(run, best=True)["step"] == 6
     assert main(["generate", str(run), "--prompt", "item", "--tokens", "2", "--best"]) == 0
     assert main(["export", str(run), "--to", str(tmp_path / "out"), "--best"]) == 0
+    assert describe(run)["best_step"] == 6
     losses = {}
     curve = ["check", "sparsity", str(run), "--sparsities", "0.95", "--max-tokens", "200", "--json", "-"]
     for best in (True, False):

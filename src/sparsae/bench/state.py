@@ -1,7 +1,7 @@
 """What training holds: parameters, index tensors, optimizer and teacher of a model, sparse beside dense, and the peak.
 
-Each model trains two steps in a process of its own. The dense one has an average of its weights too, so that both have
-the same parts.
+Each model trains two steps in a process of its own. Where the settings have a teacher, the dense one has an average of
+its weights too, so that both have the same parts.
 """
 
 from __future__ import annotations
@@ -66,12 +66,10 @@ class States:
             yield [row]
 
     def _configs(self) -> Iterator[Config]:
-        """With a teacher from the first step on."""
+        """A teacher, where the settings have one, from the first step on."""
         for sparsity in self.sparsities:
             config = configuration(self.preset, self.method, self.settings, sparsity, self.device)
-            yield config.model_copy(
-                update={"teacher": config.teacher.model_copy(update={"enabled": True, "start": 0.0})}
-            )
+            yield config.model_copy(update={"teacher": config.teacher.model_copy(update={"start": 0.0})})
 
     def _row(self, model: str, config: Config) -> Row:
         threads = self.threads or config.training.threads or torch.get_num_threads()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -127,7 +128,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report.html of a run, or of an experiment, again; or one page of several runs."""
-    refuse_file("--figures", figures)
+    _refuse_figures(figures)
     refuse_unwritable("--out", None if out is None else str(out))
     if len(runs) > 1:
         if out is None:
@@ -137,6 +138,7 @@ def report(
         from sparsae.report.page import write_reports
 
         typer.echo(write_reports(runs, out, figures))
+        _tell_figures(figures)
         return
     (run,) = runs
     if out is not None:
@@ -145,10 +147,26 @@ def report(
         from sparsae.experiments.page import write_page
 
         typer.echo(write_page(run, figures))
+        _tell_figures(figures)
         return
     from sparsae.report.page import write_report
 
     typer.echo(write_report(run, figures))
+    _tell_figures(figures)
+
+
+def _refuse_figures(folder: Path | None) -> None:
+    """Older figures are written over; among files of another kind nobody would find them."""
+    refuse_file("--figures", folder)
+    if folder is not None and folder.is_dir():
+        other = next((entry for entry in sorted(folder.iterdir()) if entry.suffix not in (".svg", ".pdf")), None)
+        if other is not None:
+            raise InputError(f"--figures: {folder} holds {other.name}, which is no figure: give a new directory")
+
+
+def _tell_figures(folder: Path | None) -> None:
+    if folder is not None:
+        typer.echo(f"figures: {len(list(folder.glob('*.svg')))} as SVG and as PDF in {folder}", err=True)
 
 
 @app.command()
@@ -203,6 +221,19 @@ app.command()(cache)
 app.command()(schema)
 
 
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """What libraries say to those who hold a model, and their progress bars beside ours, are nothing for a terminal."""
+    hints = logging.getLogger("sparsae.nn.summary")
+    before = hints.level
+    hints.setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too, read when they are imported
+    try:
+        yield
+    finally:
+        hints.setLevel(before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command (of `sys.argv`, unless given); the exit code is 0, 2 after a wrong input, 130 after Ctrl-C.
 
@@ -216,7 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for argument in given:
             require_utf8("the command line", argument)
         import_files()
-        code = app(args=given, prog_name="sparsae", standalone_mode=False)
+        with _without_noise():
+            code = app(args=given, prog_name="sparsae", standalone_mode=False)
     except InputError as error:
         message = str(error)
     except RanksError as error:

@@ -163,7 +163,10 @@ def memory(
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Bytes of parameters, optimizer and teacher, and the peak of two steps, sparse beside dense."""
+    """Bytes of parameters, optimizer and teacher, and the peak of two steps, sparse beside dense.
+
+    A teacher counts where the method, or --set teacher.enabled=true, has one: in both models.
+    """
     shares = _several("--sparsity", sparsity, "0.9", _share)
     _require_places(json_file, None)
     from sparsae.bench import state as module

@@ -127,10 +127,18 @@ class RunDirectory:
 
     def best_checkpoint(self) -> Path:
         """That of the best validation, of a run that keeps it (training.keep_best). InputError where there is none."""
-        best = read_state(self.latest_checkpoint())["trainer"].get("validation", {}).get("best")
-        if best is None or not self.config().training.keep_best:
+        self.latest_checkpoint()  # has to be whole
+        step = self.best_step()
+        if step is None:
             raise InputError(f"{self.path}: this run keeps no best checkpoint: train it with training.keep_best=true")
-        return self.checkpoint(int(best[0]))
+        return self.checkpoint(step)
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None where the run keeps none, or has none yet."""
+        if not self.config().training.keep_best or not (steps := self.saved_steps()):
+            return None
+        best = read_state(self.checkpoint(steps[-1]))["trainer"].get("validation", {}).get("best")
+        return None if best is None else int(best[0])
 
     def _known_steps(self) -> list[int]:
         """Steps that have, or by the summary had, a checkpoint, whole or not."""
@@ -240,6 +248,7 @@ def describe(path: Path) -> dict[str, Any]:
         "unit": config.sparsity.unit_name,
         "steps_planned": config.training.steps,
         "checkpoint_step": steps[-1] if steps else None,
+        "best_step": run.best_step(),
         "finished": False,
     }
     if summary := run.read_summary():

@@ -17,7 +17,7 @@ from sparsae.data import Tokenizer
 from sparsae.errors import InputError
 from sparsae.families import FAMILIES
 from sparsae.files import read_json
-from sparsae.models import build_model, materialize, parameterized, transformers_config
+from sparsae.models import build_model, materialize, parameterized, quiet_import, transformers_config
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors
 from sparsae.train.model import model_of
@@ -110,9 +110,10 @@ def read_model(path: Path, option: str = "") -> Any:
 
     option: that named the directory, for the error.
     """
-    from transformers import AutoModelForCausalLM
+    with quiet_import():
+        from transformers import AutoModelForCausalLM
 
-    from sparsae.nn.attention import attend
+        from sparsae.nn.attention import attend
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
