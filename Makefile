@@ -35,12 +35,18 @@ test-newest:
 	$(MAKE) VENV=$(NEWEST) LOCK= $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest $(PYTEST)
 
-# The tests alone, with the oldest torch that pyproject.toml admits, in an environment of its own.
+# The tests alone, with the oldest torch and transformers that pyproject.toml admits, in an environment of its own.
 OLDEST := $(VENV)-oldest
 OLDEST_TORCH := $(shell sed -n 's/^  "torch>=\(.*\)",$$/torch==\1.0/p' pyproject.toml)
-test-oldest:
-	$(MAKE) VENV=$(OLDEST) TORCH=$(OLDEST_TORCH) $(OLDEST)/.installed
+OLDEST_TRANSFORMERS := $(shell sed -n 's/^  "transformers>=\(.*\),<6",$$/transformers==\1.0/p' pyproject.toml)
+test-oldest: build/oldest.txt
+	$(MAKE) VENV=$(OLDEST) TORCH=$(OLDEST_TORCH) LOCK=build/oldest.txt $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(PYTEST)
+
+# constraints.txt, but for what that transformers wants older.
+build/oldest.txt: pyproject.toml constraints.txt
+	mkdir -p build
+	sed '/^huggingface-hub==/d; s/^transformers==.*/$(OLDEST_TRANSFORMERS)/' constraints.txt > $@
 
 # The kernels for GPUs, in Triton's interpreter on the CPU, and compiled for GPUs that need not be there. Linux only.
 test-triton: $(VENV)/.installed

@@ -128,6 +128,18 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), f"{name_of(page)}: {link}: no such heading"
 
 
+def test_every_field_of_a_row_of_tasks_is_explained() -> None:
+    from sparsae.tasks.record import TaskRow
+
+    table = (ROOT / "docs/tasks.md").read_text("utf-8").partition("| field | what it is |")[2].partition("\n\n")[0]
+    told = {
+        name
+        for line in table.splitlines()
+        for name in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")
+    }
+    assert told == set(field_names(TaskRow))
+
+
 def test_the_summary_table_is_the_summary() -> None:
     from sparsae.runs.summary import Summary
 

@@ -1,4 +1,4 @@
-"""Lists in options, with commas between."""
+"""Options that take several values, with commas between."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def numbers_in(option: str, text: str, kind: type[int] | type[float]) -> list[fl
 
 
 def if_given(text: str | None, read: Callable[[str], G]) -> G | None:
-    """What is read of an option, where it was given."""
+    """What is read from an option's text; None where the option was not given."""
     return None if text is None else read(text)
 
 
