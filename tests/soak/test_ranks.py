@@ -77,8 +77,8 @@ def test_a_flipped_bit_ends_four_ranks(tmp_path: Path) -> None:
 def _torchrun(folder: Path, *arguments: str) -> list[str]:
     settings = [f"data.source={folder / 'text'}", f"data.cache={folder / 'cache'}", *SETTINGS]
     given = [part for setting in settings for part in ("--set", setting)] if "--resume" not in arguments else []
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparsae", "train"]
-    return [sys.executable, *launch, *arguments, *given]
+    launch = ["--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "sparsae"]
+    return [sys.executable, "-m", "torch.distributed.run", *launch, "train", *arguments, *given]
 
 
 def _run(command: Sequence[str], code: int | None = 0) -> str:
@@ -88,10 +88,7 @@ def _run(command: Sequence[str], code: int | None = 0) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_trains_stops_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+def test_torchrun_trains_stops_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
     write_text(tmp_path / "text")
     _run(_torchrun(tmp_path, "--preset", "demo", "--steps", "400", "--out", str(tmp_path / "whole")))
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset
 
 from sparsae import AdamW, parameter_groups, sparsify
 from sparsae.integrations.lightning import SparsaeCallback
@@ -59,10 +59,15 @@ def fit(
     data: TensorDataset | None = None,
     validation: TensorDataset | None = None,
     callbacks: tuple[Any, ...] = (),
+    batch_size: int = 8,
+    monitor: str | None = None,
+    sampler: type[Sampler[int]] = SequentialSampler,
     **arguments: Any,
 ) -> Trainer:
     """Train it for four epochs of eight batches, with a checkpoint after each; data in the order of its rows."""
-    kept = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    kept = ModelCheckpoint(
+        folder, filename="{epoch}", save_top_k=-1, monitor=monitor, mode="max", save_on_train_epoch_end=True
+    )
     given = {"max_epochs": 4, "log_every_n_steps": 2, "accelerator": "cpu", "logger": False}
     trainer = Trainer(
         default_root_dir=folder,
@@ -71,6 +76,10 @@ def fit(
         enable_model_summary=False,
         **given | arguments,
     )
-    loaders = [DataLoader(each, batch_size=8) for each in (data or points(), validation) if each is not None]
+    loaders = [
+        DataLoader(each, batch_size=batch_size, sampler=sampler(each))
+        for each in (data or points(), validation)
+        if each is not None
+    ]
     trainer.fit(module, *loaders, ckpt_path=ckpt_path)
     return trainer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +37,38 @@ def on_ranks(work: Callable[..., None], folder: Path, *given: Any, count: int = 
     store = folder / f"store-{work.__name__}"
     store.unlink(missing_ok=True)
     torch.multiprocessing.spawn(work, (count, str(store), *given), nprocs=count)
+
+
+def by_launcher(work: Callable[..., None], *given: Any, count: int = 2) -> None:
+    """Call `work(*given)` in so many processes that find what torchrun tells; what fails in one of them fails here.
+
+    They are forks, which have what is imported here; where there is a GPU they cannot be.
+    """
+    start = "spawn" if torch.cuda.is_available() else "fork"
+    given = (work, count, free_port(), given)
+    torch.multiprocessing.start_processes(_launched, given, nprocs=count, start_method=start)
+
+
+def _launched(rank: int, work: Callable[..., None], count: int, port: int, given: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    launched(rank, count, port)
+    work(*given)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def launched(rank: int, count: int, port: int) -> None:
+    """Let this process find what a launcher tells a rank."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+
+
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sparsae.errors import DivergedError, InputError, RanksError
 from sparsae.train.joining import joined
 from sparsae.train.run import resume, start
 from tests.support.faults import not_finite
-from tests.support.ranks import on_ranks
+from tests.support.ranks import free_port, launched, on_ranks
 from tests.support.runs import config_of, rows, stopped_at, write_text
 
 # A teacher, scores and burn-in, with layers whose numbers of connections change; and averages over steps.
@@ -26,20 +25,9 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _launched(rank: int, count: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 def _runs(rank: int, count: int, store: str, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
-    _launched(rank, count, port)
+    launched(rank, count, port)
     message = "^the disk is full$" if rank == 1 else "^rank 1 ended: the disk is full$"
     with pytest.raises(InputError if rank == 1 else RanksError, match=message):
         _runs_until_an_error(rank, folder)
@@ -79,7 +67,7 @@ def _config(folder: Path, method: str, settings: list[str]) -> Any:
 def test_two_ranks_train_the_run_of_one(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     one = {m: start(_config(tmp_path, m, s), tmp_path / m, quiet=True) for m, s in METHODS.items()}
-    on_ranks(_runs, tmp_path, tmp_path, _free_port())
+    on_ranks(_runs, tmp_path, tmp_path, free_port())
     for method, summary in one.items():
         two = json.loads((tmp_path / f"{method}-two" / "summary.json").read_text())
         assert (summary["ranks"], two["ranks"]) == (1, 2)

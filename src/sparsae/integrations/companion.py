@@ -19,6 +19,7 @@ from sparsae.config.complaints import explain, nearest
 from sparsae.config.rules import MicroBatchConfig, RuleConfig
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
+from sparsae.core.ranks import ranks
 from sparsae.errors import InputError, require_state
 from sparsae.integrations.held_out import Collate, HeldOutBatches
 from sparsae.losses import summed_divergence
@@ -122,7 +123,7 @@ class Companion:
         self.records = [self._sparsifier.search.initial_row()]
         self._passed = (0, 0)  # a step, and how many of its passes the teacher was asked for
         self._is_heard = False
-        self._divergence, self._taught = torch.zeros((), dtype=torch.float32, device="cpu"), 0
+        self._divergence, self._taught = 0.0, 0
 
     def end(self) -> None:
         """Let go of the optimizer; the Sparsifier may still be looked at."""
@@ -134,9 +135,14 @@ class Companion:
         if self._config.teacher.enabled and self._config.teacher.alpha and not self._is_heard:
             raise InputError(f"the teacher has no part in the loss, which a callback cannot change: {advice}")
 
-    def validated(self, loss: float) -> None:
-        """Take note of a validation loss, which may end the warm-up of the teacher."""
-        self._warm_up.observe(loss)
+    def validated(self, loss: float | None) -> None:
+        """Take note of a validation loss, which may end the warm-up of the teacher.
+
+        loss: this rank's; what counts is the mean over those that have one. None: a rank that has none.
+        """
+        found = [each for each in ranks().gather(loss, "losses") if each is not None]
+        if found:
+            self._warm_up.observe(sum(found) / len(found))
 
     def distillation(
         self, logits: Tensor, *inputs: Any, counted: Tensor | None = None, total: Any = None, **named: Any
@@ -146,30 +152,40 @@ class Companion:
         logits: the student's, (sequences, ..., classes). inputs, named: what it was called with; the teacher gets the
         sequences that are taught. counted: (sequences, ...) of bool, where KL counts; None: everywhere. total: what the
         sum is divided by; None: as many as count, so that it is a mean over tokens.
+
+        Ranks have their parts of one batch, of whose sequences the first are taught, and their loss is a mean over
+        them: it is what one rank with the whole batch adds. All of them have to come here.
         """
         self._is_heard = True
-        teacher, step = self.sparsifier.teacher, self.sparsifier.step
+        teacher, step, here = self.sparsifier.teacher, self.sparsifier.step, ranks()
         if teacher is None:
             return logits.new_zeros(())
         index = self._passed[1] % self._around.passes if self._passed[0] == step else 0
         self._passed = step, index + 1
         alpha = self._warm_up.alpha(step) if teacher.begun else 0.0
-        rows = self._warm_up.taught(step, index, self._around.passes, len(logits)) if alpha else 0
-        if not rows:
+        if not alpha:
             return logits.new_zeros(())
+        taught_rows = self._warm_up.taught(step, index, self._around.passes, len(logits) * here.count)
+        rows = min(max(0, taught_rows - here.rank * len(logits)), len(logits))
 
         def first(value: Any) -> Any:
             is_batched = isinstance(value, Tensor) and value.dim() and len(value) == len(logits)
             return value[:rows] if is_batched else value
 
-        with torch.no_grad():
-            found = teacher.model(*map(first, inputs), **{name: first(value) for name, value in named.items()})
         counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if counted is None else counted
-        taught = counted[:rows]
-        mean = summed_divergence(logits, logits_of(found), taught.flatten()) / max(1, int(taught.sum()))
-        self._divergence, self._taught = self._divergence + mean.detach(), self._taught + 1
+        taught, divergence = counted[:rows], logits.new_zeros(())
+        if rows:
+            with torch.no_grad():
+                found = teacher.model(*map(first, inputs), **{name: first(value) for name, value in named.items()})
+            divergence = summed_divergence(logits, logits_of(found), taught.flatten())
+        own = [float(divergence.detach()), int(taught.sum()), int(counted.sum())]
+        divergences, tokens, all_tokens = here.means(own, "distillation")
+        if not tokens:
+            return logits.new_zeros(())
+        self._divergence, self._taught = self._divergence + divergences / tokens, self._taught + 1
         # A share of the sequences stands for all of them.
-        return alpha * (mean if total is None else mean * counted.sum() / total)
+        mean = divergence / tokens
+        return alpha * (mean if total is None else mean * all_tokens / total)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -188,8 +204,8 @@ class Companion:
             "itop_rate": row.itop_rate,
         }
         if self._taught:
-            found["distillation"] = float(self._divergence) / self._taught
-            self._divergence, self._taught = torch.zeros((), dtype=torch.float32, device="cpu"), 0
+            found["distillation"] = self._divergence / self._taught
+            self._divergence, self._taught = 0.0, 0
         return {f"sparsae/{name}": value for name, value in found.items()}
 
     def write_page(self, folder: Path, title: str) -> None:

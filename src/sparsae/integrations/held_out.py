@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsae.config.rules import MicroBatchConfig
-from sparsae.core.randomness import generator
+from sparsae.core.randomness import derive_seed, generator
 from sparsae.errors import InputError
 
 # A list of samples as the batch that a model takes.
@@ -31,7 +31,7 @@ class HeldOutBatches:
         self._samples, self._collate, self._config, self._seed = samples, collate, config, seed
         pool = {"static": 1, "pooled": config.pool, "resampled": 0}[config.mode]
         self._pool = pool
-        # What draws samples may augment them: every candidate gets the same tensors.
+        # What draws samples may augment them: every candidate gets the same tensors, on every rank.
         self._drawn = lru_cache(maxsize=pool or 1)(self._draw)
 
     def at(self, step: int) -> Any:
@@ -44,4 +44,6 @@ class HeldOutBatches:
     def _draw(self, index: int) -> Any:
         rng = generator(self._seed, "micro-batch", self._config.mode, index)
         order = torch.randperm(len(self._samples), generator=rng, device="cpu")
-        return self._collate([self._samples[i] for i in order[: self._config.sequences].tolist()])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self._seed, "held-out samples", self._config.mode, index))
+            return self._collate([self._samples[i] for i in order[: self._config.sequences].tolist()])

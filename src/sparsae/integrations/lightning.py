@@ -105,14 +105,14 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation loss may end the teacher's warm-up."""
         loss = trainer.callback_metrics.get(self._monitor)
-        if loss is not None and not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._companion.validated(float(loss))
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._companion.validated(None if loss is None else float(loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The page of the topology."""
         self._companion.end()
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # of which the first rank tells the others
         if trainer.is_global_zero:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
             self._companion.write_page(folder, f"Topology of {type(pl_module).__name__}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

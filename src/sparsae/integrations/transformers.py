@@ -67,7 +67,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
         if args.n_gpu > 1:
             raise InputError(
                 "SparsaeCallback: DataParallel over several GPUs is not supported: start one process (CUDA_VISIBLE_"
-                "DEVICES=0), or several with torchrun and rule 'static'"
+                "DEVICES=0), or one for each by torchrun"
             )
         refuse_dense(around["model"])
 
@@ -109,8 +109,8 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """The validation loss may end the teacher's warm-up."""
         loss = (around.get("metrics") or {}).get("eval_loss")
-        if loss is not None and self._companion.records:
-            self._companion.validated(float(loss))
+        if self._companion.records:
+            self._companion.validated(None if loss is None else float(loss))
 
     def on_log(
         self,

@@ -40,6 +40,7 @@ class DataParallel:
         self._model, self._layers = model, layers
         self.teacher: Teacher | None = None
         self._seen: list[ReferenceType[DistributedDataParallel]] | None = None
+        self._is_settled = False
 
     def require_same(self, **more: bytes) -> None:
         """Raise RanksError where the topologies are not the same on all ranks, or one of `more` (as many bytes)."""
@@ -49,8 +50,9 @@ class DataParallel:
 
     def settle(self) -> None:
         """Before the first step: topologies, equal as they are, do not travel with every forward pass."""
-        if ranks().count == 1 or self._seen is not None:
+        if ranks().count == 1 or self._is_settled:
             return
+        self._is_settled = True
         layers = {id(layer) for layer in self._layers.values()}
         for wrapper in self._wrappers():
             modules = wrapper.module.named_modules()
@@ -58,7 +60,7 @@ class DataParallel:
             wrapper._assign_modules_buffers()
 
     def follow(self, names: set[str]) -> None:
-        """The number of connections of these layers has changed."""
+        """The number of connections of these layers has changed, or may have."""
         if ranks().count == 1 or not names:
             return
         values = {id(self._layers[name].values) for name in names}

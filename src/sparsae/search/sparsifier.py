@@ -379,6 +379,7 @@ class Sparsifier:
         )
         self._follow_density()
         self._follow_ramp()
+        self._parallel.follow(set(self._layers))  # the model's state may have come after its wrapper
         self.search.arm(self.step + 1)
 
     def _follow_ramp(self) -> None:
