@@ -28,8 +28,8 @@ from sparsae.config.rules import RuleConfig
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule
-from sparsae.core.topology import Topology, digest
-from sparsae.errors import InputError, require_state
+from sparsae.core.topology import Topology
+from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import validated_heads
 from sparsae.optim import follow_density
@@ -46,13 +46,11 @@ from sparsae.search.parallel import DataParallel
 from sparsae.search.ramp import Ramp
 from sparsae.search.scoring import ScoreFunction, StudyFunction
 from sparsae.search.sharding import in_parts, refuse_unfit_shards
+from sparsae.search.state import digests, refuse_other_state
 from sparsae.search.teacher import Teacher
 from sparsae.search.updates import TopologySearch, Update
 
 log = logging.getLogger(__name__)
-
-# What every state has; those without an age of connections may lack "ramp".
-_STATE = ("step", "rule", "search", "burn_in", "initial_densities", "topologies", "teacher")
 
 
 class Sparsifier:
@@ -338,7 +336,7 @@ class Sparsifier:
             "burn_in": self._burn_in.state_dict(),
             "ramp": self._ramp.state_dict(),
             "initial_densities": dict(self._initial_densities),
-            "topologies": {name: digest(layer.topology.indices).hex() for name, layer in self._layers.items()},
+            "topologies": digests(self._layers),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
         }
 
@@ -349,21 +347,7 @@ class Sparsifier:
         where this Sparsifier has none.
         """
         self._parallel.in_parts()
-        require_state("Sparsifier", state, _STATE)
-        if state["rule"] != self.search.rule.name:
-            raise InputError(
-                f"the state is of rule '{state['rule']}', not of '{self.search.rule.name}': make the Sparsifier with "
-                "the rule that it had when it was saved"
-            )
-        if other := sorted(set(state["topologies"]) ^ set(self._layers)):
-            raise InputError(f"the state is of other sparse layers: {other[0]} is in only one of state and model")
-        for name, layer in self._layers.items():
-            if state["topologies"][name] != digest(layer.topology.indices).hex():
-                raise InputError(
-                    f"the state is of other connections of {name}: load the model's state of the same step first"
-                )
-        if (state["teacher"] is None) != (self.teacher is None):
-            raise InputError("only one of the state and this Sparsifier has a teacher: make it with the same `teacher`")
+        refuse_other_state(state, self.search.rule.name, self._layers, self.teacher is not None)
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
             self.teacher.reconnect(self._model)
