@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from sparsae.config.teacher import TeacherConfig
 from tests.support.loops import OPTIMIZERS
@@ -61,6 +62,9 @@ def _alone(rank: int, count: int, store: str) -> None:
     expected = train("gse", 24, teacher=TEACHERS[1])
     with joined(rank, count, store):
         assert_same(train("gse", 24, teacher=TEACHERS[1], sharded=True), expected)
+        if count == 4:
+            copies = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+            assert_same(train("gse", 24, teacher=TEACHERS[1], sharded=True, mesh=copies), expected)
 
 
 @pytest.mark.parametrize("count", [1, 4])

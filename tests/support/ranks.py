@@ -123,11 +123,11 @@ def train(
     config = config_of(section, steps, teacher)
     average = Teacher(model, config.teacher, steps) if sharded and teacher else None
     if sharded:
-        shard(model)
+        shard(model, **of_wrapper)
     elif here.count > 1:
         parallel = nn.parallel.DistributedDataParallel(model, **of_wrapper)
     if average is not None:
-        shard(average.model)
+        shard(average.model, **of_wrapper)
     made = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) if optimizer is None else optimizer(model)
 
     def batch(*purpose: int | str) -> Tensor:
@@ -163,10 +163,10 @@ def train(
     return Trained(model, sparsifier, updates, losses)
 
 
-def shard(model: Any) -> None:
+def shard(model: Any, **of_wrapper: Any) -> None:
     """By FSDP2, the first layer by itself, which gives up after a pass what it has gathered, and then the rest."""
-    fully_shard(model[0])
-    fully_shard(model)
+    fully_shard(model[0], **of_wrapper)
+    fully_shard(model, **of_wrapper)
 
 
 def config_of(section: str, steps: int, teacher: bool | TeacherConfig = False) -> SparsifierConfig:
