@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
+from sparsae import AdamW, Sparsifier, Teacher, load_model, parameter_groups
 from sparsae.config.teacher import TeacherConfig
-from tests.support.loops import OPTIMIZERS
-from tests.support.ranks import assert_same, joined, on_ranks, train
+from sparsae.core.randomness import generator
+from sparsae.core.ranks import ranks
+from tests.support.loops import OPTIMIZERS, mlp
+from tests.support.ranks import assert_same, config_of, joined, on_ranks, shard, train
 from tests.support.sections import SECTIONS
 
 pytestmark = pytest.mark.soak
@@ -30,6 +41,7 @@ SECTIONS[WRITTEN] = {
     "adaptation": {"enabled": True},
     "burn_in": {"steps": 2, "scope": "new"},
 }
+WHOLE = StateDictOptions(full_state_dict=True)
 TEACHERS: list[TeacherConfig | bool] = [
     False,
     TeacherConfig(),
@@ -70,3 +82,58 @@ def _alone(rank: int, count: int, store: str) -> None:
 @pytest.mark.parametrize("count", [1, 4])
 def test_any_number_of_ranks(count: int, tmp_path: Path) -> None:
     on_ranks(_alone, tmp_path, count=count)
+
+
+def _on_other_ranks(rank: int, count: int, store: str) -> None:
+    """What two ranks saved is continued by all, as those two continue it."""
+    torch.set_num_threads(1)
+    said: list[Any] = [None, None]
+    if rank < 2:
+        with joined(rank, 2, f"{store}-two"):
+            model, optimizer, sparsifier = training = _training()
+            _steps(training, range(9))
+            states = [
+                get_model_state_dict(model, options=WHOLE),
+                get_optimizer_state_dict(model, optimizer, options=WHOLE),
+            ]
+            said[0] = copy.deepcopy([*states, sparsifier.state_dict()])
+            said[1] = _steps(training, range(9, 16))
+    with joined(rank, count, store):
+        torch.distributed.broadcast_object_list(said)
+        model, optimizer, sparsifier = training = _training()
+        load_model(model, said[0][0])
+        set_optimizer_state_dict(model, optimizer, said[0][1], options=WHOLE)
+        sparsifier.load_state_dict(said[0][2])
+        assert _steps(training, range(9, 16)) == pytest.approx(said[1], rel=1e-9)
+
+
+def _training() -> tuple[Any, torch.optim.Optimizer, Sparsifier]:
+    model: Any = mlp().double()
+    config = config_of("gse", 16, TeacherConfig(storage="union"))
+    teacher = Teacher(model, config.teacher, 16)
+    shard(model)
+    shard(teacher.model)
+    optimizer = AdamW(parameter_groups(model, 0.1), lr=3e-3)
+    return model, optimizer, Sparsifier(model, optimizer, config, teacher=teacher)
+
+
+def _steps(training: tuple[Any, torch.optim.Optimizer, Sparsifier], steps: range) -> list[float]:
+    """The losses of steps over batches that do not depend on how many ranks share them."""
+    model, optimizer, sparsifier = training
+    here = ranks()
+    losses = []
+    for step in steps:
+        x = torch.randn(8, 24, generator=generator(step), dtype=torch.float64).chunk(here.count)[here.rank]
+        loss = (model(x) - x.roll(1, 1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        sparsifier.before_step()
+        optimizer.step()
+        sparsifier.after_step()
+        losses += here.means([float(loss.detach())])
+    return losses
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_number_of_ranks_continues(count: int, tmp_path: Path) -> None:
+    on_ranks(_on_other_ranks, tmp_path, count=count)
