@@ -27,6 +27,7 @@ from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
 from sparsae.core.shards import is_sharded, whole
+from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
@@ -61,7 +62,7 @@ def _checks(rank: int, count: int, store: str) -> None:
         for section, expected in alone.items():
             _told(section, lambda s=section, e=expected: assert_same(_one(s, sharded=True), e))
         _told("accumulation", lambda: _assert_close(_accumulated(sharded=True), accumulated))
-        for check in (_continues_bit_for_bit, _one_layer_at_a_time, _what_does_not_fit_is_refused):
+        for check in CHECKS:
             _told(check.__name__, check)
 
 
@@ -199,12 +200,50 @@ def _what_does_not_fit_is_refused() -> None:
     _refused(blocks, "by another dimension than the first")
     rows = init_device_mesh("cpu", (2, 1), mesh_dim_names=("apart", "together"))
     _refused(fully_shard(mlp(), mesh=rows["together"]), "that are not all of them")
+    _refused(_without_connections(), "layer 0 has no connection")
     _refused(averaged, "cannot be copied as a teacher: make Teacher", TeacherConfig())
     model = mlp()
     with pytest.raises(InputError, match="has a dense weight during a pass only"):
         densify(averaged)
     dense = Teacher(model, TeacherConfig(storage="dense"))
     _refused(fully_shard(model), "storage 'dense' cannot follow a sharded model", TeacherConfig(), dense)
+
+
+def _without_connections() -> nn.Module:
+    model = mlp()
+    layer = next(iter(sparse_layers(model).values()))
+    empty = Topology(layer.topology.shape, layer.topology.indices[:0])
+    layer.set_topology(empty, layer.values.detach()[:0])
+    return fully_shard(model)
+
+
+def _sizes_of(model: nn.Module) -> list[int]:
+    return [layer.topology.count for layer in sparse_layers(model).values()]
+
+
+def _the_parameter_stays_what_others_made_of_it() -> None:
+    """Attributes, weak references and a graph that is still there, where the number of connections changes."""
+    model = fully_shard(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    config = SparsifierConfig.model_validate({"steps": 4, "topology": {"rule": "gse", "every": 2}})
+    sparsifier, before = Sparsifier(model, optimizer, config), _sizes_of(model)
+    parameter: Any
+    for name, parameter in model.named_parameters():
+        parameter.called = name
+    seen = [weakref.ref(parameter) for parameter in model.parameters()]
+    penalties = []
+    for step in range(4):
+        penalties.append(torch.stack([p.square().sum().full_tensor() for p in model.parameters()]).sum())
+        x = torch.randn(4, 24, generator=generator(step))
+        optimizer.zero_grad()
+        ((model(x) - x).square().mean() + 1e-3 * penalties[-1]).backward()
+        sparsifier.before_step()
+        optimizer.step()
+        sparsifier.after_step()
+    assert _sizes_of(model) != before
+    for (name, parameter), reference in zip(model.named_parameters(), seen, strict=True):
+        assert parameter is reference()
+        assert parameter.called == name
 
 
 def _refused(
@@ -215,6 +254,14 @@ def _refused(
     )
     with pytest.raises(InputError, match=why):
         Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), settings, teacher=teacher)
+
+
+CHECKS = (
+    _continues_bit_for_bit,
+    _one_layer_at_a_time,
+    _the_parameter_stays_what_others_made_of_it,
+    _what_does_not_fit_is_refused,
+)
 
 
 @pytest.mark.slow

@@ -67,6 +67,19 @@ def _resize(record: Any, values: Tensor) -> None:
     if record.post_forward_mesh_info:
         record._init_sharded_post_forward_param_metadata(given["param"])
     # Everybody knows the parameter by the object.
-    torch.utils.swap_tensors(own, record.sharded_param)
+    _trade(own, record.sharded_param)
     record.sharded_param = own
     record._setattr_on_modules(own)
+
+
+def _trade(own: Any, other: Any) -> None:
+    """Swap what two sharded parameters hold.
+
+    Unlike `torch.utils.swap_tensors` each keeps its attributes, and may have weak references and be part of a graph:
+    whoever has either means the object.
+    """
+    for slot in ("_local_tensor", "_spec"):
+        mine, theirs = getattr(own, slot), getattr(other, slot)
+        setattr(own, slot, theirs)
+        setattr(other, slot, mine)
+    torch._C._swap_tensor_impl(own, other)

@@ -65,6 +65,10 @@ def refuse_unfit_shards(model: nn.Module, layers: Mapping[str, SparseLinear]) ->
     found = {name: layer.values for name, layer in layers.items() if is_sharded(layer.values)}
     is_of_fsdp = any(True for _ in sharded_modules(model))
     for name, values in found.items():
+        if not values.shape[0]:
+            raise InputError(
+                f"layer {name} has no connection, and fully_shard trains no empty parameter: leave it dense"
+            )
         if why := _unfit(values) if is_of_fsdp else "by something else than fully_shard of the model or parts of it":
             raise InputError(
                 f"the values of {name} are sharded over ranks {why}, and connections cannot move in them: call "
