@@ -92,6 +92,9 @@ CASES: dict[str, list[str]] = {
     "report begun/checkpoints": ["it is a part of the run begun: give that"],
     "watch compared": ["it is an experiment: give the run compared/runs/one"],
     "info compact": ["it is a compact export: evaluate and generate read it"],
+    "info packed": ["it is a semi-structured export: load_semi_structured reads it"],
+    "train --from packed --out x": ["packed", "it is a semi-structured export"],
+    "check sparsity packed": ["packed", "it is a semi-structured export"],
     "finetune saved --task rte --data .": ["it is a sparse model for transformers: only train --from and"],
     "export trained --to x": ["it holds checkpoints of transformers' Trainer"],
     "info twice.yaml": ["twice.yaml", "not a directory"],
@@ -139,13 +142,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "damaged" / "summary.json").write_text('{"nnz": ')
     (tmp_path / "deep" / "summary.json").write_text('{"a": ' + "[" * 100_000)
     (tmp_path / "empty").mkdir()
-    for name in ("begun/checkpoints", "compared/runs/one", "compact", "saved", "trained/checkpoint-3"):
+    for name in ("begun/checkpoints", "compared/runs/one", "compact", "packed", "saved", "trained/checkpoint-3"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("config.yaml", "manifest.json"):
         (tmp_path / "begun" / name).touch()
     (tmp_path / "compared" / "plan.yaml").write_text("kind: comparison\n")
     (tmp_path / "compared" / "runs" / "one" / "config.yaml").write_text(dump(resolve()))
     (tmp_path / "compact" / "compact.json").write_text("{}")
+    for name in ("semi-structured.json", "config.json"):
+        (tmp_path / "packed" / name).write_text("{}")
     (tmp_path / "saved" / "config.json").write_text('{"quantization_config": {"quant_method": "sparsae"}}')
     (tmp_path / "trained" / "checkpoint-3" / "trainer_state.json").write_text("{}")
     (tmp_path / "bomb.yaml").write_text(BOMB)

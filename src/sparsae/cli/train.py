@@ -21,8 +21,9 @@ from sparsae.core.record import encode
 from sparsae.errors import DivergedError, InputError
 from sparsae.files import refuse_unwritable
 from sparsae.runs.claim import refuse_occupied
-from sparsae.runs.directory import RunDirectory, is_pretrained
+from sparsae.runs.directory import RunDirectory
 from sparsae.runs.lock import is_first_rank, launched_ranks, refuse_ranks
+from sparsae.runs.recognized import is_pretrained
 
 
 def _among_ranks(command: Callable[..., None]) -> Callable[..., None]:

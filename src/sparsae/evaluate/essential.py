@@ -26,7 +26,7 @@ from sparsae.evaluate.perplexity import held_out_text, windows
 from sparsae.nn.choice import linear_layers
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.pruning import Prunable, global_zeros, prunable, uniform_zeros
-from sparsae.runs.directory import is_pretrained
+from sparsae.runs.recognized import is_pretrained
 from sparsae.train.model import choice_of, choose_device
 from sparsae.train.objective import Objective
 from sparsae.train.pretrained import best_of_trainer, read_model

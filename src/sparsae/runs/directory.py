@@ -201,11 +201,6 @@ class RunDirectory:
             raise InputError(f"{self.metrics}: was changed since it was written; restore the file")
 
 
-def is_pretrained(path: Path) -> bool:
-    """Whether this is a directory of transformers', not of a run."""
-    return (path / "config.json").is_file() and not (path / "config.yaml").exists()
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The state.json of a checkpoint. InputError where it cannot be read, was changed, or is of another version."""
     try:

@@ -9,12 +9,18 @@ from sparsae.files import read_json
 from sparsae.runs.manifest import NAME
 
 # Files of other layers, by which their directories are known.
-_PLAN, _COMPACT = "plan.yaml", "compact.json"
+_PLAN, _COMPACT, _SEMI_STRUCTURED = "plan.yaml", "compact.json", "semi-structured.json"
 
 
 def is_run(path: Path) -> bool:
     """Whether a run has begun in this directory."""
     return (path / "config.yaml").is_file() or (path / NAME).is_file()
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether this is a directory of transformers', not of a run, nor with weights that transformers does not read."""
+    others = "config.yaml", _SEMI_STRUCTURED
+    return (path / "config.json").is_file() and not any((path / name).exists() for name in others)
 
 
 def what_is(path: Path) -> str:
@@ -34,6 +40,8 @@ def what_is(path: Path) -> str:
         return f"it is an experiment: {_one_of(path / 'runs') or 'none of its runs has begun'}"
     if _COMPACT in names:
         return "it is a compact export: evaluate and generate read it; for all else give the run that it was made of"
+    if _SEMI_STRUCTURED in names:
+        return "it is a semi-structured export: load_semi_structured reads it; for all else give the run it was made of"
     if "config.json" in names:
         what = "a sparse model" if _is_stored_sparse(path / "config.json") else "a model"
         return f"it is {what} for transformers: only train --from and check sparsity read it; for all else give a run"

@@ -23,10 +23,11 @@ from sparsae.errors import DivergedError, InputError
 from sparsae.observers import OBSERVERS, Observer
 from sparsae.optim import AdamW
 from sparsae.runs.claim import Claim, claimed, refuse_occupied
-from sparsae.runs.directory import RunDirectory, is_pretrained
+from sparsae.runs.directory import RunDirectory
 from sparsae.runs.lock import refuse_ranks
 from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import MetricsWriter
+from sparsae.runs.recognized import is_pretrained
 from sparsae.runs.rows import Row
 from sparsae.runs.summary import Summary
 from sparsae.train.assemble import optimizer_of, trainer_of
