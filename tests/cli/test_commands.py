@@ -291,4 +291,4 @@ class TestEndings:
             [sys.executable, "-m", "sparsae", "train", "--steps", "0"], capture_output=True, text=True, check=False
         )
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == "sparsae: error: --steps: training.steps: must be at least 1, not 0\n"
+        assert result.stderr == "sparsae: error: --steps: must be at least 1, not 0\n"

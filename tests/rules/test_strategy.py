@@ -92,8 +92,8 @@ def parts_of(
 def updates_of(parts: tuple[nn.Module, torch.optim.Optimizer, Sparsifier], steps: int = STEPS - 1) -> list[Update]:
     found, after = [], Sparsifier._after_step
 
-    def watched(self: Sparsifier) -> Update | None:
-        if update := after(self):
+    def watched(self: Sparsifier, stepped: bool = True) -> Update | None:
+        if update := after(self, stepped):
             found.append(update)
         return update
 

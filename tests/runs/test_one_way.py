@@ -51,7 +51,9 @@ MAKERS = {
     "experiments/execution.py", "experiments/worker.py", "experiments/cluster.py",  # lines between processes
     "cli/output.py", "cli/bench.py", "bench/memory.py", "bench/step.py",  # --json, and lines between processes
     "core/ranks.py", "train/joining.py",  # between ranks
-    "cli/schema.py", "evaluate/formats/compact.py",  # schemas of settings; the header of a compact file
+    "cli/schema.py",  # schemas of settings
+    "evaluate/formats/compact.py", "evaluate/formats/semi_structured.py",  # headers of exports
+    "runs/recognized.py", "train/pretrained.py",  # what transformers and its Trainer wrote
     "tasks/study.py",  # results of tasks
     "search/guests.py",  # whether a rule's state can be saved
 }  # fmt: skip

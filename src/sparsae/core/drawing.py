@@ -100,7 +100,7 @@ def _sample_alike(size: int, n: int, count: int, rng: torch.Generator) -> Tensor
     Selection sampling (Knuth): the next number is taken with the chance that as many as are wanted still have among
     those that are left. O(count) memory.
     """
-    wanted, found = torch.full((count,), n, device="cpu"), []
+    wanted, found = torch.full((count,), n, dtype=torch.int64, device="cpu"), []
     for i in range(size):
         taken = torch.randint(size - i, (count,), generator=rng, device="cpu") < wanted
         found.append(taken.nonzero().squeeze(1) * size + i)

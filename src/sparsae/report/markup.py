@@ -19,12 +19,13 @@ class Tile:
 
 
 def section(name: str, title: str, lead: str, *blocks: str) -> str:
-    """A section with its heading, one sentence on how to read it, and blocks of markup; nothing without a block."""
+    """A section with its heading, a sentence on how to read it (or none), and blocks; nothing without a block."""
     if not any(blocks):
         return ""
+    how = f'<p class="lead">{escape(lead)}</p>\n' if lead else ""
     return (
         f'<section id="{escape(name)}" aria-labelledby="{escape(name)}-title">\n'
-        f'<h2 id="{escape(name)}-title">{escape(title)}</h2>\n<p class="lead">{escape(lead)}</p>\n'
+        f'<h2 id="{escape(name)}-title">{escape(title)}</h2>\n{how}'
         + "\n".join(block for block in blocks if block)
         + "\n</section>"
     )

@@ -103,13 +103,13 @@ def _search(run: RunData) -> str:
     )
     if not run.updates:
         text = "The topology was never updated in this run."
-        return markup.section("search", "Search by the evolution strategy", lead, markup.paragraph(text))
+        return markup.section("search", "Search", "", markup.paragraph(text))
     scores = draw.scores(run)
     return markup.section(
         "search",
-        "Search by the evolution strategy",
-        lead,
-        "" if scores else markup.paragraph("No candidate was scored: this strategy takes what it proposes."),
+        "Search",
+        lead if scores else "",
+        "" if scores else markup.paragraph("No candidate was scored: this method takes what it proposes."),
         markup.figures([scores, *(draw.term(run, name) for name in run.terms)]),
         markup.table(
             "Candidates by proposer",

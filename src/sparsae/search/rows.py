@@ -86,7 +86,7 @@ class TopologyRow(Row):
     itop_rate: float
     age: AgeRow
     layers: Mapping[str, LayerRow]
-    skipped: Literal["gradient"] | None = None  # earlier versions did not write it
+    skipped: Literal["gradient", "step"] | None = None  # earlier versions did not write it
     seconds: float
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -273,8 +273,8 @@ class TopologySearch:
         return dataclasses.replace(self.telemetry.row(step, {}, {}), numbers=numbers)
 
     def _postponed(self, step: int, started: float) -> Update:
+        layer = self.gradients.not_finite
         if not self._told:
-            layer = self.gradients.not_finite
             log.warning(
                 "step %d: the topology update waits for the next step, since %s "
                 "(said once; rows of the metrics have it as skipped)",
@@ -283,8 +283,9 @@ class TopologySearch:
             )
             self._told = True
         cost = self._cost()
+        why: Literal["gradient", "step"] = "step" if layer is None else "gradient"
         seconds = time.perf_counter() - started
-        record = dataclasses.replace(self._unchanged(step), skipped="gradient", seconds=seconds)
+        record = dataclasses.replace(self._unchanged(step), skipped=why, seconds=seconds)
         self.gradients.clear()
         return Update(record, {}, cost)
 

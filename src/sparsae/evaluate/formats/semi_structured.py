@@ -27,8 +27,6 @@ from sparsae.core.groups import Groups
 from sparsae.errors import InputError
 from sparsae.files import read_sealed, sha256_of, write_sealed
 from sparsae.models import fold_attention_scale
-from sparsae.nn.kinds.conv1d import Conv1D
-from sparsae.nn.kinds.linear import Linear
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import modules_by_name
 from sparsae.nn.sparsify import densify
@@ -62,7 +60,7 @@ def write_semi_structured(loaded: LoadedRun, directory: Path, precision: str) ->
     for name, layer in layers.items():
         weight_OI = layer.dense_weight().to(dtype)
         stored[f"{name}.packed"], stored[f"{name}.meta"] = packed(weight_OI)
-        table[name] = {"shape": list(weight_OI.shape), "transposed": isinstance(layer.kind, Conv1D)}
+        table[name] = {"shape": list(weight_OI.shape), "transposed": _is_transposed(layer)}
     densify(model)
     if unknown := sorted(layers.keys() - modules_by_name(model).keys()):
         raise InputError(f"--format semi-structured: layer {unknown[0]} is a part of a larger weight, not a layer")
@@ -129,9 +127,14 @@ def unpacked(values: Tensor, meta: Tensor) -> Tensor:
     return dense
 
 
+def _is_transposed(layer: SparseLinear) -> bool:
+    """Whether the dense weight of a linear layer lies (in, out)."""
+    return layer.kind.weight_shape((1, 2)) == (2, 1)
+
+
 def _misfit(layer: SparseLinear) -> str | None:
     """Why a layer cannot be packed; None: it can."""
-    if type(layer.kind) not in (Linear, Conv1D):
+    if not layer.kind.is_linear:
         return "is no linear layer"
     sides = layer.out_features, layer.in_features
     if any(side % multiple for side, multiple in zip(sides, _MULTIPLES, strict=True)):
