@@ -36,7 +36,7 @@ from sparsae.optim import AdamW, parameter_groups
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import Teacher
 from tests.support.loops import OPTIMIZERS, mlp
-from tests.support.ranks import assert_same, config_of, joined, on_ranks, shard, train
+from tests.support.ranks import assert_same, joined, on_ranks, resumable, shard, train
 
 # Rules with dense gradients, with sampled ones over layers whose number of connections changes, and with scores by a
 # backward pass of each candidate; each with another optimizer and teacher.
@@ -102,7 +102,7 @@ def _accumulated(sharded: bool) -> dict[str, Tensor]:
 
 def _continues_bit_for_bit() -> None:
     """By what torch has for states of sharded models, whole on each rank, and a number of connections that changes."""
-    model, optimizer, sparsifier = first = _resumable()
+    model, optimizer, sparsifier = first = resumable()
     _steps(first, range(9))
     options = StateDictOptions(full_state_dict=True)
     parts: list[Any] = [get_model_state_dict(model, options=options)]
@@ -110,23 +110,13 @@ def _continues_bit_for_bit() -> None:
     parts = copy.deepcopy(parts)
     assert not any(is_sharded(tensor) for tensor in parts[2]["teacher"]["model"].values())
     losses = _steps(first, range(9, 16))
-    again = _resumable()
+    again = resumable()
     load_model(again[0], parts[0])
     set_optimizer_state_dict(again[0], again[1], parts[1], options=options)
     again[2].load_state_dict(parts[2])
     assert _steps(again, range(9, 16)) == losses
     for mine, theirs in zip(again[0].parameters(), model.parameters(), strict=True):
         assert torch.equal(whole(mine), whole(theirs))
-
-
-def _resumable() -> tuple[Any, torch.optim.Optimizer, Sparsifier]:
-    model: Any = mlp().double()
-    config = config_of("gse", 16, TeacherConfig(storage="union"))
-    teacher = Teacher(model, config.teacher, 16)
-    shard(model)
-    shard(teacher.model)
-    optimizer = AdamW(parameter_groups(model, 0.1), lr=3e-3)
-    return model, optimizer, Sparsifier(model, optimizer, config, teacher=teacher)
 
 
 def _steps(training: tuple[Any, torch.optim.Optimizer, Sparsifier], steps: range) -> list[float]:

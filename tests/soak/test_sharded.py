@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
-from sparsae import AdamW, Sparsifier, Teacher, load_model, parameter_groups
+from sparsae import Sparsifier, load_model
 from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
-from tests.support.loops import OPTIMIZERS, mlp
-from tests.support.ranks import assert_same, config_of, joined, on_ranks, shard, train
+from tests.support.loops import OPTIMIZERS
+from tests.support.ranks import assert_same, joined, on_ranks, resumable, train
 from tests.support.sections import SECTIONS
 
 pytestmark = pytest.mark.soak
@@ -90,7 +90,7 @@ def _on_other_ranks(rank: int, count: int, store: str) -> None:
     said: list[Any] = [None, None]
     if rank < 2:
         with joined(rank, 2, f"{store}-two"):
-            model, optimizer, sparsifier = training = _training()
+            model, optimizer, sparsifier = training = resumable()
             _steps(training, range(9))
             states = [
                 get_model_state_dict(model, options=WHOLE),
@@ -100,21 +100,11 @@ def _on_other_ranks(rank: int, count: int, store: str) -> None:
             said[1] = _steps(training, range(9, 16))
     with joined(rank, count, store):
         torch.distributed.broadcast_object_list(said)
-        model, optimizer, sparsifier = training = _training()
+        model, optimizer, sparsifier = training = resumable()
         load_model(model, said[0][0])
         set_optimizer_state_dict(model, optimizer, said[0][1], options=WHOLE)
         sparsifier.load_state_dict(said[0][2])
         assert _steps(training, range(9, 16)) == pytest.approx(said[1], rel=1e-9)
-
-
-def _training() -> tuple[Any, torch.optim.Optimizer, Sparsifier]:
-    model: Any = mlp().double()
-    config = config_of("gse", 16, TeacherConfig(storage="union"))
-    teacher = Teacher(model, config.teacher, 16)
-    shard(model)
-    shard(teacher.model)
-    optimizer = AdamW(parameter_groups(model, 0.1), lr=3e-3)
-    return model, optimizer, Sparsifier(model, optimizer, config, teacher=teacher)
 
 
 def _steps(training: tuple[Any, torch.optim.Optimizer, Sparsifier], steps: range) -> list[float]:

@@ -22,6 +22,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
 from sparsae.core.shards import whole
 from sparsae.nn.linear import sparse_layers
+from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import Teacher
@@ -167,6 +168,17 @@ def shard(model: Any, **of_wrapper: Any) -> None:
     """By FSDP2, the first layer by itself, which gives up after a pass what it has gathered, and then the rest."""
     fully_shard(model[0], **of_wrapper)
     fully_shard(model, **of_wrapper)
+
+
+def resumable() -> tuple[Any, torch.optim.Optimizer, Sparsifier]:
+    """A model and a teacher in parts, whose numbers of connections change in 16 steps."""
+    model: Any = mlp().double()
+    config = config_of("gse", 16, TeacherConfig(storage="union"))
+    teacher = Teacher(model, config.teacher, 16)
+    shard(model)
+    shard(teacher.model)
+    optimizer = AdamW(parameter_groups(model, 0.1), lr=3e-3)
+    return model, optimizer, Sparsifier(model, optimizer, config, teacher=teacher)
 
 
 def config_of(section: str, steps: int, teacher: bool | TeacherConfig = False) -> SparsifierConfig:
