@@ -52,7 +52,7 @@ MAKERS = {
     "cli/output.py", "cli/bench.py", "bench/memory.py", "bench/step.py",  # --json, and lines between processes
     "core/ranks.py", "train/joining.py",  # between ranks
     "cli/schema.py",  # schemas of settings
-    "evaluate/formats/compact.py", "evaluate/formats/semi_structured.py",  # headers of exports
+    "evaluate/formats/compact.py", "evaluate/formats/semi_structured.py", "evaluate/formats/header.py",  # of exports
     "runs/recognized.py", "train/pretrained.py",  # what transformers and its Trainer wrote
     "tasks/study.py",  # results of tasks
     "search/guests.py",  # whether a rule's state can be saved

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsae.config.complaints import shown
 from sparsae.config.schema import Config
 from sparsae.core.topology import index_dtype
 from sparsae.errors import InputError
+from sparsae.evaluate.formats.header import read_header
 from sparsae.evaluate.formats.positions import Code, decode, encode
-from sparsae.files import read_sealed, sha256_of, write_sealed
+from sparsae.files import sha256_of, write_sealed
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import model_tensors
 
@@ -95,12 +95,7 @@ def is_compact(path: Path) -> bool:
 
 def read_compact(path: Path) -> Compact:
     """What `write_compact` wrote. Raises InputError where a file is missing, damaged, or of another version."""
-    content = read_sealed(path / NAME)
-    if content.get("format") != FORMAT:
-        raise InputError(f"{path / NAME}: has format {shown(content.get('format'))}: this version reads {FORMAT}")
-    for name, expected in content["files"].items():
-        if not (path / name).is_file() or sha256_of(path / name) != expected:
-            raise InputError(f"{path / name}: is missing or was changed: the export is damaged")
+    content = read_header(path / NAME, FORMAT)
     try:
         config = Config.model_validate(content["config"])
         stored = load_file(path / _TENSORS)

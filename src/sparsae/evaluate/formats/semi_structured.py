@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsae.config.complaints import shown
 from sparsae.config.unit import Quota
 from sparsae.core.groups import Groups
 from sparsae.errors import InputError
-from sparsae.files import read_sealed, sha256_of, write_sealed
+from sparsae.evaluate.formats.header import read_header
+from sparsae.files import sha256_of, write_sealed
 from sparsae.models import fold_attention_scale
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.names import modules_by_name
@@ -87,12 +87,7 @@ def load_semi_structured(path: Path | str, device: torch.device | str = "cpu") -
     Raises InputError where a file is missing, damaged, or of another version.
     """
     path, device = Path(path), torch.device(device)
-    content = read_sealed(path / NAME)
-    if content.get("format") != FORMAT:
-        raise InputError(f"{path / NAME}: has format {shown(content.get('format'))}: this version reads {FORMAT}")
-    for name, expected in content["files"].items():
-        if not (path / name).is_file() or sha256_of(path / name) != expected:
-            raise InputError(f"{path / name}: is missing or was changed: the export is damaged")
+    content = read_header(path / NAME, FORMAT)
     layers, dtype = content["layers"], PRECISIONS[content["precision"]]
     try:
         stored = load_file(path / _TENSORS)
