@@ -16,7 +16,7 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
-from sparsae.optim import AdamW, _batches, parameter_groups
+from sparsae.optim import AdamW, _batches, _Own, parameter_groups, step_together
 from sparsae.parameterization import Parameterization
 
 SHAPES = [(7,), (3, 5), (2, 4, 4), ()]
@@ -79,17 +79,58 @@ def test_updating_all_parameters_together_is_the_same(per_weight: bool, monkeypa
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_parameters_of_a_gpu_are_updated_together_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_parameters_are_updated_together_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsae.optim._TOGETHER", 100)
+    monkeypatch.setattr("sparsae.optim._CACHED", 10)
+
+    def owned(tensors: list[Tensor]) -> list[_Own]:
+        return [_Own(tensor, {}, 0.1, 0.0) for tensor in tensors]
 
     def sizes(device: str) -> list[list[int]]:
         made = [torch.empty(n, device=device) for n in (60, 40, 1, 300, 5, 95, 6)]
-        return [[p.numel() for p in batch] for batch in _batches(made)]
+        return [[each.p.numel() for each in batch] for batch in _batches(owned(made))]
 
     assert sizes("meta") == [[60, 40], [1], [300], [5, 95], [6]]
     assert sizes("cpu") == [[60], [40], [1], [300], [5], [95], [6]]
+    monkeypatch.setattr("sparsae.optim._CACHED", 41)
+    assert sizes("cpu") == [[60], [40, 1], [300], [5], [95], [6]]
     both = [torch.empty(2), torch.empty(2, device="meta"), torch.empty(2, device="meta"), torch.empty(2)]
-    assert [len(batch) for batch in _batches(both)] == [1, 2, 1]
+    assert [len(batch) for batch in _batches(owned(both))] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("ramp", [0, 3])
+def test_several_optimizers_together_are_each_one_alone(ramp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with rates, decays and ramps of their own."""
+
+    def made() -> tuple[list[AdamW], list[list[nn.Parameter]]]:
+        optimizers, all_parameters = [], []
+        for number in range(3):
+            own = parameters(number, dtype=torch.float32)
+            sparse = {
+                "params": own[:2],
+                "per_weight_step": True,
+                "lr": 0.1 / (1 + number),
+                "weight_decay": 0.1 * number,
+            }
+            optimizer = AdamW([sparse, {"params": own[2:]}], lr=0.01)
+            if ramp:
+                optimizer.param_groups[0].update(ramp=ramp + number % 2, ramp_first=number == 2)
+            optimizers.append(optimizer)
+            all_parameters.append(own)
+        return optimizers, all_parameters
+
+    alone, together = made(), made()
+    for step in range(6):
+        for _, all_parameters in (alone, together):
+            for number, own in enumerate(all_parameters):
+                give_gradients(own, step, seed=number, skip=0.2)
+        monkeypatch.setattr("sparsae.optim._CACHED", 0)
+        for optimizer in alone[0]:
+            optimizer.step()
+        monkeypatch.setattr("sparsae.optim._CACHED", 2**20)
+        step_together(together[0])
+        for mine, theirs in zip(alone[1], together[1], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_groups_of_both_kinds_and_a_changing_rate() -> None:

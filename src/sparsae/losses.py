@@ -36,12 +36,13 @@ def language_model_loss(
     teacher_head: nn.Module | None = None,
     alpha: float = 0.0,
     chunk: int = 1024,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     head_gradient: bool = True,
 ) -> LossParts:
     """L of hidden states (tokens, width) through `head` (any module to (tokens, vocabulary)), `chunk` tokens at a time.
 
-    Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean. `teacher_hidden_TD` may
+    Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean; None: all count, and a GPU
+    is not waited for to count them. `teacher_hidden_TD` may
     have fewer rows than `hidden_TD`: the tokens beyond are not taught. Without gradients enabled none are computed;
     without `head_gradient`, none of the head's parameters. Raises ValueError where alpha > 0 and the teacher is
     incomplete or has more tokens, or where no target counts.
@@ -114,7 +115,7 @@ class _Inputs(NamedTuple):
     teacher_head: nn.Module | None
     alpha: float
     chunk: int
-    ignore_index: int
+    ignore_index: int | None
     # Asked before the Function runs: inside, gradients are always off, and needs_input_grad does not know of no_grad.
     differentiate: bool
 
@@ -124,14 +125,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: _Inputs, hidden_TD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        counted = int((inputs.targets != inputs.ignore_index).sum())
+        counted = _counted(inputs, inputs.targets)
         if not counted:
             raise ValueError("no target counts: the loss of nothing is not defined")
         # Sums are divided by the targets that count; those of the divergence are fewer where not all are taught.
         rarer = 1.0
         if inputs.teacher_hidden is not None:
             taught = inputs.targets[: inputs.teacher_hidden.shape[0]]
-            rarer = counted / max(1, int((taught != inputs.ignore_index).sum()))
+            rarer = counted / max(1, _counted(inputs, taught))
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need and inputs.differentiate]
         sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
         grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
@@ -166,11 +167,18 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, *found)
 
 
+def _counted(inputs: _Inputs, targets: Tensor) -> int:
+    if inputs.ignore_index is None:
+        return targets.numel()
+    return int((targets != inputs.ignore_index).sum())
+
+
 def _chunk_loss(inputs: _Inputs, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Sums over the chunk's tokens of cross entropy and divergence."""
     targets = inputs.targets[rows]
     log_p = _wide(inputs.head(hidden)).log_softmax(-1)
-    cross_entropy = F.nll_loss(log_p, targets, ignore_index=inputs.ignore_index, reduction="sum")
+    ignored = -100 if inputs.ignore_index is None else inputs.ignore_index
+    cross_entropy = F.nll_loss(log_p, targets, ignore_index=ignored, reduction="sum")
     if inputs.teacher_head is None or inputs.teacher_hidden is None:
         return cross_entropy, torch.zeros_like(cross_entropy)
     teacher_hidden = inputs.teacher_hidden[rows]
@@ -180,7 +188,9 @@ def _chunk_loss(inputs: _Inputs, hidden: Tensor, rows: slice) -> tuple[Tensor, T
     with torch.no_grad():
         log_q = _wide(inputs.teacher_head(teacher_hidden)).log_softmax(-1)
     divergence = F.kl_div(log_p[:taught], log_q, reduction="none", log_target=True).sum(-1)
-    return cross_entropy, (divergence * (targets[:taught] != inputs.ignore_index)).sum()
+    if inputs.ignore_index is not None:
+        divergence = divergence * (targets[:taught] != inputs.ignore_index)
+    return cross_entropy, divergence.sum()
 
 
 def _wide(logits: Tensor) -> Tensor:

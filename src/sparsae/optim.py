@@ -8,8 +8,8 @@ long average, and its first update (1 - beta1) / sqrt(1 - beta2) of a fresh star
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from sparsae.parameterization import Parameterization, Scale
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 
-# Weights that a GPU updates at once, at most, but for a parameter with more: see `_batches`.
-_TOGETHER = 2**24
+# Weights that are updated at once, at most, but for a parameter with more: on a GPU, and on a CPU, whose cache holds
+# them throughout.
+_TOGETHER, _CACHED = 2**24, 2**15
 
 
 class AdamW(torch.optim.Optimizer):
@@ -69,12 +70,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                self._prepare(p, group)
-            for together in _batches(parameters):
-                self._update(group, together)
+        step_together([self])
         return loss
 
     def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -90,51 +86,6 @@ class AdamW(torch.optim.Optimizer):
         if per_weight and group.get("ramp") and not group["ramp_first"] and "total" not in state:
             oldest = float(whole(state["step"]).max()) if p.numel() else 0.0
             state["total"] = torch.full((), oldest, dtype=torch.float32, device="cpu")
-
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
-        (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), group["eps"]
-        # All of it is elementwise: of what is sharded over ranks each moves its part.
-        grads = [local(p.grad) for p in parameters if p.grad is not None]
-        steps, averages, squares = (
-            [local(self.state[p][key]) for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq")
-        )
-        owners, parameters = parameters, [local(p) for p in parameters]
-        torch._foreach_add_(steps, 1)
-        torch._foreach_lerp_(averages, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        if group["per_weight_step"]:
-            ages = [step.to(p.dtype) for p, step in zip(parameters, steps, strict=True)]
-            shares = [self._share_of_rate(p, age, group) for p, age in zip(owners, ages, strict=True)]
-            denominators = _bias_corrections(ages, beta2)
-            for square, denominator in zip(squares, denominators, strict=True):
-                torch.div(square, denominator, out=denominator)
-            torch._foreach_sqrt_(denominators)
-            torch._foreach_add_(denominators, eps)
-            torch._foreach_mul_(denominators, _bias_corrections(ages, beta1, last=True))
-            if given := [share for share in shares if share is not None]:
-                ramped = [d for d, share in zip(denominators, shares, strict=True) if share is not None]
-                torch._foreach_div_(ramped, given)
-            torch._foreach_addcdiv_(parameters, averages, denominators, value=-lr)
-            return
-        denominators = list(torch._foreach_sqrt(squares))
-        counts = [float(step) for step in steps]
-        torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in counts])
-        torch._foreach_add_(denominators, eps)
-        torch._foreach_addcdiv_(parameters, averages, denominators, [-lr / (1 - beta1**t) for t in counts])
-
-    def _share_of_rate(self, p: Tensor, age: Tensor, group: dict[str, Any]) -> Tensor | None:
-        """min(1, age / ramp) of each weight; None where all learn at the whole rate."""
-        if not group.get("ramp"):
-            return None
-        total = self.state[p].get("total") if not group["ramp_first"] else None
-        if total is not None:
-            total += 1
-        share = ramp_share(age, group["ramp"])
-        return share if total is None or float(total) >= group["ramp"] else share.masked_fill_(age == float(total), 1.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but nothing is shared with `state_dict`, and a step per weight goes to its parameter's device.
@@ -163,6 +114,97 @@ class AdamW(torch.optim.Optimizer):
                     state[key] = value.detach().clone()
 
 
+@torch.no_grad()
+def step_together(optimizers: Iterable[AdamW]) -> None:
+    """One update of every parameter that has a gradient: each optimizer's step without its hooks.
+
+    What is elementwise with equal settings is one launch on a GPU, whichever optimizer it is of.
+    """
+    kinds: dict[_Kind, list[_Own]] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kind, rate, decay = _Kind.of(group), float(group["lr"]), group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    optimizer._prepare(p, group)
+                    kinds.setdefault(kind, []).append(_Own(p, optimizer.state[p], rate, decay))
+    for kind, own in kinds.items():
+        for together in _batches(own):
+            _update(kind, together)
+
+
+class _Kind(NamedTuple):
+    """What decides how a parameter is updated, but for its rates."""
+
+    betas: tuple[float, float]
+    eps: float
+    per_weight: bool
+    ramp: int
+    ramp_first: bool
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> _Kind:
+        ramp = group.get("ramp") or 0 if group["per_weight_step"] else 0
+        first = bool(ramp and group["ramp_first"])
+        return cls(tuple(group["betas"]), group["eps"], group["per_weight_step"], ramp, first)
+
+
+class _Own(NamedTuple):
+    """A parameter with its optimizer's state and its group's rates."""
+
+    p: Tensor
+    state: dict[str, Any]
+    lr: float
+    weight_decay: float
+
+
+def _update(kind: _Kind, own: Sequence[_Own]) -> None:
+    """theta <- theta - lr wd theta - lr m^ / (sqrt(v^) + eps), m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t)."""
+    beta1, beta2 = kind.betas
+    # All of it is elementwise: of what is sharded over ranks each moves its part.
+    grads = [local(each.p.grad) for each in own if each.p.grad is not None]
+    steps, averages, squares = ([local(each.state[key]) for each in own] for key in STATE)
+    parameters = [local(each.p) for each in own]
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(averages, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    if any(each.weight_decay for each in own):
+        torch._foreach_mul_(parameters, [1 - each.lr * each.weight_decay for each in own])
+    if not kind.per_weight:
+        denominators = list(torch._foreach_sqrt(squares))
+        counts = [float(step) for step in steps]
+        torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in counts])
+        torch._foreach_add_(denominators, kind.eps)
+        rates = [-each.lr / (1 - beta1**t) for each, t in zip(own, counts, strict=True)]
+        torch._foreach_addcdiv_(parameters, averages, denominators, rates)
+        return
+    ages = [step.to(p.dtype) for p, step in zip(parameters, steps, strict=True)]
+    shares = _shares_of_rate(kind, own, ages)
+    denominators = list(torch._foreach_div(squares, _bias_corrections(ages, beta2)))
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, kind.eps)
+    torch._foreach_mul_(denominators, _bias_corrections(ages, beta1, last=True))
+    if shares:
+        torch._foreach_div_(denominators, shares)
+    torch._foreach_addcdiv_(parameters, averages, denominators, [-each.lr for each in own])
+
+
+def _shares_of_rate(kind: _Kind, own: Sequence[_Own], ages: list[Tensor]) -> list[Tensor]:
+    """min(1, age / ramp) of each weight of each parameter; none where all learn at the whole rate."""
+    if not kind.ramp:
+        return []
+    shares = list(torch._foreach_div(ages, kind.ramp))
+    torch._foreach_clamp_max_(shares, 1.0)
+    for each, age, share in zip(own, ages, shares, strict=True):
+        if kind.ramp_first:
+            continue
+        each.state["total"] += 1
+        if (total := float(each.state["total"])) < kind.ramp:
+            share.masked_fill_(age == total, 1.0)  # the first weights
+    return shares
+
+
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
@@ -176,18 +218,19 @@ def _readable(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _batches(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """What is updated together: one parameter on a CPU, whose cache then holds it throughout; on a GPU many small ones.
+def _batches(own: Sequence[_Own]) -> list[list[_Own]]:
+    """What is updated together: many small parameters.
 
-    A launch takes longer there than a small layer's arithmetic; temporaries are twice as large as what is updated.
+    A launch takes longer than a small one's arithmetic; temporaries are twice as large as what is updated.
     """
-    batches: list[list[Tensor]] = []
+    batches: list[list[_Own]] = []
     room = 0
-    for p in parameters:
-        if p.device.type == "cpu" or p.numel() > room or p.device != batches[-1][0].device:
+    for each in own:
+        p = each.p
+        if p.numel() > room or p.device != batches[-1][0].p.device:
             batches.append([])
-            room = _TOGETHER
-        batches[-1].append(p)
+            room = _CACHED if p.device.type == "cpu" else _TOGETHER
+        batches[-1].append(each)
         room -= p.numel()
     return batches
 

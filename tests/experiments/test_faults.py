@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from sparsae.config.text import dump
 from sparsae.core.record import encode
 from sparsae.errors import InputError
-from sparsae.experiments import execution
+from sparsae.experiments import workers
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.jobs import require_same_settings
 from sparsae.experiments.matching import with_steps
@@ -19,20 +18,9 @@ from sparsae.files import to_json
 from tests.support.records import summary_of
 
 
-class Quiet:
-    """A board that shows nothing."""
-
-    def begin(self, job: Any) -> None: ...
-
-    def end(self, job: Any) -> None: ...
-
-
 class Named:
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def to_json(self, out: Path) -> str:
-        return json.dumps({"name": self.name})
 
 
 class Idle:
@@ -43,15 +31,14 @@ class Idle:
 
 
 def test_a_full_disk_while_workers_run_ends_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(execution, "_worker", lambda *_: Idle())
-    monkeypatch.setattr(execution, "_ask", lambda *_: {"finished": True})
+    monkeypatch.setattr(workers, "_worker", lambda *_: Idle())
+    monkeypatch.setattr(workers, "_answers", lambda _, jobs, *__: [{"ended": jobs[0].name}, {"finished": True}])
 
     def ended(job: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    workers = execution.Workers(2, 0)
     with pytest.raises(OSError, match="No space left"):
-        workers.run([Named(f"job {k}") for k in range(6)], tmp_path, Quiet(), ended)  # type: ignore[arg-type, list-item]
+        workers.Workers(2, 0).run([Named(f"job {k}") for k in range(6)], tmp_path, ended, ended)  # type: ignore[misc]
 
 
 def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:

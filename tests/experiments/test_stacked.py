@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,38 @@ def test_it_goes_on_in_parts(
     assert rows_of(tmp_path / "out") == [numbers(row) for row in rows_of(stacked)]
 
 
+def test_several_processes_have_a_stack_each(arguments: list[str], stacked: Path, tmp_path: Path) -> None:
+    """Stopped by the clock, they go on."""
+    out = tmp_path / "out"
+    command, codes = [*arguments, "--stack", "--jobs", "2", "--out", str(out)], []
+    while not codes or (codes[-1] == 130 and len(codes) < 20):
+        codes.append(main([*command, "--minutes", "0.2" if len(codes) < 2 else "5"]))
+    assert codes[0] == 130
+    assert codes[-1] == 0
+    assert rows_of(out) == [numbers(row) for row in rows_of(stacked)]
+    assert all(row["stacked"] for row in results(out)["rows"])
+
+
+def test_what_is_wrong_with_a_run_of_one_process_lets_those_of_all_be_saved(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan.write_text("methods: [static]\nseeds: 4\nsparsities: [0.8]\nmatch: steps\n")
+    given = ["compare", str(plan), *arguments[2:-1], "training.steps=3000"]
+    foreign = out / "runs" / "static-0.8-3" / "notes.txt"
+    command = [*given, "--stack", "--jobs", "2", "--out", str(out)]
+    assert main([*command, "--minutes", "0.0001"]) == 130
+    foreign.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(foreign.parent)
+    foreign.parent.mkdir()
+    foreign.write_text("of somebody else")
+    assert main(command) == 2
+    assert "runs/static-0.8-3: " in capsys.readouterr().err
+    runs = [out / "runs" / f"static-0.8-{seed}" for seed in range(3)]
+    assert sum(bool(list(run.glob("checkpoints/step-*"))) for run in runs) >= 2
+    assert all(not run.exists() or list(run.glob("checkpoints/step-*")) for run in runs)
+
+
 def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +169,10 @@ def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
     [
         (["--stack", "model.dropout=0.1"], "model.dropout is 0.1"),
         (["--stack", "training.compile=true"], "training.compile is true"),
-        (["--stack", "--jobs", "2"], "leave out --jobs"),
+        (["--stack", "--ray", "local"], "leave out --ray"),
         (["--stack-size", "3"], "give --stack too"),
         (["--minutes", "0"], "--minutes: must be above 0"),
-        (["--minutes", "1", "--jobs", "2"], "leave out --jobs"),
+        (["--minutes", "1", "--ray", "local"], "leave out --ray"),
     ],
 )
 def test_what_cannot_be_stacked_is_refused(

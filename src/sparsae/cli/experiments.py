@@ -322,10 +322,10 @@ def _run(
 ) -> None:
     """minutes: after which to stop. stack: how many runs train together; None: each for itself."""
     refuse_unwritable("--json", json_file)
-    if stack is not None and (ray is not None or jobs != 1):
-        raise InputError("--stack trains its runs in one process: leave out --jobs and --ray")
-    if minutes is not None and (ray is not None or jobs != 1):
-        raise InputError("--minutes is for runs in one process: leave out --jobs and --ray")
+    if stack is not None and ray is not None:
+        raise InputError("--stack trains its runs on one machine: leave out --ray")
+    if minutes is not None and ray is not None:
+        raise InputError("--minutes is for runs on one machine: leave out --ray")
     if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"--minutes: must be above 0, not {minutes:g}")
     if minutes is not None and getattr(plan, "tasks", None) is not None:
@@ -336,8 +336,9 @@ def _run(
         raise InputError("--ray needs the extra: pip install 'sparsae[ray]'")
     quiet = json_file == "-"
     with output(json_file) as result:
-        from sparsae.experiments.execution import Executor, InOrder, Workers
+        from sparsae.experiments.execution import Executor, InOrder
         from sparsae.experiments.stacked import Stacked, refuse
+        from sparsae.experiments.workers import Workers
         from sparsae.train.stopping import StopRequest
 
         stop = StopRequest(None if minutes is None else 60 * minutes)
@@ -347,9 +348,9 @@ def _run(
                 from sparsae.experiments.cluster import Cluster
 
                 return Cluster(ray)
-            if stack is not None:
-                return Stacked(stack, stop)
-            return InOrder(stop) if jobs == 1 else Workers(jobs, lock)
+            if jobs != 1:
+                return Workers(jobs, lock, stack, stop)
+            return InOrder(stop) if stack is None else Stacked(stack, stop)
 
         experiment = KINDS[plan.kind].experiment(plan, out, quiet, None if stack is None else refuse)
         found = experiment.run(executor)

@@ -16,8 +16,7 @@ from typing import Any
 
 from sparsae.config import Config
 from sparsae.errors import InputError
-from sparsae.experiments.board import Board
-from sparsae.experiments.execution import Ended, Executor
+from sparsae.experiments.execution import Executor, Told
 from sparsae.experiments.jobs import Job, progress, run_job
 from sparsae.train.stopping import handled
 
@@ -50,25 +49,24 @@ class Cluster(Executor):
             first = str(error).strip().splitlines()[0]
             raise InputError(f"--ray {address}: no such cluster: {first}; give its address, auto or local") from None
 
-    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
+    def run(self, jobs: Sequence[Job], out: Path, begun: Told, ended: Told) -> bool:
         """See `Executor`."""
         ray, place = self._ray, out.resolve()
         task = ray.remote(num_cpus=self._cores, max_retries=0)(_run)
         waiting = {task.remote(str(place / job.name), job.config.model_dump_json(), self._cores): job for job in jobs}
-        begun: set[str] = set()
+        told: set[str] = set()
         stopped = threading.Event()
         with _stopping(stopped):
             while waiting:
                 done, _ = ray.wait(list(waiting), timeout=_TICK)
                 for job in waiting.values():
-                    if job.name not in begun and progress(out / job.name):
-                        begun.add(job.name)
-                        board.begin(job)
+                    if job.name not in told and progress(out / job.name):
+                        told.add(job.name)
+                        begun(job)
                 for reference in done:
                     job = waiting.pop(reference)
                     answer = self._answer(reference, job)
                     if answer.get("finished"):
-                        board.end(job)
                         ended(job)
                     else:
                         stopped.set()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
@@ -42,9 +43,14 @@ class Job:
     config: Config
     flops: int
 
-    def to_json(self, out: Path) -> str:
-        """One line for a worker."""
-        return json.dumps({"directory": str(out / self.name), "config": self.config.model_dump(mode="json")})
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for another process."""
+        return {"name": self.name, "config": self.config.model_dump(mode="json"), "flops": self.flops}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+        """From `to_dict`."""
+        return cls(values["name"], Config.model_validate_json(json.dumps(values["config"])), values["flops"])
 
 
 def job_of(name: str, config: Config, flops: int) -> Job:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from sparsae.config import Config
 from sparsae.errors import InputError
-from sparsae.experiments.board import Board
-from sparsae.experiments.execution import Ended, Executor
-from sparsae.experiments.jobs import Job, mark_stacked, running
+from sparsae.experiments.execution import Executor, Told
+from sparsae.experiments.jobs import Job, running
 from sparsae.stack.drive import together
 from sparsae.train.passes import Passes
 from sparsae.train.stopping import StopRequest
@@ -18,16 +17,14 @@ from sparsae.train.stopping import StopRequest
 class Stacked(Executor):
     """At most `size` at a time; those of equal shapes share their forward and backward passes."""
 
+    together = True
+
     def __init__(self, size: int, stop: StopRequest) -> None:
         self._size, self._stop = size, stop
 
-    def run(self, jobs: Sequence[Job], out: Path, board: Board, ended: Ended) -> bool:
+    def run(self, jobs: Sequence[Job], out: Path, begun: Told, ended: Told) -> bool:
         """See `Executor`."""
-        # Runs of equal shapes beside each other, in the order in which the plan has them.
-        places: dict[Hashable, list[Job]] = {}
-        for job in jobs:
-            places.setdefault(_likely_shape(job.config), []).append(job)
-        ordered, failures = [job for alike in places.values() for job in alike], list[str]()
+        ordered, failures = by_shape(jobs), list[str]()
 
         def train(job: Job) -> Passes[bool]:
             try:
@@ -37,23 +34,29 @@ class Stacked(Executor):
                 self._stop.ask()  # the others are saved
                 return False
 
-        def begun() -> Iterator[Passes[bool]]:
+        def coming() -> Iterator[Passes[bool]]:
             for job in ordered:
                 if self._stop.asked:
                     return
-                mark_stacked(out, job)
-                board.begin(job)
+                begun(job)
                 yield train(job)
 
         done = 0
-        for number, finished in together(begun(), self._size):
+        for number, finished in together(coming(), self._size):
             if finished:
                 done += 1
-                board.end(ordered[number])
                 ended(ordered[number])
         if failures:
             raise InputError(failures[0])
         return done == len(jobs)
+
+
+def by_shape(jobs: Sequence[Job]) -> list[Job]:
+    """Runs of equal shapes beside each other, in the order in which the plan has them."""
+    places: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        places.setdefault(_likely_shape(job.config), []).append(job)
+    return [job for alike in places.values() for job in alike]
 
 
 def refuse(job: Job) -> None:

@@ -1,7 +1,8 @@
-"""A worker process: takes jobs as lines of JSON, runs them, and answers each with a line.
+"""A worker process: takes jobs as lines of JSON and runs them, telling by lines which has begun and which has ended.
 
-`python -m sparsae.experiments.worker THREADS`. When its input ends, because whoever started it is gone, it saves the
-run in progress and ends.
+`python -m sparsae.experiments.worker THREADS`. A line asks for one job, or for several that train together. The last
+answer to it says whether all are finished, or what is wrong. When its input ends, because whoever started it is gone,
+it saves the runs in progress and ends.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from sparsae.config import Config
 from sparsae.errors import InputError
-from sparsae.experiments.jobs import run_job
+from sparsae.experiments.execution import Executor, InOrder
+from sparsae.experiments.jobs import Job
+from sparsae.experiments.stacked import Stacked
 from sparsae.registry import import_files
+from sparsae.train.stopping import StopRequest
 
 
 def main() -> None:
@@ -31,11 +36,15 @@ def main() -> None:
     os.dup2(2, 1)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
-    while (line := lines.get()) is not None:
-        answer = _serve(line)
+
+    def tell(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-        if "finished" in answer and not answer["finished"]:
+
+    while (line := lines.get()) is not None:
+        last = _serve(json.loads(line), tell)
+        tell(last)
+        if "finished" in last and not last["finished"]:
             return
 
 
@@ -46,13 +55,23 @@ def _read(lines: queue.SimpleQueue[str | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _serve(line: str) -> dict[str, object]:
-    asked = json.loads(line)
+def _serve(asked: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    jobs, stop = [Job.from_dict(each) for each in asked["jobs"]], StopRequest()
+    executor: Executor = InOrder(stop) if asked["stack"] is None else Stacked(asked["stack"], stop)
+
+    def begun(job: Job) -> None:
+        tell({"begun": job.name})
+
+    def ended(job: Job) -> None:
+        tell({"ended": job.name})
+
     try:
-        finished = run_job(Path(asked["directory"]), Config.model_validate_json(json.dumps(asked["config"])))
-        return {"finished": finished}
-    except (InputError, OSError) as error:
-        return {"error": " ".join(str(error).split())}
+        with stop.listening():
+            return {"finished": executor.run(jobs, Path(asked["out"]), begun, ended)}
+    except InputError as error:
+        return {"error": " ".join(str(error).split())}  # which names the job
+    except OSError as error:
+        return {"error": f"{jobs[0].name}: {' '.join(str(error).split())}"}
 
 
 if __name__ == "__main__":

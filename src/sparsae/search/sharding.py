@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsae.core.ranks import ranks
@@ -20,9 +21,9 @@ from sparsae.nn.linear import SparseLinear
 
 def sharded_modules(model: nn.Module) -> Iterator[Any]:
     """Those that `fully_shard` was called on."""
-    # Where nobody has imported it, which takes long, there is none.
+    # Where nobody has imported it, which takes long, there is none; nor without a process group.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
+    if fsdp is not None and torch.distributed.is_initialized():
         yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 

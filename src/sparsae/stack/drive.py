@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from sparsae.losses import LossParts
 from sparsae.models import decoder_and_head
+from sparsae.stack.head import cross_entropies, is_plain
 from sparsae.stack.program import Shape, StackedDecoder, shape_of
+from sparsae.stack.steps import norms_of
 from sparsae.train.objective import Objective
-from sparsae.train.passes import Pass, Passes
+from sparsae.train.passes import Pass, Passes, Request, Step
 
 T = TypeVar("T")
 
@@ -23,12 +26,12 @@ def together(runs: Iterable[Passes[T]], most: int) -> Iterator[tuple[int, T]]:
     A run begins when it is taken from `runs`, as soon as there is room. Whatever ends this ends the runs in progress.
     """
     coming, stack = enumerate(runs), Stack()
-    active: dict[int, tuple[Passes[T], Pass]] = {}
+    active: dict[int, tuple[Passes[T], Request]] = {}
 
-    def go_on(number: int, run: Passes[T], parts: LossParts | None) -> tuple[T] | None:
-        """To the run's next pass, or to its end, whose result is in a tuple."""
+    def go_on(number: int, run: Passes[T], answer: LossParts | float | None) -> tuple[T] | None:
+        """To the run's next request, or to its end, whose result is in a tuple."""
         try:
-            active[number] = run, next(run) if parts is None else run.send(parts)
+            active[number] = run, next(run) if answer is None else run.send(answer)
         except StopIteration as end:
             active.pop(number, None)
             return (end.value,)
@@ -42,15 +45,15 @@ def together(runs: Iterable[Passes[T]], most: int) -> Iterator[tuple[int, T]]:
             if not active:
                 return
             now = dict(active)
-            for number, parts in zip(now, _answered(stack, list(now.values())), strict=True):
-                if (ended := go_on(number, now[number][0], parts)) is not None:
+            for number, answer in zip(now, _answered(stack, list(now.values())), strict=True):
+                if (ended := go_on(number, now[number][0], answer)) is not None:
                     yield number, ended[0]
     finally:
         for run, _ in active.values():
             run.close()
 
 
-def _answered(stack: Stack, waiting: list[tuple[Passes[T], Pass]]) -> list[LossParts]:
+def _answered(stack: Stack, waiting: list[tuple[Passes[T], Request]]) -> list[LossParts | float]:
     try:
         return stack.answer([wanted for _, wanted in waiting])
     except BaseException as error:
@@ -59,36 +62,60 @@ def _answered(stack: Stack, waiting: list[tuple[Passes[T], Pass]]) -> list[LossP
 
 
 class Stack:
-    """Answers passes of runs, those of equal shapes by one program."""
+    """Answers requests of runs: passes of equal shapes by one program, steps by one update."""
 
     def __init__(self) -> None:
         self._programs: dict[Shape, StackedDecoder] = {}
         self._shapes: WeakKeyDictionary[Objective, Shape] = WeakKeyDictionary()
 
-    def answer(self, wanted: list[Pass]) -> list[LossParts]:
-        """The losses, once the gradients are there, in the same order."""
+    def answer(self, wanted: list[Request]) -> list[LossParts | float]:
+        """What each is answered by, in the same order."""
+        passes = [each for each in wanted if isinstance(each, Pass)]
+        steps = [each for each in wanted if isinstance(each, Step)]
+        losses, norms = self._losses(passes), norms_of(steps)
+        return [losses[each] if isinstance(each, Pass) else norms[each] for each in wanted]
+
+    def _losses(self, wanted: Sequence[Pass]) -> dict[Pass, LossParts]:
+        """Once the gradients are there."""
         groups: dict[Shape, list[Pass]] = {}
         for each in wanted:
             if each.objective not in self._shapes:
                 self._shapes[each.objective] = shape_of(each.objective, each.batch)
             groups.setdefault(self._shapes[each.objective], []).append(each)
-        self._programs = {shape: program for shape, program in self._programs.items() if shape in groups}
+        if groups:
+            self._programs = {shape: program for shape, program in self._programs.items() if shape in groups}
         found: dict[Pass, LossParts] = {}
         for shape, members in groups.items():
             if shape not in self._programs:
                 self._programs[shape] = StackedDecoder(decoder_and_head(members[0].objective.model)[0])
             found |= dict(zip(members, _computed(self._programs[shape], members), strict=True))
-        return [found[each] for each in wanted]
+        return found
 
 
-def _computed(program: StackedDecoder, wanted: list[Pass]) -> list[LossParts]:
+def _computed(program: StackedDecoder, wanted: Sequence[Pass]) -> list[LossParts]:
+    """Of passes of equal shapes; a GPU is waited for once."""
     objective = wanted[0].objective
-    with torch.autocast(objective.device.type, torch.bfloat16, enabled=objective.precision == "bfloat16"):
-        hidden_RTD = program.hidden_states(
-            [decoder_and_head(each.objective.model)[0] for each in wanted],
-            [each.objective.on_device(each.batch)[:, :-1] for each in wanted],
-        )
-    # The head's loss is each run's own, in chunks: the logits of all runs would be by far the largest tensor.
-    parts = [each.loss(hidden_TD) for each, hidden_TD in zip(wanted, hidden_RTD.unbind(), strict=True)]
-    torch.autograd.backward([part.total / each.passes for each, part in zip(wanted, parts, strict=True)])
-    return parts
+    narrow = objective.precision == "bfloat16"
+    tokens_RBT = objective.on_device(torch.stack([each.batch for each in wanted]))
+    with torch.autocast(objective.device.type, torch.bfloat16, enabled=narrow):
+        decoders = [decoder_and_head(each.objective.model)[0] for each in wanted]
+        hidden_RTD = program.hidden_states(decoders, tokens_RBT[..., :-1])
+    heads: list[Any] = [decoder_and_head(each.objective.model)[1] for each in wanted]
+    plain = [run for run, each in enumerate(wanted) if is_plain(each, heads[run])]
+    singles_TD, found, roots = hidden_RTD.unbind(), dict[int, Tensor](), list[Tensor]()
+    if plain:
+        is_whole = len(plain) == len(wanted)
+        own, targets = (t if is_whole else t[plain] for t in (hidden_RTD, tokens_RBT[..., 1:].flatten(1)))
+        dtype = torch.bfloat16 if narrow else own.dtype
+        losses = cross_entropies(own, [heads[run].weight for run in plain], targets, objective.loss_chunk, dtype)
+        shares = [1.0 / wanted[run].passes for run in plain]
+        roots.append((losses * torch.tensor(shares, dtype=losses.dtype).to(losses.device)).sum())
+        for run, loss in zip(plain, losses.detach().unbind(), strict=True):
+            found[run] = torch.stack((loss, loss, torch.zeros_like(loss)))
+    for run in sorted(set(range(len(wanted))) - set(plain)):
+        parts = wanted[run].loss(singles_TD[run])
+        roots.append(parts.total / wanted[run].passes)
+        found[run] = torch.stack([number.detach() for number in parts])
+    torch.autograd.backward(roots)
+    numbers = torch.stack([found[run] for run in range(len(wanted))]).cpu()
+    return [LossParts(*row.unbind()) for row in numbers]

@@ -57,8 +57,8 @@ class StackedDecoder:
         self._template = template.train()
         self._members: WeakKeyDictionary[nn.Module, _Member] = WeakKeyDictionary()
 
-    def hidden_states(self, decoders: Sequence[nn.Module], tokens: Sequence[Tensor]) -> Tensor:
-        """(runs, B * T, width) of (B, T) tokens a run; the gradient reaches the parameters of `decoders`."""
+    def hidden_states(self, decoders: Sequence[nn.Module], tokens_RBT: Tensor) -> Tensor:
+        """(runs, B * T, width); the gradient reaches the parameters of `decoders`."""
         members = [self._member(decoder) for decoder in decoders]
         for name, layer in self._layers.items():
             layer.take([member.sparse[name] for member in members])
@@ -69,7 +69,7 @@ class StackedDecoder:
         def one(own: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
             return hidden_states(lambda **given: functional_call(self._template, own | shared, (), given), tokens_BT)
 
-        result: Tensor = vmap(one)(stacked, torch.stack(list(tokens)))
+        result: Tensor = vmap(one)(stacked, tokens_RBT)
         return result
 
     def _member(self, decoder: nn.Module) -> _Member:

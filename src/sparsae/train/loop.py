@@ -14,7 +14,7 @@ from sparsae.config.training import TrainingConfig
 from sparsae.core.ranks import ranks
 from sparsae.errors import DivergedError
 from sparsae.observers import Observer, Standing
-from sparsae.optim import clip_gradients
+from sparsae.optim import AdamW
 from sparsae.runs.checkpoint import CheckpointTimes
 from sparsae.runs.rows import DivergedRow, ExtendedRow, Row, SkippedRow
 from sparsae.search.sparsifier import Sparsifier
@@ -24,7 +24,7 @@ from sparsae.train.data import TrainData
 from sparsae.train.divergence import diverged
 from sparsae.train.learning_rate import LearningRate
 from sparsae.train.objective import Objective
-from sparsae.train.passes import Pass, Passes, alone
+from sparsae.train.passes import Pass, Passes, Step, alone
 from sparsae.train.stopping import StopRequest
 from sparsae.train.validation import Validation
 
@@ -36,7 +36,7 @@ class Trainer:
         self,
         settings: TrainingConfig,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         data: TrainData,
         *,
         sparsifier: Sparsifier | None,
@@ -47,6 +47,7 @@ class Trainer:
         self.settings, self.objective, self.optimizer, self.data = settings, objective, optimizer, data
         self.sparsifier, self.rate, self.account, self.observers = sparsifier, rate, account, observers
         self.model, self.teacher = objective.model, objective.teacher
+        self._parameters = list(self.model.parameters())
         self.validation = Validation(objective, data.validation, data.test, settings)
         self.step = 0
         self._averages = Averages()
@@ -102,8 +103,9 @@ class Trainer:
         self.account.step(taught, self.teacher.nnz if self.teacher and taught else 0)
         if self.sparsifier:
             self.sparsifier.before_step()
-        norm = float(clip_gradients(self.model.parameters(), self.settings.clip))
-        stepped = self._step(losses, taught, norm)
+        is_finite = all(math.isfinite(loss) for loss, *_ in losses)
+        norm = yield Step(self.optimizer, self._parameters, self.settings.clip, is_finite)
+        stepped = self._count(losses, taught, norm)
         self.step += 1
         if self.done or update_due or not self.account.state_bytes:
             window = self.sparsifier.search.gradients.windows.peak if self.sparsifier else 0
@@ -113,15 +115,11 @@ class Trainer:
         if self.done or self.step % self.settings.log_every == 0:
             self._tell(self._averages.row(self.step, self.account, rate, norm, burning_in))
 
-    def _step(self, losses: list[tuple[float, float, float]], taught: int, norm: float) -> bool:
-        """The optimizer's, unless what it would take is not finite: alike on all ranks, since all of it is reduced.
-
-        Whether it was made.
-        """
+    def _count(self, losses: list[tuple[float, float, float]], taught: int, norm: float) -> bool:
+        """Whether the optimizer's step was made: what it takes was finite, alike on all ranks, since it is reduced."""
         numbers = [("the loss", loss) for loss, *_ in losses] + [("the gradient's norm", norm)]
         reason = next((f"{what} is {number}" for what, number in numbers if not math.isfinite(number)), None)
         if reason is None:
-            self.optimizer.step()
             for each in losses:
                 self._averages.add(*each, len(losses))
             self._averages.end_step(taught / self.account.tokens_per_step)

@@ -55,7 +55,8 @@ class Objective:
 
     def begin_step(self, step: int) -> None:
         """Training mode, with the dropout of that step (counted from 0)."""
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         if self._dropout_seed is not None:
             # Each rank drops other things; the first one what one rank does.
             others = [ranks().rank] if ranks().rank else []
@@ -76,6 +77,11 @@ class Objective:
     def precision(self) -> str:
         """Of the arithmetic, by autocast."""
         return self._settings.precision
+
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens whose logits exist at a time."""
+        return self._settings.loss_chunk
 
     def loss(
         self, batch: Tensor, alpha: float, taught: int | None = None, hidden_TD: Tensor | None = None
@@ -158,6 +164,7 @@ class Objective:
                 teacher_head=teacher_head,
                 alpha=alpha,
                 chunk=self._settings.loss_chunk,
+                ignore_index=None,
                 head_gradient=head_gradient,
             )
 
