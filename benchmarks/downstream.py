@@ -39,7 +39,7 @@ class Size:
 
     # Steps of 4,096 tokens; of the books, enough to be read once.
     train: tuple[str, ...] = ("--preset", "tiny", "--steps", "1300", *SETTINGS)
-    finetune: tuple[str, ...] = ("--max-examples", "4000", "--epochs", "3", "--seeds", "3", "--max-length", "256")
+    finetune: tuple[str, ...] = ("--max-examples", "1000", "--epochs", "3", "--seeds", "3", "--max-length", "128")
     tasks: str = "rte,cola,sst2,wnli,boolq"
     asked: tuple[str, ...] = ()
     asked_tasks: str = "blimp_local,lambada_local,arc_easy_local"

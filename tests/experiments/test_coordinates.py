@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparsae.config.load import resolve
 from sparsae.core.topology import Topology
 from sparsae.data import prepare
 from sparsae.experiments.coordinates.measure import Gauge, Scale, scales
+from sparsae.experiments.coordinates.page import _apart
 from sparsae.experiments.coordinates.plan import Case, CoordinatesPlan
 from sparsae.experiments.coordinates.slopes import slope, slopes, summary, without_slope
 from sparsae.experiments.plan import parse_plan
@@ -248,3 +250,14 @@ def test_layers_that_least_fan_in_leaves_out_are_named() -> None:
     }
     assert without_slope(measured, slopes(measured, 8)) == ()
     assert without_slope(measured, slopes(measured, 16)) == ("layer",)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30))
+def test_labels_of_a_logarithmic_axis_have_room(values: list[float]) -> None:
+    ticks = sorted(set(values))
+    shown = _apart(ticks)
+    assert shown[0] == ticks[0]
+    assert set(shown) <= set(ticks)
+    assert len(shown) <= 9
+    gaps = [math.log(b / a) for a, b in pairwise(shown)]
+    assert all(gap > math.log(ticks[-1] / ticks[0]) / 8 for gap in gaps)

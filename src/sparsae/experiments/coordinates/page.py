@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -107,8 +108,7 @@ def _scales(rows: Sequence[Row], name: str, axis: Axis, at: str) -> Panel | None
             points = sorted((_at(point, axis), point.scale) for point in row.points)
             ax.loglog(*zip(*points, strict=True), color=COLOURS[style.colour], linestyle=style.dash,
                       marker=style.marker, markersize=3.5)  # fmt: skip
-        ticks = sorted({_at(point, axis) for row in lines.values() for point in row.points})
-        shown = ticks[:: -(-len(ticks) // 6)]
+        shown = _apart(sorted({_at(point, axis) for row in lines.values() for point in row.points}))
         ax.set_xticks(shown, [f"{value:.2g}" if axis == "density" else f"{value}" for value in shown])
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(lambda value, _: tick(value) if value >= 1e-3 else f"{value:.0e}")
@@ -119,6 +119,15 @@ def _scales(rows: Sequence[Row], name: str, axis: Axis, at: str) -> Panel | None
     return panel(
         f"scale-{quantity}-{axis}-{name}", heading, f"{heading}. Slopes: {text}.", draw, keys(look, list(lines)), 3.0
     )
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Of sorted numbers above 0 those whose labels have room on a logarithmic axis."""
+    shown = list(ticks[:1])
+    for value in ticks[1:]:
+        if math.log(value / shown[-1]) > math.log(ticks[-1] / ticks[0]) / 8:
+            shown.append(value)
+    return shown
 
 
 def _slopes(rows: Sequence[Row], name: str, axis: Axis) -> Panel | None:
