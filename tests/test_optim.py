@@ -340,3 +340,22 @@ def test_groups_of_a_parameterization_scale_a_tensor_each_for_itself() -> None:
     groups = parameter_groups(model, 0.1, supar, lr=torch.tensor(0.01, dtype=torch.float64))
     assert len({id(group["lr"]) for group in groups}) == len(groups)
     assert [float(group["lr"]) for group in groups] == pytest.approx([group["lr"] for group in plain])
+
+
+@given(st.integers(0, 2**20), st.booleans(), st.sampled_from([(0.9, 0.95), (0.0, 0.999)]))
+def test_torchs_fused_kernel_updates_the_same(seed: int, together: bool, betas: tuple[float, float]) -> None:
+    """What a GPU takes for parameters that count their own steps, on a CPU, with rates of their own."""
+    ours, theirs = (parameters(seed, dtype=torch.float32) for _ in range(2))
+    mine, other = (
+        AdamW([{"params": own[:2], "weight_decay": 0.1}, {"params": own[2:], "lr": 0.03}], lr=0.01, betas=betas)
+        for own in (ours, theirs)
+    )
+    expected = run(other, theirs, range(5), seed=seed, skip=0.2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sparsae.optim._fits_one_launch", lambda *_: True)
+        patched.setattr("sparsae.optim._CACHED", 2**20 if together else 0)
+        got = run(mine, ours, range(5), seed=seed, skip=0.2)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for p, q in zip(ours, theirs, strict=True):
+        assert mine.state[p]["step"] == other.state[q]["step"]
+        torch.testing.assert_close(mine.state[p]["exp_avg_sq"], other.state[q]["exp_avg_sq"], rtol=1e-5, atol=1e-8)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from sparsae.core.shards import local, whole
 from sparsae.errors import InputError
+from sparsae.kernels.cuda.availability import absence
+from sparsae.kernels.cuda.fused import update_by_parameter
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.parameterization import Parameterization, Scale
 
@@ -165,6 +167,9 @@ def _update(kind: _Kind, own: Sequence[_Own]) -> None:
     grads = [local(each.p.grad) for each in own if each.p.grad is not None]
     steps, averages, squares = ([local(each.state[key]) for each in own] for key in STATE)
     parameters = [local(each.p) for each in own]
+    if _fits_one_launch(kind, parameters, grads):
+        _in_one_launch(kind, own, parameters, grads, averages, squares, steps)
+        return
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(averages, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
@@ -188,6 +193,44 @@ def _update(kind: _Kind, own: Sequence[_Own]) -> None:
     if shares:
         torch._foreach_div_(denominators, shares)
     torch._foreach_addcdiv_(parameters, averages, denominators, [-each.lr for each in own])
+
+
+def _fits_one_launch(kind: _Kind, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether a GPU's fused kernels can update them: float32, each in one piece."""
+    fit = all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in (*parameters, *grads))
+    return fit and not (kind.per_weight and absence())
+
+
+def _in_one_launch(
+    kind: _Kind,
+    own: Sequence[_Own],
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+) -> None:
+    """The same: by a kernel of ours where steps are counted by weight, elsewhere by torch's."""
+    if kind.per_weight:
+        from sparsae.kernels.cuda.adamw import update_by_weight
+
+        is_ramped = kind.ramp > 0 and not kind.ramp_first
+        for each in own if is_ramped else ():
+            each.state["total"] += 1
+        update_by_weight(
+            *(parameters, grads, averages, squares, steps),
+            rates=[each.lr for each in own],
+            decays=[1 - each.lr * each.weight_decay for each in own],
+            totals=[float(each.state["total"]) if is_ramped else -1.0 for each in own],
+            betas=kind.betas,
+            eps=kind.eps,
+            ramp=kind.ramp,
+        )
+        return
+    counts = [float(step) for step in steps]
+    torch._foreach_add_(steps, 1)
+    rates = [(each.lr, each.weight_decay) for each in own]
+    update_by_parameter(parameters, grads, averages, squares, counts, rates, kind.betas, kind.eps)
 
 
 def _shares_of_rate(kind: _Kind, own: Sequence[_Own], ages: list[Tensor]) -> list[Tensor]:
@@ -227,7 +270,7 @@ def _batches(own: Sequence[_Own]) -> list[list[_Own]]:
     room = 0
     for each in own:
         p = each.p
-        if p.numel() > room or p.device != batches[-1][0].p.device:
+        if not batches or p.numel() > room or p.device != batches[-1][0].p.device:
             batches.append([])
             room = _CACHED if p.device.type == "cpu" else _TOGETHER
         batches[-1].append(each)

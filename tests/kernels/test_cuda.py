@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
@@ -26,6 +26,7 @@ from sparsae.kernels.cuda.index import make_index, row_tiles, run_starts
 from sparsae.kernels.reference import Reference
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import multiplied
+from sparsae.optim import AdamW
 from tests.support.strategies import topologies
 
 BACKEND, ORACLE = BACKENDS["cuda"], Reference()
@@ -188,6 +189,47 @@ def test_a_block_of_128() -> None:
 
 
 @in_interpreter
+@few
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 1023, 1024, 1500, 3000]), min_size=1, max_size=4),
+    st.sampled_from([(0.9, 0.95), (0.0, 0.999), (0.9, 0.99999)]),
+    st.sampled_from([(0, False), (3, False), (3, True)]),
+    st.integers(0, 2**32),
+)
+def test_one_launch_updates_every_parameter(
+    sizes: list[int], betas: tuple[float, float], ramp: tuple[int, bool], seed: int
+) -> None:
+    """As the optimizer's many passes do, with weights that were grown in between."""
+    rng = generator(seed, "adamw")
+    first = [torch.randn(size, generator=rng) for size in sizes]
+    pairs = [[nn.Parameter(t.clone()) for t in first] for _ in range(2)]
+    optimizers = [
+        AdamW([{"params": [p], "lr": 0.1 / (1 + at), "weight_decay": 0.1 * at} for at, p in enumerate(own)],
+              betas=betas, per_weight_step=True)
+        for own in pairs
+    ]  # fmt: skip
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(ramp=ramp[0], ramp_first=ramp[1])
+    for step in range(5):
+        grads = [torch.randn(size, generator=rng) for size in sizes]
+        for is_fused, (own, optimizer) in enumerate(zip(pairs, optimizers, strict=True)):
+            for p, grad in zip(own, grads, strict=True):
+                p.grad = grad.clone()
+                if step == 3:
+                    for state in optimizer.state[p].values():
+                        state.view(-1)[::2] = state.view(-1)[::2] if state.dim() == 0 else 0
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr("sparsae.optim._fits_one_launch", lambda *_, fused=bool(is_fused): fused)
+                patched.setattr("sparsae.optim._CACHED", 2**20)
+                optimizer.step()
+    for p, q in zip(*pairs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-6)
+        for key, state in optimizers[0].state[p].items():
+            torch.testing.assert_close(state, optimizers[1].state[q][key], rtol=1e-5, atol=1e-7)
+
+
+@in_interpreter
 @pytest.mark.parametrize(("gpu", "dtype"), [(80, "bf16"), (89, "bf16"), (90, "bf16"), (90, "fp32")])
 def test_every_kernel_compiles_for_gpus_within_their_shared_memory(gpu: int, dtype: str) -> None:
     from tests.kernels.compile_for_gpus import SHARED
@@ -198,6 +240,7 @@ def test_every_kernel_compiles_for_gpus_within_their_shared_memory(gpu: int, dty
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in rows} >= {"_scatter", "_gather", "_forward", "_backward", "_gradient"}
+    assert ("_adamw" in {row["kernel"] for row in rows}) == (dtype == "fp32")
     for row in rows:
         if (gpu, row.get("B_OUT")) != (89, 128):
             assert row["shared"] <= SHARED[gpu], row
