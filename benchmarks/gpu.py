@@ -23,7 +23,9 @@ from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.registry import BACKENDS
+from sparsae.losses import language_model_loss
 from sparsae.nn.linear import SparseLinear
+from sparsae.optim import AdamW
 
 # Largest error over the largest number: of the rounding of what goes in and comes out, not of the sums.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -52,7 +54,56 @@ def check(device: torch.device, file: Path) -> bool:
                 right &= good
                 row = {"part": "check", "device": device_name(device), "dtype": str(dtype), "unit": list(unit)}
                 tell({**row, "density": density, "backend": backend, **errors, "right": good}, file)
+        errors = {"loss": loss_error(device, dtype), "optimizer": optimizer_error(device)}
+        good = max(errors.values()) < TOLERANCE[dtype]
+        right &= good
+        row = {"part": "check", "device": device_name(device), "dtype": str(dtype), **errors, "right": good}
+        tell(row, file)
     return right
+
+
+def loss_error(device: torch.device, dtype: torch.dtype) -> float:
+    """Of the chunked loss with a teacher of some tokens, and of its gradients, against float64 on the CPU."""
+    rng = generator(0, "loss")
+    hidden, taught = torch.randn(60, 48, generator=rng).to(dtype), torch.randn(30, 48, generator=rng).to(dtype)
+    weights = [(torch.randn(5000, 48, generator=rng) / 4).to(dtype) for _ in range(2)]
+    targets = torch.randint(5000, (60,), generator=rng)
+    found = []
+    for place, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        head, teacher = (torch.nn.Linear(48, 5000, bias=False, device=place, dtype=kind) for _ in range(2))
+        for own, weight in ((head, weights[0]), (teacher, weights[1])):
+            own.weight.data.copy_(weight)
+        at = hidden.to(place, kind).requires_grad_()
+        parts = language_model_loss(
+            *(at, head, targets.to(place)), teacher_hidden_TD=taught.to(place, kind), teacher_head=teacher, alpha=0.5,
+            chunk=25,
+        )  # fmt: skip
+        grads = torch.autograd.grad(parts.total, [at, head.weight])
+        found.append([t.detach().cpu().double() for t in (*parts, *grads)])
+    return max(float((got - want).abs().max() / want.abs().max()) for got, want in zip(*found, strict=True))
+
+
+def optimizer_error(device: torch.device) -> float:
+    """Of five steps of AdamW, by weight with a ramp and by parameter, against float64 on the CPU."""
+    rng = generator(0, "adamw")
+    shapes = ((3000,), (5, 16, 16), (7, 9), (1,))
+    first = [torch.randn(shape, generator=rng) for shape in shapes]
+    grads = [[torch.randn(shape, generator=rng) for shape in shapes] for _ in range(5)]
+    found = []
+    for place, kind in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
+        own = [torch.nn.Parameter(t.to(place, kind, copy=True)) for t in first]
+        sparse = {"params": own[:2], "per_weight_step": True, "ramp": 3, "ramp_first": False, "weight_decay": 0.1}
+        optimizer = AdamW([sparse, {"params": own[2:]}], lr=0.05)
+        for step, given in enumerate(grads):
+            for p, grad in zip(own, given, strict=True):
+                p.grad = grad.to(place, kind)
+            if step == 2:
+                for p in own[:2]:
+                    for key in ("step", "exp_avg", "exp_avg_sq"):
+                        optimizer.state[p][key].view(-1)[::3] = 0
+            optimizer.step()
+        found.append([p.detach().cpu().double() for p in own])
+    return max(float((got - want).abs().max() / want.abs().max()) for got, want in zip(*found, strict=True))
 
 
 def errors_of(

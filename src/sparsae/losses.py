@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparsae.kernels.cuda.availability import DTYPES, absence
+
 
 class LossParts(NamedTuple):
     """Scalars in nats a token: `total` carries the gradient, the two parts do not."""
@@ -140,12 +142,11 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + inputs.chunk)
             with torch.set_grad_enabled(bool(wanted)):
                 hidden = hidden_TD[rows].detach().requires_grad_(0 in wanted)
-                cross_entropy, divergence = _chunk_loss(inputs, hidden, rows)
+                weights = 1 / counted, inputs.alpha * rarer / counted
+                cross_entropy, divergence, root, slope = _chunk_loss(inputs, hidden, rows, weights)
                 if wanted:
                     leaves = [(hidden, *parameters)[i] for i in wanted]
-                    chunk_grads = torch.autograd.grad(
-                        (cross_entropy + inputs.alpha * rarer * divergence) / counted, leaves, allow_unused=True
-                    )
+                    chunk_grads = torch.autograd.grad(root, leaves, slope, allow_unused=True)
                     for i, grad in zip(wanted, chunk_grads, strict=True):
                         target = grads[i]
                         if grad is not None and target is not None:
@@ -173,23 +174,50 @@ def _counted(inputs: _Inputs, targets: Tensor) -> int:
     return int((targets != inputs.ignore_index).sum())
 
 
-def _chunk_loss(inputs: _Inputs, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Sums over the chunk's tokens of cross entropy and divergence."""
-    targets = inputs.targets[rows]
-    log_p = _wide(inputs.head(hidden)).log_softmax(-1)
-    ignored = -100 if inputs.ignore_index is None else inputs.ignore_index
+def _chunk_loss(
+    inputs: _Inputs, hidden: Tensor, rows: slice, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sums over the chunk's tokens of cross entropy and divergence, and what is differentiated, with its slope.
+
+    weights: of the two sums in the loss.
+    """
+    targets, logits, teacher_logits = inputs.targets[rows], inputs.head(hidden), None
+    if inputs.teacher_head is not None and inputs.teacher_hidden is not None:
+        teacher_hidden = inputs.teacher_hidden[rows]
+        if teacher_hidden.shape[0]:
+            with torch.no_grad():
+                teacher_logits = inputs.teacher_head(teacher_hidden)
+    if _has_kernel(logits, teacher_logits):
+        from sparsae.kernels.cuda.loss import losses_and_gradient
+
+        cross_entropy, divergence, slope = losses_and_gradient(
+            logits.detach(), targets, teacher_logits, inputs.ignore_index, *weights, logits.requires_grad
+        )
+        return cross_entropy, divergence, logits, slope
+    cross_entropy, divergence = _sums(logits, teacher_logits, targets, inputs.ignore_index)
+    return cross_entropy, divergence, weights[0] * cross_entropy + weights[1] * divergence, None
+
+
+def _has_kernel(logits: Tensor, teacher_logits: Tensor | None) -> bool:
+    """Whether a GPU's kernel can read them."""
+    given = [t for t in (logits, teacher_logits) if t is not None]
+    fit = all(t.is_cuda and t.dtype in DTYPES and t.is_contiguous() for t in given)
+    return fit and logits.numel() > 0 and absence() is None
+
+
+def _sums(
+    logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """Sums of cross entropy and divergence over the tokens that count, by torch's operators."""
+    log_p = _wide(logits).log_softmax(-1)
+    ignored = -100 if ignore_index is None else ignore_index
     cross_entropy = F.nll_loss(log_p, targets, ignore_index=ignored, reduction="sum")
-    if inputs.teacher_head is None or inputs.teacher_hidden is None:
+    if teacher_logits is None:
         return cross_entropy, torch.zeros_like(cross_entropy)
-    teacher_hidden = inputs.teacher_hidden[rows]
-    taught = teacher_hidden.shape[0]
-    if not taught:
-        return cross_entropy, torch.zeros_like(cross_entropy)
-    with torch.no_grad():
-        log_q = _wide(inputs.teacher_head(teacher_hidden)).log_softmax(-1)
+    taught, log_q = teacher_logits.shape[0], _wide(teacher_logits).log_softmax(-1)
     divergence = F.kl_div(log_p[:taught], log_q, reduction="none", log_target=True).sum(-1)
-    if inputs.ignore_index is not None:
-        divergence = divergence * (targets[:taught] != inputs.ignore_index)
+    if ignore_index is not None:
+        divergence = divergence * (targets[:taught] != ignore_index)
     return cross_entropy, divergence.sum()
 
 

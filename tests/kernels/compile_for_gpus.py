@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsae.kernels.cuda import adamw, blocks, dense
+from sparsae.kernels.cuda import adamw, blocks, dense, loss
 from sparsae.kernels.cuda.thresholds import BLOCKS, TILE_COLUMNS, TILE_ROWS
 
 # By compute capability: shared memory that a program may take at most, in bytes.
@@ -39,6 +39,8 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, Any], list[tuple[dict[s
         yield dense._by_tiles.kernel, {**_TILES, "PRECISION": precision}, list(dense._by_tiles.configurations)
     for ramps in (False, True) if dtype == "fp32" else ():
         yield adamw._adamw, {"RAMPS": ramps, "COLUMNS": adamw._COLUMNS, "CHUNK": adamw._CHUNK}, [({}, 4, 3)]
+    for teaches, gradient in itertools.product((False, True), repeat=2):
+        yield loss._rows, {"TEACHES": teaches, "GRADIENT": gradient, "BLOCK": loss._BLOCK}, [({}, 4, 3)]
     for side in BLOCKS:
         block = {"B_OUT": side, "B_IN": side, "PRECISION": precision}
         yield blocks._spmm.kernel, {**block, "HAS_BIAS": True}, list(blocks._spmm.configurations)
@@ -50,7 +52,8 @@ def kernels(dtype: str) -> Iterator[tuple[Any, dict[str, Any], list[tuple[dict[s
 _INTEGERS = {"indices": "*i32", "seen": "*i32", "starts": "*i64", "by_row": "*i32", "row_ptr": "*i64"}
 _OF_ADAMW = dict.fromkeys(("table", "owner", "first"), "*i64") | {"numbers": "*fp32"}
 _OF_ADAMW |= dict.fromkeys(("rest1", "beta2", "rest2", "log1", "log2", "eps"), "fp32")
-_FLOATS = ("x", "dy", "values", "weight", "gradient", "found", "bias", "y", "dx")
+_OF_LOSS = {"targets": "*i64", "sums": "*fp32", "ce_weight": "fp32", "kl_weight": "fp32"}
+_FLOATS = ("logits", "teacher", "x", "dy", "values", "weight", "gradient", "found", "bias", "y", "dx")
 
 
 def compiled(kernel: Any, dtype: str, constants: dict[str, Any], warps: int, stages: int, gpu: int) -> Any:
@@ -59,7 +62,7 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], warps: int, sta
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in (known := _OF_ADAMW if kernel is adamw._adamw else _INTEGERS):
+        elif name in (known := {adamw._adamw: _OF_ADAMW, loss._rows: _OF_LOSS}.get(kernel, _INTEGERS)):
             signature[name] = known[name]
         elif name in _FLOATS:
             signature[name] = "*fp32" if name in wide else f"*{dtype}"

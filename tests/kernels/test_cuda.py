@@ -26,6 +26,7 @@ from sparsae.kernels.cuda.index import make_index, row_tiles, run_starts
 from sparsae.kernels.reference import Reference
 from sparsae.kernels.registry import BACKENDS, choose_backend
 from sparsae.kernels.structures import multiplied
+from sparsae.losses import _sums, language_model_loss
 from sparsae.optim import AdamW
 from tests.support.strategies import topologies
 
@@ -230,6 +231,57 @@ def test_one_launch_updates_every_parameter(
 
 
 @in_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@settings(max_examples=20)
+@given(
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 40, 2048, 2500]),
+    st.none() | st.integers(0, 9),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_losses_of_rows_and_their_gradient(
+    dtype: torch.dtype, tokens: int, vocabulary: int, taught: int | None, ignores: bool, gradient: bool, seed: int
+) -> None:
+    from sparsae.kernels.cuda.loss import losses_and_gradient
+
+    rng = generator(seed, "loss")
+    logits = (4 * torch.randn(tokens, vocabulary, generator=rng)).to(dtype)
+    teacher = None if taught is None else (4 * torch.randn(min(taught, tokens), vocabulary, generator=rng)).to(dtype)
+    targets = torch.randint(vocabulary, (tokens,), generator=rng)
+    if ignores:
+        targets[torch.rand(tokens, generator=rng) < 0.3] = -100
+    exact = logits.double().requires_grad_()
+    want = _sums(exact, None if teacher is None else teacher.double(), targets, -100 if ignores else None)
+    (0.3 * want[0] + 0.7 * want[1]).backward()
+    ce, kl, found = losses_and_gradient(logits, targets, teacher, -100 if ignores else None, 0.3, 0.7, gradient)
+    torch.testing.assert_close(torch.stack([ce, kl]).double(), torch.stack(want).detach(), rtol=1e-5, atol=1e-5)
+    assert (found is not None) == gradient
+    if found is not None and exact.grad is not None:
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact.grad, rtol=0.0, atol=TOLERANCE[dtype])
+
+
+@in_interpreter
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_the_loss_of_a_model_by_the_kernel(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks, a teacher of some tokens, tokens that do not count: loss and gradients of hidden states and head."""
+    rng = generator(0, "loss")
+    head, teacher = nn.Linear(6, 30), nn.Linear(6, 30)
+    hidden, targets = torch.randn(23, 6, generator=rng), torch.randint(30, (23,), generator=rng)
+    targets[[3, 9]] = -100
+    how: dict[str, object] = {"teacher_hidden_TD": torch.randn(11, 6, generator=rng), "teacher_head": teacher}
+    found = []
+    for is_ours in (False, True):
+        monkeypatch.setattr("sparsae.losses._has_kernel", lambda *_, ours=is_ours: ours)
+        at = hidden.clone().requires_grad_()
+        parts = language_model_loss(at, head, targets, **how, alpha=alpha, chunk=5)  # type: ignore[arg-type]
+        found.append([*parts, *torch.autograd.grad(parts.total, [at, *head.parameters()])])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@in_interpreter
 @pytest.mark.parametrize(("gpu", "dtype"), [(80, "bf16"), (89, "bf16"), (90, "bf16"), (90, "fp32")])
 def test_every_kernel_compiles_for_gpus_within_their_shared_memory(gpu: int, dtype: str) -> None:
     from tests.kernels.compile_for_gpus import SHARED
@@ -240,6 +292,7 @@ def test_every_kernel_compiles_for_gpus_within_their_shared_memory(gpu: int, dty
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in rows} >= {"_scatter", "_gather", "_forward", "_backward", "_gradient"}
+    assert "_rows" in {row["kernel"] for row in rows}
     assert ("_adamw" in {row["kernel"] for row in rows}) == (dtype == "fp32")
     for row in rows:
         if (gpu, row.get("B_OUT")) != (89, 128):
