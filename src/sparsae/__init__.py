@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sparsae.nn.kinds.kind import Kind as Kind
     from sparsae.nn.linear import SparseLinear as SparseLinear
     from sparsae.nn.linear import sparse_layers as sparse_layers
+    from sparsae.nn.mlp import mlp_keeps as mlp_keeps
     from sparsae.nn.sparsify import densify as densify
     from sparsae.nn.sparsify import sparsify as sparsify
     from sparsae.nn.summary import summary as summary
@@ -133,6 +134,7 @@ _HOMES = {
     "densify": "sparsae.nn.sparsify",
     "distillation_loss": "sparsae.losses",
     "load_model": "sparsae.nn.tensors",
+    "mlp_keeps": "sparsae.nn.mlp",
     "parameter_groups": "sparsae.optim",
     "register_backend": "sparsae.kernels.registry",
     "sparse_layers": "sparsae.nn.linear",

@@ -126,13 +126,19 @@ class Guest(Reference):
     def mlp_refusal(self, layouts: Sequence[Layout], activation: str, dtype: torch.dtype) -> str | None:
         return None if activation == "gelu_tanh" else "it knows one activation"
 
-    def mlp_forward(self, weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
+    def mlp_forward(
+        self, weights: Sequence[Weight], x_TI: Tensor, activation: str, kept: Tensor | None = None
+    ) -> Tensor:
+        assert kept is None
         self.calls.append("forward")
         up, down = weights
         hidden = nn.functional.gelu(self.spmm(up.values, up.layout, x_TI, up.bias), approximate="tanh")
         return self.spmm(down.values, down.layout, hidden, down.bias)
 
-    def mlp_backward(self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
+    def mlp_backward(
+        self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str, kept: Tensor | None = None
+    ) -> MlpGradients:
+        assert kept is None
         self.calls.append("backward")
         return composed_backward(self, weights, [new_key() for _ in weights], dy_TO, x_TI, activation)
 

@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import GPT2Config, LlamaConfig
+from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout, Weight
-from sparsae.kernels.cpu import breakeven, native
+from sparsae.kernels.cpu import native
 from sparsae.kernels.cpu.backend import BACKEND, is_native
 from sparsae.kernels.mlp import ACTIVATIONS, composed_backward, sparse_mlp
 from sparsae.kernels.probe import SampledGradients, new_key
 from sparsae.nn import mlp
 from sparsae.nn.linear import SparseLinear, sparse_layers
-from sparsae.nn.mlp import FusedMLP
+from sparsae.nn.mlp import FusedMLP, mlp_keeps
 from sparsae.nn.sparsify import densify, sparsify
-from tests.support.mlp_cases import Case, close
+from tests.support.mlp_cases import Case, cases, close, everything, gpt2, llama
 
 pytestmark = pytest.mark.skipif(native.absence() is not None, reason=str(native.absence()))
-
-UNITS = [(1, 1), (4, 4), (16, 16), (2, 3), (5, 1), (1, 7)]
-
-
-@pytest.fixture(scope="module", params=["portable", "neon", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    if not native.select_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    yield request.param
-    native.select_isa(before)
-
-
-@pytest.fixture
-def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breakeven, "fusing_pays", lambda layouts: True)
 
 
 @pytest.fixture
@@ -52,23 +34,12 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at each use of the fused operator."""
     calls: list[int] = []
 
-    def counted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any) -> Any:
         calls.append(1)
         return sparse_mlp(*arguments)
 
     monkeypatch.setattr(mlp, "sparse_mlp", counted)
     return calls
-
-
-cases = st.builds(
-    Case,
-    st.tuples(st.sampled_from(UNITS), st.integers(1, 6), st.integers(1, 12), st.integers(1, 6)),
-    st.booleans(),
-    st.sampled_from(list(ACTIVATIONS)),
-    st.booleans(),
-    st.integers(0, 150),
-    st.integers(0, 2**32),
-)
 
 
 @given(cases)
@@ -83,14 +54,14 @@ def test_the_composed_backward_is_the_same(case: Case) -> None:
     close(Case.flat(composed), case.exact()[1:], 2e-5)
 
 
-@given(cases)
-def test_threads_do_not_change_a_bit(isa: str, case: Case) -> None:
+@given(cases, st.sampled_from([None, torch.float32, torch.bfloat16]))
+def test_threads_do_not_change_a_bit(isa: str, case: Case, keeps: torch.dtype | None) -> None:
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(case.run())
+            results.append(case.run(keeps))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -130,24 +101,10 @@ def test_weights_that_are_no_mlp_are_refused() -> None:
     other = Case(((2, 2), 3, 2, 5), False, "relu", True, 7, 0).weights[1]
     with pytest.raises(ValueError, match="different units"):
         native.mlp_forward([case.weights[0], other], case.x, "relu")
-
-
-def gpt2(width: int = 32, activation: str = "gelu_new", dropout: float = 0.0) -> nn.Module:
-    config = GPT2Config(n_embd=width, activation_function=activation, resid_pdrop=dropout)
-    return nn.Sequential(GPT2MLP(4 * width, config))
-
-
-def llama(width: int = 32) -> nn.Module:
-    return nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=48, num_attention_heads=2)))
-
-
-def everything(model: nn.Module, x: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    y = model(x)
-    y.float().square().sum().backward()
-    assert x.grad is not None
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    with pytest.raises(ValueError, match=r"what is kept have shape \(7, 3\), not \(7, 4\)"):
+        native.mlp_forward(case.weights, case.x, "relu", torch.empty(7, 3))
+    with pytest.raises(ValueError, match="keep float32 or bfloat16"):
+        native.mlp_backward(case.weights, case.dy, case.x, "relu", torch.empty(7, 4, dtype=torch.float16))
 
 
 @pytest.mark.usefixtures("always_fused")
@@ -169,8 +126,9 @@ def test_the_module_equals_the_one_that_it_stands_for(
 
 @pytest.mark.usefixtures("always_fused")
 @pytest.mark.skipif(not is_native(torch.bfloat16), reason="bfloat16 is multiplied densely here")
-def test_autocast() -> None:
-    model = sparsify(llama(), 0.7, backend="cpu")
+@pytest.mark.parametrize("keeps", ["nothing", "bfloat16", "float32"])
+def test_autocast(keeps: str) -> None:
+    model = mlp_keeps(sparsify(llama(), 0.7, backend="cpu"), keeps)
     x = torch.randn(40, 32, generator=generator(0, "x"))
     with torch.autocast("cpu", torch.bfloat16):
         got, want = everything(model, x), everything(nn.Sequential(model[0].original), x)
@@ -296,8 +254,9 @@ def test_dropout_still_drops() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("always_fused")
-def test_it_compiles_to_one_graph() -> None:
-    model = sparsify(gpt2(), 0.9, backend="cpu")
+@pytest.mark.parametrize("keeps", ["nothing", "bfloat16"])
+def test_it_compiles_to_one_graph(keeps: str) -> None:
+    model = mlp_keeps(sparsify(gpt2(), 0.9, backend="cpu"), keeps)
     x = torch.randn(20, 32, generator=generator(0, "x"))
     want = everything(model, x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,6 @@ from tests.support.strategies import topologies
 pytestmark = pytest.mark.skipif(native.absence() is not None, reason=str(native.absence()))
 
 UNITS = [(1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (2, 3), (5, 1), (1, 7)]
-
-
-@pytest.fixture(scope="module", params=["portable", "neon", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    if not native.select_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    yield request.param
-    native.select_isa(before)
 
 
 def asked_for(gradients: Gradients) -> list[Tensor]:

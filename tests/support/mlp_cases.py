@@ -1,11 +1,15 @@
-"""Products of a fused MLP, with their twin that autograd differentiates."""
+"""Products of a fused MLP, with their twin that autograd differentiates, and the MLPs of models."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config, LlamaConfig
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
@@ -44,9 +48,11 @@ class Case:
         self.x = torch.randn(tokens, in_, generator=rng)
         self.dy = torch.randn(tokens, out, generator=rng)
 
-    def run(self) -> list[Tensor]:
-        y = native.mlp_forward(self.weights, self.x, self.activation)
-        return [y, *self.flat(native.mlp_backward(self.weights, self.dy, self.x, self.activation))]
+    def run(self, keeps: torch.dtype | None = None) -> list[Tensor]:
+        features = (len(self.weights) - 1) * self.weights[0].layout.shape[0]
+        kept = None if keeps is None else torch.empty(self.tokens, features, dtype=keeps)
+        y = native.mlp_forward(self.weights, self.x, self.activation, kept)
+        return [y, *self.flat(native.mlp_backward(self.weights, self.dy, self.x, self.activation, kept))]
 
     @staticmethod
     def flat(gradients: MlpGradients) -> list[Tensor]:
@@ -70,6 +76,20 @@ class Case:
         return [y.detach(), *torch.autograd.grad(y, wanted, self.dy.double())]
 
 
+UNITS = [(1, 1), (4, 4), (16, 16), (2, 3), (5, 1), (1, 7)]
+
+
+cases = st.builds(
+    Case,
+    st.tuples(st.sampled_from(UNITS), st.integers(1, 6), st.integers(1, 12), st.integers(1, 6)),
+    st.booleans(),
+    st.sampled_from(list(ACTIVATIONS)),
+    st.booleans(),
+    st.integers(0, 150),
+    st.integers(0, 2**32),
+)
+
+
 class Differentiable(torch.autograd.Function):
     """Values to a dense (in, out) weight."""
 
@@ -91,3 +111,21 @@ def close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
         assert a.shape == b.shape
         largest = float(b.abs().max()) if b.numel() else 0.0
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * (1 + largest))
+
+
+def gpt2(width: int = 32, activation: str = "gelu_new", dropout: float = 0.0) -> nn.Module:
+    config = GPT2Config(n_embd=width, activation_function=activation, resid_pdrop=dropout)
+    return nn.Sequential(GPT2MLP(4 * width, config))
+
+
+def llama(width: int = 32) -> nn.Module:
+    return nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=48, num_attention_heads=2)))
+
+
+def everything(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]

@@ -54,6 +54,12 @@ class TrainingConfig(Section):
     device: Text = Field(default="auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     threads: Count | None = Field(default=None, description="CPU threads; null: torch's choice")
     compile: bool = Field(default=False, description="run the model through torch.compile")
+    mlp_keeps: Annotated[Literal["nothing", "bfloat16", "float32"], where_dense()] = Field(
+        default="nothing",
+        description="of the hidden layer of sparse MLPs that are fused (on a CPU), from forward to backward: bfloat16 "
+        "and float32 hold 2 and 4 bytes a token, layer and hidden feature, twice that where gated; nothing: it is "
+        "computed again. Gradients are the same with nothing and float32, and rounded with bfloat16",
+    )
     loss_chunk: Count = Field(default=1024, description="tokens whose logits exist at a time")
     validate_every: Count | None = Field(
         default=None, description="steps between validations; null: a tenth of the run, at least 10"

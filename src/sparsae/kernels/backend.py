@@ -148,6 +148,8 @@ class Backend(ABC):
     # Whether `spmm` compares `layout.seen` with the indices as it reads them, and multiplies by NaN where they differ:
     # asked on devices where an answer would have to be waited for.
     compares: bool = False
+    # In which dtypes `mlp_forward` can keep the hidden layer for `mlp_backward`: with none, `kept` is never given.
+    mlp_keeps: Sequence[torch.dtype] = ()
 
     def missing(self, device: torch.device) -> str | None:
         """What this installation lacks for this backend to serve a device that it is made for; None where nothing."""
@@ -197,12 +199,20 @@ class Backend(ABC):
         """Whether an MLP takes less time at once than layer by layer. Asked where it is not refused."""
         return True
 
-    def mlp_forward(self, weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
-        """Y = f(X Wu^T + bu) Wd^T + bd or, gated, (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd, a new (tokens, out)."""
+    def mlp_forward(
+        self, weights: Sequence[Weight], x_TI: Tensor, activation: str, kept: Tensor | None = None
+    ) -> Tensor:
+        """Y = f(X Wu^T + bu) Wd^T + bd or, gated, (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd, a new (tokens, out).
+
+        kept: (tokens, hidden), or (tokens, 2 hidden) where gated, to be filled with what `mlp_backward` of the same
+        inputs wants of the hidden layer, in an order of the backend's own; in one of the dtypes of `mlp_keeps`.
+        """
         raise NotImplementedError(self.name)
 
-    def mlp_backward(self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
-        """All gradients of `mlp_forward` but that of the output's bias."""
+    def mlp_backward(
+        self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str, kept: Tensor | None = None
+    ) -> MlpGradients:
+        """All gradients of `mlp_forward` but that of the output's bias; kept: what it filled, or None."""
         raise NotImplementedError(self.name)
 
     def token_refusal(self, layout: Layout, dtype: torch.dtype) -> str | None:

@@ -2,8 +2,9 @@
 
     Y = f(X Wu^T + bu) Wd^T + bd        or        Y = (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd
 
-The hidden layer is never stored: backward computes it again, tile by tile. Only where a probe wants gradients at other
-units of these weights (kernels/probe.py) is backward composed of the single layers' operators.
+Of the hidden layer what goes into the activation is kept for backward, in float32 or bfloat16, or nothing is: backward
+then computes it again, tile by tile. Only where a probe wants gradients at other units of these weights
+(kernels/probe.py) is backward composed of the single layers' operators, which compute it again in any case.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "silu": functional.silu,
 }
+# What can be kept of the hidden layer, by its name in the settings.
+KEEPS = {"nothing": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # (gradient of f(z), z) to the gradient of z: autograd does not look into an operator.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda df, z: torch.ops.aten.gelu_backward(df, z, approximate="tanh"),
@@ -48,11 +51,13 @@ def sparse_mlp(
     activation: str,
     backend: str,
     trains: bool,
-) -> Tensor:
-    """x: (..., in) float32 or bfloat16 to (..., out). Lists go by weight: up, down and, where gated, gate.
+    keeps: str,
+) -> tuple[Tensor, Tensor]:
+    """x: (..., in) float32 or bfloat16 to (..., out), and what backward wants of the hidden layer.
 
-    values: in x's dtype. biases: (0,) for none. indices: as the layers have them. structures: for each weight those of
-    kernels/structures.py. trains: see `Probe.called`. Raises InputError where they are of other indices.
+    Lists go by weight: up, down and, where gated, gate. values: in x's dtype. biases: (0,) for none. indices: as the
+    layers have them. structures: for each weight those of kernels/structures.py. trains: see `Probe.called`. keeps: of
+    KEEPS, and nothing, (0,), where the backend does not keep that. Raises InputError where they are of other indices.
     """
     x_TI = x.reshape(-1, x.shape[-1])
     keys, weights = _weights(values, biases, structures, x.shape[-1], hidden_features, out_features)
@@ -61,7 +66,9 @@ def sparse_mlp(
     for number, (weight, own) in enumerate(zip(weights, indices, strict=True)):
         read, layout = multiplied(BACKENDS[backend], weight.values, own, weight.layout)
         weights[number] = weight._replace(values=read, layout=layout)
-    return BACKENDS[backend].mlp_forward(weights, x_TI, activation).view(*x.shape[:-1], out_features)
+    kept = _room(x, len(values), hidden_features, backend, keeps)
+    y_TO = BACKENDS[backend].mlp_forward(weights, x_TI, activation, *_given(kept))
+    return y_TO.view(*x.shape[:-1], out_features), kept
 
 
 @sparse_mlp.register_fake
@@ -76,14 +83,16 @@ def _(
     activation: str,
     backend: str,
     trains: bool,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+    keeps: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], out_features), _room(x, len(values), hidden_features, backend, keeps)
 
 
 @torch.library.custom_op("sparsae::fused_mlp_backward", mutates_args=())
 def sparse_mlp_backward(
     dy: Tensor,
     x: Tensor,
+    kept: Tensor,
     values: list[Tensor],
     biases: list[Tensor],
     structures: list[Tensor],
@@ -98,7 +107,7 @@ def sparse_mlp_backward(
     if any(open_probe(key) is not None for key in keys):
         gradients = composed_backward(BACKENDS[backend], weights, keys, dy_TO, x_TI, activation)
     else:
-        gradients = BACKENDS[backend].mlp_backward(weights, dy_TO, x_TI, activation)
+        gradients = BACKENDS[backend].mlp_backward(weights, dy_TO, x_TI, activation, *_given(kept))
     if biases[1].numel():
         gradients.biases[1] = dy_TO.sum(0)
     return [
@@ -112,6 +121,7 @@ def sparse_mlp_backward(
 def _(
     dy: Tensor,
     x: Tensor,
+    kept: Tensor,
     values: list[Tensor],
     biases: list[Tensor],
     structures: list[Tensor],
@@ -167,20 +177,37 @@ def _weights(
     return keys, weights
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, biases, _, structures, *ctx.settings, _ = inputs
+def _room(x: Tensor, weights: int, hidden_features: int, backend: str, keeps: str) -> Tensor:
+    """Where a forward pass over x keeps the hidden layer; (0,) where nothing is kept."""
+    dtype = KEEPS[keeps]
+    if dtype is None or dtype not in BACKENDS[backend].mlp_keeps:
+        return x.new_empty(0)
+    return x.new_empty(x.numel() // x.shape[-1], (weights - 1) * hidden_features, dtype=dtype)
+
+
+def _given(kept: Tensor) -> tuple[Tensor, ...]:
+    """As an argument that backends which keep nothing need not have."""
+    return (kept,) if kept.dim() > 1 else ()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, biases, _, structures, *ctx.settings, _, _ = inputs
+    kept = output[1]
     ctx.count = len(values)
+    ctx.mark_non_differentiable(kept)
+    # Else a gradient of zeros would be made for what is kept.
+    ctx.set_materialize_grads(False)
     # Detached for the reason that function.py gives.
-    ctx.save_for_backward(x, *(value.detach() for value in values), *biases, *structures)
+    ctx.save_for_backward(x, kept, *(value.detach() for value in values), *biases, *structures)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, *rest = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    x, kept, *rest = ctx.saved_tensors
     values, biases, structures = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
-    dx, *gradients = torch.ops.sparsae.fused_mlp_backward(dy, x, values, biases, structures, *ctx.settings)
+    dx, *gradients = torch.ops.sparsae.fused_mlp_backward(dy, x, kept, values, biases, structures, *ctx.settings)
     dbiases = [g if b.numel() else None for g, b in zip(gradients[ctx.count :], biases, strict=True)]
     none = [None] * ctx.count
-    return dx, gradients[: ctx.count], dbiases, none, [None] * len(structures), None, None, None, None, None
+    return dx, gradients[: ctx.count], dbiases, none, [None] * len(structures), None, None, None, None, None, None
 
 
 sparse_mlp.register_autograd(_backward, setup_context=_setup_context)

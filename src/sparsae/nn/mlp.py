@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sparsae.errors import InputError
 from sparsae.families import FAMILIES, Family
-from sparsae.kernels.mlp import sparse_mlp
+from sparsae.kernels.mlp import KEEPS, sparse_mlp
 from sparsae.kernels.registry import BACKENDS
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.tracing import by_operators, in_autocast
@@ -38,6 +39,8 @@ class FusedMLP(nn.Module):
         family = _family_of(original)
         assert family is not None
         self._names, self._activation = family.mlp_layers, family.activation
+        # What a forward pass that is differentiated keeps of the hidden layer: see `mlp_keeps`.
+        self.keeps = "nothing"
         for name, child in original.named_children():
             self.add_module(name, child)
         # In a tuple, so that its parameters are not counted twice.
@@ -71,8 +74,9 @@ class FusedMLP(nn.Module):
         biases = [values[0].new_empty(0) if layer.bias is None else in_autocast(layer.bias) for layer in layers]
         up, down = layers[:2]
         trains = self.training or torch.is_grad_enabled()
+        keeps = self.keeps if torch.is_grad_enabled() else "nothing"
         sizes = up.out_features, down.out_features
-        y = sparse_mlp(x, values, biases, indices, structures, *sizes, activation, up.kernel, trains)
+        y, _ = sparse_mlp(x, values, biases, indices, structures, *sizes, activation, up.kernel, trains, keeps)
         dropout = self._modules.get("dropout")
         return y if dropout is None else dropout(y)
 
@@ -93,6 +97,23 @@ class FusedMLP(nn.Module):
         backend, layouts = BACKENDS[layers[0].kernel], [layer.layout for layer in layers]
         refusal = backend.mlp_refusal(layouts, activation, in_autocast(x[:0]).dtype)
         return refusal is None and backend.mlp_pays(layouts)
+
+
+def mlp_keeps(model: nn.Module, what: str) -> nn.Module:
+    """Sets what the fused MLPs of `model` keep of their hidden layer from forward to backward; returns the model.
+
+    what: "nothing", where they begin: backward computes the hidden layer again, a product more (two where gated);
+    "float32" or "bfloat16": what goes into the activation, in 4 or 2 bytes for each token and hidden feature (twice
+    that where gated). Gradients are the same with "nothing" and "float32"; with "bfloat16" they are those of a hidden
+    layer rounded to 8 bits, while outputs are not rounded. Raises InputError for anything else. Without effect on MLPs
+    that are not fused, as on a GPU.
+    """
+    if what not in KEEPS:
+        raise InputError(f"mlp_keeps: must be one of {', '.join(KEEPS)}, not {what!r}")
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            module.keeps = what
+    return model
 
 
 def hooked(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from sparsae.nn.choice import Choice, layer_shapes
 from sparsae.nn.conversion import Initializer
 from sparsae.nn.limits import Limits, require_quota
 from sparsae.nn.linear import sparse_layers
+from sparsae.nn.mlp import mlp_keeps
 from sparsae.nn.sparsify import layer_counts, sparsify, validated_heads
 from sparsae.parameterization import Parameterization
 from sparsae.rules import build_rule
@@ -100,7 +101,7 @@ def model_of(
     if device.type != "meta":
         materialize(model, parameterization, config.seed, device)
         model.to(device)
-    return model
+    return mlp_keeps(model, config.training.mlp_keeps)
 
 
 def initial_bounds(config: Config) -> tuple[float, float]:

@@ -33,6 +33,7 @@ class Cpu(Backend):
     """The kernels of csrc/, and the dense path where they would not pay."""
 
     name = "cpu"
+    mlp_keeps = native.DTYPES
 
     def __init__(self) -> None:
         self._dense = Reference()
@@ -103,11 +104,15 @@ class Cpu(Backend):
     def mlp_pays(self, layouts: Sequence[Layout]) -> bool:
         return breakeven.fusing_pays(layouts)
 
-    def mlp_forward(self, weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
-        return native.mlp_forward([_in_float32(weight) for weight in weights], x_TI, activation)
+    def mlp_forward(
+        self, weights: Sequence[Weight], x_TI: Tensor, activation: str, kept: Tensor | None = None
+    ) -> Tensor:
+        return native.mlp_forward([_in_float32(weight) for weight in weights], x_TI, activation, kept)
 
-    def mlp_backward(self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
-        return native.mlp_backward([_in_float32(weight) for weight in weights], dy_TO, x_TI, activation)
+    def mlp_backward(
+        self, weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str, kept: Tensor | None = None
+    ) -> MlpGradients:
+        return native.mlp_backward([_in_float32(weight) for weight in weights], dy_TO, x_TI, activation, kept)
 
     def token_refusal(self, layout: Layout, dtype: torch.dtype) -> str | None:
         return None if dtype == torch.float32 else "it multiplies single tokens in float32"

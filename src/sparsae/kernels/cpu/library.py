@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 # What the library must answer: see sparsae_interface in csrc/api.cpp.
-INTERFACE = 3
+INTERFACE = 4
 LIBRARY = Path(__file__).parent / "_native.so"
 
 
@@ -32,6 +32,8 @@ class Mlp(ctypes.Structure):
     _fields_ = (
         *((name, Problem) for name in ("up", "gate", "down")),
         *((name, ctypes.c_int32) for name in ("activation", "gated")),
+        ("kept", ctypes.c_void_p),
+        ("kept_bfloat16", ctypes.c_int32),
     )
 
 

@@ -156,25 +156,31 @@ def mlp_refusal(layouts: Sequence[Layout]) -> str | None:
     return None
 
 
-def mlp_forward(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Tensor:
+def mlp_forward(weights: Sequence[Weight], x_TI: Tensor, activation: str, kept: Tensor | None = None) -> Tensor:
     """Y = f(X Wu^T + bu) Wd^T + bd, or (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd.
 
     weights: up, down and, where gated, gate: in float32, with an `Index` as derived tensors. activation: one of
-    ACTIVATIONS. Y is (tokens, out) in the dtype of x_TI.
+    ACTIVATIONS. Y is (tokens, out) in the dtype of x_TI. kept: filled with what goes into the activation, in an order
+    that `mlp_backward` knows; float32 or bfloat16, (tokens, hidden), or (tokens, 2 hidden) where gated.
     """
     x_TI = x_TI.contiguous()
-    mlp = _mlp(weights, x_TI, activation)
+    mlp = _mlp(weights, x_TI, activation, kept)
     y_TO = x_TI.new_empty(x_TI.shape[0], weights[1].layout.shape[0])
     mlp.down.y = _pointer(y_TO)
     _call("sparsae_mlp_forward", mlp)
     return y_TO
 
 
-def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str) -> MlpGradients:
-    """All gradients of `mlp_forward` but that of the output's bias: dX in the dtype of x_TI, the others in float32."""
+def mlp_backward(
+    weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activation: str, kept: Tensor | None = None
+) -> MlpGradients:
+    """All gradients of `mlp_forward` but that of the output's bias: dX in the dtype of x_TI, the others in float32.
+
+    kept: what `mlp_forward` filled, with the same instruction set; None: the hidden layer is computed again.
+    """
     x_TI, dy_TO = x_TI.contiguous(), dy_TO.contiguous()
     _require("dy", dy_TO, (x_TI.shape[0], weights[1].layout.shape[0]), x_TI.dtype)
-    mlp = _mlp(weights, x_TI, activation)
+    mlp = _mlp(weights, x_TI, activation, kept)
     gradients = MlpGradients(torch.empty_like(x_TI), [_empty(*w.layout.values_shape) for w in weights], [])
     mlp.down.dy, mlp.up.dx = _pointer(dy_TO), _pointer(gradients.x)
     for number, problem in enumerate((mlp.up, mlp.down, mlp.gate)[: len(weights)]):
@@ -187,7 +193,7 @@ def mlp_backward(weights: Sequence[Weight], dy_TO: Tensor, x_TI: Tensor, activat
     return gradients
 
 
-def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Mlp:
+def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str, kept: Tensor | None) -> Mlp:
     (hidden, in_features), down = weights[0].layout.shape, weights[1].layout
     _require("x", x_TI, (x_TI.shape[0], in_features))
     if down.shape[1] != hidden or any(w.layout.shape != weights[0].layout.shape for w in weights[2:]):
@@ -196,7 +202,13 @@ def _mlp(weights: Sequence[Weight], x_TI: Tensor, activation: str) -> Mlp:
         raise ValueError(f"the fused MLP cannot be used: {reason}")
     up, down_, *gate = [_whole_problem(w.values, w.layout, Index(*w.layout.derived), w.bias, x_TI) for w in weights]
     up.x = _pointer(x_TI)
-    return Mlp(up, gate[0] if gate else Problem(), down_, ACTIVATIONS.index(activation), bool(gate))
+    mlp = Mlp(up, gate[0] if gate else Problem(), down_, ACTIVATIONS.index(activation), bool(gate))
+    if kept is not None:
+        if kept.dtype not in DTYPES:
+            raise ValueError(f"the native kernels keep float32 or bfloat16, not {kept.dtype}")
+        _require("what is kept", kept, (x_TI.shape[0], hidden * (1 + len(gate))))
+        mlp.kept, mlp.kept_bfloat16 = _pointer(kept), kept.dtype == torch.bfloat16
+    return mlp
 
 
 def multiply_add(rounds: int, threads: int) -> float:

@@ -180,7 +180,7 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
 }
 
 // What both sides must agree on. This counts up whenever what a function reads or writes changes its meaning.
-SPARSAE_EXPORT int sparsae_interface() { return 3; }
+SPARSAE_EXPORT int sparsae_interface() { return 4; }
 
 // Bytes of the argument structures.
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
@@ -219,6 +219,7 @@ SPARSAE_EXPORT int sparsae_backward(const sparsae::Problem* problem) try {
 SPARSAE_EXPORT int sparsae_mlp_forward(const sparsae::Mlp* mlp) try {
     const sparsae::Problem& down = mlp->down;
     sparsae::use_huge_pages(down.y, down.tokens * down.out * down.element_size());
+    sparsae::use_huge_pages(mlp->kept, down.tokens * down.in * (mlp->gated ? 2 : 1) * (mlp->kept_bfloat16 ? 2 : 4));
     sparsae::selected()->mlp_forward(*mlp);
     return sparsae::OK;
 } catch (const std::bad_alloc&) {

@@ -1,5 +1,6 @@
 // A sparse MLP, Y = f(X Wu^T + bu) Wd^T + bd, or gated: (f(X Wg^T + bg) * (X Wu^T + bu)) Wd^T + bd. A tile of tokens goes
-// through all of it while it is in the cache, so that the hidden layer never exists in memory; backward computes it again.
+// through all of it while it is in the cache, so that the hidden layer never exists in memory: backward computes it again, or
+// reads what forward kept of it.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include "activation.hpp"
 #include "backward.hpp"
 #include "forward.hpp"
+#include "kept.hpp"
 
 namespace SPARSAE_ISA {
 
@@ -41,12 +43,10 @@ void mlp_forward_tiles(const Mlp& m, const MlpRows<Rows>& rows, float* scratch, 
         pack<V>(x + first * up.in, up.in, n, up.in, tile);
         const NextTile<Element> next(x + (first + n) * up.in, up.in, smaller(width, up.tokens - first - n));
         rows.up.template multiply<V>(0, up.grid_rows(), tile, hidden);
-        if (m.gated) {
-            rows.gate.template multiply<V>(0, m.gate.grid_rows(), tile, gate);
-            f.activate(gate, hidden, hidden, up.out * width);
-        } else {
-            f.activate(hidden, nullptr, hidden, up.out * width);
-        }
+        if (m.gated) rows.gate.template multiply<V>(0, m.gate.grid_rows(), tile, gate);
+        const KeptTile<V> kept(m, first, n);
+        kept.write(hidden, gate);
+        f.activate(m.gated ? gate : hidden, m.gated ? hidden : nullptr, hidden, up.out * width);
         for (std::int64_t r0 = 0; r0 < down.grid_rows(); r0 += strip) {
             const std::int64_t r1 = smaller(r0 + strip, down.grid_rows());
             next.fetch(r0 / strip, (down.grid_rows() + strip - 1) / strip);
@@ -63,16 +63,21 @@ struct MlpColumns {
     Columns up, gate, down;
 };
 
-// The hidden features [h0, h1) of a tile, whole units of all weights: recomputed, and turned in place into the gradients
-// of what goes into the activation. hidden (and gate) are tiles of all hidden features; strips: 4 * (h1 - h0) features.
+// The hidden features [h0, h1) of a tile, whole units of all weights: read or computed again, and turned in place into the
+// gradients of what goes into the activation. hidden (and gate) are tiles of all hidden features; strips: 4 * (h1 - h0)
+// features.
 template <int V, class Rows, class Columns>
 void hidden_backward(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumns<Columns>& columns, const Activation& f,
-                     std::int64_t h0, std::int64_t h1, const float* x, const float* dy, float* hidden, float* gate,
-                     float* strips, bool first) {
+                     const KeptTile<V>& kept, std::int64_t h0, std::int64_t h1, const float* x, const float* dy,
+                     float* hidden, float* gate, float* strips, bool first) {
     constexpr int width = V * LANES;
     const std::int64_t b_out = m.up.unit_out, b_in = m.down.unit_in, size = (h1 - h0) * width;
-    rows.up.template multiply<V>(h0 / b_out, h1 / b_out, x, hidden + h0 * width);
-    if (m.gated) rows.gate.template multiply<V>(h0 / b_out, h1 / b_out, x, gate + h0 * width);
+    if (m.kept) {
+        kept.read(h0, h1, hidden, gate);
+    } else {
+        rows.up.template multiply<V>(h0 / b_out, h1 / b_out, x, hidden + h0 * width);
+        if (m.gated) rows.gate.template multiply<V>(h0 / b_out, h1 / b_out, x, gate + h0 * width);
+    }
     float *fz = strips, *dfz = fz + size, *da = dfz + size, *product = da + size;
     float *z = (m.gated ? gate : hidden) + h0 * width, *up = hidden + h0 * width;
     f.differentiate(z, fz, dfz, size);
@@ -158,9 +163,8 @@ void mlp_backward_tiles(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumn
     const std::int64_t cs = larger(1, CHUNK / up.unit_in), c_strips = (up.grid_cols() + cs - 1) / cs;
     const std::int64_t h_most = hidden_together(m), c_most = input_together(m);
     const auto hidden_work = [&](std::int64_t s) {
-        const std::int64_t h = s * hs;
-        return std::int64_t{up.row_ptr[h / up.unit_out]} + (m.gated ? gate.row_ptr[h / up.unit_out] : 0) +
-               2 * down.col_ptr[h / down.unit_in] + 8 * s;
+        const std::int64_t h = s * hs, row = m.kept ? 0 : h / up.unit_out;
+        return std::int64_t{up.row_ptr[row]} + (m.gated ? gate.row_ptr[row] : 0) + 2 * down.col_ptr[h / down.unit_in] + 8 * s;
     };
     const auto input_work = [&](std::int64_t s) {
         const std::int64_t c = smaller(s * cs, up.grid_cols());
@@ -182,14 +186,15 @@ void mlp_backward_tiles(const Mlp& m, const MlpRows<Rows>& rows, const MlpColumn
         float* strips = scratch + 2 * x_size + dy_size + (m.gated ? 2 : 1) * h_size + part * per_thread;
         for (std::int64_t at = 0, t = 0; at < up.tokens; at += width, t++) {
             const std::int64_t n = smaller(width, up.tokens - at);
+            const KeptTile<V> kept(m, at, n);
             // Two input tiles in turn: others may still read the last one.
             float* x_tile = scratch + (parts > 1 ? t % 2 : 0) * x_size;
             if (x1 > x0) pack<V>(x + at * up.in + x0, up.in, n, x1 - x0, x_tile + x0 * width);
             if (y1 > y0) pack<V>(dy + at * down.out + y0, down.out, n, y1 - y0, dy_tile + y0 * width);
 #pragma omp barrier
             for (std::int64_t h = hs0 * hs; h < hs1 * hs; h += h_most)
-                hidden_backward<V>(m, rows, columns, f, h, smaller(h + h_most, hs1 * hs), x_tile, dy_tile, hidden, gates,
-                                   strips, t == 0);
+                hidden_backward<V>(m, rows, columns, f, kept, h, smaller(h + h_most, hs1 * hs), x_tile, dy_tile, hidden,
+                                   gates, strips, t == 0);
 #pragma omp barrier
             const std::int64_t last = smaller(cs1 * cs, up.grid_cols());
             for (std::int64_t c = cs0 * cs; c < last; c += c_most)
@@ -238,8 +243,8 @@ inline void mlp(const Mlp& m, bool backward) {
     }
     const bool blocks = up.blocks();
     const std::int64_t hidden = (m.gated ? 2 : 1) * padded(up.out);
-    // What is gathered from at a time: the input (and dY), then the hidden layer.
-    const std::int64_t features = larger(padded(up.in) + (backward ? padded(down.out) : 0), hidden);
+    // What is gathered from at a time: the input (and dY), then the hidden layer. What is kept lies in backward's tiles.
+    const std::int64_t features = larger(padded(up.in) + (backward || m.kept ? padded(down.out) : 0), hidden);
     const int vectors = tile_vectors(features, up.tokens, static_cast<int>(smaller(4, blocks ? MOST_BLOCK_VECTORS : MOST_VECTORS)));
     const std::int64_t width = vectors * LANES;
     const std::int64_t rows_together = larger(blocks ? BlockRows<Column>::STRIP : WeightRows::STRIP, down.unit_out);
@@ -249,8 +254,10 @@ inline void mlp(const Mlp& m, bool backward) {
     const int threads = static_cast<int>(larger(1, smaller(up.threads, steps)));
     const std::int64_t shared = backward ? (2 * padded(up.in) + padded(down.out) + hidden) * width : 0;
     const std::int64_t per_thread = strip * width;
-    // Backward does not read the rows of down.
-    const auto ordered = [&](const Problem& w) { return blocks || (backward && &w == &down) ? 0 : WeightRows::memory(w, width); };
+    // Backward does not read the rows of down, and none where the hidden layer was kept.
+    const auto ordered = [&](const Problem& w) {
+        return blocks || (backward && (m.kept || &w == &down)) ? 0 : WeightRows::memory(w, width);
+    };
     const std::int64_t copied = ordered(up) + ordered(down) + (m.gated ? ordered(gate) : 0);
     float* scratch = sparsae::workspace(shared + threads * per_thread + copied);
     if (blocks) {

@@ -49,6 +49,10 @@ struct Mlp {
     Problem up, gate, down;
     std::int32_t activation;  // 0 GELU in its tanh form, 1 GELU, 2 ReLU, 3 SiLU
     std::int32_t gated;       // else `gate` is not read
+    // Null, or tokens * hidden elements (twice that where gated) that forward writes and backward of the same instruction
+    // set reads: what goes into the activation, in the kernels' own order.
+    void* kept;
+    std::int32_t kept_bfloat16;  // its element type: 0 float32, 1 bfloat16
 };
 
 // Float32 of all heads: element (b, h, t, f) lies at data + b * batch + h * head + t * token + f.
