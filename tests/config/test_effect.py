@@ -40,6 +40,7 @@ IDLE = [
     ("set", ["teacher.every=2"], "teacher.every: has no effect: there is no teacher"),
     ("set", ["teacher.enabled=true", "teacher.tolerance=1e-6"], "teacher.tolerance: has no effect: only a union"),
     ("dense", ["training.sparse_learning_rate=0.01"], "training.sparse_learning_rate: has no effect: a dense model"),
+    ("dense", ["training.mlp_keeps=bfloat16"], "training.mlp_keeps: has no effect: a dense model"),
     ("dense", ["sparsity.budget=uniform"], "sparsity.budget: has no effect: a dense model"),
     ("dense-small", ["training.sparse_learning_rate=0.01"], "training.sparse_learning_rate: has no effect"),
     ("dense-small", ["sparsity.schedule.kind=bump"], "sparsity.schedule.kind: has no effect: a dense model"),

@@ -16,8 +16,9 @@ from sparsae.config.load import resolve
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.cpu import native
-from sparsae.nn.mlp import mlp_keeps
+from sparsae.nn.mlp import FusedMLP, mlp_keeps
 from sparsae.nn.sparsify import densify, sparsify
+from sparsae.train.model import model_of
 from tests.support.mlp_cases import Case, cases, close, everything, gpt2, llama
 
 pytestmark = pytest.mark.skipif(native.absence() is not None, reason=str(native.absence()))
@@ -110,3 +111,9 @@ def test_an_mlp_keeps_one_of_three_things() -> None:
     with pytest.raises(InputError, match="mlp_keeps: must be one of nothing, bfloat16, float32, not 'float16'"):
         mlp_keeps(model, "float16")
     assert not hasattr(densify(model)[0], "keeps")
+
+
+def test_the_mlps_of_a_run_keep_what_its_settings_say() -> None:
+    config = resolve(overrides=["training.mlp_keeps=bfloat16", "model.layers=1"])
+    model = model_of(config, 64, 0, torch.device("cpu"))
+    assert [module.keeps for module in model.modules() if isinstance(module, FusedMLP)] == ["bfloat16"]
