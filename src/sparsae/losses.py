@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsae.kernels.cuda.availability import DTYPES, absence
+from sparsae.kernels.availability import DTYPES, absence
 
 
 class LossParts(NamedTuple):
@@ -188,7 +188,7 @@ def _chunk_loss(
             with torch.no_grad():
                 teacher_logits = inputs.teacher_head(teacher_hidden)
     if _has_kernel(logits, teacher_logits):
-        from sparsae.kernels.cuda.loss import losses_and_gradient
+        from sparsae.kernels.fused.loss import losses_and_gradient
 
         cross_entropy, divergence, slope = losses_and_gradient(
             logits.detach(), targets, teacher_logits, inputs.ignore_index, *weights, logits.requires_grad

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sparsae.core.shards import local, whole
 from sparsae.errors import InputError
-from sparsae.kernels.cuda.availability import absence
-from sparsae.kernels.cuda.fused import update_by_parameter
+from sparsae.kernels.availability import absence
+from sparsae.kernels.fused.torch_adamw import update_by_parameter
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.parameterization import Parameterization, Scale
 
@@ -212,7 +212,7 @@ def _in_one_launch(
 ) -> None:
     """The same: by a kernel of ours where steps are counted by weight, elsewhere by torch's."""
     if kind.per_weight:
-        from sparsae.kernels.cuda.adamw import update_by_weight
+        from sparsae.kernels.fused.adamw import update_by_weight
 
         is_ramped = kind.ramp > 0 and not kind.ramp_first
         for each in own if is_ramped else ():

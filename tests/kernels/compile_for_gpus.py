@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsae.kernels.cuda import adamw, blocks, dense, loss
+from sparsae.kernels.cuda import blocks, dense
 from sparsae.kernels.cuda.thresholds import BLOCKS, TILE_COLUMNS, TILE_ROWS
+from sparsae.kernels.fused import adamw, loss
 
 # By compute capability: shared memory that a program may take at most, in bytes.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
+from sparsae.kernels.availability import interpreted
 from sparsae.kernels.backend import Layout, Needs
 from sparsae.kernels.cuda import thresholds
-from sparsae.kernels.cuda.availability import interpreted
 from sparsae.kernels.cuda.index import make_index, row_tiles, run_starts
 from sparsae.kernels.reference import Reference
 from sparsae.kernels.registry import BACKENDS, choose_backend
@@ -244,7 +244,7 @@ def test_one_launch_updates_every_parameter(
 def test_losses_of_rows_and_their_gradient(
     dtype: torch.dtype, tokens: int, vocabulary: int, taught: int | None, ignores: bool, gradient: bool, seed: int
 ) -> None:
-    from sparsae.kernels.cuda.loss import losses_and_gradient
+    from sparsae.kernels.fused.loss import losses_and_gradient
 
     rng = generator(seed, "loss")
     logits = (4 * torch.randn(tokens, vocabulary, generator=rng)).to(dtype)

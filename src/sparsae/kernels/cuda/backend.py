@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsae.core.topology import Topology
+from sparsae.kernels.availability import DTYPES, absence, interpreted
 from sparsae.kernels.backend import Backend, Gradients, Layout, Needs
-from sparsae.kernels.cuda.availability import DTYPES, absence, interpreted
 from sparsae.kernels.cuda.index import index_of, make_index, run_starts
 from sparsae.kernels.cuda.thresholds import by_blocks, by_tiles
 from sparsae.kernels.structures import poisoned

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsae.kernels.availability import precision
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.cuda.availability import precision
 from sparsae.kernels.cuda.index import Index
 from sparsae.kernels.cuda.launch import Tuned
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsae.kernels.availability import precision
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.cuda.availability import precision
 from sparsae.kernels.cuda.index import Index, row_tiles
 from sparsae.kernels.cuda.launch import Tuned
 from sparsae.kernels.cuda.thresholds import TILE_COLUMNS, TILE_ROWS

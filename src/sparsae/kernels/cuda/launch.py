@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from sparsae.kernels.cuda.availability import interpreted
+from sparsae.kernels.availability import interpreted
 
 Meta = Mapping[str, Any]
 

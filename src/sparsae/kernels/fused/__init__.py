@@ -1,0 +1,1 @@
+"""Several elementwise passes of a GPU as one: what belongs to no backend of sparse products."""
