@@ -48,7 +48,7 @@ MAKERS = {
     "nn/stored/saving.py",  # config.json of a model
     "data/corpus.py", "data/readers.py", "data/tokenizer.py", "data/bpe.py", "data/entry.py",  # text, its cache
     "config/narrow.py",  # settings
-    "experiments/execution.py", "experiments/worker.py", "experiments/cluster.py",  # lines between processes
+    "experiments/workers.py", "experiments/worker.py", "experiments/cluster.py",  # lines between processes
     "cli/output.py", "cli/bench.py", "bench/memory.py", "bench/step.py",  # --json, and lines between processes
     "core/ranks.py", "train/joining.py",  # between ranks
     "cli/schema.py",  # schemas of settings
@@ -143,7 +143,7 @@ EXCEPTIONS = {
     "experiments/kind.py": {"kind"},
     "experiments/registry.py": {"kind"},
     "experiments/cluster.py": {"finished"},  # a worker's answers
-    "experiments/execution.py": {"finished"},
+    "experiments/workers.py": {"finished"},
     "experiments/worker.py": {"finished"},
     "experiments/compare/ranking.py": {"cross_entropy"},  # terms of a score
     "runs/directory.py": {"best", "metrics", "run", "step"},  # of a checkpoint's state.json

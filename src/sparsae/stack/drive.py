@@ -109,7 +109,7 @@ def _computed(program: StackedDecoder, wanted: Sequence[Pass]) -> list[LossParts
         dtype = torch.bfloat16 if narrow else own.dtype
         losses = cross_entropies(own, [heads[run].weight for run in plain], targets, objective.loss_chunk, dtype)
         shares = [1.0 / wanted[run].passes for run in plain]
-        roots.append((losses * torch.tensor(shares, dtype=losses.dtype).to(losses.device)).sum())
+        roots.append((losses * torch.tensor(shares, dtype=losses.dtype, device=losses.device)).sum())
         for run, loss in zip(plain, losses.detach().unbind(), strict=True):
             found[run] = torch.stack((loss, loss, torch.zeros_like(loss)))
     for run in sorted(set(range(len(wanted))) - set(plain)):

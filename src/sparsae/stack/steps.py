@@ -34,8 +34,9 @@ def _clipped(steps: Sequence[Step]) -> list[float]:
         return [0.0] * len(steps)
     norms = torch.stack(torch._foreach_norm(every)).split([len(own) for own in grads])
     totals = torch.linalg.vector_norm(pad_sequence(list(norms), batch_first=True), dim=1)
-    most = torch.tensor([math.inf if each.clip is None else each.clip for each in steps], dtype=totals.dtype)
-    factors = (most.to(totals.device) / (totals + 1e-6)).clamp(max=1.0)
+    clips = [math.inf if each.clip is None else each.clip for each in steps]
+    most = torch.tensor(clips, dtype=totals.dtype, device=totals.device)
+    factors = (most / (totals + 1e-6)).clamp(max=1.0)
     found, scales = torch.stack((totals, factors)).tolist()
     scaled: list[Tensor] = []
     by: list[float] = []

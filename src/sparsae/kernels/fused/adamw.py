@@ -46,7 +46,7 @@ def update_by_weight(
     if owner.numel():
         beta1, beta2 = betas
         _adamw[(owner.numel(),)](
-            *(_sent(torch.tensor(rows), device), _sent(torch.tensor(numbers), device), owner, first),
+            *(_sent(rows, torch.int64, device), _sent(numbers, torch.float32, device), owner, first),
             *(1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), eps, ramp),
             RAMPS=ramp > 0,
             COLUMNS=_COLUMNS,
@@ -58,16 +58,18 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def _sent(table: Tensor, device: torch.device) -> Tensor:
+def _sent(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=dtype, device="cpu")
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=32)
 def _programs(sizes: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
     """Of each program its parameter, and its first weight."""
-    counts = torch.tensor([-(-size // _CHUNK) for size in sizes])
-    owner = torch.arange(len(sizes)).repeat_interleave(counts)
-    first = (torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]) * _CHUNK
+    counts = torch.tensor([-(-size // _CHUNK) for size in sizes], dtype=torch.int64, device="cpu")
+    owner = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(counts)
+    programs = torch.arange(len(owner), dtype=torch.int64, device="cpu")
+    first = (programs - (counts.cumsum(0) - counts)[owner]) * _CHUNK
     return owner.to(device), first.to(device)
 
 

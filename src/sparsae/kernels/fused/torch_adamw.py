@@ -23,7 +23,8 @@ def update_by_parameter(
 
     counts: steps that each parameter has made.
     """
-    steps = torch.tensor(counts).to(parameters[0].device, non_blocking=True).unbind()  # which torch counts up
+    made = torch.tensor(counts, dtype=torch.float32, device="cpu")
+    steps = made.to(parameters[0].device, non_blocking=True).unbind()  # which torch counts up
     places: dict[tuple[float, float], list[int]] = {}
     for place, rate in enumerate(rates):
         places.setdefault(rate, []).append(place)

