@@ -13,6 +13,7 @@ import pytest
 
 from sparsae.cli import main
 from sparsae.experiments.compare.results import TIMING
+from sparsae.experiments.jobs import progress
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
 from tests.support.runs import write_text
@@ -136,9 +137,9 @@ def test_what_is_wrong_with_a_run_of_one_process_lets_those_of_all_be_saved(
     foreign.write_text("of somebody else")
     assert main(command) == 2
     assert "runs/static-0.8-3: " in capsys.readouterr().err
+    # Of what has made a step nothing is lost.
     runs = [out / "runs" / f"static-0.8-{seed}" for seed in range(3)]
-    assert any(list(run.glob("checkpoints/step-*")) for run in runs)
-    assert all(not run.exists() or list(run.glob("checkpoints/step-*")) for run in runs)
+    assert all(not progress(run) or list(run.glob("checkpoints/step-*")) for run in runs)
 
 
 def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
