@@ -62,7 +62,7 @@ layers() { # JSONL, then options
 
 steps() { # JSONL, preset, method, then options
   local file=$1 preset=$2 method=$3 && shift 3
-  "${SPARSAE[@]}" bench step --device "$DEVICE" --preset "$preset" --method "$method" --steps "$STEPS" --no-memory \
+  "${SPARSAE[@]}" bench step --device "$DEVICE" --preset "$preset" --method "$method" --steps "$STEPS" --no-memory --no-stock \
     --json "$file" "${SET[@]}" "$@"
 }
 

@@ -43,5 +43,6 @@ def _nothing_compiled() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _arithmetic_as_torch_comes() -> None:
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)

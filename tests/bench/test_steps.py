@@ -11,6 +11,8 @@ import torch
 from sparsae.bench import parts, state
 from sparsae.bench.memory import held
 from sparsae.bench.runtimes import Decoding
+from sparsae.bench.step import trainer
+from sparsae.bench.stock import Stock
 from sparsae.cli import main
 from sparsae.config.load import resolve
 from sparsae.evaluate.decoding import open_decoder
@@ -39,6 +41,24 @@ def test_steps_dense_beside_sparse(tmp_path: Path) -> None:
             # By the count of operations; dense layers have more of them.
             sparse_flops, dense_flops = (row[f"{d}flops_per_second"] * row[f"{d}seconds"] for d in ("", "dense_"))
             assert dense_flops - sparse_flops == pytest.approx(6 * 32 * (12 * 32**2 - row["nnz"]))
+            assert row["stock_ratio"] == pytest.approx(row["stock_seconds"] / row["seconds"])
+
+
+def test_the_stock_model_is_the_dense_one_in_the_hands_of_transformers_and_torch() -> None:
+    overrides = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=8", "training.accumulation=2"]
+    config = resolve(None, "demo", "dense", [*overrides, "training.learning_rate=0.01", "training.batch_size=3"])
+    stock, ours = Stock(config), trainer(config)
+    assert sum(p.numel() for p in stock.model.parameters()) == sum(p.numel() for p in ours.model.parameters())
+    assert stock.model.config._attn_implementation == "sdpa"
+    ours.model.load_state_dict(stock.model.state_dict())
+    losses = []
+    for step in range(3):
+        expected = sum(float(ours.objective.loss(batch, 0.0, 0).total.detach()) for batch in stock.tokens_ABT) / 2
+        losses.append(stock.step(counts=step > 0))
+        assert losses[-1] == pytest.approx(expected, rel=1e-5)
+        ours.model.load_state_dict(stock.model.state_dict())
+    assert losses[2] < losses[0]
+    assert len(stock.seconds) == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])

@@ -16,6 +16,8 @@ from itertools import pairwise
 
 import torch
 
+from sparsae.kernels.processor import set_up_processor
+
 _SLEEP = 4_000_000  # cycles of a GPU, some two milliseconds
 
 CPU = torch.device("cpu")
@@ -93,13 +95,13 @@ def _on_gpu(phases: Phases, device: torch.device) -> list[float]:
 
 @contextmanager
 def using_threads(threads: int) -> Iterator[None]:
-    """Let torch, and the native kernels with it, compute on so many threads while inside."""
+    """Let torch, and the native kernels with it, compute on so many threads while inside, as a training run does."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    set_up_processor(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        set_up_processor(before)
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import sys
 
-import torch
-
 from sparsae.bench.rows import Row
 from sparsae.bench.step import trainer
 from sparsae.config.schema import Config
+from sparsae.kernels.processor import set_up_processor
 from sparsae.train.memory import forget_peak, model_bytes, peak_bytes
 from sparsae.train.model import choose_device
 
 
 def held(config: Config, threads: int) -> Row:
     """What this process holds after two steps, by parts, without their gradients; its peak, and that before."""
-    torch.set_num_threads(threads)
+    set_up_processor(threads)
     device = choose_device(config.training.device)
     forget_peak(device)
     base = peak_bytes(device)

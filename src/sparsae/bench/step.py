@@ -22,6 +22,7 @@ from sparsae.bench import parts
 from sparsae.bench.clock import CPU, synchronize, using_threads
 from sparsae.bench.rows import Column, Row, device_name
 from sparsae.bench.runtimes import Decoding, require_runtimes
+from sparsae.bench.stock import Stock
 from sparsae.config.load import resolve
 from sparsae.config.schema import Config
 from sparsae.core.randomness import generator
@@ -51,6 +52,8 @@ COLUMNS = (
     Column("tokens/s", "tokens_per_second", ",.0f", 9),
     Column("dense", "dense_tokens_per_second", ",.0f", 9),
     Column("ratio", "ratio", ".2f", 6),
+    Column("stock ms", lambda row: _milli(row.get("stock_seconds")), ",.1f", 10),
+    Column("to stock", "stock_ratio", ".2f", 8),
     Column("in steps", "steps", ".2f"),
     Column("peak MB", lambda row: _mega(row.get("peak_bytes")), ",.0f"),
     Column("dense MB", lambda row: _mega(row.get("dense_peak_bytes")), ",.0f"),
@@ -122,6 +125,7 @@ class Steps:
     runtimes: other programs that decode the dense model.
 
     threads: None for what the settings say, or else torch's choice. teacher: with one, where the settings have it.
+    stock: train the dense model with transformers and torch as they come, too (see `Stock`).
     """
 
     preset: str
@@ -136,6 +140,7 @@ class Steps:
     device: torch.device = CPU
     teacher: bool = False
     runtimes: Sequence[str] = ()
+    stock: bool = True
 
     def __post_init__(self) -> None:
         if self.runtimes and not self.decode:
@@ -183,10 +188,13 @@ class Steps:
             own = _with(config, "sparsity", backend=backend)
             sparse.append(_Model(backend, own, trainer(own)))
         models = [dense, *sparse]
+        stock = Stock(config) if self.stock else None
         rounds = 0
         while rounds <= self.steps or any(m.searches and not m.seconds[UPDATE] for m in models):
             for model in models:
                 model.step(counts=rounds > 0)
+            if stock:
+                stock.step(counts=rounds > 0)
             rounds += 1
         # What the processor does while a GPU computes is no part of the step's time.
         on_cpu = dense.trainer.objective.device.type == "cpu"
@@ -199,7 +207,7 @@ class Steps:
             for name, other in others.items():
                 seconds[name] += [_timed(other, self.decode)] if round_ else []
         memory = {m.backend: in_a_process(m.config, threads) for m in models} if self.memory else {}
-        rows = [row for model in sparse for row in self._compare(model, dense, memory, spent, threads)]
+        rows = [row for model in sparse for row in self._compare(model, dense, stock, memory, spent, threads)]
         first = next((row for row in rows if row["what"] == DECODE), None)
         for name, times in seconds.items():
             assert first is not None
@@ -212,6 +220,7 @@ class Steps:
         self,
         model: _Model,
         dense: _Model,
+        stock: Stock | None,
         memory: Mapping[str, Row],
         spent: Mapping[str, Mapping[str, float]],
         threads: int,
@@ -246,6 +255,7 @@ class Steps:
                 "dense_tokens_per_second": tokens / theirs,
                 **(_memory_of(memory, model.backend) if what == STEP else {}),
                 **(_flops_of(model, dense, seconds, theirs) if what == STEP else {}),
+                **(_stock_of(stock, seconds) if what == STEP and stock else {}),
             }
             if what == STEP:
                 for part, seconds in spent[model.backend].items():
@@ -319,6 +329,11 @@ def _memory_of(memory: Mapping[str, Row], backend: str) -> Row:
         return {}
     own = {key: memory[backend][key] for key in ("peak_bytes", "base_bytes")}
     return own | {"dense_peak_bytes": memory["dense"]["peak_bytes"]}
+
+
+def _stock_of(stock: Stock, seconds: float) -> Row:
+    theirs = statistics.median(stock.seconds)
+    return {"stock_seconds": theirs, "stock_ratio": theirs / seconds}
 
 
 def _flops_of(model: _Model, dense: _Model, seconds: float, theirs: float) -> Row:

@@ -124,6 +124,9 @@ def step(
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory too, a process for each model.")
     ] = True,
+    stock: Annotated[
+        bool, typer.Option("--stock/--no-stock", help="And the dense model as transformers and torch train it.")
+    ] = True,
     threads: Threads = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
@@ -145,6 +148,7 @@ def step(
         device=where,
         teacher=teacher,
         runtimes=others,
+        stock=stock,
     )
     columns = module.COLUMNS if where.type == "cpu" else (*module.COLUMNS, *module.UTILIZATION)
     rows = _measure(_console(json_file), f"Training steps of {preset}", columns, measured, json_file)

@@ -13,6 +13,7 @@ from sparsae.config.schema import Config
 from sparsae.data import Tokenizer, load_tokenizer
 from sparsae.errors import InputError
 from sparsae.evaluate.formats.compact import is_compact, read_compact
+from sparsae.kernels.processor import set_up_processor
 from sparsae.nn.tensors import load_model
 from sparsae.runs.checkpoint import load_checkpoint
 from sparsae.runs.directory import RunDirectory, read_state
@@ -82,7 +83,7 @@ def _load_compact(path: Path, teacher: bool) -> LoadedRun:
 
 
 def _device(config: Config) -> torch.device:
-    if config.training.threads is not None:
-        # At most one for each core: a run may come from a larger machine.
-        torch.set_num_threads(min(config.training.threads, os.cpu_count() or 1))
+    # At most one for each core: a run may come from a larger machine.
+    threads = config.training.threads
+    set_up_processor(None if threads is None else min(threads, os.cpu_count() or 1))
     return choose_device("auto" if config.training.device.startswith("cuda") else config.training.device)

@@ -18,6 +18,7 @@ from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.execution import Executor, Told
 from sparsae.experiments.jobs import Job, progress, run_job
+from sparsae.kernels.processor import set_up_processor
 from sparsae.train.stopping import handled
 
 _TICK = 1.0  # seconds between looks at what has begun
@@ -97,9 +98,7 @@ class Cluster(Executor):
 
 def _run(directory: str, config: str, threads: int) -> str:
     """In a process of the cluster: run a job; the answer as JSON."""
-    import torch
-
-    torch.set_num_threads(threads)
+    set_up_processor(threads)
     try:
         return json.dumps({"finished": run_job(Path(directory), Config.model_validate_json(config))})
     except (InputError, OSError) as error:

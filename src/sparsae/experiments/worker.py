@@ -21,16 +21,15 @@ from sparsae.errors import InputError
 from sparsae.experiments.execution import Executor, InOrder
 from sparsae.experiments.jobs import Job
 from sparsae.experiments.stacked import Stacked
+from sparsae.kernels.processor import set_up_processor
 from sparsae.registry import import_files
 from sparsae.train.stopping import StopRequest
 
 
 def main() -> None:
     """Serve until the input ends or a job was stopped."""
-    import torch
-
     import_files()  # whoever started this process could
-    torch.set_num_threads(int(sys.argv[1]))
+    set_up_processor(int(sys.argv[1]))
     # Answers alone may go to the output that is read; whatever libraries print goes beside it.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

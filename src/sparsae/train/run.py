@@ -20,6 +20,7 @@ from sparsae.core.ranks import ranks
 from sparsae.core.record import encode
 from sparsae.data import Corpus, prepare, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
+from sparsae.kernels.processor import set_up_processor
 from sparsae.observers import OBSERVERS, Observer
 from sparsae.optim import AdamW
 from sparsae.runs.claim import Claim, claimed, refuse_occupied
@@ -153,7 +154,7 @@ def resuming(
             saved = read_saved(run, manifest, extending=steps is not None and steps > config.training.steps)
             if config.training.threads is None:
                 # The order of sums, and so the last bit, can depend on the number of threads.
-                torch.set_num_threads(saved.state["threads"])
+                set_up_processor(saved.state["threads"])
         elif manifest is not None and (manifest.started_from or manifest.extensions):
             raise InputError(f"{path}: this run's checkpoint is missing: restore it, or start a new run")
         parts = _prepare(config, display)
@@ -193,8 +194,7 @@ def _require_threads(config: Config) -> None:
 
 def _prepare(config: Config, display: Display, source: Source | Pretrained | None = None) -> _Parts:
     _require_threads(config)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
+    set_up_processor(config.training.threads)
     device = choose_device(config.training.device)
     for name in config.tracking.named:
         make = OBSERVERS[name]

@@ -23,6 +23,7 @@ from sparsae.config import Config
 from sparsae.data import Corpus
 from sparsae.errors import DivergedError
 from sparsae.experiments.coordinates.record import Quantity
+from sparsae.kernels.processor import set_up_processor
 from sparsae.models import decoder_and_head
 from sparsae.nn.choice import layer_shapes
 from sparsae.nn.linear import SparseLinear, sparse_layers
@@ -109,8 +110,7 @@ class Gauge:
 
 def scales(config: Config, corpus: Corpus, stepped: Callable[[], None] = lambda: None) -> Iterator[Scale]:
     """The scales of a run's `training.steps` steps, fewer where it diverges; `stepped` is called after each."""
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
+    set_up_processor(config.training.threads)
     trainer = _trainer(config, corpus)
     gauges = _gauges(trainer.model, config)
     recording = True
