@@ -127,10 +127,12 @@ docs: $(VENV)/.docs $(MATHJAX)/.fetched $(PLAYED)
 	rm -rf $(STAGED)
 	cp -R docs $(STAGED)
 	cp -R $(GALLERY) $(STAGED)/gallery
+	find $(STAGED) -name "*.md" -exec sed -i "s/ ± /\xc2\xa0±\xc2\xa0/g" {} +  # a number and its interval stay on one line
 	mkdir -p $(STAGED)/assets/mathjax/output/chtml/fonts
 	cp $(MATHJAX)/package/LICENSE $(MATHJAX)/package/es5/tex-chtml.js $(STAGED)/assets/mathjax
 	cp -R $(MATHJAX)/package/es5/output/chtml/fonts/woff-v2 $(STAGED)/assets/mathjax/output/chtml/fonts
 	$(BIN)/zensical build --clean --strict
+	rm build/site/404.html  # it would look for its styles at the root of a server
 	$(BIN)/python website/check.py build/site
 
 # A wheel for this machine, in dist/. It has the native kernels and knows neither Python's version nor torch's.
