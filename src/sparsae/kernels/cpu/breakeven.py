@@ -16,8 +16,10 @@ import torch
 from sparsae.kernels.backend import Layout
 from sparsae.kernels.cpu import library
 
-# Densities of float32 layers at which both take about the same time, for single weights and for blocks.
-UNSTRUCTURED, BLOCKS = 0.4, 0.6
+# Densities of float32 layers up to which neither a forward pass nor a training step was measured to take longer than
+# dense products do, with AVX-512 and with AVX2: of single weights; of blocks whose sides are multiples of 4, which the
+# kernels take four weights at a time; of other blocks, by their smaller side and by their weights.
+UNSTRUCTURED, BLOCKS, ODD_BLOCKS, THIN, SMALL = 0.36, 0.45, 0.25, 0.15, 0.1
 # Densities of MLPs at which computing the hidden layer again takes as long as bringing it back from memory.
 MLP, GATED_MLP = 0.2, 0.07
 # By instruction set: tokens from which attention takes less time than torch's, with heads of up to ATTENTION_SIZE. The
@@ -26,10 +28,21 @@ ATTENTION, ATTENTION_SIZE = {"avx512": 128, "avx2": 128}, 128
 
 
 def pays(layout: Layout, dtype: torch.dtype) -> bool:
-    """Whether the native kernels take less time than dense products for a training step of this layer."""
+    """Whether the native kernels take less time than dense products, with and without gradients."""
     weights = layout.shape[0] * layout.shape[1]
     density = layout.indices.numel() * layout.unit[0] * layout.unit[1] / max(weights, 1)
-    return dtype == torch.float32 and density <= (UNSTRUCTURED if layout.unit == (1, 1) else BLOCKS)
+    return dtype == torch.float32 and density <= highest_density(layout.unit)
+
+
+def highest_density(unit: tuple[int, int]) -> float:
+    """Up to which the native kernels pay, for units of this shape."""
+    if unit == (1, 1):
+        return UNSTRUCTURED
+    if unit[0] % 4 == unit[1] % 4 == 0:
+        return BLOCKS
+    if min(unit) >= 4:
+        return ODD_BLOCKS
+    return THIN if unit[0] * unit[1] >= 4 else SMALL
 
 
 def fusing_pays(layouts: Sequence[Layout]) -> bool:
