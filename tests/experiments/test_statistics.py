@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sparsae.core.intervals import mean_interval
-from sparsae.experiments.compare.record import Paired, Row
+from sparsae.experiments.compare.record import CurvePoint, Paired, Row
 from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
 from sparsae.experiments.compare.tables import contrast_table
 from sparsae.experiments.statistics import (
@@ -174,9 +174,9 @@ def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
 def test_a_method_that_moved_nothing_is_named_once() -> None:
     idle = {"updates": 0, "steps": 40, "rule": "rigl", "moves": True}
     rows = [row("static", n, 3.0, rule="static", moves=False, updates=0) for n in range(2)]
-    rows += [row("set", n, 3.0, rule="set", moves=True, updates=5) for n in range(2)]
-    rows += [row("rigl", n, 3.0, **idle) for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
-    rows += [row("mest", n, 3.0, **{**idle, "updates": 4}) for n in range(2)]
+    rows += [row("set", n, 3.1, rule="set", moves=True, updates=5) for n in range(2)]
+    rows += [row("rigl", n, 3.2, **idle) for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
+    rows += [row("mest", n, 3.3, **{**idle, "updates": 4}) for n in range(2)]
     assert warnings(compare_results(rows)) == [
         "gse at sparsity 0.9, seed 0: diverged",
         "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (train longer, or set "
@@ -184,6 +184,21 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
         "mest at sparsity 0.9: 4 topology updates in 40 steps, too few to call it a moving topology (train "
         "longer, or set topology.every or the plan's cadence lower)",
     ]
+
+
+def test_methods_that_the_plan_makes_equal_are_named_once() -> None:
+
+    def of(method: str, *losses: float) -> list[Row]:
+        curve = tuple(
+            CurvePoint(step=step, tokens=0, train_flops=0, seconds=0.0, loss=loss) for step, loss in enumerate(losses)
+        )
+        return [row(method, n, losses[-1] + n, curve=curve) for n in range(2)]
+
+    rows = of("static", 4.0, 3.0) + of("static-erk", 4.0, 3.0)
+    assert warnings(compare_results(rows)) == [
+        "static and static-erk at sparsity 0.9 are the same run: the plan's settings make them equal"
+    ]
+    assert warnings(compare_results(of("static", 4.0, 3.0) + of("set", 4.0, 2.9))) == []
 
 
 def contrasted(seeds: int, **losses: list[float]) -> list[Row]:

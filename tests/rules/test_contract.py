@@ -24,7 +24,7 @@ from sparsae.config import BurnInConfig, MicroBatchConfig, ParameterizationConfi
 from sparsae.config.load import resolve
 from sparsae.config.shipped import about, methods
 from sparsae.config.span import Horizon
-from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.sparsifier import TOLD, SparsifierConfig
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import Captured, Observation, PastValues
 from sparsae.core.randomness import generator
@@ -100,14 +100,17 @@ def prepare(case: str, unit: tuple[int, int] = (1, 1)) -> tuple[nn.Module, torch
     sparsifier = Sparsifier(
         model,
         optimizer,
-        SparsifierConfig(
-            steps=STEPS,
-            topology=settings,
-            teacher=TeacherConfig(),
-            sparsity=SPARSITY if prunes else None,
-            min_density=0.15,
-            max_density=0.3,
-            head_min_density=floor,
+        SparsifierConfig.model_validate(
+            {
+                "steps": STEPS,
+                "topology": settings,
+                "teacher": TeacherConfig(),
+                "sparsity": SPARSITY if prunes else None,
+                "min_density": 0.15,
+                "max_density": 0.3,
+                "head_min_density": floor,
+            },
+            context=TOLD,  # of one setting at a time, whatever it belongs to
         ),
         score=score_of(model) if scored else None,  # type: ignore[arg-type]
         heads=HEADS,

@@ -83,7 +83,8 @@ def parts_of(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
     sparsify(model, 0.8, seed=1)
-    strategy = StrategyConfig(**{"fitness": "progress", **SMALL, **settings})
+    small = {} if settings.get("fitness") == "none" else SMALL
+    strategy = StrategyConfig(**{"fitness": "progress", **small, **settings})
     made = OPTIMIZERS[optimizer](model)
     config = SparsifierConfig(steps=steps, topology=GenerationsConfig(every=2, stop=1.0, strategy=strategy))
     return model, made, Sparsifier(model, made, config, score=score_of(model))  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def prepared(name: str, decay: float, *, ramp: int = RAMP) -> tuple[nn.Module, t
             group["lambd"] = decay
         elif "weight_decay" in group:
             group["weight_decay"] = decay
-    config = SparsifierConfig(steps=40, topology=SetConfig(every=3, ramp=ramp, ramp_first=True))
+    config = SparsifierConfig(steps=40, topology=SetConfig(every=3, ramp=ramp, ramp_first=ramp > 0))
     return model, optimizer, Sparsifier(model, optimizer, config)
 
 

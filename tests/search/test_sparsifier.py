@@ -7,18 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.sparsifier import TOLD, SparsifierConfig
 from sparsae.config.teacher import TeacherConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.kernels.reference import SCRATCH
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify, sparsify
-from sparsae.rules import EvolutionConfig, StaticConfig
+from sparsae.rules import EvolutionConfig, GenerationsConfig, SetConfig, StaticConfig
 from sparsae.search.sparsifier import Sparsifier
 from tests.core.test_topology import assert_valid
 from tests.support.loops import OPTIMIZERS, mlp, run_steps, score_of
@@ -58,7 +59,7 @@ def update_many_times(proposer: str, unit: tuple[int, int], updates: int) -> Non
             "mutation_schedule": "constant",
             "reset": {"probability": 0.05},
             "candidates": 1,
-            "sample_ratio": 0.5,
+            **({"sample_ratio": 0.5} if proposer == "guided" else {}),
         }
     )
     config = SparsifierConfig(
@@ -204,6 +205,19 @@ def test_misuse_is_named() -> None:
     with pytest.raises(InputError, match="elitist"):
         Sparsifier(model, optimizer, SparsifierConfig(steps=1, topology=EvolutionConfig(selection="elitist")))
     Sparsifier(model, optimizer, SparsifierConfig(steps=1, topology=StaticConfig()))
+
+
+def test_a_setting_without_effect_is_refused_with_the_reason() -> None:
+    for settings, said in (
+        ({"topology": GenerationsConfig(window=5)}, "topology.window: has no effect: random_share is 1"),
+        ({"rules": {"0": SetConfig(ramp_first=True)}}, "rules.0.ramp_first: has no effect: ramp is 0"),
+        ({"teacher": TeacherConfig(enabled=False, beta=0.9)}, "teacher.beta: has no effect: teacher.enabled is false"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            SparsifierConfig(steps=10, **settings)  # type: ignore[arg-type]
+        SparsifierConfig.model_validate({"steps": 10, **settings}, context=TOLD)
+    # A value that is the default's says nothing.
+    SparsifierConfig(steps=10, topology=GenerationsConfig(window=1))
 
 
 def test_the_name_of_a_rule_is_no_rule() -> None:

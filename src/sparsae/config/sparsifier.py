@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from sparsae.config.complaints import SettingError, dotted
 from sparsae.config.density import Density
+from sparsae.config.effect import Idle, idle_settings, is_default
 from sparsae.config.rules import AnyRule, default_rule
 from sparsae.config.schedule import ScheduleConfig
 from sparsae.config.section import Count, Section, Share, ShareOfMean
@@ -15,14 +17,22 @@ from sparsae.config.teacher import TeacherConfig
 from sparsae.errors import InputError
 from sparsae.registry import RULES
 
+# For `model_validate(settings, context=TOLD)`: whoever gave the settings was told which of them have no effect.
+TOLD = {"told": True}
+
 
 class SparsifierConfig(Section):
-    """What a Sparsifier does. The defaults are the method `sparsae` without a teacher."""
+    """What a Sparsifier does. The defaults are the method `sparsae` without a teacher.
+
+    A setting that has no effect beside the others, and a value of its own, is refused.
+    """
 
     steps: Annotated[int, Field(ge=1)] = Field(description="optimizer steps of the whole training: schedules end there")
     topology: AnyRule = Field(default_factory=default_rule)
     rules: dict[str, AnyRule] = Field({}, description="other rules for layers whose names match these patterns")
-    teacher: TeacherConfig = TeacherConfig(enabled=False)
+    teacher: Annotated[
+        TeacherConfig, Idle(lambda config, _: not config.teacher.enabled, "teacher.enabled is false", but=("enabled",))
+    ] = TeacherConfig(enabled=False)
     min_density: Share | None = Field(None, description="k_min of every layer; null: a quarter of the model's density")
     max_density: Share | None = Field(None, description="k_max of every layer; null: 4 times the model's density")
     head_min_density: Share = Field(0.0, description="floor of every attention head's density")
@@ -59,3 +69,11 @@ class SparsifierConfig(Section):
                 f"topology: must be the settings of a rule, such as {example.capitalize()}Config(), not '{topology}'"
             )
         return topology
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self, info: ValidationInfo) -> Self:
+        if info.context != TOLD:
+            for keys, why in idle_settings(self).items():
+                if not is_default(self, keys):
+                    raise SettingError(f"has no effect: {why}", dotted(keys))
+        return self

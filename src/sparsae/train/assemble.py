@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsae.config.schema import Config
-from sparsae.config.sparsifier import SparsifierConfig
+from sparsae.config.sparsifier import TOLD, SparsifierConfig
 from sparsae.data.batches import Batches
 from sparsae.models import parameterized
 from sparsae.nn.linear import sparse_layers
@@ -93,22 +93,25 @@ def sparsifier_of(
     return Sparsifier(
         objective.model,
         optimizer,
-        SparsifierConfig(
-            steps=config.training.steps,
-            topology=config.topology,
-            rules=config.rules,
-            accumulation=config.training.accumulation,
-            steps_per_epoch=epoch_steps(config, data.batches),
-            seed=config.seed,
-            min_density=sparsity.density_bounds[0],
-            max_density=sparsity.density_bounds[1],
-            head_min_density=sparsity.head_min_density,
-            fan_in=sparsity.fan_in,
-            fan_out=sparsity.fan_out,
-            sparsity=sparsity.sparsity if moves else None,
-            schedule=sparsity.schedule,
-            budget=sparsity.budget,
-            density=density_of(config) if moves else {},
+        SparsifierConfig.model_validate(
+            {
+                "steps": config.training.steps,
+                "topology": config.topology,
+                "rules": config.rules,
+                "accumulation": config.training.accumulation,
+                "steps_per_epoch": epoch_steps(config, data.batches),
+                "seed": config.seed,
+                "min_density": sparsity.density_bounds[0],
+                "max_density": sparsity.density_bounds[1],
+                "head_min_density": sparsity.head_min_density,
+                "fan_in": sparsity.fan_in,
+                "fan_out": sparsity.fan_out,
+                "sparsity": sparsity.sparsity if moves else None,
+                "schedule": sparsity.schedule,
+                "budget": sparsity.budget,
+                "density": density_of(config) if moves else {},
+            },
+            context=TOLD,
         ),
         score=HeldOutScore(objective, data.micro_batches) if data.micro_batches else None,
         study=HeldOutStudy(objective, data.validation, account.watch) if studies else None,

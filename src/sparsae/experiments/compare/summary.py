@@ -125,11 +125,23 @@ def warnings(results: Results) -> list[str]:
             found.append(f"{where}: diverged")
         elif row.budget_deviation is not None and abs(row.budget_deviation) > 0.02:
             found.append(f"{where}: spent {row.budget_deviation:+.1%} of its budget of {row.match}")
+    found += _of_equal_runs(results.rows)
     found += _of_few_updates(results.rows)
     seeds = {row.seed for row in results.rows}
     if len(seeds) == 1:
         found.append("one seed: there are no intervals, and no method can be called better")
     return found
+
+
+def _of_equal_runs(rows: Sequence[Row]) -> Iterator[str]:
+    """Methods that are one: by the plan's settings nothing is left that they differ by, and nothing they lost does."""
+    alike: dict[tuple[float, int, tuple[float, ...]], dict[str, None]] = {}
+    for row in rows:
+        if len(row.curve) > 1 and not row.diverged:
+            losses = tuple(point.loss for point in row.curve)
+            alike.setdefault((row.sparsity, row.seed, losses), {})[row.method] = None
+    for methods, sparsity in dict.fromkeys((tuple(same), key[0]) for key, same in alike.items() if len(same) > 1):
+        yield f"{' and '.join(methods)} at sparsity {sparsity:g} are the same run: the plan's settings make them equal"
 
 
 def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
