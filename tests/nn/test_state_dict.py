@@ -43,7 +43,7 @@ Parts = tuple[nn.Module, torch.optim.Optimizer, Sparsifier]
 def made(topology: RuleConfig = MOVING, teacher: str | None = "union", name: str = "ours") -> Parts:
     model = mlp()
     optimizer = OPTIMIZERS[name](model)
-    kept = TeacherConfig(enabled=teacher is not None, storage=teacher or "union")  # type: ignore[arg-type]
+    kept = TeacherConfig(enabled=False) if teacher is None else TeacherConfig(storage=teacher)  # type: ignore[arg-type]
     config = SparsifierConfig(steps=40, topology=topology, teacher=kept)
     return model, optimizer, Sparsifier(model, optimizer, config, score=score_of(model))  # type: ignore[arg-type]
 
