@@ -18,7 +18,7 @@ from sparsae.train.model import choose_device
 class Stock:
     """transformers' model with its own loss and attention, torch's AdamW and clipping, on the same random tokens.
 
-    Batches, precision, accumulation and compilation are those of the settings; parameterization and dropout are not.
+    Model, batches, precision, accumulation and compilation are those of the settings; parameterization is not.
     """
 
     def __init__(self, config: Config) -> None:
