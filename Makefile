@@ -91,6 +91,7 @@ performance: $(VENV)/.installed
 	$(BIN)/sparsae bench kernels --backends cpu --sparsities 0.9 --threads 1,2 --json $(RESULTS)/kernels-threads.json
 	$(BIN)/sparsae bench step --sparsity 0.9,0.95 --decode 64 --threads 1 --json $(RESULTS)/step.json
 	$(BIN)/sparsae bench step --sparsity 0.9,0.95 --decode 64 --threads 2 --json $(RESULTS)/step-threads.json
+	$(BIN)/sparsae bench step --sparsity 0.9,0.95 --threads 1 --no-stock --set training.mlp_keeps=bfloat16 --json $(RESULTS)/step-kept.json
 	$(BIN)/sparsae bench topology --threads 1 --widths 512,1024,2048,4096,8192,16384 --json $(RESULTS)/topology.json
 	$(BIN)/python benchmarks/performance.py
 

@@ -50,6 +50,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "threads": ("kernels-threads", scaling),
     "step": ("step", lambda rows: markdown(step.COLUMNS, rows)),
     "step-threads": ("step-threads", lambda rows: markdown(step.COLUMNS, rows)),
+    "step-kept": ("step-kept", lambda rows: markdown(step.COLUMNS, rows)),
     "topology": ("topology", lambda rows: markdown(topology.COLUMNS, rows)),
     "slopes": ("topology", lambda rows: markdown(topology.SLOPES, topology.slopes(rows))),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ import torch
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.cpu.breakeven import highest_density, pays
+from sparsae.kernels.cpu.breakeven import MLP, MLP_BLOCKS, fusing_pays, highest_density, pays
 
-MEASURED = sorted((Path(__file__).parents[2] / "docs/results/kernels").glob("thresholds-*.json"))
+RESULTS = Path(__file__).parents[2] / "docs/results/kernels"
+MEASURED, MEASURED_MLPS = sorted(RESULTS.glob("thresholds-*.json")), sorted(RESULTS.glob("mlp-*.json"))
 
 
 @pytest.mark.parametrize("file", MEASURED, ids=lambda file: file.stem)
@@ -44,6 +47,58 @@ def test_a_layer_is_multiplied_densely_above_the_limit_of_its_units(unit: tuple[
     assert pays(layout(last), torch.float32)
     assert not pays(layout(last + 1), torch.float32)
     assert not pays(layout(last), torch.float64)
+
+
+@pytest.mark.parametrize("file", MEASURED_MLPS, ids=lambda file: file.stem)
+def test_no_measured_mlp_is_slower_at_once_below_its_limit(file: Path) -> None:
+    rows = json.loads(file.read_text())
+    assert min(row["cpu_ratio"] for row in rows if row["pass"] == "forward") > 1
+    both = [row for row in rows if row["pass"] != "forward"]
+    below = [row for row in both if row["density"] <= _mlp_limit(row)]
+    assert min(row["cpu_ratio"] for row in below) > 1
+    kinds = {(gated, again, unit) for gated in (False, True) for again in (False, True) for unit in ("1x1", "4x4")}
+    assert {(row["gated"], row["keeps"] == "nothing", row["unit"]) for row in below} == kinds
+
+
+def test_both_instruction_sets_were_measured() -> None:
+    assert len(MEASURED) == len(MEASURED_MLPS) == 2
+
+
+@pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_mlp_is_computed_layer_by_layer_above_its_limit_unless_no_backward_follows(
+    unit: tuple[int, int], gated: bool
+) -> None:
+    units = (160 // unit[0]) * (160 // unit[1])
+
+    def layouts(count: int) -> list[Layout]:
+        topology = Topology.random((160, 160), count, generator(0, "breakeven"), unit)
+        return [Layout(topology.shape, topology.unit, topology.indices)] * (3 if gated else 2)
+
+    for keeps in ("nothing", "bfloat16", "float32"):
+        last = int((MLP if unit == (1, 1) else MLP_BLOCKS)[gated, keeps == "nothing"] * units)
+        assert fusing_pays(layouts(last), keeps)
+        assert not fusing_pays(layouts(last + 1), keeps)
+    assert fusing_pays(layouts(units), None)
+
+
+def test_the_measurement_of_mlps_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(RESULTS.parents[2] / "benchmarks" / "mlp.py"))
+    names = script["main"].__globals__
+    monkeypatch.setitem(names, "SIZES", ((True, 64, 128),))
+    monkeypatch.setitem(names, "DENSITIES", {(1, 1): (0.1,)})
+    monkeypatch.setitem(names, "TOKENS", 64)
+    monkeypatch.setitem(names, "keep_freed_memory", lambda device: None)  # it would stay for the tests that follow
+    script["main"](tmp_path / "rows.json", 2)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    ways = [("forward", "nothing"), *(("forward+backward", keeps) for keeps in ("nothing", "bfloat16", "float32"))]
+    assert [(row["pass"], row["keeps"]) for row in rows] == ways
+    assert all(row["cpu_ratio"] > 0 for row in rows)
+    assert set(rows[0]) == set(json.loads(MEASURED_MLPS[0].read_text())[0])
+
+
+def _mlp_limit(row: dict[str, Any]) -> float:
+    return (MLP if row["unit"] == "1x1" else MLP_BLOCKS)[row["gated"], row["keeps"] == "nothing"] + 1e-9
 
 
 def _pair(text: str) -> tuple[int, int]:

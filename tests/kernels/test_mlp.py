@@ -138,18 +138,27 @@ def test_autocast(keeps: str) -> None:
 
 def test_it_is_used_only_where_it_pays_and_serves(fused_calls: list[int]) -> None:
     x = torch.randn(20, 32)
-    for sparsity, gated, backend, tokens, uses in [
-        (0.9, False, "auto", 20, True),
-        (0.7, False, "auto", 20, False),
-        (0.9, True, "auto", 20, False),
-        (0.95, True, "auto", 20, True),
-        (0.95, False, "reference", 20, False),
-        (0.95, False, "auto", 1, False),
+    for sparsity, gated, keeps, backend, tokens, uses in [
+        (0.7, False, "nothing", "auto", 20, True),
+        (0.85, True, "nothing", "auto", 20, False),
+        (0.85, True, "bfloat16", "auto", 20, True),
+        (0.85, True, "float32", "auto", 20, True),
+        (0.75, True, "float32", "auto", 20, False),
+        (0.95, True, "nothing", "auto", 20, True),
+        (0.95, False, "nothing", "reference", 20, False),
+        (0.95, False, "nothing", "auto", 1, False),
     ]:
-        model = sparsify(llama() if gated else gpt2(), sparsity, backend=backend)
+        model = mlp_keeps(sparsify(llama() if gated else gpt2(), sparsity, backend=backend), keeps)
         before = len(fused_calls)
         model(x[:tokens])
-        assert (len(fused_calls) > before) == uses, (sparsity, gated, backend, tokens)
+        assert (len(fused_calls) > before) == uses, (sparsity, gated, keeps, backend, tokens)
+
+
+def test_it_is_used_at_every_density_where_no_backward_follows(fused_calls: list[int]) -> None:
+    model = sparsify(llama(), 0.7)
+    with torch.no_grad():
+        model(torch.randn(20, 32))
+    assert len(fused_calls) == 1
 
 
 def test_a_hook_on_a_layer_sees_what_goes_through() -> None:

@@ -195,8 +195,11 @@ class Backend(ABC):
         """
         return "it computes MLPs layer by layer"
 
-    def mlp_pays(self, layouts: Sequence[Layout]) -> bool:
-        """Whether an MLP takes less time at once than layer by layer. Asked where it is not refused."""
+    def mlp_pays(self, layouts: Sequence[Layout], keeps: str | None) -> bool:
+        """Whether an MLP takes less time at once than layer by layer. Asked where it is not refused.
+
+        keeps: of the hidden layer from forward to backward, one of kernels/mlp.py; None where no backward follows.
+        """
         return True
 
     def mlp_forward(

@@ -74,9 +74,10 @@ class FusedMLP(nn.Module):
         biases = [values[0].new_empty(0) if layer.bias is None else in_autocast(layer.bias) for layer in layers]
         up, down = layers[:2]
         trains = self.training or torch.is_grad_enabled()
-        keeps = self.keeps if torch.is_grad_enabled() else "nothing"
         sizes = up.out_features, down.out_features
-        y, _ = sparse_mlp(x, values, biases, indices, structures, *sizes, activation, up.kernel, trains, keeps)
+        y, _ = sparse_mlp(
+            x, values, biases, indices, structures, *sizes, activation, up.kernel, trains, self._kept() or "nothing"
+        )
         dropout = self._modules.get("dropout")
         return y if dropout is None else dropout(y)
 
@@ -96,7 +97,11 @@ class FusedMLP(nn.Module):
             return False
         backend, layouts = BACKENDS[layers[0].kernel], [layer.layout for layer in layers]
         refusal = backend.mlp_refusal(layouts, activation, in_autocast(x[:0]).dtype)
-        return refusal is None and backend.mlp_pays(layouts)
+        return refusal is None and backend.mlp_pays(layouts, self._kept())
+
+    def _kept(self) -> str | None:
+        """Of the hidden layer for backward; None where none follows."""
+        return self.keeps if torch.is_grad_enabled() else None
 
 
 def mlp_keeps(model: nn.Module, what: str) -> nn.Module:

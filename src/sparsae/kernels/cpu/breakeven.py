@@ -20,8 +20,10 @@ from sparsae.kernels.cpu import library
 # dense products do, with AVX-512 and with AVX2: of single weights; of blocks whose sides are multiples of 4, which the
 # kernels take four weights at a time; of other blocks, by their smaller side and by their weights.
 UNSTRUCTURED, BLOCKS, ODD_BLOCKS, THIN, SMALL = 0.36, 0.45, 0.25, 0.15, 0.1
-# Densities of MLPs at which computing the hidden layer again takes as long as bringing it back from memory.
-MLP, GATED_MLP = 0.2, 0.07
+# Densities of MLPs up to which forward and backward were not measured to take longer at once than layer by layer, with
+# AVX-512 and with AVX2, by (gated, whether the hidden layer is computed again); of single weights, and of blocks.
+MLP = {(False, True): 0.36, (False, False): 0.36, (True, True): 0.1, (True, False): 0.2}
+MLP_BLOCKS = {(False, True): 0.15, (False, False): 0.15, (True, True): 0.05, (True, False): 0.05}
 # By instruction set: tokens from which attention takes less time than torch's, with heads of up to ATTENTION_SIZE. The
 # others were not measured.
 ATTENTION, ATTENTION_SIZE = {"avx512": 128, "avx2": 128}, 128
@@ -45,11 +47,18 @@ def highest_density(unit: tuple[int, int]) -> float:
     return THIN if unit[0] * unit[1] >= 4 else SMALL
 
 
-def fusing_pays(layouts: Sequence[Layout]) -> bool:
-    """Whether a training step of an MLP takes less time fused. layouts: of up, down and, where gated, gate."""
+def fusing_pays(layouts: Sequence[Layout], keeps: str | None) -> bool:
+    """Whether an MLP takes less time at once than layer by layer.
+
+    layouts: of up, down and, where gated, gate. keeps: what forward keeps of the hidden layer for backward; None: no
+    backward follows, and then it always does.
+    """
+    if keeps is None:
+        return True
     active = sum(layout.indices.numel() * layout.unit[0] * layout.unit[1] for layout in layouts)
     weights = sum(layout.shape[0] * layout.shape[1] for layout in layouts)
-    return active <= (GATED_MLP if len(layouts) > 2 else MLP) * weights
+    limits = MLP if layouts[0].unit == (1, 1) else MLP_BLOCKS
+    return active <= limits[len(layouts) > 2, keeps == "nothing"] * weights
 
 
 def attention_pays(tokens: int, size: int) -> bool:
