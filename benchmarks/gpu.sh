@@ -80,7 +80,7 @@ run() {
   case $1 in
     check) "$PYTHON" benchmarks/gpu.py check "$DEVICE" "$file" ;;
     kernels) layers "$file" --units 1x1 --sparsities 0.5,0.9 --backends auto,torch-csr,torch-2:4 ;;
-    blocks) layers "$file" --units 16x16,32x32,64x64,128x128 --sparsities 0.9 --backends auto,torch-bsr ;;
+    blocks) layers "$file" --units 16x16,32x32,64x64,128x128 --sparsities 0.9 --backends auto,torch-bsr,blksprs ;;
     ways)
       SHAPES=${SHAPES##*,} TOKENS=${TOKENS%%,*} layers "$file" --units 16x16,32x32,64x64,128x128 \
         --sparsities 0.4,0.6,0.8,0.9,0.95 --backends auto,reference ;;

@@ -130,6 +130,28 @@ class TorchBsr(Rival):
             return _Product(_weight(topology, values).to_sparse_bsr(topology.unit), bias_O)
 
 
+class Blksprs(Rival):
+    """blksprs 2.5: products of block-sparse matrices, in Triton.
+
+    In a layer only the weight is sparse: inputs and outputs are cut into blocks, and put together again.
+    """
+
+    name = "blksprs"
+    devices = ("cuda",)
+    blocks = True
+    module = "blksprs"
+    install = "pip install --no-deps blksprs==2.5"
+
+    def refusal(self, unit: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+        reason = super().refusal(unit, dtype, device)
+        if reason is None and (unit[0] != unit[1] or unit[0] < 16):
+            return "it wants square blocks from 16 on"
+        return reason
+
+    def layer(self, topology: Topology, values: Tensor, bias_O: Tensor) -> nn.Module:
+        return BlockProduct(topology, values, bias_O)
+
+
 class TorchSemi(Rival):
     """torch's 2:4 sparsity (cuSPARSELt or CUTLASS): two weights of each four in a row, in half precision, forward only.
 
@@ -168,6 +190,32 @@ class _Csr(nn.Module):
         return torch.sparse.addmm(self.bias[:, None].expand(-1, x_TI.shape[0]), self.weight, x_TI.T).T
 
 
+class BlockProduct(nn.Module):
+    """Y = X W^T + b by blksprs, whose blocks of W^T go by rows, as those of a topology do."""
+
+    def __init__(self, topology: Topology, values: Tensor, bias_O: Tensor) -> None:
+        super().__init__()
+        self._ops, self._side = import_module("blksprs").ops, topology.unit[0]
+        rows, columns = topology.grid
+        layout = torch.zeros(columns * rows, dtype=torch.int64, device=values.device)
+        layout[topology.indices.long()] = 1
+        self._layout_IO = layout.view(1, columns, rows)
+        self._caches: dict[int, list[dict[str, Any]]] = {}
+        self.weight = nn.Parameter(values.transpose(1, 2).contiguous())
+        self.bias = nn.Parameter(bias_O.clone())
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """x: (tokens, in), as many tokens as whole blocks have."""
+        count, ops, side = x_TI.shape[0] // self._side, self._ops, self._side
+        into, product, back = self._caches.setdefault(count, [{}, {}, {}])
+        _, columns, rows = self._layout_IO.shape
+        full_TI, full_TO = (self._layout_IO.new_ones(1, count, n) for n in (columns, rows))
+        x = ops.to_sparse_row_striped(x_TI.unsqueeze(0), full_TI, side, layout_cache=into)
+        y = ops.matmul(x, full_TI, self.weight, self._layout_IO, full_TO, side, layout_cache=product)
+        y_TO: Tensor = ops.to_dense_row_striped(y, full_TO, side, layout_cache=back).squeeze(0)
+        return y_TO + self.bias
+
+
 class _Product(nn.Module):
     def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
         super().__init__()
@@ -178,7 +226,7 @@ class _Product(nn.Module):
 
 
 RIVALS: dict[str, Rival] = {
-    rival.name: rival for rival in (SparseLab(), SparseProp(), TorchCsr(), TorchBsr(), TorchSemi())
+    rival.name: rival for rival in (SparseLab(), SparseProp(), TorchCsr(), TorchBsr(), Blksprs(), TorchSemi())
 }
 
 
