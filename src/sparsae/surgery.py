@@ -18,9 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsae.core.host import on_host
 from sparsae.core.shards import spread, whole
 from sparsae.core.swap import Swap
-from sparsae.core.topology import Topology, remap
+from sparsae.core.topology import Replacement, Topology, remap
 from sparsae.nn.indices import quota_problem
 from sparsae.nn.linear import SparseLinear
 from sparsae.optimizer_state import follow
@@ -105,14 +106,9 @@ def prepare_swap(
             "its nnz would change"
         )
     changes = {}
-    for name in swap.count_changes():
+    for name, (after, source) in _replaced(layers, swap).items():
         layer = layers[name]
         before = layer.topology
-        empty = before.indices[:0]
-        try:
-            after, source = before.replace(swap.drop.get(name, empty), swap.grow.get(name, empty))
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise ValueError(f"layer {name}: {error}") from error
         if problem := quota_problem(after, layer.quota):
             raise ValueError(f"layer {name}: {problem}")
         values = remap(whole(layer.values.data), source)
@@ -129,6 +125,22 @@ def prepare_swap(
             raise ValueError(f"unknown initialization '{initialization}': use {known}")
         changes[name] = Change(before, after, source, spread(values, layer.values))
     return PreparedSwap(layers, changes)
+
+
+def _replaced(layers: Mapping[str, SparseLinear], swap: Swap) -> dict[str, tuple[Topology, Tensor]]:
+    """What `Topology.replace` makes of each layer that a swap touches; a device is waited for once."""
+    asked: dict[str, Replacement] = {}
+    name = ""
+    try:
+        for name in swap.count_changes():
+            topology = layers[name].topology
+            empty = topology.indices[:0]
+            asked[name] = topology.replacement(swap.drop.get(name, empty), swap.grow.get(name, empty))
+        for name, wrong in zip(asked, on_host([each.wrong for each in asked.values()]), strict=True):
+            asked[name].check(wrong.tolist())
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}") from error
+    return {name: each.made() for name, each in asked.items()}
 
 
 def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:

@@ -1,7 +1,8 @@
 """The n smallest or largest of many scores, by a rule for ties that every run and every machine shares.
 
 Of equal scores (-0.0 and 0.0 are equal) the first is taken, which `torch.topk` leaves open, and NaN comes last, whether
-the smallest or the largest are wanted. How many there will be is known, and nothing here waits for a device to tell.
+the smallest or the largest are wanted. How many there will be is known, and nothing here waits for a device to tell,
+but for the limits of groups that lie one after another, where these are a tensor.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def best_of_each(scores: Tensor, groups: Labels, limits: Limits) -> Tensor:
     if isinstance(groups, Tensor):
         assert isinstance(limits, Tensor)
         return places(scores, groups, limits.numel()) < limits[groups]
-    parts = zip(scores.split(list(groups)), limits, strict=True)
+    numbers = limits.tolist() if isinstance(limits, Tensor) else limits
+    parts = zip(scores.split(list(groups)), numbers, strict=True)
     return torch.cat([first(part, min(int(limit), part.numel())) for part, limit in parts])
 
 

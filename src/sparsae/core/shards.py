@@ -8,12 +8,13 @@ ask which it is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sparsae.core.host import on_host
 from sparsae.core.ranks import ranks
 
 Key = TypeVar("Key")
@@ -95,3 +96,9 @@ def has_moved(own: Tensor, was: Tensor) -> bool:
     """Whether a parameter is not what it was, in any rank's part. was: what this rank's part was."""
     moved = not torch.equal(was, local(own.detach()))
     return ranks().any(moved) if is_sharded(own) else moved
+
+
+def which_moved(parameters: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """`has_moved` of many, (own, was) each; a device is waited for once."""
+    flags = on_host([(was != local(own.detach())).any() for own, was in parameters])
+    return [ranks().any(bool(f)) if is_sharded(own) else bool(f) for (own, _), f in zip(parameters, flags, strict=True)]

@@ -11,11 +11,13 @@ Nothing here ever builds anything of the size of the grid, but for `to_mask`, wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from sparsae.core.ranking import positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,31 +145,34 @@ class Topology:
         grown unit: (count,) int64. Raises ValueError where a dropped unit is not active, a grown one is, or one is
         repeated or outside the layer, or units are no whole numbers.
         """
+        replacement = self.replacement(drop, grow)
+        replacement.check(replacement.wrong.tolist())
+        return replacement.made()
+
+    def replacement(self, drop: Tensor, grow: Tensor) -> Replacement:
+        """As `replace`, of which nothing is checked or made yet, so that no device is waited for.
+
+        Raises ValueError only where units are no whole numbers, or more are dropped than are active.
+        """
         if any(units.dtype not in (torch.int32, torch.int64) for units in (drop, grow)):
             raise ValueError("unit numbers must be int32 or int64")
+        if drop.numel() > self.count:
+            raise ValueError(_WRONG[2])
+        drop, grow = drop.to(self.indices.device), grow.to(self.indices.device)
+        outside = [((units < 0) | (units >= self.units)).any() for units in (drop, grow)]
         # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
-        grow = grow.to(self.indices.device, self.indices.dtype).sort().values
-        if grow.numel() and not (int(grow[0]) >= 0 and int(grow[-1]) < self.units):
-            raise ValueError(f"a grown unit is outside the layer, which has {self.units}")
-        drop = drop.to(self.indices.device).sort().values
-        before = torch.searchsorted(self.indices, grow)  # active units below each grown one
-        clash = bool((self.indices[before.clamp(max=self.count - 1)] == grow).any()) if self.count else False
-        if clash or bool((grow[1:] == grow[:-1]).any()):
-            raise ValueError("a grown unit is already active or given twice")
-        keep = torch.ones(self.count, dtype=torch.bool, device=self.indices.device)
-        keep.index_fill_(0, self.positions(drop), False)
-        kept_at = keep.nonzero().squeeze(1)
-        if self.count - kept_at.numel() != drop.numel():
-            raise ValueError("a dropped unit is given twice")
-        # A grown unit stands where as many kept and grown ones are before it; the kept ones fill the other places.
-        at_grown = before - torch.searchsorted(drop.to(grow), grow) + torch.arange(grow.numel(), device=grow.device)
-        is_kept = torch.ones(kept_at.numel() + grow.numel(), dtype=torch.bool, device=grow.device)
-        is_kept.index_fill_(0, at_grown, False)
-        source = torch.full((is_kept.numel(),), -1, dtype=torch.int64, device=grow.device)
-        source.masked_scatter_(is_kept, kept_at)
-        indices = torch.empty(is_kept.numel(), dtype=self.indices.dtype, device=grow.device)
-        indices.masked_scatter_(is_kept, self.indices.index_select(0, kept_at)).index_copy_(0, at_grown, grow)
-        return Topology(self.shape, indices, self.unit), source
+        drop, grow = (units.to(self.indices.dtype).sort().values for units in (drop, grow))
+        last = max(self.count - 1, 0)
+        before, at_drop = torch.searchsorted(self.indices, grow), torch.searchsorted(self.indices, drop)
+        at_drop.clamp_(max=last)
+        if self.count:
+            taken = (self.indices[before.clamp(max=last)] == grow).any()
+            absent = outside[0] | (self.indices[at_drop] != drop).any()
+        else:
+            taken = absent = torch.zeros_like(outside[0])
+        twice = [(units[1:] == units[:-1]).any() for units in (drop, grow)]
+        wrong = torch.stack([outside[1], taken, absent, *twice])
+        return Replacement(self, grow, before, at_drop, wrong)
 
     def to(self, device: torch.device | str) -> Topology:
         """The same topology with its indices on another device."""
@@ -180,6 +185,52 @@ class Topology:
         mask[self.indices.long()] = True
         mask = mask.view(columns, rows).T
         return mask.repeat_interleave(self.unit[0], 0).repeat_interleave(self.unit[1], 1)
+
+
+_WRONG = (
+    "a grown unit is outside the layer, which has {units}",
+    "a grown unit is already active",
+    "not every given unit is active",
+    "a dropped unit is given twice",
+    "a grown unit is given twice",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """What a topology shall become.
+
+    grow: sorted. before: how many active units are below each grown one. at_drop: where the dropped ones stand. wrong:
+    (5,) bool on the topology's device, what is wrong with them.
+    """
+
+    topology: Topology
+    grow: Tensor
+    before: Tensor
+    at_drop: Tensor
+    wrong: Tensor
+
+    def check(self, wrong: Sequence[bool]) -> None:
+        """Raise ValueError for the first that is wrong. wrong: as the attribute has it, from wherever it is asked."""
+        for is_so, what in zip(wrong, _WRONG, strict=True):
+            if is_so:
+                raise ValueError(what.format(units=self.topology.units))
+
+    def made(self) -> tuple[Topology, Tensor]:
+        """What `Topology.replace` returns, of units with which nothing is wrong."""
+        old, grow = self.topology, self.grow
+        keep = torch.ones(old.count, dtype=torch.bool, device=grow.device).index_fill_(0, self.at_drop, False)
+        kept_at = positions(keep, old.count - self.at_drop.numel())
+        # A grown unit stands where as many kept and grown ones are before it; the kept ones fill the other places.
+        at_grown = self.before - torch.searchsorted(self.at_drop, self.before)
+        at_grown += torch.arange(grow.numel(), device=grow.device)
+        is_kept = torch.ones(kept_at.numel() + grow.numel(), dtype=torch.bool, device=grow.device)
+        is_kept.index_fill_(0, at_grown, False)
+        source = torch.full((is_kept.numel(),), -1, dtype=torch.int64, device=grow.device)
+        source.masked_scatter_(is_kept, kept_at)
+        indices = torch.empty(is_kept.numel(), dtype=old.indices.dtype, device=grow.device)
+        indices.masked_scatter_(is_kept, old.indices.index_select(0, kept_at)).index_copy_(0, at_grown, grow)
+        return Topology(old.shape, indices, old.unit), source
 
 
 def grid_size(shape: tuple[int, int], unit: tuple[int, int]) -> int:
@@ -246,8 +297,7 @@ def remap(tensor: Tensor, source: Tensor) -> Tensor:
     if not tensor.shape[0]:
         return tensor.new_zeros(source.numel(), *tensor.shape[1:])
     carried = tensor.index_select(0, source.clamp(min=0))
-    carried[source < 0] = 0
-    return carried
+    return carried.masked_fill_((source < 0).view(-1, *[1] * (carried.dim() - 1)), 0)
 
 
 def digest(*indices: Tensor) -> bytes:

@@ -66,10 +66,10 @@ class LoopCalls:
         if not self._is_moved:
             return
         learning = {n: layer.values for n, layer in self._layers.items() if layer.values.grad is not None}
-        moved = {n: values for n, values in learning.items() if self._moves(values)} if due else {}
-        if moved:
-            name = min(moved, key=lambda n: local(moved[n]).numel())
-            self._before = name, local(moved[name].detach()).clone()
+        smallest_first = sorted(learning, key=lambda n: local(learning[n]).numel()) if due else []
+        name = next((n for n in smallest_first if self._moves(learning[n])), None)
+        if name is not None:
+            self._before = name, local(learning[name].detach()).clone()
 
     def after_step(self, stepped: bool = True) -> None:
         """Raises InputError for an optimizer whose state cannot follow connections that move.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups, binding
 from sparsae.core.heads import HeadLayout
+from sparsae.core.host import on_host
 from sparsae.core.observation import LayerView, Need
 from sparsae.core.randomness import generator
 from sparsae.core.shards import local, whole
@@ -190,12 +191,19 @@ class GradientCapture:
     def _note(self, gradients: Mapping[str, Tensor]) -> None:
         """Note norms, and what is not finite. Raises InputError where a probe was not answered."""
         self.not_finite = None
+        norms, finite = list[Tensor](), dict[str, Tensor]()
         for name, gradient in gradients.items():
-            probe, seen = self.probes.get(name), whole(gradient)
+            probe, seen = self.probes.get(name), whole(gradient)  # one at a time: see `shards`
             if probe is not None and probe.gradient is None and bool(seen.any()):
                 raise InputError(_unanswered(name, self._passes))
-            self.norms[name] = float(seen.norm())
-            if not (_is_finite(seen, self.norms[name]) and _is_finite(None if probe is None else probe.gradient)):
+            if probe is not None and probe.gradient is not None:
+                finite[name] = probe.gradient.isfinite().all()
+            norms.append(seen.norm())
+        probed = dict(zip(finite, map(bool, on_host(list(finite.values()))), strict=True))
+        for name, norm in zip(gradients, map(float, on_host(norms)), strict=True):
+            self.norms[name] = norm
+            # A norm may have overflowed by itself.
+            if not (math.isfinite(norm) or bool(whole(gradients[name]).isfinite().all())) or not probed.get(name, True):
                 self.not_finite = self.not_finite or name
 
     def _sum(self, factor: float | Tensor | None) -> None:
@@ -256,8 +264,3 @@ def _unanswered(name: str, passes: int) -> str:
         f"layer {name} got a gradient of its values, but none at inactive connections, where the rule wants it: {made}"
         "its topology was replaced since the last step, or compiled code reads its `weight` instead of calling it"
     )
-
-
-def _is_finite(tensor: Tensor | None, norm: float = math.nan) -> bool:
-    """Whether all elements are finite: a finite norm tells; another may have overflowed by itself."""
-    return tensor is None or math.isfinite(norm) or bool(tensor.isfinite().all())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsae.core.shards import has_moved, local, local_of
+from sparsae.core.shards import local, local_of, which_moved
 from sparsae.core.topology import remap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
@@ -47,6 +47,8 @@ class Ramp:
             name: torch.full((layer.topology.count,), age, dtype=torch.int32, device=layer.values.device)
             for name, layer in others.items()
         }
+        # The least of each layer's ages, or less: kept here, since a device would have to be waited for in every step.
+        self._youngest = dict.fromkeys(self.ages, age)
         for layer in others.values():
             refuse_ahead(optimizer, layer.values)
             decay_of(optimizer, layer.values)
@@ -60,36 +62,39 @@ class Ramp:
     def before_step(self) -> None:
         """Between the backward pass and the optimizer's step."""
         self._before = {}
-        for name, age in self.ages.items():
+        for name, youngest in self._youngest.items():
             values = self._layers[name].values
             if values.grad is not None:
-                is_young = int(age.min()) + 1 < self.steps
                 self._before[name] = None
-                if is_young:
+                if youngest + 1 < self.steps:
                     refuse_ahead(self._optimizer, values)
                     self._before[name] = local(values.detach()).clone(), decay_of(self._optimizer, values)
 
     def after_step(self, stepped: bool = True) -> None:
         """After the optimizer's step, or after one that was skipped: nothing has moved then, and nothing ages."""
-        for name, seen in self._before.items() if stepped else ():
-            own = self._layers[name].values
-            values = local(own.data)
-            if seen is not None and not has_moved(own, seen[0]):
+        seen, self._before = self._before if stepped else {}, {}
+        held = {name: (self._layers[name].values, each[0]) for name, each in seen.items() if each is not None}
+        moved = dict(zip(held, which_moved(list(held.values())), strict=True))
+        for name, each in seen.items():
+            if not moved.get(name, True):
                 continue
             self.ages[name] += 1
-            if seen is None:
+            self._youngest[name] += 1
+            if each is None:
                 continue
-            before, decay = seen
+            before, decay = each
+            own = self._layers[name].values
+            values = local(own.data)
             share = ramp_share(local_of(self.ages[name], own), self.steps).to(values.dtype)
             before *= 1.0 - decay()
             values.copy_(torch.lerp(before, values, share.view(-1, *[1] * (values.dim() - 1))))
-        self._before = {}
 
     def follow(self, changes: Mapping[str, Change]) -> None:
         """After a change of connections: what has grown is of age 0."""
         for name, change in changes.items():
             if name in self.ages:
                 self.ages[name] = remap(self.ages[name], change.source.to(self.ages[name].device))
+                self._youngest[name] = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Ages by layer."""
@@ -103,6 +108,7 @@ class Ramp:
             if state[name].shape != (self._layers[name].topology.count,):
                 raise InputError(f"the ages of the connections of {name} are not this model's: load its state first")
             self.ages[name] = state[name].to(own, copy=True)
+            self._youngest[name] = int(self.ages[name].min()) if own.numel() else _GROWN
 
     def _counting(self) -> list[dict[str, Any]]:
         """The groups whose optimizer counts; looked up each time, since loading an optimizer's state replaces them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsae.core.heads import HeadLayout
+from sparsae.core.host import on_host
 from sparsae.core.observation import head_densities
 from sparsae.core.topology import Topology, remap
 from sparsae.errors import InputError, require_state
@@ -26,7 +27,8 @@ class TopologyTelemetry:
     def __init__(self, layers: Mapping[str, SparseLinear], heads: Mapping[str, HeadLayout]) -> None:
         self._layers = layers
         self._heads = heads
-        self._start = {name: _cpu(layer.topology) for name, layer in layers.items()}
+        self._seen: dict[str, tuple[Topology, Topology]] = {}
+        self._start = self._now()
         self._ever = {name: Topology(t.shape, t.indices.clone(), t.unit) for name, t in self._start.items()}
         self._birth = {name: torch.zeros(t.count, dtype=torch.int32, device="cpu") for name, t in self._start.items()}
         # Whether each active unit is one of the initial ones; it follows from the others.
@@ -34,16 +36,15 @@ class TopologyTelemetry:
 
     def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> TopologyRow:
         """The row of an update at `step`, after its changes were carried out; it says nothing yet of who chose them."""
-        for name, change in changes.items():
-            source = change.source.cpu()
+        sources, now, swapped = on_host([change.source for change in changes.values()]), self._now(), {}
+        for name, source in zip(changes, sources, strict=True):
             at = (source < 0).nonzero().squeeze(1)
-            grown, ever = change.after.indices.cpu()[at], self._ever[name]
+            grown, ever, swapped[name] = now[name].indices[at], self._ever[name], at.numel()
             self._birth[name] = remap(self._birth[name], source).index_fill_(0, at, step)
             original = remap(self._original[name], source)
             self._original[name] = original.index_copy_(0, at, self._start[name].contains(grown))
             self._ever[name] = ever.replace(ever.indices[:0], grown[~ever.contains(grown)])[0]
         nnz = sum(layer.topology.nnz for layer in self._layers.values())
-        swapped = {name: int(change.grown.sum()) for name, change in changes.items()}
         ages = step - torch.cat(list(self._birth.values())).double()
         return TopologyRow(
             step,
@@ -58,14 +59,13 @@ class TopologyTelemetry:
             itop_rate=sum(t.count for t in self._ever.values()) / sum(t.units for t in self._ever.values()),
             age=AgeRow(mean=float(ages.mean()), median=float(ages.median()), max=float(ages.max())),
             layers={
-                name: self._layer_row(name, layer, swapped.get(name, 0), gradient_norms.get(name, math.nan))
-                for name, layer in self._layers.items()
+                name: self._layer_row(name, topology, swapped.get(name, 0), gradient_norms.get(name, math.nan))
+                for name, topology in now.items()
             },
             seconds=0.0,
         )
 
-    def _layer_row(self, name: str, layer: SparseLinear, swaps: int, norm: float) -> LayerRow:
-        topology = layer.topology
+    def _layer_row(self, name: str, topology: Topology, swaps: int, norm: float) -> LayerRow:
         rows, columns = topology.grid
         heads = self._heads.get(name)
         densities = None if heads is None else head_densities(topology, heads).tolist()
@@ -81,6 +81,14 @@ class TopologyTelemetry:
             head_densities=None if densities is None else tuple(round(density, 6) for density in densities),
         )
 
+    def _now(self) -> dict[str, Topology]:
+        """The layers' topologies on the CPU, where each is brought once."""
+        there = {name: layer.topology for name, layer in self._layers.items()}
+        moved = {name: t for name, t in there.items() if name not in self._seen or self._seen[name][0] is not t}
+        for (name, t), indices in zip(moved.items(), on_host([t.indices for t in moved.values()]), strict=True):
+            self._seen[name] = t, Topology(t.shape, indices, t.unit)
+        return {name: here for name, (_, here) in self._seen.items()}
+
     def _share_not_in_start(self) -> float:
         total = sum(original.numel() for original in self._original.values())
         return (total - sum(int(original.count_nonzero()) for original in self._original.values())) / total
@@ -88,7 +96,8 @@ class TopologyTelemetry:
     def nbytes(self) -> int:
         """Bytes held."""
         held = (*self.state_dict().values(), self._original)
-        return sum(tensor.numel() * tensor.element_size() for part in held for tensor in part.values())
+        copies = [here.indices for t, here in self._seen.values() if t.indices.data_ptr() != here.indices.data_ptr()]
+        return sum(tensor.nbytes for tensor in (*copies, *(tensor for part in held for tensor in part.values())))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by layer."""
@@ -109,18 +118,15 @@ class TopologyTelemetry:
                     f"the telemetry is of {state['birth'][name].numel()} connections of {name}, which has "
                     f"{layer.topology.count}: load the model's state of the same step first"
                 )
+        now = self._now()
         for name, layer in self._layers.items():
             shape, unit = layer.topology.shape, layer.unit
             self._start[name] = Topology(shape, state["start"][name].cpu(), unit)
             self._ever[name] = Topology(shape, state["ever"][name].cpu(), unit)
             self._birth[name] = state["birth"][name].cpu()
-            self._original[name] = self._start[name].contains(layer.topology.indices.cpu())
+            self._original[name] = self._start[name].contains(now[name].indices)
 
 
 def _empty_lines(of_each_unit: Tensor, lines: int) -> int:
     """How many of the grid's rows or columns have no active unit."""
     return lines - int(torch.bincount(of_each_unit, minlength=lines).count_nonzero())
-
-
-def _cpu(topology: Topology) -> Topology:
-    return topology.to("cpu")

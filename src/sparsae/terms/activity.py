@@ -48,30 +48,35 @@ class Activity(Term[ActivityConfig]):
         self.needs = frozenset({_NEEDS[config.source]})
 
     def value(self, trial: Trial) -> float:
+        from sparsae.core.host import on_host
+
         if self.config.source == "candidate":
             norms = list(trial.gradient_norms.values())
         else:
-            norms = [self._known_norm(view, trial.changes.get(name)) for name, view in trial.views.items()]
+            # A device is waited for once, not for each layer.
+            squares = on_host([self._known(view, trial.changes.get(name)) for name, view in trial.views.items()])
+            norms = [math.sqrt(float(square)) for square in squares]
         return sum(norms) / len(norms)
 
-    def _known_norm(self, view: LayerView, change: Change | None) -> float:
-        """L2 norm of the gradient at a layer's active weights after a change, without a backward pass."""
+    def _known(self, view: LayerView, change: Change | None) -> Tensor:
+        """Square of the norm of the gradient at a layer's active weights after a change, without a backward pass."""
         import torch
 
         training = self.config.source == "training"
         active = view.gradient if training else view.moment
         assert active is not None
         squares = _unit_squares(active)
-        if change is None:
-            return math.sqrt(float(squares.sum()))
-        kept = change.source[~change.grown]
-        total = float(squares[kept].sum())
-        if training and view.sample is not None and view.sample_gradient is not None and view.sample.numel():
-            grown = change.after.indices[change.grown].to(view.sample.device, view.sample.dtype)
-            at = torch.searchsorted(view.sample, grown).clamp_(max=view.sample.numel() - 1)
-            known = view.sample[at] == grown
-            total += float(_unit_squares(view.sample_gradient)[at[known]].sum())
-        return math.sqrt(total)
+        if change is None or not squares.numel():
+            total = squares.sum()
+        else:
+            total = squares[change.source.clamp(min=0)].masked_fill(change.grown, 0.0).sum()
+        sample, gradient = view.sample, view.sample_gradient
+        if change is not None and training and sample is not None and gradient is not None and sample.numel():
+            units = change.after.indices.to(sample.device, sample.dtype)
+            at = torch.searchsorted(sample, units).clamp_(max=sample.numel() - 1)
+            is_known = change.grown & (sample[at] == units)
+            total = total + _unit_squares(gradient)[at].masked_fill(~is_known, 0.0).sum()
+        return total
 
 
 def _unit_squares(tensor: Tensor) -> Tensor:
