@@ -4,8 +4,9 @@
 #   benchmarks/gpu.sh [--device cuda|cpu] [--out DIR] [PART...]      without a part: all of them, in this order
 #
 #   check           outputs and gradients of every kind of layer against float64 on the CPU
+#   decisions       the same topologies by the same seed as on the CPU, by each rule; how often an update waits
 #   kernels         layers of single weights at 90 %, beside F.linear, torch's CSR and 2:4
-#   blocks          layers of blocks of 16 to 128 at 90 %, beside F.linear and torch's BSR
+#   blocks          layers of blocks of 16 to 128 at 90 %, beside F.linear, torch's BSR and blksprs
 #   ways            blocks by their kernels beside the dense way (reference), at the densities around the thresholds
 #   step            whole steps of gpt2-small at 90 %, compiled, beside compiled dense: fixed topology
 #   step-search     the same with the default's updates (the share of search), and with a teacher
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
     *) PARTS+=("$1"); shift ;;
   esac
 done
-ALL="check kernels blocks ways step step-search step-medium step-blocks memory data train-dense train-sparse largest"
+ALL="check decisions kernels blocks ways step step-search step-medium step-blocks memory data train-dense train-sparse largest"
 [ ${#PARTS[@]} -gt 0 ] || read -ra PARTS <<< "$ALL"
 for part in "${PARTS[@]}"; do
   [[ " $ALL " == *" $part "* ]] || { echo "benchmarks/gpu.sh: no part '$part': use ${ALL// /, }" >&2; exit 2; }
@@ -79,6 +80,7 @@ run() {
   local file=$OUT/$1.jsonl
   case $1 in
     check) "$PYTHON" benchmarks/gpu.py check "$DEVICE" "$file" ;;
+    decisions) "$PYTHON" benchmarks/decisions.py "$DEVICE" "$file" ;;
     kernels) layers "$file" --units 1x1 --sparsities 0.5,0.9 --backends auto,torch-csr,torch-2:4 ;;
     blocks) layers "$file" --units 16x16,32x32,64x64,128x128 --sparsities 0.9 --backends auto,torch-bsr,blksprs ;;
     ways)

@@ -17,7 +17,7 @@ def test_every_part_runs_and_adds_its_rows(tmp_path: Path) -> None:
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("== ")][:-1]
-    assert (parts[0], parts[-1], len(parts)) == ("check", "largest", 13)
+    assert (parts[0], parts[-1], len(parts)) == ("check", "largest", 14)
     for part in parts:
         rows = [json.loads(line) for line in (tmp_path / f"{part}.jsonl").read_text("utf-8").splitlines()]
         assert rows, part
