@@ -138,7 +138,7 @@ def _replaced(layers: Mapping[str, SparseLinear], swap: Swap) -> dict[str, tuple
             asked[name] = topology.replacement(swap.drop.get(name, empty), swap.grow.get(name, empty))
         for name, wrong in zip(asked, on_host([each.wrong for each in asked.values()]), strict=True):
             asked[name].check(wrong.tolist())
-    except ValueError as error:
+    except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"layer {name}: {error}") from error
     return {name: each.made() for name, each in asked.items()}
 

@@ -20,4 +20,4 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breakeven, "fusing_pays", lambda layouts, keeps: True)
+    monkeypatch.setattr(breakeven, "fusing_pays", lambda layouts, keeps, tokens: True)

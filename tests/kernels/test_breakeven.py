@@ -13,7 +13,7 @@ import torch
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.cpu.breakeven import MLP, MLP_BLOCKS, fusing_pays, highest_density, pays
+from sparsae.kernels.cpu.breakeven import MLP, MLP_BLOCKS, MLP_TOKENS, fusing_pays, highest_density, pays
 
 RESULTS = Path(__file__).parents[2] / "docs/results/kernels"
 MEASURED, MEASURED_MLPS = sorted(RESULTS.glob("thresholds-*.json")), sorted(RESULTS.glob("mlp-*.json"))
@@ -77,9 +77,10 @@ def test_an_mlp_is_computed_layer_by_layer_above_its_limit_unless_no_backward_fo
 
     for keeps in ("nothing", "bfloat16", "float32"):
         last = int((MLP if unit == (1, 1) else MLP_BLOCKS)[gated, keeps == "nothing"] * units)
-        assert fusing_pays(layouts(last), keeps)
-        assert not fusing_pays(layouts(last + 1), keeps)
-    assert fusing_pays(layouts(units), None)
+        assert fusing_pays(layouts(last), keeps, 1)
+        assert not fusing_pays(layouts(last + 1), keeps, 4096)
+    assert fusing_pays(layouts(units), None, MLP_TOKENS[gated])
+    assert not fusing_pays(layouts(1), None, MLP_TOKENS[gated] - 1)
 
 
 def test_the_measurement_of_mlps_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

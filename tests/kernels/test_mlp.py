@@ -154,11 +154,13 @@ def test_it_is_used_only_where_it_pays_and_serves(fused_calls: list[int]) -> Non
         assert (len(fused_calls) > before) == uses, (sparsity, gated, keeps, backend, tokens)
 
 
-def test_it_is_used_at_every_density_where_no_backward_follows(fused_calls: list[int]) -> None:
+def test_the_number_of_tokens_decides_where_no_backward_follows(fused_calls: list[int]) -> None:
     model = sparsify(llama(), 0.7)
     with torch.no_grad():
-        model(torch.randn(20, 32))
-    assert len(fused_calls) == 1
+        model(torch.randn(3, 512, 32))
+        assert fused_calls == []
+        model(torch.randn(4, 512, 32))
+    assert fused_calls == [1]
 
 
 def test_a_hook_on_a_layer_sees_what_goes_through() -> None:

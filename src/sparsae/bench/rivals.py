@@ -144,8 +144,8 @@ class Blksprs(Rival):
 
     def refusal(self, unit: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
         reason = super().refusal(unit, dtype, device)
-        if reason is None and (unit[0] != unit[1] or unit[0] < 16):
-            return "it wants square blocks from 16 on"
+        if reason is None and (unit[0] != unit[1] or unit[0] < 16 or unit[0] & (unit[0] - 1)):
+            return "it wants square blocks of 16, 32, 64, ..."
         return reason
 
     def layer(self, topology: Topology, values: Tensor, bias_O: Tensor) -> nn.Module:
@@ -195,21 +195,24 @@ class BlockProduct(nn.Module):
 
     def __init__(self, topology: Topology, values: Tensor, bias_O: Tensor) -> None:
         super().__init__()
-        self._ops, self._side = import_module("blksprs").ops, topology.unit[0]
+        library = import_module("blksprs")
+        library.utils.disable_validation()  # which waits for the GPU several times a product
+        self._ops, self._side = library.ops, topology.unit[0]
         rows, columns = topology.grid
-        layout = torch.zeros(columns * rows, dtype=torch.int64, device=values.device)
-        layout[topology.indices.long()] = 1
+        layout = torch.zeros(columns * rows, dtype=torch.bool, device=values.device)
+        layout.index_fill_(0, topology.indices.long(), True)
         self._layout_IO = layout.view(1, columns, rows)
-        self._caches: dict[int, list[dict[str, Any]]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor, list[dict[str, Any]]]] = {}
         self.weight = nn.Parameter(values.transpose(1, 2).contiguous())
         self.bias = nn.Parameter(bias_O.clone())
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """x: (tokens, in), as many tokens as whole blocks have."""
         count, ops, side = x_TI.shape[0] // self._side, self._ops, self._side
-        into, product, back = self._caches.setdefault(count, [{}, {}, {}])
-        _, columns, rows = self._layout_IO.shape
-        full_TI, full_TO = (self._layout_IO.new_ones(1, count, n) for n in (columns, rows))
+        if count not in self._kept:
+            full_TI, full_TO = (self._layout_IO.new_ones(1, count, n) for n in self._layout_IO.shape[1:])
+            self._kept[count] = full_TI, full_TO, [{}, {}, {}]
+        full_TI, full_TO, (into, product, back) = self._kept[count]
         x = ops.to_sparse_row_striped(x_TI.unsqueeze(0), full_TI, side, layout_cache=into)
         y = ops.matmul(x, full_TI, self.weight, self._layout_IO, full_TO, side, layout_cache=product)
         y_TO: Tensor = ops.to_dense_row_striped(y, full_TO, side, layout_cache=back).squeeze(0)

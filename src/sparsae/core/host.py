@@ -1,4 +1,4 @@
-"""What a device has computed, brought to the CPU: the one way by which an update waits for a GPU."""
+"""Between the CPU and a device: what an update has to know comes together, what it has drawn goes ahead."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import Tensor
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors on the CPU, each device waited for once. Those that are there already are returned as they are."""
     found = [_on_its_way(tensor.detach()) for tensor in tensors]
-    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    for device in devices:
         torch.cuda.current_stream(device).synchronize()
-    return found
+    # Pinned memory is scarce, and some of this is kept for long.
+    return [tensor.clone() for tensor in found] if devices else found
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, which is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _on_its_way(tensor: Tensor) -> Tensor:

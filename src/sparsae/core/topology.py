@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparsae.core.host import on_device
 from sparsae.core.ranking import positions
 
 
@@ -134,7 +135,7 @@ class Topology:
 
     def inactive_at(self, ranks: Tensor) -> Tensor:
         """The inactive units of the given ranks among all inactive ones."""
-        ranks = ranks.to(self.indices.device, torch.int64)
+        ranks = on_device(ranks.long(), self.indices.device)
         gaps = self.indices.to(torch.int64) - torch.arange(self.count, device=self.indices.device)
         return (ranks + torch.searchsorted(gaps, ranks, right=True)).to(self.indices.dtype)
 

@@ -195,7 +195,7 @@ class Backend(ABC):
         """
         return "it computes MLPs layer by layer"
 
-    def mlp_pays(self, layouts: Sequence[Layout], keeps: str | None) -> bool:
+    def mlp_pays(self, layouts: Sequence[Layout], keeps: str | None, tokens: int) -> bool:
         """Whether an MLP takes less time at once than layer by layer. Asked where it is not refused.
 
         keeps: of the hidden layer from forward to backward, one of kernels/mlp.py; None where no backward follows.

@@ -97,7 +97,7 @@ class FusedMLP(nn.Module):
             return False
         backend, layouts = BACKENDS[layers[0].kernel], [layer.layout for layer in layers]
         refusal = backend.mlp_refusal(layouts, activation, in_autocast(x[:0]).dtype)
-        return refusal is None and backend.mlp_pays(layouts, self._kept())
+        return refusal is None and backend.mlp_pays(layouts, self._kept(), x.numel() // x.shape[-1])
 
     def _kept(self) -> str | None:
         """Of the hidden layer for backward; None where none follows."""

@@ -191,19 +191,20 @@ class GradientCapture:
     def _note(self, gradients: Mapping[str, Tensor]) -> None:
         """Note norms, and what is not finite. Raises InputError where a probe was not answered."""
         self.not_finite = None
-        norms, finite = list[Tensor](), dict[str, Tensor]()
+        norms, finite = list[Tensor](), list[Tensor]()
         for name, gradient in gradients.items():
             probe, seen = self.probes.get(name), whole(gradient)  # one at a time: see `shards`
             if probe is not None and probe.gradient is None and bool(seen.any()):
                 raise InputError(_unanswered(name, self._passes))
-            if probe is not None and probe.gradient is not None:
-                finite[name] = probe.gradient.isfinite().all()
             norms.append(seen.norm())
-        probed = dict(zip(finite, map(bool, on_host(list(finite.values()))), strict=True))
-        for name, norm in zip(gradients, map(float, on_host(norms)), strict=True):
-            self.norms[name] = norm
-            # A norm may have overflowed by itself.
-            if not (math.isfinite(norm) or bool(whole(gradients[name]).isfinite().all())) or not probed.get(name, True):
+            is_finite = seen.isfinite().all()  # the norm of what is finite may overflow
+            if probe is not None and probe.gradient is not None:
+                is_finite = is_finite & probe.gradient.isfinite().all()
+            finite.append(is_finite)
+        found = on_host([*norms, *finite])
+        for name, norm, is_finite in zip(gradients, found, found[len(norms) :], strict=False):
+            self.norms[name] = float(norm)
+            if not bool(is_finite):
                 self.not_finite = self.not_finite or name
 
     def _sum(self, factor: float | Tensor | None) -> None:

@@ -108,7 +108,7 @@ class Ramp:
             if state[name].shape != (self._layers[name].topology.count,):
                 raise InputError(f"the ages of the connections of {name} are not this model's: load its state first")
             self.ages[name] = state[name].to(own, copy=True)
-            self._youngest[name] = int(self.ages[name].min()) if own.numel() else _GROWN
+            self._youngest[name] = int(self.ages[name].min()) if self.ages[name].numel() else 0
 
     def _counting(self) -> list[dict[str, Any]]:
         """The groups whose optimizer counts; looked up each time, since loading an optimizer's state replaces them."""

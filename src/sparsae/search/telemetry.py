@@ -27,8 +27,7 @@ class TopologyTelemetry:
     def __init__(self, layers: Mapping[str, SparseLinear], heads: Mapping[str, HeadLayout]) -> None:
         self._layers = layers
         self._heads = heads
-        self._seen: dict[str, tuple[Topology, Topology]] = {}
-        self._start = self._now()
+        self._start = {name: layer.topology.to("cpu") for name, layer in layers.items()}
         self._ever = {name: Topology(t.shape, t.indices.clone(), t.unit) for name, t in self._start.items()}
         self._birth = {name: torch.zeros(t.count, dtype=torch.int32, device="cpu") for name, t in self._start.items()}
         # Whether each active unit is one of the initial ones; it follows from the others.
@@ -36,15 +35,21 @@ class TopologyTelemetry:
 
     def row(self, step: int, changes: Mapping[str, Change], gradient_norms: Mapping[str, float]) -> TopologyRow:
         """The row of an update at `step`, after its changes were carried out; it says nothing yet of who chose them."""
-        sources, now, swapped = on_host([change.source for change in changes.values()]), self._now(), {}
-        for name, source in zip(changes, sources, strict=True):
+        brought = [tensor for change in changes.values() for tensor in (change.source, change.after.indices)]
+        lines = [_used_lines(layer.topology) for layer in self._layers.values()]
+        heads = [head_densities(self._layers[name].topology, layout) for name, layout in self._heads.items()]
+        here, swapped = iter(on_host([*brought, *lines, *heads])), {}
+        for name in changes:
+            source, indices = next(here), next(here)
             at = (source < 0).nonzero().squeeze(1)
-            grown, ever, swapped[name] = now[name].indices[at], self._ever[name], at.numel()
+            grown, ever, swapped[name] = indices[at], self._ever[name], at.numel()
             self._birth[name] = remap(self._birth[name], source).index_fill_(0, at, step)
             original = remap(self._original[name], source)
             self._original[name] = original.index_copy_(0, at, self._start[name].contains(grown))
             self._ever[name] = ever.replace(ever.indices[:0], grown[~ever.contains(grown)])[0]
         nnz = sum(layer.topology.nnz for layer in self._layers.values())
+        used_lines = [next(here).tolist() for _ in lines]
+        densities = {name: next(here).tolist() for name in self._heads}
         ages = step - torch.cat(list(self._birth.values())).double()
         return TopologyRow(
             step,
@@ -59,35 +64,13 @@ class TopologyTelemetry:
             itop_rate=sum(t.count for t in self._ever.values()) / sum(t.units for t in self._ever.values()),
             age=AgeRow(mean=float(ages.mean()), median=float(ages.median()), max=float(ages.max())),
             layers={
-                name: self._layer_row(name, topology, swapped.get(name, 0), gradient_norms.get(name, math.nan))
-                for name, topology in now.items()
+                name: _layer_row(
+                    layer.topology, used, densities.get(name), swapped.get(name, 0), gradient_norms.get(name, math.nan)
+                )
+                for (name, layer), used in zip(self._layers.items(), used_lines, strict=True)
             },
             seconds=0.0,
         )
-
-    def _layer_row(self, name: str, topology: Topology, swaps: int, norm: float) -> LayerRow:
-        rows, columns = topology.grid
-        heads = self._heads.get(name)
-        densities = None if heads is None else head_densities(topology, heads).tolist()
-        return LayerRow(
-            shape=topology.shape,
-            nnz=topology.nnz,
-            units=math.prod(topology.shape),
-            density=topology.density,
-            swaps=swaps,
-            gradient_activity=norm,
-            dead_outputs=topology.unit[0] * _empty_lines(topology.rows, rows),
-            dead_inputs=topology.unit[1] * _empty_lines(topology.columns, columns),
-            head_densities=None if densities is None else tuple(round(density, 6) for density in densities),
-        )
-
-    def _now(self) -> dict[str, Topology]:
-        """The layers' topologies on the CPU, where each is brought once."""
-        there = {name: layer.topology for name, layer in self._layers.items()}
-        moved = {name: t for name, t in there.items() if name not in self._seen or self._seen[name][0] is not t}
-        for (name, t), indices in zip(moved.items(), on_host([t.indices for t in moved.values()]), strict=True):
-            self._seen[name] = t, Topology(t.shape, indices, t.unit)
-        return {name: here for name, (_, here) in self._seen.items()}
 
     def _share_not_in_start(self) -> float:
         total = sum(original.numel() for original in self._original.values())
@@ -96,8 +79,7 @@ class TopologyTelemetry:
     def nbytes(self) -> int:
         """Bytes held."""
         held = (*self.state_dict().values(), self._original)
-        copies = [here.indices for t, here in self._seen.values() if t.indices.data_ptr() != here.indices.data_ptr()]
-        return sum(tensor.nbytes for tensor in (*copies, *(tensor for part in held for tensor in part.values())))
+        return sum(tensor.nbytes for part in held for tensor in part.values())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by layer."""
@@ -118,15 +100,36 @@ class TopologyTelemetry:
                     f"the telemetry is of {state['birth'][name].numel()} connections of {name}, which has "
                     f"{layer.topology.count}: load the model's state of the same step first"
                 )
-        now = self._now()
         for name, layer in self._layers.items():
             shape, unit = layer.topology.shape, layer.unit
             self._start[name] = Topology(shape, state["start"][name].cpu(), unit)
             self._ever[name] = Topology(shape, state["ever"][name].cpu(), unit)
             self._birth[name] = state["birth"][name].cpu()
-            self._original[name] = self._start[name].contains(now[name].indices)
+            self._original[name] = self._start[name].contains(layer.topology.indices.cpu())
 
 
-def _empty_lines(of_each_unit: Tensor, lines: int) -> int:
-    """How many of the grid's rows or columns have no active unit."""
-    return lines - int(torch.bincount(of_each_unit, minlength=lines).count_nonzero())
+def _layer_row(
+    topology: Topology, used_lines: list[int], densities: list[float] | None, swaps: int, norm: float
+) -> LayerRow:
+    rows, columns = topology.grid
+    return LayerRow(
+        shape=topology.shape,
+        nnz=topology.nnz,
+        units=math.prod(topology.shape),
+        density=topology.density,
+        swaps=swaps,
+        gradient_activity=norm,
+        dead_outputs=topology.unit[0] * (rows - used_lines[0]),
+        dead_inputs=topology.unit[1] * (columns - used_lines[1]),
+        head_densities=None if densities is None else tuple(round(density, 6) for density in densities),
+    )
+
+
+def _used_lines(topology: Topology) -> Tensor:
+    """(2,) int64: how many of the grid's rows, and of its columns, have an active unit; nothing is waited for."""
+    device = topology.indices.device
+    used = []
+    for lines, of_each_unit in zip(topology.grid, (topology.rows, topology.columns), strict=True):
+        marks = torch.zeros(lines, dtype=torch.bool, device=device)
+        used.append(marks.index_fill_(0, of_each_unit.long(), True).count_nonzero())
+    return torch.stack(used)

@@ -53,7 +53,7 @@ class Activity(Term[ActivityConfig]):
         if self.config.source == "candidate":
             norms = list(trial.gradient_norms.values())
         else:
-            # A device is waited for once, not for each layer.
+            # A device is waited for once, not for each layer, unless there is a sample of the last step's gradient.
             squares = on_host([self._known(view, trial.changes.get(name)) for name, view in trial.views.items()])
             norms = [math.sqrt(float(square)) for square in squares]
         return sum(norms) / len(norms)
@@ -72,12 +72,12 @@ class Activity(Term[ActivityConfig]):
             total = squares[change.source.clamp(min=0)].masked_fill(change.grown, 0.0).sum()
         sample, gradient = view.sample, view.sample_gradient
         if change is not None and training and sample is not None and gradient is not None and sample.numel():
-            units = change.after.indices.to(sample.device, sample.dtype)
-            at = torch.searchsorted(sample, units).clamp_(max=sample.numel() - 1)
-            is_known = change.grown & (sample[at] == units)
-            total = total + _unit_squares(gradient)[at].masked_fill(~is_known, 0.0).sum()
+            grown = change.after.indices[change.grown].to(sample.device, sample.dtype)
+            at = torch.searchsorted(sample, grown).clamp_(max=sample.numel() - 1)
+            is_known = sample[at] == grown
+            total = total + _unit_squares(gradient)[at].masked_fill(~is_known, 0.0).sum().to(total.device)
         return total
 
 
 def _unit_squares(tensor: Tensor) -> Tensor:
-    return tensor.double().square().reshape(tensor.shape[0], -1).sum(1)
+    return tensor.double().square().flatten(1).sum(1) if tensor.dim() > 1 else tensor.double().square()

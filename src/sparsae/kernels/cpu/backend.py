@@ -101,8 +101,8 @@ class Cpu(Backend):
             return f"its activation is {activation}"
         return native.mlp_refusal(layouts)
 
-    def mlp_pays(self, layouts: Sequence[Layout], keeps: str | None) -> bool:
-        return breakeven.fusing_pays(layouts, keeps)
+    def mlp_pays(self, layouts: Sequence[Layout], keeps: str | None, tokens: int) -> bool:
+        return breakeven.fusing_pays(layouts, keeps, tokens)
 
     def mlp_forward(
         self, weights: Sequence[Weight], x_TI: Tensor, activation: str, kept: Tensor | None = None

@@ -24,6 +24,8 @@ UNSTRUCTURED, BLOCKS, ODD_BLOCKS, THIN, SMALL = 0.36, 0.45, 0.25, 0.15, 0.1
 # AVX-512 and with AVX2, by (gated, whether the hidden layer is computed again); of single weights, and of blocks.
 MLP = {(False, True): 0.36, (False, False): 0.36, (True, True): 0.1, (True, False): 0.2}
 MLP_BLOCKS = {(False, True): 0.15, (False, False): 0.15, (True, True): 0.05, (True, False): 0.05}
+# Tokens from which forward alone takes less time at once, at every density, by whether the MLP is gated.
+MLP_TOKENS = {False: 256, True: 2048}
 # By instruction set: tokens from which attention takes less time than torch's, with heads of up to ATTENTION_SIZE. The
 # others were not measured.
 ATTENTION, ATTENTION_SIZE = {"avx512": 128, "avx2": 128}, 128
@@ -47,18 +49,19 @@ def highest_density(unit: tuple[int, int]) -> float:
     return THIN if unit[0] * unit[1] >= 4 else SMALL
 
 
-def fusing_pays(layouts: Sequence[Layout], keeps: str | None) -> bool:
+def fusing_pays(layouts: Sequence[Layout], keeps: str | None, tokens: int) -> bool:
     """Whether an MLP takes less time at once than layer by layer.
 
     layouts: of up, down and, where gated, gate. keeps: what forward keeps of the hidden layer for backward; None: no
-    backward follows, and then it always does.
+    backward follows, and then the number of tokens decides.
     """
+    gated = len(layouts) > 2
     if keeps is None:
-        return True
+        return tokens >= MLP_TOKENS[gated]
     active = sum(layout.indices.numel() * layout.unit[0] * layout.unit[1] for layout in layouts)
     weights = sum(layout.shape[0] * layout.shape[1] for layout in layouts)
     limits = MLP if layouts[0].unit == (1, 1) else MLP_BLOCKS
-    return active <= limits[len(layouts) > 2, keeps == "nothing"] * weights
+    return active <= limits[gated, keeps == "nothing"] * weights
 
 
 def attention_pays(tokens: int, size: int) -> bool:
