@@ -8,10 +8,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsae.bench.clock import geometric_mean, interleaved
 from sparsae.bench.kernels import layer_of, means
@@ -22,6 +24,7 @@ from sparsae.cli import main
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.cpu import native
+from sparsae.nn.linear import SparseLinear
 from tests.support.bench import run
 
 ROOT = Path(__file__).parents[2]
@@ -298,3 +301,51 @@ def test_rows_are_added_to_a_file_of_lines(tmp_path: Path) -> None:
     before, *rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert before == {"before": 1}
     assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+
+
+class _Operators:
+    """What `BlockProduct` asks of blksprs, with dense arithmetic: blocks of a layout, row by row."""
+
+    @staticmethod
+    def to_sparse_row_striped(x: Tensor, layout: Tensor, side: int, layout_cache: dict[str, Any]) -> Tensor:
+        assert layout.shape == (1, x.shape[1] // side, x.shape[2] // side)
+        return x
+
+    to_dense_row_striped = to_sparse_row_striped
+
+    @staticmethod
+    def matmul(
+        x: Tensor,
+        whole_x: Tensor,
+        y: Tensor,
+        layout: Tensor,
+        whole: Tensor,
+        side: int,
+        layout_cache: dict[str, Any],
+    ) -> Tensor:
+        blocks = y.new_zeros(*layout.shape[1:], side, side).index_put(layout[0].nonzero(as_tuple=True), y)
+        return x @ blocks.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+
+
+def test_blksprs_is_given_the_layer_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = SimpleNamespace(disable_validation=lambda: None)
+    monkeypatch.setitem(sys.modules, "blksprs", SimpleNamespace(ops=_Operators, utils=utils))
+    rng = generator(3, "blksprs")
+    topology = Topology.random((64, 96), 11, rng, (16, 16))
+    values, bias = torch.randn(topology.values_shape, generator=rng), torch.randn(64, generator=rng)
+    theirs, ours = RIVALS["blksprs"].layer(topology, values, bias), SparseLinear(topology, values.clone(), bias.clone())
+    x, dy = torch.randn(48, 96, generator=rng), torch.randn(48, 64, generator=rng)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(each) for layer, each in zip((theirs, ours), inputs, strict=True)]
+    torch.testing.assert_close(*outputs)
+    for y in outputs:
+        y.backward(dy)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    gradient = dict(theirs.named_parameters())["weight"].grad
+    assert gradient is not None
+    torch.testing.assert_close(gradient.transpose(1, 2), ours.values.grad)
+    with pytest.raises(NotImplementedError, match="whole blocks"):
+        theirs(x[:-1])
+    for unit in ((8, 8), (16, 32), (48, 48)):
+        assert RIVALS["blksprs"].refusal(unit, torch.bfloat16, torch.device("cuda")) is not None
+    assert RIVALS["blksprs"].refusal((64, 64), torch.bfloat16, torch.device("cuda")) is None

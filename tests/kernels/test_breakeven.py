@@ -16,6 +16,7 @@ from sparsae.kernels.backend import Layout
 from sparsae.kernels.cpu.breakeven import MLP, MLP_BLOCKS, MLP_TOKENS, fusing_pays, highest_density, pays
 
 RESULTS = Path(__file__).parents[2] / "docs/results/kernels"
+MLP_SCRIPT = str(RESULTS.parents[2] / "benchmarks" / "mlp.py")
 MEASURED, MEASURED_MLPS = sorted(RESULTS.glob("thresholds-*.json")), sorted(RESULTS.glob("mlp-*.json"))
 
 
@@ -52,7 +53,9 @@ def test_a_layer_is_multiplied_densely_above_the_limit_of_its_units(unit: tuple[
 @pytest.mark.parametrize("file", MEASURED_MLPS, ids=lambda file: file.stem)
 def test_no_measured_mlp_is_slower_at_once_below_its_limit(file: Path) -> None:
     rows = json.loads(file.read_text())
-    assert min(row["cpu_ratio"] for row in rows if row["pass"] == "forward") > 1
+    alone = [row for row in rows if row["pass"] == "forward" and row["tokens"] >= MLP_TOKENS[row["gated"]]]
+    assert min(row["cpu_ratio"] for row in alone) > 1
+    assert {row["gated"] for row in alone} == {False, True}
     both = [row for row in rows if row["pass"] != "forward"]
     below = [row for row in both if row["density"] <= _mlp_limit(row)]
     assert min(row["cpu_ratio"] for row in below) > 1
@@ -83,16 +86,26 @@ def test_an_mlp_is_computed_layer_by_layer_above_its_limit_unless_no_backward_fo
     assert not fusing_pays(layouts(1), None, MLP_TOKENS[gated] - 1)
 
 
+def test_the_page_has_the_tables_of_the_measured_mlps() -> None:
+    rows = {file.stem.removeprefix("mlp-"): json.loads(file.read_text()) for file in MEASURED_MLPS}
+    page = (RESULTS.parent / "kernels.md").read_text("utf-8")
+    script = runpy.run_path(MLP_SCRIPT)
+    assert script["table"](rows) in page
+    assert script["token_table"](rows) in page
+
+
 def test_the_measurement_of_mlps_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = runpy.run_path(str(RESULTS.parents[2] / "benchmarks" / "mlp.py"))
+    script = runpy.run_path(MLP_SCRIPT)
     names = script["main"].__globals__
     monkeypatch.setitem(names, "SIZES", ((True, 64, 128),))
     monkeypatch.setitem(names, "DENSITIES", {(1, 1): (0.1,)})
     monkeypatch.setitem(names, "TOKENS", 64)
+    monkeypatch.setitem(names, "FEW", (32,))
     monkeypatch.setitem(names, "keep_freed_memory", lambda device: None)  # it would stay for the tests that follow
     script["main"](tmp_path / "rows.json", 2)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    ways = [("forward", "nothing"), *(("forward+backward", keeps) for keeps in ("nothing", "bfloat16", "float32"))]
+    both = [("forward+backward", keeps) for keeps in ("nothing", "bfloat16", "float32")]
+    ways = [("forward", "nothing")] * 2 + both
     assert [(row["pass"], row["keeps"]) for row in rows] == ways
     assert all(row["cpu_ratio"] > 0 for row in rows)
     assert set(rows[0]) == set(json.loads(MEASURED_MLPS[0].read_text())[0])

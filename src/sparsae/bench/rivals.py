@@ -207,8 +207,11 @@ class BlockProduct(nn.Module):
         self.bias = nn.Parameter(bias_O.clone())
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        """x: (tokens, in), as many tokens as whole blocks have."""
-        count, ops, side = x_TI.shape[0] // self._side, self._ops, self._side
+        """x: (tokens, in). Raises NotImplementedError for tokens that do not fill whole blocks."""
+        ops, side = self._ops, self._side
+        count, rest = divmod(x_TI.shape[0], side)
+        if rest:
+            raise NotImplementedError(f"it wants tokens in whole blocks, not {x_TI.shape[0]} in blocks of {side}")
         if count not in self._kept:
             full_TI, full_TO = (self._layout_IO.new_ones(1, count, n) for n in self._layout_IO.shape[1:])
             self._kept[count] = full_TI, full_TO, [{}, {}, {}]

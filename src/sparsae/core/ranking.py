@@ -69,7 +69,7 @@ def best_of_each(scores: Tensor, groups: Labels, limits: Limits) -> Tensor:
         return places(scores, groups, limits.numel()) < limits[groups]
     numbers = limits.tolist() if isinstance(limits, Tensor) else limits
     parts = zip(scores.split(list(groups)), numbers, strict=True)
-    return torch.cat([first(part, min(int(limit), part.numel())) for part, limit in parts])
+    return torch.cat([first(part, min(limit, part.numel())) for part, limit in parts])
 
 
 def places(scores: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -92,13 +92,10 @@ def _placement(tensor: Any) -> Any:
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
-def has_moved(own: Tensor, was: Tensor) -> bool:
-    """Whether a parameter is not what it was, in any rank's part. was: what this rank's part was."""
-    moved = not torch.equal(was, local(own.detach()))
-    return ranks().any(moved) if is_sharded(own) else moved
-
-
 def which_moved(parameters: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
-    """`has_moved` of many, (own, was) each; a device is waited for once."""
+    """Which parameters are not what they were, in any rank's part; a device is waited for once.
+
+    parameters: (own, was) each, was being what this rank's part was.
+    """
     flags = on_host([(was != local(own.detach())).any() for own, was in parameters])
     return [ranks().any(bool(f)) if is_sharded(own) else bool(f) for (own, _), f in zip(parameters, flags, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsae.config.rules import BurnInConfig
-from sparsae.core.shards import has_moved, local, local_of
+from sparsae.core.shards import local, local_of, which_moved
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 
@@ -69,8 +69,9 @@ class BurnIn:
     def after_step(self, stepped: bool = True) -> None:
         """After the optimizer's step, or after one that was skipped: nothing has moved, and it is none of these."""
         before, self._before = self._before, {}
-        moved = (has_moved(self._layers[name].values, was) for name, was in before.items())
-        if not (self.active and stepped and any(moved)):
+        if not (self.active and stepped):
+            return
+        if not any(which_moved([(self._layers[name].values, was) for name, was in before.items()])):
             return
         elsewhere = 1.0 if self._config.scope == "all" else 0.0
         for name, was in before.items():

@@ -25,7 +25,7 @@ UNSTRUCTURED, BLOCKS, ODD_BLOCKS, THIN, SMALL = 0.36, 0.45, 0.25, 0.15, 0.1
 MLP = {(False, True): 0.36, (False, False): 0.36, (True, True): 0.1, (True, False): 0.2}
 MLP_BLOCKS = {(False, True): 0.15, (False, False): 0.15, (True, True): 0.05, (True, False): 0.05}
 # Tokens from which forward alone takes less time at once, at every density, by whether the MLP is gated.
-MLP_TOKENS = {False: 256, True: 2048}
+MLP_TOKENS = {False: 512, True: 1024}
 # By instruction set: tokens from which attention takes less time than torch's, with heads of up to ATTENTION_SIZE. The
 # others were not measured.
 ATTENTION, ATTENTION_SIZE = {"avx512": 128, "avx2": 128}, 128
