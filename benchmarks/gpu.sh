@@ -9,6 +9,7 @@
 #   blocks          layers of blocks of 16 to 128 at 90 %, beside F.linear, torch's BSR and blksprs
 #   ways            blocks by their kernels beside the dense way (reference), at the densities around the thresholds
 #   step            whole steps of gpt2-small at 90 %, compiled, beside compiled dense: fixed topology
+#   step-graphs     the same with CUDA graphs
 #   step-search     the same with the default's updates (the share of search), and with a teacher
 #   step-medium     gpt2-medium, fixed topology; step-blocks: gpt2-medium in blocks of 64
 #   memory          model state and peak of gpt2-small and gpt2-medium beside dense, both with a teacher
@@ -31,7 +32,7 @@ while [ $# -gt 0 ]; do
     *) PARTS+=("$1"); shift ;;
   esac
 done
-ALL="check decisions kernels blocks ways step step-search step-medium step-blocks memory data train-dense train-sparse largest"
+ALL="check decisions kernels blocks ways step step-graphs step-search step-medium step-blocks memory data train-dense train-sparse largest"
 [ ${#PARTS[@]} -gt 0 ] || read -ra PARTS <<< "$ALL"
 for part in "${PARTS[@]}"; do
   [[ " $ALL " == *" $part "* ]] || { echo "benchmarks/gpu.sh: no part '$part': use ${ALL// /, }" >&2; exit 2; }
@@ -87,6 +88,7 @@ run() {
       SHAPES=${SHAPES##*,} TOKENS=${TOKENS%%,*} layers "$file" --units 16x16,32x32,64x64,128x128 \
         --sparsities 0.4,0.6,0.8,0.9,0.95 --backends auto,reference ;;
     step) steps "$file" "$SMALL" static ;;
+    step-graphs) steps "$file" "$SMALL" static --set training.compile=true --set training.compile_mode=reduce-overhead ;;
     step-search) steps "$file" "$SMALL" sparsae && steps "$file" "$SMALL" sparsae --teacher --set teacher.enabled=true ;;
     step-medium) steps "$file" "$MEDIUM" static ;;
     step-blocks)

@@ -294,6 +294,7 @@ def test_a_bad_file_is_refused_by_name(text: str | bytes, words: list[str], tmp_
         ("training.learning_rate=.nan", ["training.learning_rate", "finite"]),
         ('training.learning_rate="1e-3"', ["training.learning_rate", "a number, not '1e-3'"]),
         ("sparsity.sparsity=1", ["sparsity.sparsity", "below 1"]),
+        ("training.compile_mode=reduce-overhead", ["training.compile_mode: ", "set compile to true", "leave it out"]),
         ("training.decay=0.1", ["training.decay: decay", "wsd", "leave it out"]),
         (
             "training={schedule: wsd, warmup: 0.5, decay: 0.6}",

@@ -171,7 +171,6 @@ def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
     ("options", "said"),
     [
         (["--stack", "model.dropout=0.1"], "model.dropout is 0.1"),
-        (["--stack", "training.compile=true"], "training.compile is true"),
         (["--stack", "--ray", "local"], "leave out --ray"),
         (["--stack-size", "3"], "give --stack too"),
         (["--minutes", "0"], "--minutes: must be above 0"),

@@ -48,6 +48,6 @@ def test_neon_kernels_in_an_emulator(tmp_path: Path) -> None:
         program,
     )
     path = f"{SYSROOT / 'lib'}:{build}"
-    printed = run(str(emulator), "-L", SYSROOT, "-E", f"LD_LIBRARY_PATH={path}", program)
-    assert "neon: 0 failures" in printed
-    assert "portable: 0 failures" in printed
+    # The portable kernels are the same code on every processor, and tested on this one.
+    printed = run(str(emulator), "-L", SYSROOT, "-E", f"LD_LIBRARY_PATH={path}", program, "neon")
+    assert printed == "neon: 0 failures\n"

@@ -14,6 +14,7 @@ from torch.nn import functional
 import sparsae
 from sparsae.config import Config
 from sparsae.core.randomness import generator
+from sparsae.kernels.probe import SampledGradients
 from sparsae.losses import distillation_loss
 from sparsae.models import decoder_and_head
 from sparsae.nn.linear import sparse_layers
@@ -109,3 +110,25 @@ def test_no_other_module_computes_a_language_models_loss() -> None:
         and node.func.id in ("language_model_loss", "hidden_states")
     }
     assert callers == {"train/objective.py", "stack/program.py"}  # the latter for the former, of many runs at once
+
+
+def test_a_backward_pass_that_is_looked_into_is_no_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be repeated without what looks."""
+    modes: list[str] = []
+
+    def noted(decoder: Any, *, dynamic: bool | None, mode: str) -> Any:
+        modes.append(mode)
+        return lambda **given: asked.append(mode) or decoder(**given)
+
+    asked: list[str] = []
+    monkeypatch.setattr("sparsae.train.objective.torch.compile", noted)
+    model = built(config := config_of("training.compile=true", "training.compile_mode=reduce-overhead"))
+    objective, layers = objective_of(config, model), sparse_layers(model)
+    name = next(iter(layers))
+    for looks in (False, True, False):
+        probe = SampledGradients(layers[name].key, torch.tensor([1])) if looks else None
+        objective.loss(tokens(2), 0.0).total.backward()
+        objective.score(tokens(2)).backward()
+        assert (probe is not None) == looks
+    assert modes == ["reduce-overhead", "default"]
+    assert asked == ["reduce-overhead"] * 2 + ["default"] * 2 + ["reduce-overhead"] * 2

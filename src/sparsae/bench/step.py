@@ -236,6 +236,7 @@ class Steps:
             "threads": threads,
             "device": device_name(self.device),
             "compiled": config.training.compile,
+            "compile_mode": config.training.compile_mode if config.training.compile else None,
             "parameters": sum(p.numel() for p in trainer_.model.parameters()),
             "dense_parameters": sum(p.numel() for p in dense.trainer.model.parameters()),
             "nnz": sum(layer.topology.nnz for layer in sparse_layers(trainer_.model).values()),

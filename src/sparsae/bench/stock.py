@@ -33,7 +33,7 @@ class Stock:
         with quiet_import(), torch.device(self._device):
             self.model: Any = AutoModelForCausalLM.from_config(transformers_config(config.model, vocabulary, 0)).train()
         self.model.loss_type = "ForCausalLM"  # which it takes anyway, and says so
-        self._called = torch.compile(self.model) if settings.compile else self.model
+        self._called = torch.compile(self.model, mode=settings.compile_mode) if settings.compile else self.model
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,

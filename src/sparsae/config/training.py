@@ -54,6 +54,11 @@ class TrainingConfig(Section):
     device: Text = Field(default="auto", description="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     threads: Count | None = Field(default=None, description="CPU threads; null: torch's choice")
     compile: bool = Field(default=False, description="run the model through torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        default="default",
+        description="torch.compile's: reduce-overhead records what it compiles as CUDA graphs, max-autotune also times "
+        "its kernels first, by the clock (so that a repeated run may round otherwise)",
+    )
     mlp_keeps: Annotated[Literal["nothing", "bfloat16", "float32"], where_dense()] = Field(
         default="nothing",
         description="of the hidden layer of sparse MLPs that are fused (on a CPU), from forward to backward: bfloat16 "
@@ -87,6 +92,16 @@ class TrainingConfig(Section):
     checkpoint_async: bool = Field(
         default=False, description="write checkpoints beside training, from a copy of them in memory"
     )
+
+    @model_validator(mode="after")
+    def _has_a_mode_of_what_is_compiled(self) -> Self:
+        if self.compile_mode != "default" and not self.compile:
+            raise SettingError(
+                f"compile_mode {self.compile_mode} is for what is compiled: set compile to true, or leave it out",
+                "compile_mode",
+                "compile",
+            )
+        return self
 
     @model_validator(mode="after")
     def _falls_as_scheduled(self) -> Self:

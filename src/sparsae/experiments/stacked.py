@@ -60,17 +60,13 @@ def by_shape(jobs: Sequence[Job]) -> list[Job]:
 
 
 def refuse(job: Job) -> None:
-    """Raise InputError for a run that cannot be stacked: with dropout, which torch draws for one model, or compiled."""
-    config = job.config
-    for name, value, wanted in (
-        ("model.dropout", config.model.dropout, "0"),
-        ("training.compile", config.training.compile, "false"),
-    ):
-        if value:
-            raise InputError(
-                f"{job.name}: {name} is {str(value).lower()}, which runs that train together cannot have: set it to "
-                f"{wanted}, or leave out --stack"
-            )
+    """Raise InputError for a run that cannot be stacked: with dropout, which torch draws for one model."""
+    dropout = job.config.model.dropout
+    if dropout:
+        raise InputError(
+            f"{job.name}: model.dropout is {dropout:g}, which runs that train together cannot have: set it to 0, or "
+            "leave out --stack"
+        )
 
 
 def _likely_shape(config: Config) -> Hashable:
@@ -82,5 +78,6 @@ def _likely_shape(config: Config) -> Hashable:
         config.sparsity.unit,
         training.batch_size,
         training.precision,
+        (training.compile, training.compile_mode),
         training.device,
     )

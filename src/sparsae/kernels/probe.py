@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -242,6 +242,11 @@ def new_key() -> Tensor:
 def open_probe(key: Tensor) -> Probe | None:
     """The open probe of the layer with this key."""
     return _open.get(int(key)) if _open else None
+
+
+def probed(keys: Iterable[Tensor]) -> bool:
+    """Whether there is an open probe of a layer with any of these keys."""
+    return any(int(key) in _open for key in keys) if _open else False
 
 
 def note_forward(key: Tensor, trains: bool) -> None:

@@ -87,7 +87,8 @@ class Stack:
         found: dict[Pass, LossParts] = {}
         for shape, members in groups.items():
             if shape not in self._programs:
-                self._programs[shape] = StackedDecoder(decoder_and_head(members[0].objective.model)[0])
+                objective = members[0].objective
+                self._programs[shape] = StackedDecoder(decoder_and_head(objective.model)[0], objective.compile_mode)
             found |= dict(zip(members, _computed(self._programs[shape], members), strict=True))
         return found
 

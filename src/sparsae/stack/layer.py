@@ -16,14 +16,17 @@ from sparsae.stack.across import across
 
 
 class StackedLinear(nn.Module):
-    """Y = X W^T + b for all runs, inside `torch.func.vmap`, with W scattered from the runs' own values.
+    """Y = X W^T + b for all runs, inside `torch.func.vmap`, with W^T scattered from the runs' own values.
 
     Runs may have any numbers of connections. The gradient reaches each run's values, and its open probes are answered
     from its own dY and X, as where it trains alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer: SparseLinear) -> None:
+        """layer: that of any of the runs. The parameters are places for those of the runs (`operands`)."""
         super().__init__()
+        self.weight_IO = _place(layer.in_features, layer.out_features)
+        self.bias = None if layer.bias is None else _place(layer.out_features)
         self._layers: Sequence[SparseLinear] = ()
         self._indices: list[Tensor] = []
         self._keys: list[Tensor] = []
@@ -38,11 +41,17 @@ class StackedLinear(nn.Module):
             self._places = torch.cat([t.long() + run * units for run, t in enumerate(indices)])
             self._indices, self._keys = indices, [layer.key for layer in layers]
 
+    def operands(self) -> dict[str, Tensor]:
+        """What `forward` gets of each run by the names of the parameters, the runs' axis first, differentiable."""
+        biases: list[Tensor] = [layer.bias for layer in self._layers if layer.bias is not None]
+        return {"weight_IO": self._weights()} | ({"bias": torch.stack(biases)} if biases else {})
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) of one run; see `across`."""
-        return across(self._product, x)
+        operands = (x, self.weight_IO) if self.bias is None else (x, self.weight_IO, self.bias)
+        return across(self._product, *operands)
 
-    def weights(self) -> Tensor:
+    def _weights(self) -> Tensor:
         """(runs, in, out), differentiable with respect to each run's values."""
         first, runs = self._layers[0], len(self._layers)
         (b_out, b_in), (rows, columns) = first.unit, first.topology.grid
@@ -51,11 +60,10 @@ class StackedLinear(nn.Module):
         blocks = units.view(runs, columns, rows, b_out, b_in).permute(0, 1, 4, 2, 3)
         return blocks.reshape(runs, first.in_features, first.out_features)
 
-    def _product(self, x: Tensor) -> Tensor:
-        x_RTI, weights_RIO = in_autocast(x.flatten(1, -2)), in_autocast(self.weights())
-        biases: list[Tensor] = [layer.bias for layer in self._layers if layer.bias is not None]
-        if biases:
-            y_RTO = torch.baddbmm(in_autocast(torch.stack(biases)).unsqueeze(1), x_RTI, weights_RIO)
+    def _product(self, x: Tensor, weights_RIO: Tensor, biases_RO: Tensor | None = None) -> Tensor:
+        x_RTI, weights_RIO = in_autocast(x.flatten(1, -2)), in_autocast(weights_RIO)
+        if biases_RO is not None:
+            y_RTO = torch.baddbmm(in_autocast(biases_RO).unsqueeze(1), x_RTI, weights_RIO)
         else:
             y_RTO = torch.bmm(x_RTI, weights_RIO)
         self._watch(x_RTI, y_RTO)
@@ -78,3 +86,7 @@ class StackedLinear(nn.Module):
                     probe.add(BACKENDS["reference"], layout, dy_RTO[run], x_RTI[run])
 
         y_RTO.register_hook(answer)
+
+
+def _place(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from sparsae.errors import InputError
+from sparsae.kernels.probe import probed
 from sparsae.models import attention_modules, decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify
@@ -21,6 +23,7 @@ from sparsae.stack.layer import StackedLinear
 from sparsae.train.objective import Objective
 
 Shape = tuple[Any, ...]
+_GRAPHS = 1000
 
 
 def shape_of(objective: Objective, batch: Tensor) -> Shape:
@@ -33,6 +36,7 @@ def shape_of(objective: Objective, batch: Tensor) -> Shape:
         tuple((name, layer.unit, layer.bias is None) for name, layer in layers.items()),
         tuple(batch.shape),
         objective.precision,
+        objective.compile_mode,
         str(objective.device),
     )
 
@@ -40,31 +44,50 @@ def shape_of(objective: Objective, batch: Tensor) -> Shape:
 class StackedDecoder:
     """The decoders of several runs of one `shape_of`."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, mode: str | None = None) -> None:
         """decoder: that of any of the runs; nothing of it is kept but its architecture.
+
+        mode: of torch.compile, for the passes in which no probe looks at a layer; None: nothing is compiled.
 
         Raises InputError for one that computes its attention itself: it would do so without a mask.
         """
         if decoder.config._attn_implementation not in ("sparsae", "sdpa"):
             raise InputError(f"{type(decoder).__name__} computes its attention itself: runs of it cannot be stacked")
         register_attention()
-        names = list(sparse_layers(decoder))
+        layers = sparse_layers(decoder)
         template: Any = densify(copy.deepcopy(decoder)).to("meta")
         template.config._attn_implementation = ATTENTION
-        self._layers = {name: StackedLinear() for name in names}
+        self._layers = {name: StackedLinear(layer) for name, layer in layers.items()}
         for name, layer in self._layers.items():
             template.set_submodule(name, layer)
         self._template = template.train()
         self._members: WeakKeyDictionary[nn.Module, _Member] = WeakKeyDictionary()
+        self._compiled, self._size = None if mode is None else _compiled(self._forward, mode), 0
 
     def hidden_states(self, decoders: Sequence[nn.Module], tokens_RBT: Tensor) -> Tensor:
         """(runs, B * T, width); the gradient reaches the parameters of `decoders`."""
-        members = [self._member(decoder) for decoder in decoders]
+        members, rows = [self._member(decoder) for decoder in decoders], len(decoders)
+        program: Callable[..., Tensor] = self._forward
+        if self._compiled is not None and not any(probed(member.keys()) for member in members):
+            program, more = self._compiled, self._room(rows) - rows
+            members += members[:1] * more
+            tokens_RBT = torch.cat([tokens_RBT, tokens_RBT[:1].expand(more, -1, -1)])
+        own = {name: torch.stack([member.dense[name] for member in members]) for name in members[0].dense}
         for name, layer in self._layers.items():
             layer.take([member.sparse[name] for member in members])
-        stacked = {name: torch.stack([member.dense[name] for member in members]) for name in members[0].dense}
+            own |= {f"{name}.{key}": operand for key, operand in layer.operands().items()}
         # What is computed from the architecture alone, such as rotary frequencies, is equal in all runs.
-        shared = members[0].buffers
+        return program(own, members[0].buffers, tokens_RBT)[:rows]
+
+    def _room(self, count: int) -> int:
+        """For how many runs a graph is made, so that there are few: the most so far, the half, the quarter, ..."""
+        room = self._size = max(self._size, count)
+        while (half := (room + 1) // 2) >= count and half < room:
+            room = half
+        return room
+
+    def _forward(self, stacked: dict[str, Tensor], shared: dict[str, Tensor], tokens_RBT: Tensor) -> Tensor:
+        """stacked: what the runs have of their own, by the names of the template's parameters, the runs' axis first."""
 
         def one(own: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
             return hidden_states(lambda **given: functional_call(self._template, own | shared, (), given), tokens_BT)
@@ -85,6 +108,25 @@ class StackedDecoder:
         return self._members[decoder]
 
 
+def _compiled(forward: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """One graph of all runs: traced with the tensors, since the compiler's reader of Python knows no `across`."""
+    traced = torch.compiler.allow_in_graph(forward)
+    # It counts the graphs of all programs together.
+    settings: Any = torch._dynamo.config
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(settings, limit, max(getattr(settings, limit), _GRAPHS))
+    compiled = torch.compile(lambda *given: traced(*given), fullgraph=True, dynamic=False, mode=mode)
+
+    def program(*given: Any) -> Tensor:
+        with warnings.catch_warnings():
+            # The compiler looks at the gradients of what it gets, which is computed here and has none of its own.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            result: Tensor = compiled(*given)
+        return result
+
+    return program
+
+
 @dataclass(frozen=True, eq=False)
 class _Member:
     """A run's decoder: its sparse layers, its parameters of no sparse layer, and its buffers, by name."""
@@ -92,3 +134,7 @@ class _Member:
     sparse: dict[str, SparseLinear]
     dense: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+    def keys(self) -> Iterator[Tensor]:
+        """Those of the sparse layers, with the topologies that they have now."""
+        return (layer.key for layer in self.sparse.values())

@@ -7,7 +7,6 @@ the teacher, the chunks of the loss and compilation are decided here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,13 +15,17 @@ from torch import Tensor, nn
 from sparsae.config.training import TrainingConfig
 from sparsae.core.randomness import derive_seed
 from sparsae.core.ranks import ranks
+from sparsae.kernels.probe import probed
 from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.search.teacher import Teacher, WarmUp
 from sparsae.train.micro_batch import MicroBatches
 from sparsae.train.reduced import over_ranks
 from sparsae.train.stopwatch import Stopwatch
+
+# Modes of torch.compile that make CUDA graphs, and those that differ from them by nothing else.
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 class Objective:
@@ -41,17 +44,22 @@ class Objective:
         self.model, self.teacher, self.device = model, teacher, device
         self._settings, self._dropout_seed = settings, dropout_seed
         self._warmup = WarmUp(teacher.config, settings.steps) if teacher else None
+        self._compiled: dict[str, Any] = {}
         self._loss = over_ranks(model, self._own_loss)
 
-    @cached_property
     def _trained(self) -> Any:
-        """The decoder as it is trained and scored."""
-        decoder = decoder_and_head(self.model)[0]
-        if not self._settings.compile:
+        """The decoder as it is trained and scored now."""
+        decoder, mode = decoder_and_head(self.model)[0], self.compile_mode
+        if mode is None:
             return decoder
-        # An update may change a layer's number of values: one graph for all numbers, not one for each.
-        torch._dynamo.config.force_parameter_static_shapes = False
-        return torch.compile(decoder, dynamic=None)
+        # What a CUDA graph repeats is what the GPU did: nothing that looks at a backward pass from Python hears of it.
+        if mode in _WITHOUT_GRAPHS and probed(layer.key for layer in sparse_layers(decoder).values()):
+            mode = _WITHOUT_GRAPHS[mode]
+        if mode not in self._compiled:
+            # An update may change a layer's number of values: one graph for all numbers, not one for each.
+            torch._dynamo.config.force_parameter_static_shapes = False
+            self._compiled[mode] = torch.compile(decoder, dynamic=None, mode=mode)
+        return self._compiled[mode]
 
     def begin_step(self, step: int) -> None:
         """Training mode, with the dropout of that step (counted from 0)."""
@@ -79,6 +87,11 @@ class Objective:
         return self._settings.precision
 
     @property
+    def compile_mode(self) -> str | None:
+        """Of torch.compile; None: nothing is compiled."""
+        return self._settings.compile_mode if self._settings.compile else None
+
+    @property
     def loss_chunk(self) -> int:
         """Tokens whose logits exist at a time."""
         return self._settings.loss_chunk
@@ -100,7 +113,7 @@ class Objective:
             alpha *= taught / (rows * self.teacher.config.share)
         return self._parts(
             self.model,
-            self._trained,
+            self._trained(),
             batch,
             alpha=alpha,
             taught=rows if taught is None else taught,
@@ -110,7 +123,7 @@ class Objective:
     def score(self, batch: Tensor) -> Tensor:
         """Mean cross entropy, differentiable in the sparse layers: a dense head's gradient is nobody's concern here."""
         is_sparse = isinstance(decoder_and_head(self.model)[1], SparseLinear)
-        return self._parts(self.model, self._trained, batch, head_gradient=is_sparse).total
+        return self._parts(self.model, self._trained(), batch, head_gradient=is_sparse).total
 
     @torch.no_grad()
     def cross_entropy(self, batch: Tensor, model: nn.Module | None = None) -> float:

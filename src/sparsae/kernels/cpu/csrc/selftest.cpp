@@ -1,5 +1,6 @@
 // The kernels against the naive product, on many shapes and every instruction set of this machine: a program of its own,
 // so that it can be compiled with sanitizers. It links api.cpp and the isa_*.cpp files.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -374,10 +375,12 @@ void check_strips() {
 
 }  // namespace
 
-int main() {
+// Without arguments: of all instruction sets that this processor has; else of those that are named.
+int main(int count, char** names) {
     check_strips();
     for (const char* isa : {"portable", "neon", "avx2", "avx512"}) {
-        if (sparsae_select_isa(isa) != 0) continue;
+        const bool named = std::any_of(names + 1, names + count, [&](const char* name) { return !std::strcmp(name, isa); });
+        if ((count > 1 && !named) || sparsae_select_isa(isa) != 0) continue;
         for (const std::int64_t tokens : {0, 1, 5, 16, 63, 64, 130})
             for (const double density : {0.0, 0.1, 0.6, 1.0})
                 for (const int threads : {1, 2}) {
