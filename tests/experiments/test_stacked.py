@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from sparsae.cli import main
 from sparsae.experiments.compare.results import TIMING
-from sparsae.experiments.jobs import progress
+from sparsae.experiments.jobs import progress, running
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
 from tests.support.runs import write_text
@@ -114,7 +113,7 @@ def test_several_processes_have_a_stack_each(arguments: list[str], stacked: Path
     """Stopped by the clock, they go on."""
     out = tmp_path / "out"
     command, codes = [*arguments, "--stack", "--jobs", "2", "--out", str(out)], []
-    for minutes in ("0.0001", "0.05", "0.2", "5"):
+    for minutes in ("0.0001", "0.15", "5"):
         codes.append(main([*command, "--minutes", minutes]))
         if not codes[-1]:
             break
@@ -124,24 +123,44 @@ def test_several_processes_have_a_stack_each(arguments: list[str], stacked: Path
     assert all(row["stacked"] for row in results(out)["rows"])
 
 
+LATE = """
+import time
+from sparsae.experiments import stacked
+from sparsae.experiments.jobs import progress
+
+whole = stacked.running
+
+def running(directory, config, stop):
+    if directory.name == "static-0.8-3":
+        end = time.monotonic() + 60
+        while not progress(directory.with_name("static-0.8-0")):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        directory.mkdir()
+        (directory / "notes.txt").write_text("of somebody else")
+    return whole(directory, config, stop)
+
+stacked.running = running
+"""
+
+
 def test_what_is_wrong_with_a_run_of_one_process_lets_those_of_all_be_saved(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which have made steps by then."""
+    monkeypatch.setattr("sparsae.experiments.stacked.running", running)  # which the file below replaces here as well
+    monkeypatch.setenv("SPARSAE_IMPORT", str(tmp_path / "late.py"))
+    (tmp_path / "late.py").write_text(LATE)
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
     plan.write_text("methods: [static]\nseeds: 4\nsparsities: [0.8]\nmatch: steps\n")
     given = ["compare", str(plan), *arguments[2:-1], "training.steps=3000"]
-    foreign = out / "runs" / "static-0.8-3" / "notes.txt"
-    command = [*given, "--stack", "--jobs", "2", "--out", str(out)]
-    assert main([*command, "--minutes", "0.0001"]) == 130
-    foreign.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(foreign.parent)
-    foreign.parent.mkdir()
-    foreign.write_text("of somebody else")
-    assert main(command) == 2
+    assert main([*given, "--stack", "--jobs", "2", "--out", str(out)]) == 2
     assert "runs/static-0.8-3: " in capsys.readouterr().err
     # Of what has made a step nothing is lost.
     runs = [out / "runs" / f"static-0.8-{seed}" for seed in range(3)]
-    assert all(not progress(run) or list(run.glob("checkpoints/step-*")) for run in runs)
+    begun = [run for run in runs if progress(run)]
+    assert runs[0] in begun
+    assert all(list(run.glob("checkpoints/step-*")) for run in begun)
 
 
 def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
