@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsae.cli import main
 from sparsae.experiments.compare.results import TIMING
 from sparsae.experiments.jobs import progress, running
+from sparsae.stack import drive
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
 from tests.support.runs import write_text
@@ -184,6 +187,24 @@ def test_a_run_that_cannot_go_on_lets_the_others_be_saved(
     assert len(list(out.glob("tuning/*/checkpoints/step-*"))) == 5  # of six trials
     monkeypatch.setattr(Trainer, "stepping", whole)
     assert main([*arguments, "--stack", "--out", str(out)]) == 0
+
+
+def test_memory_that_runs_out_in_the_middle_is_one_line_and_nothing_saved_is_lost(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, computed, left = tmp_path / "out", drive._computed, iter(range(20))
+
+    def short(*given: Any) -> Any:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return computed(*given)
+
+    monkeypatch.setattr(drive, "_computed", short)
+    assert main([*arguments, "training.checkpoint_every=1", "--stack", "--out", str(out)]) == 2
+    assert re.fullmatch(r"sparsae: error: \S+: .*memory.*", capsys.readouterr().err.strip().splitlines()[-1])
+    assert list(out.glob("tuning/*/checkpoints/step-*"))
+    monkeypatch.setattr(drive, "_computed", computed)
+    assert main([*arguments, "training.checkpoint_every=1", "--stack", "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize(

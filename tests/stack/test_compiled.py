@@ -64,6 +64,7 @@ def test_runs_of_a_compiled_stack_are_those_of_any(graphs: list[int], family: tu
 
 @pytest.mark.parametrize(("most", "room"), [(5, [1, 2, 3, 5, 5]), (8, [1, 2, 4, 4, 8, 8, 8, 8]), (1, [1])])
 def test_there_are_few_numbers_of_runs_that_a_graph_is_made_for(most: int, room: list[int]) -> None:
-    program = StackedDecoder(decoder_and_head(run_of("static", "static").trainer.model)[0])
+    decoder, tokens = decoder_and_head(run_of("static", "static").trainer.model)[0], torch.arange(8)[None]
+    program = StackedDecoder(decoder, tokens)
     assert program._room(most) == most
     assert [program._room(count) for count in range(1, most + 1)] == room

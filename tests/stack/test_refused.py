@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoModel, BloomConfig
+import torch
+from transformers import AutoModel, BloomConfig, MistralConfig
 
 from sparsae.errors import InputError
 from sparsae.stack.program import StackedDecoder
+
+TOKENS = torch.arange(12)[None]
 
 
 def test_a_model_that_attends_by_itself_is_refused() -> None:
     decoder = AutoModel.from_config(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4))
     with pytest.raises(InputError, match="BloomModel computes its attention itself"):
-        StackedDecoder(decoder)
+        StackedDecoder(decoder, TOKENS)
+
+
+def test_a_model_that_does_not_attend_to_all_tokens_is_refused() -> None:
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    decoder = AutoModel.from_config(config)
+    with pytest.raises(InputError, match="MistralModel does not attend to all 12 tokens"):
+        StackedDecoder(decoder, TOKENS)
+    for length in (5, 8):  # transformers has a mask as long as the window, which hides nothing
+        StackedDecoder(decoder, TOKENS[:, :length])
+    assert decoder.config._attn_implementation == "sdpa"

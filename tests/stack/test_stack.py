@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsae.errors import DivergedError
+from sparsae.errors import DivergedError, InputError
 from sparsae.stack.drive import together
 from sparsae.train.passes import Passes
 from sparsae.train.stopping import StopRequest
@@ -47,6 +47,23 @@ def test_a_run_that_diverges_leaves_the_others_alone() -> None:
     assert "loss" in ended[1] or "gradient" in ended[1]
     alone.trainer.run(StopRequest(), lambda: None)
     assert alone.rows[-1]["loss"] == pytest.approx(runs[0].rows[-1]["loss"], abs=1e-9)
+
+
+def test_runs_that_cannot_be_stacked_are_told_and_the_others_go_on() -> None:
+    window = "model.transformers={use_sliding_window: true, sliding_window: 4, max_window_layers: 0}"
+    refused = [run_of(str(seed), "static", "model.family=qwen3", window, f"seed={seed}") for seed in range(2)]
+    runs = [refused[0], run_of("set", "set", "training.steps=4"), refused[1]]
+
+    def guarded(number: int) -> Passes[str]:
+        try:
+            yield from runs[number].trainer.running(StopRequest(), lambda: None)
+        except InputError as error:
+            return str(error)
+        return f"{runs[number].trainer.step} steps"
+
+    ended = dict(together((guarded(number) for number in range(3)), 3))
+    assert "does not attend to all" in ended[0]
+    assert ended == {0: ended[0], 1: "4 steps", 2: ended[0]}
 
 
 def test_a_request_to_stop_reaches_every_run_at_its_next_step() -> None:

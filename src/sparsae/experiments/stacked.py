@@ -42,12 +42,14 @@ class Stacked(Executor):
                 yield train(job)
 
         done = 0
-        for number, finished in together(coming(), self._size):
-            if finished:
-                done += 1
-                ended(ordered[number])
-        if failures:
-            raise InputError(failures[0])
+        try:
+            for number, finished in together(coming(), self._size):
+                if finished:
+                    done += 1
+                    ended(ordered[number])
+        finally:
+            if failures:
+                raise InputError(failures[0])
         return done == len(jobs)
 
 

@@ -38,20 +38,51 @@ class _Across(torch.autograd.Function):
 
 
 ATTENTION = "sparsae_stacked"
+_LOOK = "sparsae_stacked_look"
 
 
 def register_attention() -> None:
     """Make `ATTENTION` known to transformers: that of a single run, with the runs folded into the batch."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(_LOOK, _look)
+    AttentionMaskInterface.register(_LOOK, sdpa_mask)
+
+
+@torch.no_grad()
+def has_mask(decoder: Any, tokens_BT: Tensor) -> bool:
+    """Whether a mask hides earlier tokens there, as that of a sliding window does; `ATTENTION` gets none."""
+    from sparsae.models import hidden_states
+
+    decoder.config._attn_implementation = _LOOK
+    try:
+        hidden_states(decoder, tokens_BT)
+    except _MaskError:
+        return True
+    return False
+
+
+class _MaskError(Exception):
+    """Said by the first attention that gets such a mask."""
+
+
+def _look(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    from sparsae.nn.attention import attention_forward
+
+    if attention_mask is not None:
+        reached = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        if not torch.equal(reached, torch.ones_like(reached).tril()):
+            raise _MaskError
+    return attention_forward(module, query, key, value, None, **settings)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    if attention_mask is not None:
-        raise RuntimeError("stacked runs have causal attention over whole sequences, without a mask")
     return across(partial(_folded, module, settings), query, key, value), None
 
 

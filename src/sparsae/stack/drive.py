@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from sparsae.errors import InputError
 from sparsae.losses import LossParts
 from sparsae.models import decoder_and_head
 from sparsae.stack.head import cross_entropies, is_plain
@@ -18,6 +20,7 @@ from sparsae.train.objective import Objective
 from sparsae.train.passes import Pass, Passes, Request, Step
 
 T = TypeVar("T")
+Answer = LossParts | float | InputError  # the last: why a run cannot be stacked
 
 
 def together(runs: Iterable[Passes[T]], most: int) -> Iterator[tuple[int, T]]:
@@ -28,10 +31,13 @@ def together(runs: Iterable[Passes[T]], most: int) -> Iterator[tuple[int, T]]:
     coming, stack = enumerate(runs), Stack()
     active: dict[int, tuple[Passes[T], Request]] = {}
 
-    def go_on(number: int, run: Passes[T], answer: LossParts | float | None) -> tuple[T] | None:
+    def go_on(number: int, run: Passes[T], answer: Answer | None) -> tuple[T] | None:
         """To the run's next request, or to its end, whose result is in a tuple."""
         try:
-            active[number] = run, next(run) if answer is None else run.send(answer)
+            if isinstance(answer, InputError):
+                active[number] = run, run.throw(answer)
+            else:
+                active[number] = run, next(run) if answer is None else run.send(answer)
         except StopIteration as end:
             active.pop(number, None)
             return (end.value,)
@@ -53,11 +59,12 @@ def together(runs: Iterable[Passes[T]], most: int) -> Iterator[tuple[int, T]]:
             run.close()
 
 
-def _answered(stack: Stack, waiting: list[tuple[Passes[T], Request]]) -> list[LossParts | float]:
+def _answered(stack: Stack, waiting: list[tuple[Passes[T], Request]]) -> list[Answer]:
     try:
         return stack.answer([wanted for _, wanted in waiting])
     except BaseException as error:
-        waiting[0][0].throw(error)  # which says what it was about
+        with suppress(StopIteration):  # of one that has told somebody else
+            waiting[0][0].throw(error)  # which says what it was about
         raise
 
 
@@ -68,14 +75,14 @@ class Stack:
         self._programs: dict[Shape, StackedDecoder] = {}
         self._shapes: WeakKeyDictionary[Objective, Shape] = WeakKeyDictionary()
 
-    def answer(self, wanted: list[Request]) -> list[LossParts | float]:
+    def answer(self, wanted: list[Request]) -> list[Answer]:
         """What each is answered by, in the same order."""
         passes = [each for each in wanted if isinstance(each, Pass)]
         steps = [each for each in wanted if isinstance(each, Step)]
         losses, norms = self._losses(passes), norms_of(steps)
         return [losses[each] if isinstance(each, Pass) else norms[each] for each in wanted]
 
-    def _losses(self, wanted: Sequence[Pass]) -> dict[Pass, LossParts]:
+    def _losses(self, wanted: Sequence[Pass]) -> dict[Pass, LossParts | InputError]:
         """Once the gradients are there."""
         groups: dict[Shape, list[Pass]] = {}
         for each in wanted:
@@ -84,13 +91,23 @@ class Stack:
             groups.setdefault(self._shapes[each.objective], []).append(each)
         if groups:
             self._programs = {shape: program for shape, program in self._programs.items() if shape in groups}
-        found: dict[Pass, LossParts] = {}
+        found: dict[Pass, LossParts | InputError] = {}
         for shape, members in groups.items():
-            if shape not in self._programs:
-                objective = members[0].objective
-                self._programs[shape] = StackedDecoder(decoder_and_head(objective.model)[0], objective.compile_mode)
-            found |= dict(zip(members, _computed(self._programs[shape], members), strict=True))
+            try:
+                program = self._program(shape, members[0])
+            except InputError as error:
+                found |= dict.fromkeys(members, error)
+            else:
+                found |= dict(zip(members, _computed(program, members), strict=True))
         return found
+
+    def _program(self, shape: Shape, wanted: Pass) -> StackedDecoder:
+        """The one of a shape; wanted: a pass of it. Raises InputError as `StackedDecoder` does."""
+        if shape not in self._programs:
+            objective = wanted.objective
+            decoder, inputs = decoder_and_head(objective.model)[0], objective.on_device(wanted.batch[:1, :-1])
+            self._programs[shape] = StackedDecoder(decoder, inputs, objective.compile_mode)
+        return self._programs[shape]
 
 
 def _computed(program: StackedDecoder, wanted: Sequence[Pass]) -> list[LossParts]:

@@ -18,7 +18,7 @@ from sparsae.kernels.probe import probed
 from sparsae.models import attention_modules, decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify
-from sparsae.stack.across import ATTENTION, register_attention
+from sparsae.stack.across import ATTENTION, has_mask, register_attention
 from sparsae.stack.layer import StackedLinear
 from sparsae.train.objective import Objective
 
@@ -44,18 +44,25 @@ def shape_of(objective: Objective, batch: Tensor) -> Shape:
 class StackedDecoder:
     """The decoders of several runs of one `shape_of`."""
 
-    def __init__(self, decoder: Any, mode: str | None = None) -> None:
-        """decoder: that of any of the runs; nothing of it is kept but its architecture.
+    def __init__(self, decoder: Any, tokens_BT: Tensor, mode: str | None = None) -> None:
+        """decoder: that of any of the runs; nothing of it is kept but its architecture. tokens: as the runs' own.
 
         mode: of torch.compile, for the passes in which no probe looks at a layer; None: nothing is compiled.
 
-        Raises InputError for one that computes its attention itself: it would do so without a mask.
+        Raises InputError for one whose attention is another than that of each token to itself and all before: computed
+        by the decoder itself, or with a mask.
         """
         if decoder.config._attn_implementation not in ("sparsae", "sdpa"):
             raise InputError(f"{type(decoder).__name__} computes its attention itself: runs of it cannot be stacked")
         register_attention()
         layers = sparse_layers(decoder)
-        template: Any = densify(copy.deepcopy(decoder)).to("meta")
+        template: Any = densify(copy.deepcopy(decoder))
+        if has_mask(template, tokens_BT):
+            raise InputError(
+                f"{type(decoder).__name__} does not attend to all {tokens_BT.shape[1]} tokens (model.context): runs of "
+                "it cannot be stacked"
+            )
+        template.to("meta")
         template.config._attn_implementation = ATTENTION
         self._layers = {name: StackedLinear(layer) for name, layer in layers.items()}
         for name, layer in self._layers.items():
