@@ -19,6 +19,7 @@ from sparsae.stack import drive
 from sparsae.train.loop import Trainer
 from sparsae.train.passes import Passes
 from tests.support.runs import write_text
+from tests.support.stacks import noted_graphs
 
 pytestmark = pytest.mark.slow
 PLAN = """
@@ -110,6 +111,19 @@ def test_it_goes_on_in_parts(
     assert codes == [130] * (len(codes) - 1) + [0]
     assert len(codes) > 5
     assert rows_of(tmp_path / "out") == [numbers(row) for row in rows_of(stacked)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_a_compiled_stack_finds_the_same(
+    arguments: list[str], stacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, out = noted_graphs(monkeypatch), tmp_path / "out"
+    command = [*arguments, "training.compile=true", "--stack", "--stack-size", "4", "--out", str(out)]
+    assert main([*command, "--minutes", "0.0001"]) == 130
+    assert main(command) == 0
+    assert rows_of(out) == [numbers(row) for row in rows_of(stacked)]
+    assert max(graphs) > 1
+    assert len(graphs) < 20
 
 
 def test_several_processes_have_a_stack_each(arguments: list[str], stacked: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from sparsae.core.randomness import generator
 from sparsae.nn.linear import sparse_layers
@@ -88,6 +90,24 @@ def cases(steps: int, every: int) -> dict[str, tuple[str, ...]]:
         name: (method, *settings, f"training.steps={steps + number % 3}")
         for number, (name, (method, *settings)) in enumerate((plain | other).items())
     }
+
+
+def noted_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of runs of each graph that the compiler makes, which is carried out as it is: no code is generated."""
+    seen: list[int] = []
+    compile_, carried_out = torch.compile, torch._dynamo.lookup_backend("aot_eager")
+
+    def noted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append(inputs[0].shape[0])
+        made: Callable[..., Any] = carried_out(graph, inputs)
+        return made
+
+    def traced(function: Callable[..., Any], *, mode: str, **options: Any) -> Any:
+        assert mode == "default"
+        return compile_(function, backend=noted, **options)
+
+    monkeypatch.setattr("sparsae.stack.program.torch.compile", traced)
+    return seen
 
 
 def assert_equal(one: Run, other: Run, tolerance: float) -> None:

@@ -266,8 +266,9 @@ class Steps:
                     yield {"what": PART, **common, **found}
         step, update = model.median(STEP), model.median(UPDATE)
         if step is not None and update is not None:
-            # What an update adds to the step that it follows, the gradients at sampled units included.
-            extra = max(0.0, update - step)
+            # What an update adds to the step that it follows, the gradients at sampled units included; below zero: less
+            # than these steps differ by.
+            extra = update - step
             yield {"what": UPDATE, **common, "seconds": extra, "step_seconds": step, "steps": extra / step}
 
 

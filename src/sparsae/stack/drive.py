@@ -88,9 +88,10 @@ class Stack:
         for each in wanted:
             if each.objective not in self._shapes:
                 self._shapes[each.objective] = shape_of(each.objective, each.batch)
+                each.objective.compiles_alone = False
             groups.setdefault(self._shapes[each.objective], []).append(each)
-        if groups:
-            self._programs = {shape: program for shape, program in self._programs.items() if shape in groups}
+        for shape in self._programs.keys() - set(self._shapes.values()):
+            self._programs[shape].release()
         found: dict[Pass, LossParts | InputError] = {}
         for shape, members in groups.items():
             try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,11 +20,10 @@ from sparsae.models import attention_modules, decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify
 from sparsae.stack.across import ATTENTION, has_mask, register_attention
-from sparsae.stack.layer import StackedLinear
+from sparsae.stack.layer import Operands, StackedLinear
 from sparsae.train.objective import Objective
 
 Shape = tuple[Any, ...]
-_GRAPHS = 1000
 
 
 def shape_of(objective: Objective, batch: Tensor) -> Shape:
@@ -67,24 +67,34 @@ class StackedDecoder:
         self._layers = {name: StackedLinear(layer) for name, layer in layers.items()}
         for name, layer in self._layers.items():
             template.set_submodule(name, layer)
-        self._template = template.train()
+        self._program = _program(template.train())
+        self._compiled, self._size = None if mode is None else _compiled(self._program, mode), 0
+        self._operands = {name: Operands() for name in layers}
         self._members: WeakKeyDictionary[nn.Module, _Member] = WeakKeyDictionary()
-        self._compiled, self._size = None if mode is None else _compiled(self._forward, mode), 0
 
     def hidden_states(self, decoders: Sequence[nn.Module], tokens_RBT: Tensor) -> Tensor:
         """(runs, B * T, width); the gradient reaches the parameters of `decoders`."""
         members, rows = [self._member(decoder) for decoder in decoders], len(decoders)
-        program: Callable[..., Tensor] = self._forward
-        if self._compiled is not None and not any(probed(member.keys()) for member in members):
+        program: Callable[..., Tensor] = self._program
+        if self._compiled is not None and not any(member.probed() for member in members):
             program, more = self._compiled, self._room(rows) - rows
             members += members[:1] * more
             tokens_RBT = torch.cat([tokens_RBT, tokens_RBT[:1].expand(more, -1, -1)])
         own = {name: torch.stack([member.dense[name] for member in members]) for name in members[0].dense}
         for name, layer in self._layers.items():
-            layer.take([member.sparse[name] for member in members])
-            own |= {f"{name}.{key}": operand for key, operand in layer.operands().items()}
+            sparse = [member.sparse[name] for member in members]
+            own |= {f"{name}.{key}": operand for key, operand in self._operands[name].of(sparse).items()}
+            layer.watched = {run: each for run, each in enumerate(sparse) if probed([each.key])}
         # What is computed from the architecture alone, such as rotary frequencies, is equal in all runs.
-        return program(own, members[0].buffers, tokens_RBT)[:rows]
+        try:
+            return program(own, members[0].buffers, tokens_RBT)[:rows]
+        finally:
+            for layer in self._layers.values():
+                layer.watched = {}
+
+    def release(self) -> None:
+        """Keep nothing of the runs of the last pass, which are over; what was compiled stays."""
+        self._operands = {name: Operands() for name in self._operands}
 
     def _room(self, count: int) -> int:
         """For how many runs a graph is made, so that there are few: the most so far, the half, the quarter, ..."""
@@ -92,15 +102,6 @@ class StackedDecoder:
         while (half := (room + 1) // 2) >= count and half < room:
             room = half
         return room
-
-    def _forward(self, stacked: dict[str, Tensor], shared: dict[str, Tensor], tokens_RBT: Tensor) -> Tensor:
-        """stacked: what the runs have of their own, by the names of the template's parameters, the runs' axis first."""
-
-        def one(own: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
-            return hidden_states(lambda **given: functional_call(self._template, own | shared, (), given), tokens_BT)
-
-        result: Tensor = vmap(one)(stacked, tokens_RBT)
-        return result
 
     def _member(self, decoder: nn.Module) -> _Member:
         """Looked up once a run: a parameter stays the same object as long as its model trains."""
@@ -115,23 +116,41 @@ class StackedDecoder:
         return self._members[decoder]
 
 
-def _compiled(forward: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-    """One graph of all runs: traced with the tensors, since the compiler's reader of Python knows no `across`."""
-    traced = torch.compiler.allow_in_graph(forward)
-    # It counts the graphs of all programs together.
-    settings: Any = torch._dynamo.config
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(settings, limit, max(getattr(settings, limit), _GRAPHS))
-    compiled = torch.compile(lambda *given: traced(*given), fullgraph=True, dynamic=False, mode=mode)
+def _program(template: Any) -> Callable[..., Tensor]:
+    """Hidden states of all runs; it refers to nothing of them, since the compiler keeps what it has compiled."""
 
-    def program(*given: Any) -> Tensor:
+    def program(stacked: dict[str, Tensor], shared: dict[str, Tensor], tokens_RBT: Tensor) -> Tensor:
+        """stacked: what runs have of their own, by the names of the template's parameters, the runs' axis first."""
+
+        def one(own: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
+            return hidden_states(lambda **given: functional_call(template, own | shared, (), given), tokens_BT)
+
+        result: Tensor = vmap(one)(stacked, tokens_RBT)
+        return result
+
+    return program
+
+
+def _compiled(program: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """One graph of all runs: traced with the tensors, since the compiler's reader of Python knows no `across`."""
+    traced = torch.compiler.allow_in_graph(program)
+
+    def call(*given: Any) -> Tensor:
+        result: Tensor = traced(*given)
+        return result
+
+    # The compiler keeps its graphs with a function's code, and would take that of another program with equal tensors.
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+
+    def quietly(*given: Any) -> Tensor:
         with warnings.catch_warnings():
             # The compiler looks at the gradients of what it gets, which is computed here and has none of its own.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
             result: Tensor = compiled(*given)
         return result
 
-    return program
+    return quietly
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +161,6 @@ class _Member:
     dense: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
-    def keys(self) -> Iterator[Tensor]:
-        """Those of the sparse layers, with the topologies that they have now."""
-        return (layer.key for layer in self.sparse.values())
+    def probed(self) -> bool:
+        """Whether a probe is open at one of the sparse layers."""
+        return probed(layer.key for layer in self.sparse.values())

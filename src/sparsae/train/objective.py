@@ -44,13 +44,14 @@ class Objective:
         self.model, self.teacher, self.device = model, teacher, device
         self._settings, self._dropout_seed = settings, dropout_seed
         self._warmup = WarmUp(teacher.config, settings.steps) if teacher else None
-        self._compiled: dict[str, Any] = {}
+        # False: forward and backward passes are computed with those of other runs, and little is left for a graph.
+        self.compiles_alone, self._compiled = True, dict[str, Any]()
         self._loss = over_ranks(model, self._own_loss)
 
     def _trained(self) -> Any:
         """The decoder as it is trained and scored now."""
         decoder, mode = decoder_and_head(self.model)[0], self.compile_mode
-        if mode is None:
+        if mode is None or not self.compiles_alone:
             return decoder
         # What a CUDA graph repeats is what the GPU did: nothing that looks at a backward pass from Python hears of it.
         if mode in _WITHOUT_GRAPHS and probed(layer.key for layer in sparse_layers(decoder).values()):
