@@ -38,7 +38,7 @@ class _Across(torch.autograd.Function):
 
 
 ATTENTION = "sparsae_stacked"
-_LOOK = "sparsae_stacked_look"
+LOOK = "sparsae_stacked_look"
 
 
 def register_attention() -> None:
@@ -47,25 +47,12 @@ def register_attention() -> None:
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, _attention)
-    AttentionInterface.register(_LOOK, _look)
-    AttentionMaskInterface.register(_LOOK, sdpa_mask)
+    AttentionInterface.register(LOOK, _look)
+    AttentionMaskInterface.register(LOOK, sdpa_mask)
 
 
-@torch.no_grad()
-def has_mask(decoder: Any, tokens_BT: Tensor) -> bool:
-    """Whether a mask hides earlier tokens there, as that of a sliding window does; `ATTENTION` gets none."""
-    from sparsae.models import hidden_states
-
-    decoder.config._attn_implementation = _LOOK
-    try:
-        hidden_states(decoder, tokens_BT)
-    except _MaskError:
-        return True
-    return False
-
-
-class _MaskError(Exception):
-    """Said by the first attention that gets such a mask."""
+class HiddenTokensError(Exception):
+    """Said by the attention `LOOK` that gets a mask which hides earlier tokens."""
 
 
 def _look(
@@ -76,7 +63,7 @@ def _look(
     if attention_mask is not None:
         reached = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         if not torch.equal(reached, torch.ones_like(reached).tril()):
-            raise _MaskError
+            raise HiddenTokensError
     return attention_forward(module, query, key, value, None, **settings)
 
 

@@ -19,7 +19,7 @@ from sparsae.kernels.probe import probed
 from sparsae.models import attention_modules, decoder_and_head, hidden_states
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.nn.sparsify import densify
-from sparsae.stack.across import ATTENTION, has_mask, register_attention
+from sparsae.stack.across import ATTENTION, LOOK, HiddenTokensError, register_attention
 from sparsae.stack.layer import Operands, StackedLinear
 from sparsae.train.objective import Objective
 
@@ -57,7 +57,7 @@ class StackedDecoder:
         register_attention()
         layers = sparse_layers(decoder)
         template: Any = densify(copy.deepcopy(decoder))
-        if has_mask(template, tokens_BT):
+        if _hides_tokens(template, tokens_BT):
             raise InputError(
                 f"{type(decoder).__name__} does not attend to all {tokens_BT.shape[1]} tokens (model.context): runs of "
                 "it cannot be stacked"
@@ -114,6 +114,17 @@ class StackedDecoder:
                 {name: buffer for name, buffer in decoder.named_buffers() if id(buffer) not in own},
             )
         return self._members[decoder]
+
+
+@torch.no_grad()
+def _hides_tokens(decoder: Any, tokens_BT: Tensor) -> bool:
+    """Whether a mask hides earlier tokens there, as that of a sliding window does; `ATTENTION` gets none."""
+    decoder.config._attn_implementation = LOOK
+    try:
+        hidden_states(decoder, tokens_BT)
+    except HiddenTokensError:
+        return True
+    return False
 
 
 def _program(template: Any) -> Callable[..., Tensor]:
