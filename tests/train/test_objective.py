@@ -14,12 +14,13 @@ from torch.nn import functional
 import sparsae
 from sparsae.config import Config
 from sparsae.core.randomness import generator
+from sparsae.errors import InputError
 from sparsae.kernels.probe import SampledGradients
 from sparsae.losses import distillation_loss
 from sparsae.models import decoder_and_head
 from sparsae.nn.linear import sparse_layers
 from sparsae.search.teacher import Teacher
-from sparsae.train.objective import HeldOutStudy, Objective
+from sparsae.train.objective import HeldOutStudy, Objective, failed_compilation_is_told
 from sparsae.train.stopwatch import Stopwatch
 from tests.support.loops import built, config_of
 
@@ -132,3 +133,23 @@ def test_a_backward_pass_that_is_looked_into_is_no_cuda_graph(monkeypatch: pytes
         assert (probe is not None) == looks
     assert modes == ["reduce-overhead", "default"]
     assert asked == ["reduce-overhead"] * 2 + ["default"] * 2 + ["reduce-overhead"] * 2
+
+
+def test_what_the_compiler_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler here\nand more")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        "sparsae.train.objective.torch.compile", lambda decoder, **_: compile_(decoder, backend=refusing)
+    )
+    objective = objective_of(config := config_of("training.compile=true"), built(config))
+
+    @failed_compilation_is_told()
+    def objective_loss() -> None:
+        objective.loss(tokens(2), 0.0)
+
+    with pytest.raises(InputError, match=r"training\.compile: torch\.compile failed \(.*no compiler here and more\)"):
+        objective_loss()
+    with pytest.raises(RuntimeError, match="of another kind"), failed_compilation_is_told():
+        raise RuntimeError("of another kind")

@@ -6,6 +6,8 @@ the teacher, the chunks of the loss and compilation are decided here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from sparsae.config.training import TrainingConfig
 from sparsae.core.randomness import derive_seed
 from sparsae.core.ranks import ranks
+from sparsae.errors import InputError
 from sparsae.kernels.probe import probed
 from sparsae.losses import LossParts, language_model_loss
 from sparsae.models import decoder_and_head, hidden_states
@@ -221,3 +224,18 @@ class HeldOutStudy:
     def __call__(self) -> float:
         with self.watch.of("study"):
             return self.objective.mean(self.rows)
+
+
+@contextmanager
+def failed_compilation_is_told() -> Iterator[None]:
+    """What torch.compile cannot make code of inside becomes an InputError: on a machine without a compiler, say."""
+    try:
+        yield
+    except RuntimeError as error:
+        # By name: importing the compiler takes a second, which a run without it does not have to wait.
+        if all(kind.__name__ != "BackendCompilerFailed" for kind in type(error).__mro__):
+            raise
+        reason = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+    else:
+        return
+    raise InputError(f"training.compile: torch.compile failed ({reason}): set it to false, or mend that")

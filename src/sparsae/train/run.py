@@ -37,6 +37,7 @@ from sparsae.train.held_out import HeldOut
 from sparsae.train.joining import joined
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.model import choose_device, model_of, require_fit
+from sparsae.train.objective import failed_compilation_is_told
 from sparsae.train.passes import Passes, alone
 from sparsae.train.pretrained import Pretrained, read_pretrained
 from sparsae.train.progress import Display
@@ -315,7 +316,11 @@ def _train(
             save()  # from here on the run needs the other one no more
         not_begun.pop_all()  # from here on the loop ends them
         try:
-            with (stop or StopRequest()).listening() as request, out_of_memory_is_told("training"):
+            with (
+                (stop or StopRequest()).listening() as request,
+                out_of_memory_is_told("training"),
+                failed_compilation_is_told(),
+            ):
                 yield from trainer.running(request, save)
                 if saver is not None:
                     saver.finish()
