@@ -268,6 +268,9 @@ def tables() -> dict[str, str]:
         "headline": headline(),
         "standard": standard(),
         "moving-rates": basins(live, "method"),
+        "default": basins(
+            [("sparsae", "default.json", "supar"), ("sparsae, three seeds", "default-seeds.json", "supar")], "method"
+        ),
         "untuned-scales": coordinates(named[-1:], FEW, "parameterization", "coordinates-untuned.json"),
         "untuned": basins([("supar", "untuned.json", "supar")], "parameterization"),
     }
