@@ -40,7 +40,7 @@ def test_every_run_of_a_plan_can_be_stacked(file: Path) -> None:
 def test_a_comparison_of_the_results_can_be_made_again(file: Path) -> None:
     plan = read_plan(file, {}, [], ComparisonPlan)
     runs = [(variant, sparsity, seed) for seed, sparsity, variant in cells(plan) if seed == plan.seeds[0]]
-    assert len(runs) > 1
+    assert runs
     for variant, sparsity, seed in runs:
         plan.config(variant, sparsity, seed)
 
