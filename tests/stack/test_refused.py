@@ -8,6 +8,7 @@ from transformers import AutoModel, BloomConfig, MistralConfig
 
 from sparsae.errors import InputError
 from sparsae.stack.program import StackedDecoder
+from tests.support.architectures import LLAMA
 
 TOKENS = torch.arange(12)[None]
 
@@ -19,16 +20,7 @@ def test_a_model_that_attends_by_itself_is_refused() -> None:
 
 
 def test_a_model_that_does_not_attend_to_all_tokens_is_refused() -> None:
-    config = MistralConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    decoder = AutoModel.from_config(config)
+    decoder = AutoModel.from_config(MistralConfig(**LLAMA, sliding_window=8))
     with pytest.raises(InputError, match="MistralModel does not attend to all 12 tokens"):
         StackedDecoder(decoder, TOKENS)
     for length in (5, 8):  # transformers has a mask as long as the window, which hides nothing
