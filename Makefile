@@ -7,7 +7,7 @@ LOCK ?= constraints.txt
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-newest test-triton soak golden check format lock performance pages docs gallery wheel wheels clean
+.PHONY: demo test test-oldest test-newest test-triton test-gpu soak golden check format lock performance pages docs gallery wheel wheels clean
 
 # Torch first, by its own requirement, which the second line repeats: nothing that needs torch may pick another build.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -27,6 +27,11 @@ demo: $(VENV)/.installed
 WORKERS ?= 2
 test: check
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(MAKE) --silent test-gpu
+
+# What only a GPU shows, on one that is simulated in host memory, or on that of a torch which was built with CUDA.
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -p tests.gpu.simulated --numprocesses $(WORKERS) tests/gpu $(PYTEST)
 
 # The tests alone, on the newest versions, in an environment of its own. PYTEST: arguments for pytest.
 NEWEST := $(VENV)-newest

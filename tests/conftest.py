@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def group(tmp_path: Path) -> Iterator[None]:
 def _nothing_compiled() -> None:
     """What other tests compiled counts towards torch's limit of compilations, beyond which code is left as it is."""
     if (compiler := sys.modules.get("torch._dynamo")) is not None:
-        compiler.reset()
+        with warnings.catch_warnings():
+            # Where there is a GPU it imports more of torch, which warns of itself.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            compiler.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -128,7 +128,7 @@ def columns_of(run: Path) -> Columns:
     return columns
 
 
-def record(case: str, text: Path, out: Path) -> Columns:
+def record(case: str, text: Path, out: Path, device: str = "cpu") -> Columns:
     """Train a case in this process, in float64 on the reference backend."""
     import torch
 
@@ -140,12 +140,12 @@ def record(case: str, text: Path, out: Path) -> Columns:
         for seed, weights in enumerate(model.parameters()):
             if weights.unique().numel() > 1:  # drawn; see RECORDED
                 uniform = torch.rand(weights.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                weights.data = (uniform - 0.5) * 12**0.5 * float(f"{weights.std():.3g}")
+                weights.data = ((uniform - 0.5) * 12**0.5 * float(f"{weights.std():.3g}")).to(weights.device)
         return model
 
     model_of = run.model_of
     method, overrides = settings_of(case, text, out / "cache")
-    config = resolve(None, "demo", method, [*overrides, "sparsity.backend=reference"])
+    config = resolve(None, "demo", method, [*overrides, "sparsity.backend=reference", f"training.device={device}"])
     with mock.patch.object(run, "model_of", in_float64):
         run.start(config, out / case, quiet=True)
     return columns_of(out / case)

@@ -7,6 +7,7 @@ dense.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,8 +87,19 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def hidden_states(decoder: Any, tokens_BT: Tensor) -> Tensor:
-    """(B * T, width) hidden states of a decoder (compiled or not) for (B, T) tokens."""
-    return decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    """(B * T, width) hidden states of a decoder (compiled or not) for (B, T) tokens, each row one whole sequence."""
+    module, cache = getattr(decoder, "_orig_mod", decoder), {}
+    # What keeps a state in place of keys and values looks for it in a cache of its own.
+    if isinstance(module, nn.Module) and not getattr(module, "_is_stateful", False):
+        from sparsae.nn.attention import UNCACHED
+
+        cache = {cache_name(module): UNCACHED}
+    return decoder(input_ids=tokens_BT, use_cache=False, **cache).last_hidden_state.flatten(0, 1)
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """What a decoder calls its cache: `past_key_values`; later versions of transformers `cache`, and warn of that."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def attention_heads(config: ModelConfig) -> dict[str, HeadLayout]:

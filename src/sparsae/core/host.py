@@ -19,8 +19,10 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, which is not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor on a device, which is not waited for where the tensor is the CPU's."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _on_its_way(tensor: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Topology:
             raise ValueError("unit numbers must be int32 or int64")
         if drop.numel() > self.count:
             raise ValueError(_WRONG[2])
-        drop, grow = drop.to(self.indices.device), grow.to(self.indices.device)
+        drop, grow = on_device(drop, self.indices.device), on_device(grow, self.indices.device)
         outside = [((units < 0) | (units >= self.units)).any() for units in (drop, grow)]
         # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
         drop, grow = (units.to(self.indices.dtype).sort().values for units in (drop, grow))

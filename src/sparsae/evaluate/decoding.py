@@ -8,7 +8,6 @@ everything else.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.nn import functional
 from sparsae.families import FAMILIES, Family
 from sparsae.kernels.backend import TokenBlock, TokenNorm, TokenShape, Weight
 from sparsae.kernels.registry import BACKENDS
-from sparsae.models import attention_modules, decoder_and_head
+from sparsae.models import attention_modules, cache_name, decoder_and_head
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.mlp import FusedMLP, hooked, kernel_of
 
@@ -76,8 +75,7 @@ class ModelDecoder(Decoder):
 
 def _forward(decoder: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """Last hidden states (1, tokens, width) after ids (1, tokens) that go on from the cache, and the new cache."""
-    # transformers names its cache `past_key_values`; later versions name it `cache` and warn of the former name.
-    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    name = cache_name(decoder)
     output = decoder(input_ids=ids, use_cache=True, **{name: cache})
     return output.last_hidden_state, getattr(output, name)
 

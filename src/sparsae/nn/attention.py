@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -76,6 +77,33 @@ def _backend(query: Tensor, key: Tensor, value: Tensor) -> Backend | None:
         return None
     return attention_backend(query, key, value)
 
+
+class Uncached(Cache):
+    """A cache that keeps nothing, for batches of whole sequences: keys and values are those of the pass itself.
+
+    Without a cache, transformers looks whether a row has several sequences packed into it. It waits for the GPU to
+    tell, in every forward pass; and compiled code, which cannot tell, gets a mask in place of causal attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+UNCACHED = Uncached()
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsae.config.rules import MicroBatchConfig
+from sparsae.core.host import on_device
 from sparsae.core.randomness import generator
 from sparsae.data.shards import TokenSequence
 
@@ -49,7 +50,4 @@ class MicroBatches:
         last = len(self._tokens) - self._context - 1
         starts = torch.randint(last + 1, (self._config.sequences,), generator=rng, device="cpu").tolist()
         rows = np.stack([self._tokens[start : start + self._context + 1] for start in starts])
-        batch = torch.from_numpy(rows.astype(np.int64))
-        if self._device.type == "cuda":
-            batch = batch.pin_memory()
-        return batch.to(self._device, non_blocking=True)
+        return on_device(torch.from_numpy(rows.astype(np.int64)), self._device)

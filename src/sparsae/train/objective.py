@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.training import TrainingConfig
+from sparsae.core.host import on_device
 from sparsae.core.randomness import derive_seed
 from sparsae.core.ranks import ranks
 from sparsae.errors import InputError
@@ -187,9 +188,7 @@ class Objective:
 
     def on_device(self, batch: Tensor) -> Tensor:
         """A batch where the model is."""
-        if self.device.type == "cuda" and batch.device.type == "cpu":
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch
+        return on_device(batch, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside model and teacher: how far the warm-up is."""

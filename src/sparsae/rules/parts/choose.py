@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsae.core.groups import Groups, binding
+from sparsae.core.host import on_device
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.ranking import best_of_each, places, select, smallest
 from sparsae.core.selection import Partition, exchange, joined
@@ -134,10 +135,11 @@ def within_limits(observation: Observation, swap: Swap, rng: torch.Generator) ->
     for name, view in views.items():
         empty = view.topology.indices[:0]
         drop, grow = swap.drop.get(name, empty), swap.grow.get(name, empty)
-        scores[name] = torch.rand(view.topology.count, generator=rng, dtype=torch.float64, device="cpu").to(drop.device)
+        drawn = torch.rand(view.topology.count, generator=rng, dtype=torch.float64, device="cpu")
+        scores[name] = on_device(drawn, drop.device)
         scores[name][view.topology.positions(drop)] -= 1
         order = torch.rand(grow.numel(), generator=rng, dtype=torch.float64, device="cpu")
-        growths[name] = Growth(grow, order.to(grow.device))
+        growths[name] = Growth(grow, on_device(order, grow.device))
     units: dict[str, Units] = {}
     if any(changes.values()):
         units = over_layers(views, scores, growths, swap.size)
@@ -165,11 +167,12 @@ def _units(active: Tensor, units: Tensor, needs: Tensor | None, dropped: Tensor,
     """The units at these positions, without those that are both dropped and grown."""
     if needs is None:
         return active[dropped], units[grown]
-    is_new = needs[grown] < 0
-    leaves = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
+    returning = needs[grown]
+    # The last one is nobody's: what is new needs the unit at -1.
+    leaves = torch.zeros(active.numel() + 1, dtype=torch.bool, device=active.device)
     leaves[dropped] = True
-    leaves[needs[grown][~is_new]] = False
-    return active[leaves], units[grown[is_new]]
+    leaves[returning] = False
+    return active[leaves[:-1]], units[grown[returning < 0]]
 
 
 def _partitions(views: Mapping[str, LayerView], candidates: Mapping[str, Tensor]) -> list[Partition]:
@@ -199,7 +202,7 @@ def _by_layer(
     units = [growths[name].units for name in views]
     drops, grows = _split(dropped, active), _split(grown, units)
     return {
-        name: (a[drop.to(a.device)], u[grow.to(u.device)])
+        name: (a[on_device(drop, a.device)], u[on_device(grow, u.device)])
         for name, a, u, drop, grow in zip(views, active, units, drops, grows, strict=True)
     }
 

@@ -43,5 +43,7 @@ class RandomDrop(Drop):
     def scores(self, view: LayerView, rng: torch.Generator) -> Tensor:
         import torch
 
+        from sparsae.core.host import on_device
+
         scores = torch.rand(view.topology.count, generator=rng, dtype=torch.float64, device="cpu")
-        return scores.to(view.topology.indices.device)
+        return on_device(scores, view.topology.indices.device)

@@ -151,8 +151,10 @@ class LargestSampledGradient(Grow):
 def largest_gradients(view: LayerView) -> Growth:
     """The units whose gradients were looked at; of a dense gradient, those that are dropped as well."""
     assert view.sample_gradient is not None
+    from sparsae.core.host import on_device
+
     returning = None if view.active_gradient is None else unit_magnitude(view.active_gradient)
-    units = sample_of(view).to(view.topology.indices.device)
+    units = on_device(sample_of(view), view.topology.indices.device)
     return Growth(units, unit_magnitude(view.sample_gradient), returning)
 
 
@@ -163,11 +165,13 @@ def tempered(magnitude: Tensor, temperature: float, rng: torch.Generator) -> Ten
     """
     import torch
 
+    from sparsae.core.host import on_device
+
     keys = 2 * magnitude.double().log()
     if temperature:
         # -log(-log U) with U in (0, 1).
         noise = torch.rand(keys.shape, generator=rng, dtype=torch.float64, device="cpu").clamp_(min=1e-300)
-        keys += temperature * -(-noise.log()).log().to(keys.device)
+        keys += on_device(temperature * -(-noise.log()).log(), keys.device)
     return keys
 
 
@@ -181,7 +185,7 @@ def with_random(view: LayerView, growth: Growth, n: int, rng: torch.Generator) -
     if not n:
         return growth
     random = view.topology.sample_inactive(n, rng).to(growth.units)
-    others = ~torch.isin(growth.units, random)
+    (others,) = torch.isin(growth.units, random, invert=True).nonzero(as_tuple=True)
     first = torch.full((n,), torch.inf, dtype=growth.scores.dtype, device=growth.scores.device)
     return Growth(
         torch.cat([random, growth.units[others]]), torch.cat([first, growth.scores[others]]), growth.returning

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsae.core.drawing import random_topology
+from sparsae.core.host import on_device
 from sparsae.core.observation import Observation, unit_magnitude
 from sparsae.core.swap import Swap
 from sparsae.core.topology import Topology, sample_distinct
@@ -153,7 +154,7 @@ def shares(topologies: Mapping[str, Topology], count: int) -> dict[str, int]:
 
 
 def _at(topology: Topology, positions: Tensor) -> Tensor:
-    return topology.indices[positions.to(topology.indices.device)]
+    return topology.indices[on_device(positions, topology.indices.device)]
 
 
 def _ranks_by_layer(ranks: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:

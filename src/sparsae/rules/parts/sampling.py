@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsae.core.drawing import sample_in_groups
 from sparsae.core.groups import binding
+from sparsae.core.host import on_device
 from sparsae.core.observation import LayerView
 from sparsae.core.ranks import ranks
 from sparsae.core.topology import Topology
@@ -39,7 +40,7 @@ def with_replacements(view: LayerView, dropped: Tensor, grown: Tensor, rng: torc
     # In random order, so that what has no room is random; those drawn without regard to groups before the others.
     scores = torch.rand(candidates.numel(), generator=rng, dtype=torch.float64, device="cpu")
     scores[:first] += 1
-    return Growth(candidates, scores.to(grown.device))
+    return Growth(candidates, on_device(scores, grown.device))
 
 
 def drawn(topologies: Mapping[str, Topology], ratio: float, sampling: str, rng: torch.Generator) -> dict[str, Draw]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsae.core.budgets import allocate
 from sparsae.core.drawing import sample_in_groups
 from sparsae.core.groups import binding
+from sparsae.core.host import on_device
 from sparsae.core.observation import LayerView
 from sparsae.core.ranking import best_of_each, smallest, without
 from sparsae.core.schedule import Ends, counts_at
@@ -85,7 +86,7 @@ def _drawn(view: LayerView, n: int, rng: torch.Generator) -> Tensor:
         wanted = room.clamp(max=n) if part.most < part.size else lack
         pool.append(sample_in_groups(part, topology.indices, wanted, rng).to(pool[0]))
     units = torch.cat(pool).unique()
-    order = torch.rand(units.numel(), generator=rng, dtype=torch.float64, device="cpu").to(units.device)
+    order = on_device(torch.rand(units.numel(), generator=rng, dtype=torch.float64, device="cpu"), units.device)
     for part, lack in zip(groups, lacks, strict=True):
         order = order - best_of_each(order, part.of(units), lack).to(order.dtype)
     allowed = torch.ones_like(order, dtype=torch.bool)

@@ -51,4 +51,6 @@ def _weakest(view: LayerView, units: Tensor, n: int) -> Tensor:
 def _any(units: Tensor, n: int, rng: torch.Generator) -> Tensor:
     import torch
 
-    return units[torch.randperm(units.numel(), generator=rng, device="cpu")[:n].to(units.device)]
+    from sparsae.core.host import on_device
+
+    return units[on_device(torch.randperm(units.numel(), generator=rng, device="cpu")[:n], units.device)]

@@ -1,0 +1,1 @@
+"""What only a GPU can show, or one that is simulated: `make test-gpu`."""

@@ -1,0 +1,73 @@
+"""Hidden states of whole sequences: those of transformers, by causal attention without a mask when compiled too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from transformers import MistralConfig, MistralModel, Qwen3NextConfig, Qwen3NextModel
+
+from sparsae.config.schema import ModelConfig
+from sparsae.models import build_model, hidden_states
+from sparsae.nn.attention import attend
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50, "pad_token_id": None}
+
+
+def of_family(family: str) -> Any:
+    torch.manual_seed(0)
+    config = ModelConfig(family=family, width=32, heads=2, layers=2, context=16)
+    return build_model(config, 50, 0, device="cpu").base_model
+
+
+def mistral(window: int | None) -> Any:
+    torch.manual_seed(0)
+    decoder = MistralModel(MistralConfig(**SMALL, sliding_window=window))
+    attend(decoder)
+    return decoder
+
+
+CASES = {
+    **{family: lambda family=family: of_family(family) for family in ("gpt2", "llama", "qwen3")},
+    "unlimited": lambda: mistral(None),
+    "window": lambda: mistral(4),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_are_those_of_transformers(case: str, tokens: Tensor) -> None:
+    decoder = CASES[case]()
+    want = decoder(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+    assert torch.equal(hidden_states(decoder, tokens), want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_attention_has_a_mask_only_where_it_hides_something(case: str, tokens: Tensor) -> None:
+    decoder, found = CASES[case](), []
+
+    def look(graph: fx.GraphModule, inputs: object) -> Any:
+        found.extend(node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target))
+        return graph.forward
+
+    want = hidden_states(decoder, tokens)
+    got = hidden_states(torch.compile(decoder, backend=look), tokens)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert len(found) == 2
+    for node in found:
+        masked = node.kwargs.get("attn_mask") is not None
+        assert masked == (case == "window")
+        assert node.kwargs["is_causal"] != masked
+
+
+def test_a_decoder_that_keeps_a_state_is_left_alone(tokens: Tensor) -> None:
+    decoder: nn.Module = Qwen3NextModel(Qwen3NextConfig(**SMALL | {"num_hidden_layers": 4}))
+    want = decoder(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+    assert torch.equal(hidden_states(decoder, tokens), want)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.arange(24).view(2, 12) % 50
