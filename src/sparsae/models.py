@@ -90,16 +90,21 @@ def hidden_states(decoder: Any, tokens_BT: Tensor) -> Tensor:
     """(B * T, width) hidden states of a decoder (compiled or not) for (B, T) tokens, each row one whole sequence."""
     module, cache = getattr(decoder, "_orig_mod", decoder), {}
     # What keeps a state in place of keys and values looks for it in a cache of its own.
-    if isinstance(module, nn.Module) and not getattr(module, "_is_stateful", False):
+    name = cache_name(module) if not getattr(module, "_is_stateful", False) else None
+    if name is not None:
         from sparsae.nn.attention import UNCACHED
 
-        cache = {cache_name(module): UNCACHED}
+        cache = {name: UNCACHED}
     return decoder(input_ids=tokens_BT, use_cache=False, **cache).last_hidden_state.flatten(0, 1)
 
 
-def cache_name(decoder: nn.Module) -> str:
-    """What a decoder calls its cache: `past_key_values`; later versions of transformers `cache`, and warn of that."""
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+def cache_name(decoder: Any) -> str | None:
+    """What a decoder calls its cache, None where it takes none.
+
+    transformers calls it `past_key_values`; later versions call it `cache`, and warn of the former name.
+    """
+    parameters = inspect.signature(getattr(decoder, "forward", decoder)).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 def attention_heads(config: ModelConfig) -> dict[str, HeadLayout]:

@@ -113,6 +113,8 @@ def _pretend() -> None:
     torch.cuda.Stream, torch.cuda.Event = Stream, Event  # type: ignore[assignment, misc]
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    torch.cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
+    torch.cuda.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
     clone = torch.UntypedStorage.clone
 
     def clone_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:

@@ -16,6 +16,8 @@ from sparsae import Sparsifier, SparsifierConfig, sparsify
 from sparsae.config.load import resolve
 from sparsae.optim import AdamW
 from sparsae.train import run
+from sparsae.train.model import model_of
+from sparsae.train.objective import Objective
 from tests.golden import COMMON, TAUGHT
 from tests.gpu import simulated
 from tests.support.runs import write_text
@@ -98,3 +100,16 @@ def test_a_step_waits_for_its_losses_and_for_its_gradients_norm(settings: tuple[
     more = found[1] - found[0]
     assert sorted(more.values()) == [30, 30]
     assert all("train/loop.py" in line or "train/passes.py" in line for line in more)
+
+
+def test_a_mean_over_many_batches_waits_once() -> None:
+    config = resolve(None, "demo", "static", [*COMMON, "training.device=cuda"])
+    device = torch.device("cuda")
+    objective = Objective(model_of(config, 257, 0, device).to(device), config.training, device)
+    rows = torch.arange(20 * 17).view(20, 17) % 257
+    with simulated.waits() as found:
+        objective.mean(rows)
+    assert found.total() == 1
+    assert objective.mean(rows) == pytest.approx(
+        sum(float(objective.cross_entropy(batch)) for batch in rows.split(config.training.batch_size)) / 10
+    )

@@ -75,7 +75,7 @@ class ModelDecoder(Decoder):
 
 def _forward(decoder: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """Last hidden states (1, tokens, width) after ids (1, tokens) that go on from the cache, and the new cache."""
-    name = cache_name(decoder)
+    name = cache_name(decoder) or "past_key_values"
     output = decoder(input_ids=ids, use_cache=True, **{name: cache})
     return output.last_hidden_state, getattr(output, name)
 

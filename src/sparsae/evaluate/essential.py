@@ -83,14 +83,14 @@ class _Judged:
     tokens: npt.NDArray[np.int64]
     context: int
     batch: int
-    cross_entropy: Callable[[Tensor], float]
+    cross_entropy: Callable[[Tensor], Tensor]
 
     def loss(self, measured: Callable[[int], None]) -> float:
         """In nats a token, every token predicted once; measured: is told of each batch."""
         nats, count = 0.0, 0
         for tokens_BT in windows(self.tokens, self.context, self.batch):
             predicted = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
-            nats += self.cross_entropy(tokens_BT) * predicted
+            nats += float(self.cross_entropy(tokens_BT)) * predicted
             count += predicted
             measured(predicted)
         return nats / count
@@ -210,11 +210,11 @@ def _pretrained(path: Path, data: str | None, teacher: bool, max_tokens: int, pr
     model = read_model(path).eval().requires_grad_(False).to(device)
     tokens = tokenize_text(data, load_tokenizer(path), vocab_size=model.config.vocab_size, progress=progress)[0]
 
-    def cross_entropy(tokens_BT: Tensor) -> float:
+    def cross_entropy(tokens_BT: Tensor) -> Tensor:
         with torch.inference_mode():
             tokens_BT = tokens_BT.to(device)
             logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
-            return float(functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten()))
+            return functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
 
     context = min(getattr(model.config, "max_position_embeddings", None) or _CONTEXT, _CONTEXT)
     layers: Mapping[str, Any] = sparse_layers(model) or linear_layers(model)

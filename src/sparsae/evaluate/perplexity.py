@@ -46,7 +46,7 @@ def evaluate_run(
     objective = Objective(loaded.model, loaded.config.training, loaded.device)
     for batch in windows(tokens, loaded.config.model.context, loaded.config.training.batch_size):
         predicted = batch.shape[0] * (batch.shape[1] - 1)
-        nats += objective.cross_entropy(batch) * predicted
+        nats += float(objective.cross_entropy(batch)) * predicted
         count += predicted
         if progress:
             progress("evaluate", count, len(tokens) - 1)

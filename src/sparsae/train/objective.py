@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.training import TrainingConfig
-from sparsae.core.host import on_device
+from sparsae.core.host import on_device, on_host
 from sparsae.core.randomness import derive_seed
 from sparsae.core.ranks import ranks
 from sparsae.errors import InputError
@@ -131,16 +131,17 @@ class Objective:
         return self._parts(self.model, self._trained(), batch, head_gradient=is_sparse).total
 
     @torch.no_grad()
-    def cross_entropy(self, batch: Tensor, model: nn.Module | None = None) -> float:
-        """Mean cross entropy of the model (or another) as it is, in nats a token."""
+    def cross_entropy(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Mean cross entropy of the model (or another) as it is, in nats a token: a number that may be on its way."""
         model = model or self.model
-        return float(self._parts(model, decoder_and_head(model)[0], batch).cross_entropy)
+        return self._parts(model, decoder_and_head(model)[0], batch).cross_entropy
 
     def mean(self, rows: Tensor, model: nn.Module | None = None) -> float:
         """Mean cross entropy over rows (N, context + 1), a batch at a time, each rank having its share of these."""
-        here, total = ranks(), 0.0
-        for batch in rows.split(max(1, self._settings.batch_size // here.count))[here.rank :: here.count]:
-            total += self.cross_entropy(batch, model) * batch.shape[0]
+        here = ranks()
+        batches = rows.split(max(1, self._settings.batch_size // here.count))[here.rank :: here.count]
+        losses = on_host([self.cross_entropy(batch, model) for batch in batches])
+        total = sum(float(loss) * batch.shape[0] for loss, batch in zip(losses, batches, strict=True))
         return here.means([total])[0] * here.count / rows.shape[0]
 
     def validate(self, rows: Tensor) -> tuple[float, float | None]:
