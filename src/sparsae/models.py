@@ -89,13 +89,20 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def hidden_states(decoder: Any, tokens_BT: Tensor) -> Tensor:
     """(B * T, width) hidden states of a decoder (compiled or not) for (B, T) tokens, each row one whole sequence."""
     module, cache = getattr(decoder, "_orig_mod", decoder), {}
-    # What keeps a state in place of keys and values looks for it in a cache of its own.
-    name = cache_name(module) if not getattr(module, "_is_stateful", False) else None
-    if name is not None:
+    if _keeps_only_keys_and_values(module) and (name := cache_name(module)) is not None:
         from sparsae.nn.attention import UNCACHED
 
         cache = {name: UNCACHED}
     return decoder(input_ids=tokens_BT, use_cache=False, **cache).last_hidden_state.flatten(0, 1)
+
+
+def _keeps_only_keys_and_values(decoder: Any) -> bool:
+    """Whether it is known to ask its cache for nothing else: others keep states of convolutions, indices, ... there."""
+    family = FAMILIES.of(decoder)
+    if family is None or family.model_class is None:
+        return False
+    stem = family.model_class.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    return any(kind.__name__ == f"{stem}Model" for kind in type(decoder).__mro__)
 
 
 def cache_name(decoder: Any) -> str | None:

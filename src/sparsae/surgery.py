@@ -33,12 +33,14 @@ InitialStd = Callable[[str, Topology], float]
 class Change:
     """One layer before and after; `source` is each new unit's old position, -1 for a grown one.
 
-    values: the new ones, lying as the layer's do: of a layer that is sharded over ranks this rank keeps its part.
+    grow: (n,) the grown units, sorted: nobody has to wait to know how many they are. values: the new ones, lying as
+    the layer's do: of a layer that is sharded over ranks this rank keeps its part.
     """
 
     before: Topology
     after: Topology
     source: Tensor
+    grow: Tensor
     values: Tensor
 
     @property
@@ -106,7 +108,7 @@ def prepare_swap(
             "its nnz would change"
         )
     changes = {}
-    for name, (after, source) in _replaced(layers, swap).items():
+    for name, (after, source, grow) in _replaced(layers, swap).items():
         layer = layers[name]
         before = layer.topology
         if problem := quota_problem(after, layer.quota):
@@ -123,12 +125,12 @@ def prepare_swap(
         elif initialization != "zero":
             known = "zero, kaiming_uniform, or with initial_std normal"
             raise ValueError(f"unknown initialization '{initialization}': use {known}")
-        changes[name] = Change(before, after, source, spread(values, layer.values))
+        changes[name] = Change(before, after, source, grow, spread(values, layer.values))
     return PreparedSwap(layers, changes)
 
 
-def _replaced(layers: Mapping[str, SparseLinear], swap: Swap) -> dict[str, tuple[Topology, Tensor]]:
-    """What `Topology.replace` makes of each layer that a swap touches; a device is waited for once."""
+def _replaced(layers: Mapping[str, SparseLinear], swap: Swap) -> dict[str, tuple[Topology, Tensor, Tensor]]:
+    """What `Topology.replace` makes of each layer that a swap touches, and what that grows; it waits once."""
     asked: dict[str, Replacement] = {}
     name = ""
     try:
@@ -140,7 +142,7 @@ def _replaced(layers: Mapping[str, SparseLinear], swap: Swap) -> dict[str, tuple
             asked[name].check(wrong.tolist())
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"layer {name}: {error}") from error
-    return {name: each.made() for name, each in asked.items()}
+    return {name: (*each.made(), each.grow) for name, each in asked.items()}
 
 
 def kaiming_uniform(topology: Topology, rng: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsae.core.ranking import best_of_each, largest, places, select, smallest
+from sparsae.core.ranking import best_of_each, kth_smallest, largest, places, search, select, smallest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Neighbours in every dtype, values that only a wide one tells apart, zeros of both signs, and no numbers.
@@ -109,3 +109,27 @@ def test_the_check_for_waiting_finds_it(wait: Callable[[Tensor], object]) -> Non
 def test_more_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot take 6 of 5"):
         largest(torch.zeros(5), 6)
+
+
+@given(SCORES, st.data())
+def test_the_kth_smallest_is_torchs(scores: Tensor, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, scores.numel()))
+    found = kth_smallest(scores, k)
+    assert (found.shape, found.dtype) == ((), scores.dtype)
+    assert found.nan_to_num(77.0) == scores.kthvalue(k).values.nan_to_num(77.0)
+
+
+@given(
+    ascending=st.lists(st.integers(0, 20), max_size=20),
+    numbers=st.lists(st.integers(-1, 21), max_size=20),
+    dtypes=st.sampled_from([(torch.int32, torch.int32), (torch.int64, torch.int64), (torch.int32, torch.int64)]),
+    right=st.booleans(),
+)
+def test_a_search_is_torchs(
+    ascending: list[int], numbers: list[int], dtypes: tuple[torch.dtype, torch.dtype], right: bool
+) -> None:
+    lines = torch.tensor(sorted(ascending), dtype=dtypes[0])
+    wanted = torch.tensor(numbers, dtype=dtypes[1])
+    found = search(lines, wanted, right=right)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, torch.searchsorted(lines, wanted, right=right))

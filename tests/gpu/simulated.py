@@ -105,11 +105,12 @@ def _pretend() -> None:
         "get_device_name": "simulated", "get_device_capability": (9, 0), "get_device_properties": properties,
         "mem_get_info": (8 << 30, 8 << 30), "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0,
         "reset_peak_memory_stats": None, "empty_cache": None, "set_device": None, "_lazy_init": None, "_sleep": None,
-        "_exchange_device": 0, "_maybe_exchange_device": 0, "is_current_stream_capturing": False, "synchronize": None,
+        "_exchange_device": 0, "_maybe_exchange_device": 0, "is_current_stream_capturing": False,
         "current_stream": Stream(), "default_stream": Stream(),
     }  # fmt: skip
     for name, value in fixed.items():  # each a function of its own: torch's compiler knows them by identity
         setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
+    torch.cuda.synchronize = lambda device=None: _waited(b"synchronize")
     torch.cuda.Stream, torch.cuda.Event = Stream, Event  # type: ignore[assignment, misc]
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)

@@ -10,6 +10,10 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <cmath>
+#include <iterator>
+#include <map>
+#include <mutex>
 #include <set>
 #include <string>
 #include <unordered_map>
@@ -38,6 +42,36 @@ struct Memory final : c10::Allocator {
 };
 Memory memory;
 REGISTER_ALLOCATOR(DeviceType::CUDA, &memory)
+
+// Pinned memory is the host's, remembered: where it begins, and its bytes.
+std::mutex pinned_lock;
+std::map<const char*, size_t> pinned;
+
+struct Pinned final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = c10::GetCPUAllocator()->raw_allocate(bytes ? bytes : 1);
+    std::lock_guard<std::mutex> lock(pinned_lock);
+    pinned[static_cast<char*>(data)] = bytes ? bytes : 1;
+    return {data, data, &Pinned::free, kHost};
+  }
+  static void free(void* data) {
+    {
+      std::lock_guard<std::mutex> lock(pinned_lock);
+      pinned.erase(static_cast<char*>(data));
+    }
+    c10::GetCPUAllocator()->raw_deallocate(data);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &Pinned::free; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+  static bool has(const void* data) {
+    std::lock_guard<std::mutex> lock(pinned_lock);
+    auto after = pinned.upper_bound(static_cast<const char*>(data));
+    if (after == pinned.begin()) return false;
+    auto found = std::prev(after);
+    return data < found->first + found->second;
+  }
+};
+Pinned pinned_memory;
 
 // One device with one stream, on which everything is done as soon as it is asked for.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -77,10 +111,10 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   int getNumGPUs() const override { return 1; }
-  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  bool isPinnedPtr(const void* data) const override { return Pinned::has(data); }
   at::Allocator* getCUDADeviceAllocator() const override { return &memory; }
   void deviceSynchronize(DeviceIndex) const override {}
-  at::Generator getNewGenerator(DeviceIndex) const override { return at::make_generator<at::CPUGeneratorImpl>(); }
   const at::Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
 };
 
@@ -88,14 +122,36 @@ struct CUDAHooks final : at::CUDAHooksInterface {
 
 void (*on_wait)(const char*) = nullptr;
 
+bool of_the_host(const at::Tensor& t) { return t.defined() && !t.is_cuda(); }
+
+// Whether a GPU would have to be waited for, here or inside the operator's own kernel for it.
 bool waits(const std::string& name, const std::vector<IValue>& given) {
   static const std::set<std::string> always{  // numbers, or how many there are; a mask that indexes asks nonzero
-      "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2",
-      "aten::unique_dim", "aten::unique_consecutive", "aten::bincount", "aten::is_nonzero"};
+      "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique",
+      "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount", "aten::is_nonzero",
+      "aten::multinomial", "aten::histc"};
   if (always.count(name)) return true;
-  if (name == "aten::copy_")  // between the host and a GPU
-    return !given[2].toBool() && given[0].toTensor().is_cuda() != given[1].toTensor().is_cuda();
+  if (name == "aten::copy_") {  // between the host and a GPU, or pageable memory on the way
+    const at::Tensor &to = given[0].toTensor(), &from = given[1].toTensor();
+    if (to.is_cuda() == from.is_cuda()) return false;
+    return !given[2].toBool() || !Pinned::has((to.is_cuda() ? from : to).data_ptr());
+  }
   if (name == "aten::repeat_interleave") return given.back().isNone();  // without the size of the result
+  if (name == "aten::isin" && given[0].isTensor() && given[1].isTensor()) {  // sorts many, and looks which are twice
+    const double few = 10 * std::pow(given[0].toTensor().numel(), 0.145);
+    return given[1].toTensor().numel() >= few && !given[2].toBool();
+  }
+  if (name == "aten::index_put_" || name == "aten::_index_put_impl_") {
+    const at::Tensor& values = given[2].toTensor();
+    bool masks = true, brought = false;
+    for (const auto& index : given[1].toOptionalTensorVector()) {
+      if (!index || !index->defined()) continue;
+      masks &= index->dtype() == at::kBool || index->dtype() == at::kByte;
+      brought |= of_the_host(*index);
+    }
+    if (masks && values.numel() == 1) return brought;  // a mask that is filled
+    return masks || brought || of_the_host(values);
+  }
   return false;
 }
 
@@ -147,8 +203,16 @@ class Call {
     const std::string& name = op_.schema().name();
     const bool written = argument.alias_info() && argument.alias_info()->isWrite();
     const bool indexes = argument.name() == "indices" && name.find("index") != std::string::npos;
+    TORCH_CHECK(!value.isDevice() || !value.toDevice().is_cuda() || value.toDevice().index() <= 0, "invalid device ordinal");
+    TORCH_CHECK(!value.isGenerator() || !value.toGenerator().defined(), "Expected a 'cuda' device type for generator but found 'cpu'");
+    // These take a number of the host neither.
+    static const std::set<std::string> strict{
+        "aten::index_select", "aten::gather", "aten::take", "aten::searchsorted", "aten::embedding", "aten::index_add",
+        "aten::index_copy", "aten::scatter", "aten::nll_loss_forward", "aten::_fused_adamw_", "aten::_fused_adam_"};
+    const std::string plain = name.back() == '_' && !strict.count(name) ? name.substr(0, name.size() - 1) : name;
+    const bool number = !strict.count(plain) && !written;
     mapped(value, [&](const at::Tensor& t) {
-      TORCH_CHECK(!t.defined() || t.is_cuda() || indexes || (t.dim() == 0 && !written),
+      TORCH_CHECK(!t.defined() || t.is_cuda() || indexes || (t.dim() == 0 && number),
                   "Expected all tensors to be on the same device, but '", argument.name(), "' of ", name, ", of shape ", t.sizes(),
                   ", is on ", t.device(), " and another on cuda:0");
       return t;

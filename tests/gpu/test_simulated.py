@@ -70,11 +70,23 @@ def test_inference_mode(x: Tensor) -> None:
         lambda x: nn.functional.linear(x, torch.ones(2, 4)),
         lambda x: x.where(torch.ones(3, 4) > 0, x),
         lambda x: torch.zeros(()).add_(x.sum()),
+        lambda x: x.index_select(0, torch.tensor(0)),
+        lambda x: x.take(torch.tensor(0)),
+        lambda x: torch.randn(3, device="cuda", generator=torch.Generator()),
+        lambda x: x.normal_(generator=torch.Generator()),
+        lambda x: torch.zeros(3, device="cuda:1"),
     ],
 )
 def test_two_devices_do_not_meet(mixed: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    with pytest.raises(RuntimeError, match=r"same device|devices"):
+    with pytest.raises(RuntimeError, match=r"same device|devices|device type|ordinal"):
         mixed(x)
+
+
+def test_pinned_memory_is_known() -> None:
+    here = torch.ones(8).pin_memory()
+    assert here.is_pinned()
+    assert here[3:].is_pinned()
+    assert not torch.ones(8).is_pinned()
 
 
 def test_numbers_of_the_host_and_its_indices_are_taken(x: Tensor) -> None:
@@ -94,9 +106,17 @@ def test_numbers_of_the_host_and_its_indices_are_taken(x: Tensor) -> None:
         (lambda x: torch.equal(x, x), 1),
         (lambda x: torch.tensor([1.0], device="cuda"), 1),
         (lambda x: torch.cuda.current_stream().synchronize(), 1),
+        (lambda x: torch.cuda.synchronize(), 1),
+        (lambda x: x.index_put_((torch.tensor([1], device="cuda").long(),), torch.tensor(1.0)), 2),
+        (lambda x: x.masked_scatter(x > 3, x), 0),
+        (lambda x: torch.isin(x, torch.arange(100.0, device="cuda")), 1),
+        (lambda x: torch.isin(x, torch.arange(100.0, device="cuda"), assume_unique=True), 0),
+        (lambda x: x.to("cpu", non_blocking=True), 0),
+        (lambda x: torch.empty(3, 4).copy_(x, non_blocking=True), 1),
+        (lambda x: torch.ones(3).to("cuda", non_blocking=True), 1),
+        (lambda x: torch.empty(3, 4, pin_memory=True).copy_(x, non_blocking=True), 0),
         (lambda x: x.masked_fill(x > 3, 0.0), 0),
         (lambda x: x.sort(), 0),
-        (lambda x: x.to("cpu", non_blocking=True), 0),
         (lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True), 0),
         (lambda x: torch.full((3,), 2.0, device="cuda"), 0),
         (lambda x: nn.utils.clip_grad_norm_([nn.Parameter(x)], 1.0), 0),

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from transformers import MistralConfig, MistralModel, Qwen3NextConfig, Qwen3NextModel
+from torch import Tensor, fx
+from transformers import Lfm2Config, Lfm2Model, Qwen3NextConfig, Qwen3NextModel
 
 from sparsae.config.schema import ModelConfig
+from sparsae.families import FAMILIES
 from sparsae.models import build_model, hidden_states
-from sparsae.nn.attention import attend
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50, "pad_token_id": None}
 
 
-def of_family(family: str) -> Any:
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+
+
+def of_family(family: str, **settings: Any) -> Any:
     torch.manual_seed(0)
-    config = ModelConfig(family=family, width=32, heads=2, layers=2, context=16)
+    config = ModelConfig(family=family, width=32, heads=2, layers=2, context=16, transformers=settings)
     return build_model(config, 50, 0, device="cpu").base_model
 
 
-def mistral(window: int | None) -> Any:
-    torch.manual_seed(0)
-    decoder = MistralModel(MistralConfig(**SMALL, sliding_window=window))
-    attend(decoder)
-    return decoder
-
-
-CASES = {
-    **{family: lambda family=family: of_family(family) for family in ("gpt2", "llama", "qwen3")},
-    "unlimited": lambda: mistral(None),
-    "window": lambda: mistral(4),
+CASES: dict[str, Callable[[], Any]] = {
+    **{family: partial(of_family, family) for family in ("gpt2", "llama", "qwen3")},
+    "window": partial(of_family, "qwen3", **WINDOW),
 }
 
 
@@ -62,8 +60,20 @@ def test_compiled_attention_has_a_mask_only_where_it_hides_something(case: str, 
         assert node.kwargs["is_causal"] != masked
 
 
-def test_a_decoder_that_keeps_a_state_is_left_alone(tokens: Tensor) -> None:
-    decoder: nn.Module = Qwen3NextModel(Qwen3NextConfig(**SMALL | {"num_hidden_layers": 4}))
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Qwen3NextModel(Qwen3NextConfig(**SMALL | {"num_hidden_layers": 4})),
+        lambda: Lfm2Model(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])),
+    ],
+)
+def test_a_decoder_that_keeps_more_than_keys_and_values_is_left_alone(
+    make: Callable[[], Any], registered: bool, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make()
+    family = replace(FAMILIES["llama"], model_type=decoder.config.model_type)
+    monkeypatch.setattr(FAMILIES, "of", lambda model: family if registered else None)
     want = decoder(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     assert torch.equal(hidden_states(decoder, tokens), want)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from sparsae.nn.sparsify import densify, sparsify
 from sparsae.rules import EvolutionConfig, ProxyConfig
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.telemetry import TopologyTelemetry
-from tests.support.loops import OPTIMIZERS, mlp, run_steps, score_of
+from tests.support.loops import OPTIMIZERS, frequent, mlp, run_steps, score_of
 
 
 @pytest.mark.parametrize("scope", ["new", "all"])
@@ -233,3 +234,40 @@ def test_head_floors_hold_under_evolution() -> None:
         optimizer.step()
         sparsifier.after_step()
         assert float(head_densities(sparse_layers(model)["0"].topology, heads["0"]).min()) >= 0.25
+
+
+@pytest.mark.parametrize("rule", ["generations", "rigl", "gmp", "evolution"])
+def test_rows_tell_what_sets_of_connections_tell(rule: str) -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS["ours"](model)
+    score = score_of(model) if rule == "evolution" else None
+    ends = {"sparsity": 0.95} if rule == "gmp" else {}
+    config = SparsifierConfig(steps=30, topology={"rule": rule} | frequent(rule, 3), **ends)
+    sparsifier = Sparsifier(model, optimizer, config, score=score)  # type: ignore[arg-type]
+    layers = sparse_layers(model)
+
+    def now() -> set[tuple[str, int]]:
+        return {(name, unit) for name, layer in layers.items() for unit in layer.indices.tolist()}
+
+    start = ever = before = now()
+    born: dict[tuple[str, int], int] = dict.fromkeys(start, 0)
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 31):
+        optimizer.zero_grad()
+        (model(torch.ones(8, 24)) - 1).square().mean().backward()
+        sparsifier.before_step()
+        optimizer.step()
+        if (update := sparsifier.after_step()) is not None:
+            rows.append(update.row)
+            active = now()
+            born = {unit: born.get(unit, step) if unit in before else step for unit in active}
+            ever, row, ages = ever | active, rows[-1], sorted(step - birth for birth in born.values())
+            assert row["hamming_start"] == pytest.approx(len(active - start) / len(active))
+            assert row["hamming_last"] == pytest.approx(len(active - before) / len(active))
+            assert row["itop_rate"] == pytest.approx(len(ever) / sum(layer.topology.units for layer in layers.values()))
+            assert row["age"]["mean"] == pytest.approx(sum(ages) / len(ages))
+            assert (row["age"]["median"], row["age"]["max"]) == (ages[(len(ages) - 1) // 2], ages[-1])
+            before = active
+        if step == 15:
+            sparsifier.load_state_dict(copy.deepcopy(sparsifier.state_dict()))
+    assert len(rows) > 3

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsae.core.groups import Groups
+from sparsae.core.ranking import search
 from sparsae.core.topology import Topology, index_dtype, sample_distinct
 
 
@@ -64,7 +65,7 @@ def sample_in_groups(groups: Groups, taken: Tensor, counts: Tensor, rng: torch.G
     ranks = sample_from_each(free, torch.minimum(counts.cpu(), free), rng)
     # As `Topology.inactive_at`: the r-th free place is r plus the taken ones before it.
     gaps = taken - torch.arange(taken.numel(), device="cpu")
-    return groups.units(ranks + torch.searchsorted(gaps, ranks, right=True)).sort().values
+    return groups.units(ranks + search(gaps, ranks, right=True)).sort().values
 
 
 def sample_from_each(sizes: Tensor, counts: Tensor, rng: torch.Generator) -> Tensor:
@@ -188,7 +189,7 @@ def _among(sorted_numbers: Tensor, numbers: Tensor) -> Tensor:
     """(n,) bool: which of the numbers are among the sorted ones."""
     if not sorted_numbers.numel():
         return torch.zeros_like(numbers, dtype=torch.bool)
-    at = torch.searchsorted(sorted_numbers, numbers).clamp_(max=sorted_numbers.numel() - 1)
+    at = search(sorted_numbers, numbers).clamp_(max=sorted_numbers.numel() - 1)
     return sorted_numbers[at] == numbers
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def first(scores: Tensor, n: int) -> Tensor:
     if n in (0, scores.numel()):
         return torch.full(scores.shape, n > 0, dtype=torch.bool, device=scores.device)
     # Selection and masks: O(m), where sorting would cost several times as much.
-    threshold = scores.kthvalue(n).values
+    threshold = kth_smallest(scores, n)
     below, equal = scores < threshold, scores == threshold
     if scores.is_floating_point():
         unknown, too_few = scores.isnan(), threshold.isnan()
@@ -107,8 +108,28 @@ def order_keys(scores: Tensor) -> Tensor:
     return keys.masked_fill_(scores.isnan(), limits.max - 1)
 
 
+# On the CPU numpy takes a half to a fifteenth of torch's time for the three that follow.
+
+
+def kth_smallest(scores: Tensor, k: int) -> Tensor:
+    """() the k-th smallest of (m,) scores, counted from 1; NaN comes last."""
+    if scores.device.type != "cpu" or scores.dtype == torch.bfloat16:  # which numpy does not have
+        return scores.kthvalue(k).values
+    return torch.from_numpy(np.partition(scores.detach().numpy(), k - 1)[k - 1 : k]).squeeze(0)
+
+
+def search(ascending: Tensor, numbers: Tensor, right: bool = False) -> Tensor:
+    """(n,) int64: before which of (m,) ascending numbers each would have to stand; fastest for sorted ones.
+
+    right: after all that are equal.
+    """
+    if ascending.device.type != "cpu" or ascending.dtype != numbers.dtype:
+        return torch.searchsorted(ascending, numbers, right=right)
+    return torch.from_numpy(np.searchsorted(ascending.numpy(), numbers.numpy(), side="right" if right else "left"))
+
+
 def positions(chosen: Tensor, n: int) -> Tensor:
     """Where (m,) `chosen` is true, which is n times."""
-    # Twice as fast on the CPU, where there is no device to wait for.
-    at = chosen.nonzero() if chosen.device.type == "cpu" else torch.nonzero_static(chosen, size=n)
-    return at.squeeze(1)
+    if chosen.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(chosen.numpy()))
+    return torch.nonzero_static(chosen, size=n).squeeze(1)

@@ -14,11 +14,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsae.core.host import on_device
-from sparsae.core.ranking import positions
+from sparsae.core.ranking import positions, search
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class Topology:
     def positions(self, units: Tensor) -> Tensor:
         """Where the given active units stand in `indices`; ValueError for a unit that is not active."""
         units = units.to(self.indices.dtype)
-        found = torch.searchsorted(self.indices, units)
+        found = search(self.indices, units)
         if units.numel() and not (self.count and torch.equal(self.indices[found.clamp(max=self.count - 1)], units)):
             raise ValueError("not every given unit is active")
         return found
@@ -122,7 +123,7 @@ class Topology:
         units = units.to(self.indices.dtype)
         if not self.count:
             return torch.zeros_like(units, dtype=torch.bool)
-        found = torch.searchsorted(self.indices, units).clamp_(max=self.count - 1)
+        found = search(self.indices, units).clamp_(max=self.count - 1)
         return self.indices[found] == units
 
     def sample_inactive(self, n: int, rng: torch.Generator) -> Tensor:
@@ -137,7 +138,7 @@ class Topology:
         """The inactive units of the given ranks among all inactive ones."""
         ranks = on_device(ranks.long(), self.indices.device)
         gaps = self.indices.to(torch.int64) - torch.arange(self.count, device=self.indices.device)
-        return (ranks + torch.searchsorted(gaps, ranks, right=True)).to(self.indices.dtype)
+        return (ranks + search(gaps, ranks, right=True)).to(self.indices.dtype)
 
     def replace(self, drop: Tensor, grow: Tensor) -> tuple[Topology, Tensor]:
         """Without the active units `drop` and with the inactive units `grow`.
@@ -164,7 +165,7 @@ class Topology:
         # Searching for sorted units walks through memory, for others it jumps: sorting first is several times faster.
         drop, grow = (units.to(self.indices.dtype).sort().values for units in (drop, grow))
         last = max(self.count - 1, 0)
-        before, at_drop = torch.searchsorted(self.indices, grow), torch.searchsorted(self.indices, drop)
+        before, at_drop = search(self.indices, grow), search(self.indices, drop)
         at_drop.clamp_(max=last)
         if self.count:
             taken = (self.indices[before.clamp(max=last)] == grow).any()
@@ -223,7 +224,7 @@ class Replacement:
         keep = torch.ones(old.count, dtype=torch.bool, device=grow.device).index_fill_(0, self.at_drop, False)
         kept_at = positions(keep, old.count - self.at_drop.numel())
         # A grown unit stands where as many kept and grown ones are before it; the kept ones fill the other places.
-        at_grown = self.before - torch.searchsorted(self.at_drop, self.before)
+        at_grown = self.before - search(self.at_drop, self.before)
         at_grown += torch.arange(grow.numel(), device=grow.device)
         is_kept = torch.ones(kept_at.numel() + grow.numel(), dtype=torch.bool, device=grow.device)
         is_kept.index_fill_(0, at_grown, False)
@@ -261,7 +262,7 @@ def sample_distinct(population: int, n: int, rng: torch.Generator) -> Tensor:
     if surplus:
         keep = torch.ones(drawn.numel(), dtype=torch.bool, device="cpu")
         keep.index_fill_(0, sample_distinct(drawn.numel(), surplus, rng), False)
-        drawn = drawn[keep]
+        drawn = drawn.index_select(0, positions(keep, n))
     return drawn
 
 
@@ -274,8 +275,8 @@ def _sample_by_mark(population: int, n: int, rng: torch.Generator) -> Tensor:
     marked, found = torch.zeros(population, dtype=torch.bool, device="cpu"), 0
     while found < n:
         marked.index_fill_(0, _more(population, n, found, rng), True)
-        found = int(marked.count_nonzero())
-    return marked.nonzero().squeeze(1)
+        found = int(np.count_nonzero(marked.numpy()))
+    return positions(marked, found)
 
 
 def _sample_by_sort(population: int, n: int, rng: torch.Generator) -> Tensor:

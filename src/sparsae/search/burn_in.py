@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparsae.config.rules import BurnInConfig
-from sparsae.core.host import on_host
 from sparsae.core.shards import local, local_of, which_moved
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
@@ -35,10 +34,8 @@ class BurnIn:
         return self.steps_left > 0
 
     def begin(self, new: Mapping[str, Tensor]) -> None:
-        """After a change: `new` marks the grown units of the changed layers; an earlier burn-in ends."""
-        begun = new if self._config.steps else {}
-        some = on_host([grown.any() for grown in begun.values()])
-        self.new = {name: grown for (name, grown), any_grown in zip(begun.items(), some, strict=True) if any_grown}
+        """After a change: `new` marks the grown units of layers that have some; an earlier burn-in ends."""
+        self.new = dict(new) if self._config.steps else {}
         self.steps_left = self._config.steps if self.new else 0
 
     def state_dict(self) -> dict[str, Any]:

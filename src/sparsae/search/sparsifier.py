@@ -314,7 +314,8 @@ class Sparsifier:
             self.teacher.update(self._model, self.step - 1, stepped)
         update = self.search.update(self.step, stepped)
         if update is not None and update.accepted:
-            self._burn_in.begin({name: change.grown for name, change in update.changes.items()})
+            grown = {name: change.grown for name, change in update.changes.items() if change.grow.numel()}
+            self._burn_in.begin(grown)
             self._ramp.follow(update.changes)
             self._follow_density()
         if update is not None:

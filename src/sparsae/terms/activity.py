@@ -72,7 +72,7 @@ class Activity(Term[ActivityConfig]):
             total = squares[change.source.clamp(min=0)].masked_fill(change.grown, 0.0).sum()
         sample, gradient = view.sample, view.sample_gradient
         if change is not None and training and sample is not None and gradient is not None and sample.numel():
-            grown = change.after.indices[change.grown].to(sample.device, sample.dtype)
+            grown = change.grow.to(sample.device, sample.dtype)
             at = torch.searchsorted(sample, grown).clamp_(max=sample.numel() - 1)
             is_known = sample[at] == grown
             total = total + _unit_squares(gradient)[at].masked_fill(~is_known, 0.0).sum().to(total.device)

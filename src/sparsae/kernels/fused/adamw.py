@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsae.core.host import on_device
+
 _CHUNK = 1024  # weights that a program updates
 _COLUMNS = 6  # of the table: parameter, gradient, both averages, steps; how many weights
 
@@ -60,7 +62,7 @@ def _log(beta: float) -> float:
 
 def _sent(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     table = torch.tensor(rows, dtype=dtype, device="cpu")
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    return on_device(table, device)
 
 
 @lru_cache(maxsize=32)

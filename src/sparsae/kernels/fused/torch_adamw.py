@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from sparsae.core.host import on_device
+
 
 def update_by_parameter(
     parameters: Sequence[Tensor],
@@ -24,7 +26,7 @@ def update_by_parameter(
     counts: steps that each parameter has made.
     """
     made = torch.tensor(counts, dtype=torch.float32, device="cpu")
-    steps = made.to(parameters[0].device, non_blocking=True).unbind()  # which torch counts up
+    steps = on_device(made, parameters[0].device).unbind()  # which torch counts up
     places: dict[tuple[float, float], list[int]] = {}
     for place, rate in enumerate(rates):
         places.setdefault(rate, []).append(place)

@@ -93,7 +93,7 @@ def regenerated(view: LayerView, scores: Tensor, pruned_at: Tensor, n: int, grow
         return without_limits(view, smallest(scores, pruned_at.numel() + n), n, growth)
     active = view.topology.indices
     stays = torch.ones(view.topology.count, dtype=torch.bool, device=active.device)
-    stays[pruned_at] = False
+    stays.index_fill_(0, pruned_at, False)
     left = Topology(view.topology.shape, active[stays], view.topology.unit)
     if growth.returning is not None:
         growth = Growth(
@@ -103,9 +103,9 @@ def regenerated(view: LayerView, scores: Tensor, pruned_at: Tensor, n: int, grow
         )
     view = dataclasses.replace(view, topology=left, groups=tuple(groups))
     drop, grow = in_layer(view, scores[stays], n, growth)
-    back = torch.isin(grow, active[pruned_at])
+    back = torch.isin(grow, active[pruned_at], assume_unique=True)
     pruned_units = active[pruned_at]
-    return torch.cat([pruned_units[~torch.isin(pruned_units, grow[back])], drop]), grow[~back]
+    return torch.cat([pruned_units[~torch.isin(pruned_units, grow[back], assume_unique=True)], drop]), grow[~back]
 
 
 def keeps_limits(views: Mapping[str, LayerView], swap: Swap) -> bool:
@@ -170,8 +170,8 @@ def _units(active: Tensor, units: Tensor, needs: Tensor | None, dropped: Tensor,
     returning = needs[grown]
     # The last one is nobody's: what is new needs the unit at -1.
     leaves = torch.zeros(active.numel() + 1, dtype=torch.bool, device=active.device)
-    leaves[dropped] = True
-    leaves[returning] = False
+    # A number that is assigned to positions goes to the device first, and waits; one that fills does not.
+    leaves.index_fill_(0, dropped, True).index_fill_(0, returning, False)
     return active[leaves[:-1]], units[grown[returning < 0]]
 
 

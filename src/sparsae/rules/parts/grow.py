@@ -185,7 +185,8 @@ def with_random(view: LayerView, growth: Growth, n: int, rng: torch.Generator) -
     if not n:
         return growth
     random = view.topology.sample_inactive(n, rng).to(growth.units)
-    (others,) = torch.isin(growth.units, random, invert=True).nonzero(as_tuple=True)
+    # Nothing is twice in either, and who does not say so waits for the numbers of what is left.
+    (others,) = torch.isin(growth.units, random, assume_unique=True, invert=True).nonzero(as_tuple=True)
     first = torch.full((n,), torch.inf, dtype=growth.scores.dtype, device=growth.scores.device)
     return Growth(
         torch.cat([random, growth.units[others]]), torch.cat([first, growth.scores[others]]), growth.returning

@@ -41,13 +41,13 @@ def on_schedule(
         if n < 0:
             sizes = view.magnitude[source.clamp(min=0)].masked_fill(source < 0, torch.inf)
             fewer = chosen.indices[pruned(after, sizes, -n)]
-            drop[name] = torch.cat([dropped, fewer[~torch.isin(fewer, grown)]])
-            grow[name] = grown[~torch.isin(grown, fewer)]
+            drop[name] = torch.cat([dropped, fewer[~torch.isin(fewer, grown, assume_unique=True)]])
+            grow[name] = grown[~torch.isin(grown, fewer, assume_unique=True)]
         else:
             new = _drawn(after, n, rng).to(empty)
             # What the rule has just dropped and is grown again was never away.
-            drop[name] = dropped[~torch.isin(dropped, new)]
-            grow[name] = torch.cat([grown, new[~torch.isin(new, dropped)]])
+            drop[name] = dropped[~torch.isin(dropped, new, assume_unique=True)]
+            grow[name] = torch.cat([grown, new[~torch.isin(new, dropped, assume_unique=True)]])
     sizes_of = [sum(units.numel() for units in side.values()) for side in (drop, grow)]
     return Swap(drop, grow, sizes_of[0] - sizes_of[1])
 

@@ -56,7 +56,7 @@ class Ages:
     def follow(self, change: Change, module: SparseLinear) -> None:
         """After the module, the teacher's layer, has followed."""
         self.steps = remap(self.steps, change.source)
-        grown = module.topology.positions(change.after.indices[change.grown])
+        grown = module.topology.positions(change.grow)
         average = whole(module.values.data)
         average[grown] = whole(change.values)[change.grown]
         overwrite(module.values, average)
