@@ -59,8 +59,8 @@ def _build(torch: SimpleNamespace) -> Path:
         BUILT.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
         headers, libraries = torch.folder / "include", torch.folder / "lib"
-        command = [_compiler(), "-O1", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-shared"]
-        command += ["-fPIC", str(SOURCE), "-o", str(made), "-isystem", str(headers)]
+        command = [_compiler(), "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
+        command += ["-isystem", str(headers)]
         command += ["-isystem", str(headers / "torch/csrc/api/include"), f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
         subprocess.run([*command, "-lc10", "-ltorch_cpu"], check=True)
         made.replace(library)
@@ -133,7 +133,7 @@ _counting: Counter[str] | None = None
 @OnWait
 def _waited(operator: bytes) -> None:
     if _counting is not None:
-        frames = [frame for frame in traceback.extract_stack() if "/sparsae/" in frame.filename]
+        frames = [frame for frame in traceback.extract_stack() if "/src/sparsae/" in frame.filename]
         where = f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}" if frames else "not in sparsae"
         _counting[f"{operator.decode()} {where}"] += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from sparsae import Sparsifier, SparsifierConfig, sparsify
+from sparsae.cli import main
 from sparsae.config.load import resolve
 from sparsae.optim import AdamW
 from sparsae.train import run
@@ -76,6 +79,18 @@ def test_what_is_grown_in_part_waits_once_or_twice_more_a_layer(topology: dict[s
     }
 
 
+def run_of(steps: int, folder: Path, *settings: str, method: str = "sparsae") -> Counter[str]:
+    """What waited in a whole run, which validates and logs at its ends alone."""
+    if not (folder / "text").exists():
+        write_text(folder / "text")
+    rare = [f"training.{key}=1000" for key in ("validate_every", "log_every")]
+    data = [f"data.source={folder / 'text'}", f"data.cache={folder / 'cache'}", "training.device=cuda"]
+    given = [*COMMON, *data, *rare, *settings, f"training.steps={steps}"]
+    with simulated.waits() as found:
+        run.start(resolve(None, "demo", method, given), folder / "-".join([method, str(steps), *settings]), quiet=True)
+    return found
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -88,18 +103,22 @@ def test_what_is_grown_in_part_waits_once_or_twice_more_a_layer(topology: dict[s
     ids=["plain", "accumulated", "bfloat16", "llama", "taught"],
 )
 def test_a_step_waits_for_its_losses_and_for_its_gradients_norm(settings: tuple[str, ...], tmp_path: Path) -> None:
-    write_text(tmp_path / "text")
-    found = []
-    for steps in (20, 50):
-        rare = [f"{key}=1000" for key in ("topology.every", "training.validate_every", "training.log_every")]
-        data = [f"data.source={tmp_path / 'text'}", f"data.cache={tmp_path / 'cache'}"]
-        given = [*data, *COMMON, *settings, *rare, f"training.steps={steps}", "training.device=cuda"]
-        with simulated.waits() as waits:
-            run.start(resolve(None, "demo", "sparsae", given), tmp_path / str(steps), quiet=True)
-        found.append(waits)
-    more = found[1] - found[0]
+    rare = (*settings, "topology.every=1000")
+    more = run_of(50, tmp_path, *rare) - run_of(20, tmp_path, *rare)
     assert sorted(more.values()) == [30, 30]
     assert all("train/loop.py" in line or "train/passes.py" in line for line in more)
+
+
+@pytest.mark.parametrize("method", ["sparsae", "set", "gse", "sparsae-guided"])
+def test_updates_of_a_run_wait_as_often_however_many_layers_there_are(method: str, tmp_path: Path) -> None:
+    often = ("topology.every=4", "topology.stop=1.0")
+    few, many = (
+        run_of(40, tmp_path, f"model.layers={layers}", *often, method=method)
+        - run_of(20, tmp_path, f"model.layers={layers}", *often, method=method)
+        for layers in (1, 3)
+    )
+    assert few == many
+    assert few.total() > 60
 
 
 def test_a_mean_over_many_batches_waits_once() -> None:
@@ -113,3 +132,26 @@ def test_a_mean_over_many_batches_waits_once() -> None:
     assert objective.mean(rows) == pytest.approx(
         sum(float(objective.cross_entropy(batch)) for batch in rows.split(config.training.batch_size)) / 10
     )
+
+
+def test_a_step_of_a_stack_waits_as_often_as_that_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "text")
+    common = [setting for setting in COMMON if not setting.startswith("sparsity.")]
+    plan = {
+        "kind": "comparison", "preset": "demo", "methods": ["static", "static-erk"], "seeds": 2, "sparsities": [0.8],
+        "match": "steps",
+    }  # fmt: skip
+    data = [f"data.source={tmp_path / 'text'}", f"data.cache={tmp_path / 'cache'}", "training.device=cuda"]
+    rare = [f"training.{key}=1000" for key in ("validate_every", "log_every")]
+    found = []
+    for steps in (20, 50):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+        settings = [f"--set={setting}" for setting in (*common, *data, *rare, f"training.steps={steps}")]
+        given = ["compare", str(tmp_path / "plan.yaml"), "--stack", "--out", str(tmp_path / str(steps)), *settings]
+        monkeypatch.setattr(sys, "argv", ["sparsae", *given])
+        with simulated.waits() as waits:
+            assert not main()
+        found.append(waits)
+    saving = "train/saving.py", "runs/checkpoint.py", "core/topology.py"
+    more = {line: times for line, times in (found[1] - found[0]).items() if not any(part in line for part in saving)}
+    assert sorted(more.values()) == [30, 30]

@@ -165,7 +165,10 @@ def head_counts(topology: Topology, heads: HeadLayout) -> Tensor:
 
     side = topology.rows if heads.axis == "out" else topology.columns
     block = topology.unit[0] if heads.axis == "out" else topology.unit[1]
-    return torch.bincount((side.long() * block) // heads.size, minlength=heads.groups(*topology.shape))
+    # Whoever counts by bincount waits for the device.
+    counts = torch.zeros(heads.groups(*topology.shape), dtype=torch.int64, device=side.device)
+    head = (side.long() * block) // heads.size
+    return counts.index_add_(0, head, torch.ones_like(head))
 
 
 def head_densities(topology: Topology, heads: HeadLayout) -> Tensor:

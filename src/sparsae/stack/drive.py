@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from sparsae.core.host import on_device
 from sparsae.errors import InputError
 from sparsae.losses import LossParts
 from sparsae.models import decoder_and_head
@@ -127,8 +128,8 @@ def _computed(program: StackedDecoder, wanted: Sequence[Pass]) -> list[LossParts
         own, targets = (t if is_whole else t[plain] for t in (hidden_RTD, tokens_RBT[..., 1:].flatten(1)))
         dtype = torch.bfloat16 if narrow else own.dtype
         losses = cross_entropies(own, [heads[run].weight for run in plain], targets, objective.loss_chunk, dtype)
-        shares = [1.0 / wanted[run].passes for run in plain]
-        roots.append((losses * torch.tensor(shares, dtype=losses.dtype, device=losses.device)).sum())
+        shares = torch.tensor([1.0 / wanted[run].passes for run in plain], dtype=losses.dtype, device="cpu")
+        roots.append((losses * on_device(shares, losses.device)).sum())
         for run, loss in zip(plain, losses.detach().unbind(), strict=True):
             found[run] = torch.stack((loss, loss, torch.zeros_like(loss)))
     for run in sorted(set(range(len(wanted))) - set(plain)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sparsae.core.host import on_device
 from sparsae.optim import step_together
 from sparsae.train.passes import Step
 
@@ -35,8 +36,8 @@ def _clipped(steps: Sequence[Step]) -> list[float]:
     norms = torch.stack(torch._foreach_norm(every)).split([len(own) for own in grads])
     totals = torch.linalg.vector_norm(pad_sequence(list(norms), batch_first=True), dim=1)
     clips = [math.inf if each.clip is None else each.clip for each in steps]
-    most = torch.tensor(clips, dtype=totals.dtype, device=totals.device)
-    factors = (most / (totals + 1e-6)).clamp(max=1.0)
+    most = torch.tensor(clips, dtype=totals.dtype, device="cpu")
+    factors = (on_device(most, totals.device) / (totals + 1e-6)).clamp(max=1.0)
     found, scales = torch.stack((totals, factors)).tolist()
     scaled: list[Tensor] = []
     by: list[float] = []

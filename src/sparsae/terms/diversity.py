@@ -26,10 +26,12 @@ class Diversity(Term[DiversityConfig]):
     def value(self, trial: Trial) -> float:
         import torch
 
+        from sparsae.core.host import on_host
+
         parts = [
             torch.tensor([topology.density], dtype=torch.float64, device="cpu")
             if heads is None
-            else head_densities(topology, heads).cpu()
+            else head_densities(topology, heads)
             for topology, heads in ((trial.topologies[name], view.heads) for name, view in trial.views.items())
         ]
-        return float(torch.cat(parts).std(correction=0))
+        return float(torch.cat(on_host(parts)).std(correction=0))
