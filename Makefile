@@ -13,8 +13,10 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) --upgrade pip
-	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) "$(TORCH)"
-	$(BIN)/pip install --quiet $(addprefix --constraint ,$(LOCK)) $(addprefix --build-constraint ,$(LOCK)) "$(TORCH)" --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile $(addprefix --constraint ,$(LOCK)) "$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile $(addprefix --constraint ,$(LOCK)) $(addprefix --build-constraint ,$(LOCK)) "$(TORCH)" --editable ".[dev]"
+	@# pip would do this by one process. Some packages bring along files of other Pythons.
+	-@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	@touch $@
 
 demo: $(VENV)/.installed

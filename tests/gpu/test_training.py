@@ -22,7 +22,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", RECORDED)
+# Of each rule and kind of teacher one; `tests/train/test_golden.py` has them all.
+LEFT_OUT = {"static", "set", "gse", "gse-graest", "gmp", "granet", "sparsae-one"}
+CASES = [case for case in RECORDED if case not in LEFT_OUT]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_has_the_numbers_that_it_has_on_the_cpu(case: str, folder: Path) -> None:
     found = record(case, folder / "text", folder, device="cuda")
     assert first_difference(recorded(case), found, TOLERANCE) is None
