@@ -22,7 +22,7 @@ def run(*command: str | Path) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_neon_kernels_in_an_emulator(tmp_path: Path) -> None:
     emulator = next(filter(shutil.which, EMULATORS), None)
     missing = [tool for tool in (COMPILER, "cmake") if shutil.which(tool) is None]
