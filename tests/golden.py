@@ -28,6 +28,8 @@ from tests.support.runs import write_text
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "golden"
+# Relative, of float64.
+TOLERANCE = 1e-9
 
 COMMON = (
     # Bytes, without merges: no version of a tokenizer library moves a number.
@@ -154,6 +156,13 @@ def record(case: str, text: Path, out: Path, device: str = "cpu") -> Columns:
 def recorded(case: str) -> Columns:
     """The numbers that the case had when it was recorded."""
     return json.loads((RECORDS / f"{case}.json").read_text("utf-8"))
+
+
+def difference_from_record(case: str, folder: Path, device: str = "cpu") -> str | None:
+    """Where a case that trains now parts from its recorded numbers; text and cache are kept in the folder."""
+    if not (folder / "text").exists():
+        write_text(folder / "text")
+    return first_difference(recorded(case), record(case, folder / "text", folder, device), TOLERANCE)
 
 
 def write_record(case: str, columns: Columns) -> None:

@@ -99,10 +99,7 @@ def hidden_states(decoder: Any, tokens_BT: Tensor) -> Tensor:
 def _keeps_only_keys_and_values(decoder: Any) -> bool:
     """Whether it is known to ask its cache for nothing else: others keep states of convolutions, indices, ... there."""
     family = FAMILIES.of(decoder)
-    if family is None or family.model_class is None:
-        return False
-    stem = family.model_class.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    return any(kind.__name__ == f"{stem}Model" for kind in type(decoder).__mro__)
+    return family is not None and any(kind.__name__ == family.decoder_class for kind in type(decoder).__mro__)
 
 
 def cache_name(decoder: Any) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -32,19 +33,19 @@ def absence() -> str | None:
     """Why there is no simulated GPU; None: there is one."""
     if _library is not None:
         return None
-    if _torch().cuda:
+    if _torch().has_cuda:
         return "torch was built with CUDA"
     return "this is not Linux" if sys.platform != "linux" else f"there is no C++ compiler ({_compiler()})"
 
 
 def _torch() -> SimpleNamespace:
-    """Where torch is, its version, and that of the CUDA it was built with, without importing it."""
+    """Where torch is, its version, and whether it was built with CUDA, without importing it."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
-    folder, told = Path(spec.origin).parent, {}
-    exec((folder / "version.py").read_text(), told)
-    return SimpleNamespace(folder=folder, version=told["__version__"], cuda=told["cuda"])
+    folder = Path(spec.origin).parent
+    has_cuda = (folder / "lib" / "libtorch_cuda.so").exists()
+    return SimpleNamespace(folder=folder, version=importlib.metadata.version("torch"), has_cuda=has_cuda)
 
 
 def _compiler() -> str:
@@ -152,7 +153,7 @@ def waits() -> Iterator[Counter[str]]:
 def _begin() -> None:
     global _library
     torch = _torch()
-    if torch.cuda or sys.platform != "linux" or shutil.which(_compiler()) is None:
+    if torch.has_cuda or sys.platform != "linux" or shutil.which(_compiler()) is None:
         return
     assert "torch" not in sys.modules, "a simulated GPU has to be there before torch is imported"
     _library = ctypes.CDLL(str(_build(torch)), ctypes.RTLD_GLOBAL)

@@ -7,25 +7,13 @@ from pathlib import Path
 import pytest
 
 from sparsae.config.load import resolve
-from tests.golden import CASES, RECORDED, RECORDS, first_difference, record, recorded, settings_of
-from tests.support.runs import write_text
-
-# Relative, of float64.
-TOLERANCE = 1e-9
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("golden")
-    write_text(path / "text")
-    return path
+from tests.golden import CASES, RECORDED, RECORDS, difference_from_record, recorded, settings_of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RECORDED)
-def test_a_run_has_its_recorded_numbers(case: str, folder: Path) -> None:
-    found = record(case, folder / "text", folder)
-    assert first_difference(recorded(case), found, TOLERANCE) is None
+def test_a_run_has_its_recorded_numbers(case: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert difference_from_record(case, tmp_path_factory.getbasetemp() / "golden") is None
 
 
 @pytest.mark.parametrize("case", CASES)

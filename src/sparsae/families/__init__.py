@@ -131,6 +131,13 @@ class Family:
         return embeddings + norms + biases
 
     @property
+    def decoder_class(self) -> str | None:
+        """The class below `model_class`, as transformers names it: the model without its head."""
+        if self.model_class is None:
+            return None
+        return self.model_class.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model"
+
+    @property
     def mlp_layers(self) -> tuple[str, ...]:
         """The layers of the MLP: up, down and, if there is one, the gate."""
         return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
