@@ -78,6 +78,35 @@ def _backend(query: Tensor, key: Tensor, value: Tensor) -> Backend | None:
     return attention_backend(query, key, value)
 
 
+def attention_mask_of(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **others: Any,
+) -> Tensor | None:
+    """What `sdpa_mask` of transformers returns for the same, but no mask (None) where attention is causal and whole.
+
+    There `sdpa_mask` makes one in compiled code, in versions that take what is compiled for what is exported.
+    """
+    whole = attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    near = local_size is None or kv_length < local_size
+    if whole and near and allow_is_causal_skip and not torch.compiler.is_exporting():
+        return None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **others,
+    )
+
+
 class Uncached(Cache):
     """A cache that keeps nothing, for batches of whole sequences: keys and values are those of the pass itself.
 
@@ -106,4 +135,4 @@ class Uncached(Cache):
 UNCACHED = Uncached()
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, attention_mask_of)
