@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsae.kernels.availability import DTYPES, absence
+from sparsae.kernels.backend import LossWeights
+from sparsae.kernels.registry import losses_backend
 
 
 class LossParts(NamedTuple):
@@ -142,7 +143,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + inputs.chunk)
             with torch.set_grad_enabled(bool(wanted)):
                 hidden = hidden_TD[rows].detach().requires_grad_(0 in wanted)
-                weights = 1 / counted, inputs.alpha * rarer / counted
+                weights = LossWeights(1 / counted, inputs.alpha * rarer / counted)
                 cross_entropy, divergence, root, slope = _chunk_loss(inputs, hidden, rows, weights)
                 if wanted:
                     leaves = [(hidden, *parameters)[i] for i in wanted]
@@ -175,7 +176,7 @@ def _counted(inputs: _Inputs, targets: Tensor) -> int:
 
 
 def _chunk_loss(
-    inputs: _Inputs, hidden: Tensor, rows: slice, weights: tuple[float, float]
+    inputs: _Inputs, hidden: Tensor, rows: slice, weights: LossWeights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Sums over the chunk's tokens of cross entropy and divergence, and what is differentiated, with its slope.
 
@@ -187,22 +188,14 @@ def _chunk_loss(
         if teacher_hidden.shape[0]:
             with torch.no_grad():
                 teacher_logits = inputs.teacher_head(teacher_hidden)
-    if _has_kernel(logits, teacher_logits):
-        from sparsae.kernels.fused.loss import losses_and_gradient
-
-        cross_entropy, divergence, slope = losses_and_gradient(
-            logits.detach(), targets, teacher_logits, inputs.ignore_index, *weights, logits.requires_grad
+    backend = losses_backend(logits.detach(), teacher_logits) if logits.numel() else None
+    if backend is not None:
+        found = backend.losses(
+            logits.detach(), targets, teacher_logits, inputs.ignore_index, weights, logits.requires_grad
         )
-        return cross_entropy, divergence, logits, slope
+        return found.cross_entropy, found.divergence, logits, found.gradient
     cross_entropy, divergence = _sums(logits, teacher_logits, targets, inputs.ignore_index)
     return cross_entropy, divergence, weights[0] * cross_entropy + weights[1] * divergence, None
-
-
-def _has_kernel(logits: Tensor, teacher_logits: Tensor | None) -> bool:
-    """Whether a GPU's kernel can read them."""
-    given = [t for t in (logits, teacher_logits) if t is not None]
-    fit = all(t.is_cuda and t.dtype in DTYPES and t.is_contiguous() for t in given)
-    return fit and logits.numel() > 0 and absence() is None
 
 
 def _sums(

@@ -273,8 +273,8 @@ def test_the_loss_of_a_model_by_the_kernel(alpha: float, monkeypatch: pytest.Mon
     targets[[3, 9]] = -100
     how: dict[str, object] = {"teacher_hidden_TD": torch.randn(11, 6, generator=rng), "teacher_head": teacher}
     found = []
-    for is_ours in (False, True):
-        monkeypatch.setattr("sparsae.losses._has_kernel", lambda *_, ours=is_ours: ours)
+    for backend in (None, BACKEND):
+        monkeypatch.setattr("sparsae.losses.losses_backend", lambda *_, chosen=backend: chosen)
         at = hidden.clone().requires_grad_()
         parts = language_model_loss(at, head, targets, **how, alpha=alpha, chunk=5)  # type: ignore[arg-type]
         found.append([*parts, *torch.autograd.grad(parts.total, [at, *head.parameters()])])

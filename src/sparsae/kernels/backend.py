@@ -7,8 +7,8 @@ Everything numerical in a sparse layer is one of three products; X is (tokens, i
     sddmm(dY, X, layout)       -> the gradient at any set of units: the active ones, or a sampled few
 
 A backend may have more, and says why where it has not: a whole MLP at once (`mlp_refusal`); a product that is prepared
-once for many single tokens (`token_refusal`), with which may come all blocks of a decoder at once; and causal attention
-(`attention_refusal`), of which a model takes the first that is there.
+once for many single tokens (`token_refusal`), with which may come all blocks of a decoder at once; causal attention
+(`attention_refusal`), of which a model takes the first that is there, and the loss of logits (`losses_refusal`) alike.
 """
 
 from __future__ import annotations
@@ -124,6 +124,21 @@ class MlpGradients(NamedTuple):
     x: Tensor
     values: list[Tensor]
     biases: list[Tensor | None]
+
+
+class LossWeights(NamedTuple):
+    """Of the two sums of `LossSums` in what is differentiated."""
+
+    cross_entropy: float
+    divergence: float
+
+
+class LossSums(NamedTuple):
+    """Two scalars in nats, float32 or wider, and of their weighted sum the gradient, in the logits' shape and dtype."""
+
+    cross_entropy: Tensor
+    divergence: Tensor
+    gradient: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -244,6 +259,25 @@ class Backend(ABC):
         """softmax(scale q k^T) v, each query with the keys up to its own, with gradients: (batch, heads, tokens, size).
 
         k and v have a number of heads that divides that of q: each is shared by as many heads in a row.
+        """
+        raise NotImplementedError(self.name)
+
+    def losses_refusal(self, logits_TV: Tensor, teacher_TV: Tensor | None) -> str | None:
+        """Why this backend does not compute the losses of such logits; None where it does."""
+        return "it has no losses"
+
+    def losses(
+        self,
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        teacher_TV: Tensor | None,
+        ignore_index: int | None,
+        weights: LossWeights,
+        gradient: bool,
+    ) -> LossSums:
+        """Sums over tokens of -log softmax(logits)[target] and of KL(softmax(teacher) || softmax(logits)).
+
+        teacher_TV: of all tokens, or of the first ones. A target of `ignore_index` counts in neither sum; None: all do.
         """
         raise NotImplementedError(self.name)
 

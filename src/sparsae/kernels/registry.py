@@ -106,6 +106,11 @@ def attention_backend(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Backend
     return next((b for b in _OWN if b.attention_refusal(q_BHTD, k_BGTD, v_BGTD) is None), None)
 
 
+def losses_backend(logits_TV: Tensor, teacher_TV: Tensor | None) -> Backend | None:
+    """The first of this package that computes the losses of such logits; None where torch's operators are to be."""
+    return next((b for b in _OWN if b.losses_refusal(logits_TV, teacher_TV) is None), None)
+
+
 def _place(backend: Backend) -> str:
     return f"{type(backend).__module__}.{type(backend).__qualname__}"
 

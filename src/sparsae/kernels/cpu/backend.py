@@ -17,6 +17,8 @@ from sparsae.kernels.backend import (
     Gradients,
     Layout,
     Limits,
+    LossSums,
+    LossWeights,
     MlpGradients,
     Needs,
     TokenBlock,
@@ -25,6 +27,7 @@ from sparsae.kernels.backend import (
 )
 from sparsae.kernels.cpu import breakeven, native, roofline
 from sparsae.kernels.cpu.attention import causal_attention
+from sparsae.kernels.cpu.losses import losses
 from sparsae.kernels.cpu.token import Blocks
 from sparsae.kernels.reference import Reference
 
@@ -138,6 +141,27 @@ class Cpu(Backend):
 
     def attention(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float) -> Tensor:
         return causal_attention(q_BHTD, k_BGTD, v_BGTD, scale)
+
+    def losses_refusal(self, logits_TV: Tensor, teacher_TV: Tensor | None) -> str | None:
+        for tensor in (logits_TV, teacher_TV):
+            if tensor is None:
+                continue
+            if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype is not torch.float32:
+                return "its logits are float32 on the CPU"
+            if not tensor.is_contiguous():
+                return "rows of logits do not lie one after the other"
+        return native.absence()
+
+    def losses(
+        self,
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        teacher_TV: Tensor | None,
+        ignore_index: int | None,
+        weights: LossWeights,
+        gradient: bool,
+    ) -> LossSums:
+        return losses(logits_TV, targets_T, teacher_TV, ignore_index, weights, gradient)
 
     def limits(self, device: torch.device) -> Limits | str:
         if device.type != "cpu":

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 # What the library must answer: see sparsae_interface in csrc/api.cpp.
-INTERFACE = 4
+INTERFACE = 5
 LIBRARY = Path(__file__).parent / "_native.so"
 
 
@@ -51,6 +51,17 @@ class Attention(ctypes.Structure):
         *((name, Heads) for name in ("q", "k", "v", "y", "dy", "dq", "dk", "dv")),
         ("logsum", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Losses(ctypes.Structure):
+    """`Losses` of csrc/problem.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "vocabulary", "taught", "ignored")),
+        *((name, ctypes.c_void_p) for name in ("logits", "teacher", "targets", "sums", "gradient")),
+        *((name, ctypes.c_float) for name in ("ce_weight", "kl_weight")),
         ("threads", ctypes.c_int32),
     )
 
@@ -125,6 +136,7 @@ def _load() -> ctypes.CDLL | str:
         (library.sparsae_problem_size, (Problem,)),
         (library.sparsae_mlp_size, (Mlp,)),
         (library.sparsae_attention_size, (Attention,)),
+        (library.sparsae_losses_size, (Losses,)),
         (library.sparsae_token_size, (Token, TokenBlock)),
     ):
         size.restype = ctypes.c_int64

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsae.core.topology import Topology
 from sparsae.kernels.availability import DTYPES, absence, interpreted
-from sparsae.kernels.backend import Backend, Gradients, Layout, Needs
+from sparsae.kernels.backend import Backend, Gradients, Layout, LossSums, LossWeights, Needs
 from sparsae.kernels.cuda.index import index_of, make_index, run_starts
 from sparsae.kernels.cuda.thresholds import by_blocks, by_tiles
 from sparsae.kernels.structures import poisoned
@@ -75,6 +75,25 @@ class Cuda(Backend):
             _gradient(dy_TO, x_TI, layout, values.dtype) if needs.values else None,
             dy_TO.sum(0) if needs.bias else None,
         )
+
+    def losses_refusal(self, logits_TV: Tensor, teacher_TV: Tensor | None) -> str | None:
+        for tensor in (logits_TV, teacher_TV):
+            if tensor is not None and not (tensor.is_cuda and tensor.dtype in DTYPES and tensor.is_contiguous()):
+                return "its logits are float32, bfloat16 or float16 on CUDA, row after row"
+        return absence()
+
+    def losses(
+        self,
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        teacher_TV: Tensor | None,
+        ignore_index: int | None,
+        weights: LossWeights,
+        gradient: bool,
+    ) -> LossSums:
+        from sparsae.kernels.fused.loss import losses_and_gradient
+
+        return LossSums(*losses_and_gradient(logits_TV, targets_T, teacher_TV, ignore_index, *weights, gradient))
 
 
 BACKEND = Cuda()

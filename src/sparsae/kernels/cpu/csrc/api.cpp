@@ -180,12 +180,13 @@ SPARSAE_EXPORT int sparsae_select_isa(const char* name) {
 }
 
 // What both sides must agree on. This counts up whenever what a function reads or writes changes its meaning.
-SPARSAE_EXPORT int sparsae_interface() { return 4; }
+SPARSAE_EXPORT int sparsae_interface() { return 5; }
 
 // Bytes of the argument structures.
 SPARSAE_EXPORT std::int64_t sparsae_problem_size() { return sizeof(sparsae::Problem); }
 SPARSAE_EXPORT std::int64_t sparsae_mlp_size() { return sizeof(sparsae::Mlp); }
 SPARSAE_EXPORT std::int64_t sparsae_attention_size() { return sizeof(sparsae::Attention); }
+SPARSAE_EXPORT std::int64_t sparsae_losses_size() { return sizeof(sparsae::Losses); }
 SPARSAE_EXPORT std::int64_t sparsae_token_size() { return sizeof(sparsae::Token) + sizeof(sparsae::TokenBlock); }
 
 // Checks indices and makes the structures of `Problem`; with row_ptr null only col_ptr, with columns null no row order, with
@@ -244,6 +245,14 @@ SPARSAE_EXPORT int sparsae_attention_forward(const sparsae::Attention* attention
 
 SPARSAE_EXPORT int sparsae_attention_backward(const sparsae::Attention* attention) try {
     sparsae::selected()->attention_backward(*attention);
+    return sparsae::OK;
+} catch (const std::bad_alloc&) {
+    return sparsae::NO_MEMORY;
+}
+
+SPARSAE_EXPORT int sparsae_losses(const sparsae::Losses* losses) try {
+    sparsae::use_huge_pages(losses->gradient, losses->tokens * losses->vocabulary * 4);
+    sparsae::selected()->losses(*losses);
     return sparsae::OK;
 } catch (const std::bad_alloc&) {
     return sparsae::NO_MEMORY;

@@ -6,8 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "activation.hpp"
-#include "tiles.hpp"
+#include "reductions.hpp"
 
 namespace SPARSAE_ISA {
 
@@ -116,12 +115,24 @@ inline void take_panels(const Heads& from, const float* head, std::int64_t token
         pack<PANEL_VECTORS>(head + t * from.token, from.token, smaller(PANEL, tokens - t), size, panels);
 }
 
-// C (rows, keys) of queries and the panels from key `first` on.
+// C (rows, PANEL) of queries and one panel, of which row i sees the first `seen` + i keys: the rows that see up to V vectors
+// of them, and more than V - 1; what lies behind those is left as it is.
+template <int V>
+SPARSAE_INLINE void multiply_seen(const float* rows_of_a, std::int64_t width, std::int64_t rows, const float* panel,
+                                  std::int64_t size, std::int64_t seen, float* c) {
+    const std::int64_t first = larger(0, (V - 1) * LANES + 1 - seen);
+    const std::int64_t end = V == PANEL_VECTORS ? rows : smaller(rows, V * LANES + 1 - seen);
+    if (first < end)
+        multiply_columns<V>(end - first, size, Left{rows_of_a + first * width, width, 1}, panel, PANEL, c + first * ROW, ROW,
+                            false);
+    if constexpr (V > 1) multiply_seen<V - 1>(rows_of_a, width, rows, panel, size, seen, c);
+}
+
+// C (rows, keys) of queries and the panels from key `first` on, of which row i sees `seen` + i keys.
 inline void multiply_panels(const float* rows_of_a, std::int64_t width, std::int64_t rows, const float* panels,
-                            std::int64_t size, std::int64_t first, std::int64_t keys, float* c) {
+                            std::int64_t size, std::int64_t first, std::int64_t keys, std::int64_t seen, float* c) {
     for (std::int64_t j = 0; j < keys; j += PANEL)
-        multiply_columns<PANEL_VECTORS>(rows, size, Left{rows_of_a, width, 1}, panels + (first + j) * size, PANEL, c + j, ROW,
-                                        false);
+        multiply_seen<PANEL_VECTORS>(rows_of_a, width, rows, panels + (first + j) * size, size, seen - j, c + j);
 }
 
 // A pass over a head's blocks of queries and, for each, over its tiles of keys: what lies where.
@@ -138,35 +149,10 @@ struct Tiling {
     }
 };
 
-SPARSAE_OUTLINE inline float largest_of(const float* x, std::int64_t n) {
-    Vec best = load(x);
-    for (std::int64_t i = LANES; i < n; i += LANES) best = larger_lanes(load(x + i), best);
-    alignas(64) float lane[LANES];
-    store(lane, best);
-    float result = lane[0];
-    for (int j = 1; j < LANES; j++) result = lane[j] > result ? lane[j] : result;
-    return result;
-}
-
-SPARSAE_OUTLINE inline float sum_of(const float* x, std::int64_t n) {
-    Vec total = load(x);
-    for (std::int64_t i = LANES; i < n; i += LANES) total = total + load(x + i);
-    alignas(64) float lane[LANES];
-    store(lane, total);
-    float result = 0;
-    for (int j = 0; j < LANES; j++) result += lane[j];
-    return result;
-}
-
 // e^(x - shift) of the first `seen` of n scores, zeros for the others.
-SPARSAE_OUTLINE inline void exponentials(float* x, std::int64_t n, std::int64_t seen, float shift) {
-    const std::int64_t end = up_to(seen, LANES);
-    for (std::int64_t i = 0; i < end; i++) x[i] = exponential(x[i] - shift);
+SPARSAE_INLINE void probabilities(float* x, std::int64_t n, std::int64_t seen, float shift) {
+    exponentials(x, up_to(seen, LANES), shift, x);
     for (std::int64_t i = seen; i < n; i++) x[i] = 0.0f;
-}
-
-SPARSAE_OUTLINE inline void scale_row(float* x, std::int64_t n, float factor) {
-    for (std::int64_t i = 0; i < n; i++) x[i] *= factor;
 }
 
 // One head forward. kt: panels of keys, v: rows of values.
@@ -179,7 +165,7 @@ inline void attend(const Attention& p, const Tiling& t, std::int64_t b, std::int
         take_rows(p.q, p.q.head_of(b, h), first, rows, t.size, t.width, p.scale, q);
         for (std::int64_t c = 0; c < first + rows; c += KEYS) {
             const std::int64_t keys = t.columns(first, c);
-            multiply_panels(q, t.width, rows, kt, t.size, c, keys, s);
+            multiply_panels(q, t.width, rows, kt, t.size, c, keys, first + 1 - c, s);
             for (std::int64_t i = 0; i < rows; i++) {
                 float* row = s + i * ROW;
                 const std::int64_t seen = smaller(keys, first + i + 1 - c);
@@ -192,7 +178,7 @@ inline void attend(const Attention& p, const Tiling& t, std::int64_t b, std::int
                     scale_row(y + i * t.width, t.width, factor);
                     sum[i] *= factor;
                 }
-                exponentials(row, keys, seen, most);
+                probabilities(row, keys, seen, most);
                 top[i] = most;
                 sum[i] = (c > 0 ? sum[i] : 0.0f) + sum_of(row, end);
             }
@@ -218,18 +204,19 @@ inline void attend_backward(const Attention& p, const Tiling& t, std::int64_t b,
         take_rows(p.dy, p.dy.head_of(b, h), first, rows, t.size, t.width, 1.0f, dy);
         for (std::int64_t i = 0; i < rows; i++) {
             const float* y = p.y.head_of(b, h) + (first + i) * p.y.token;
-            inner[i] = 0;
-            for (std::int64_t f = 0; f < t.size; f++) inner[i] += y[f] * dy[i * t.width + f];
+            inner[i] = product_of(y, dy + i * t.width, t.size);
         }
         const float* logsum = p.logsum + (b * p.heads + h) * t.tokens + first;
         for (std::int64_t c = 0; c < first + rows; c += KEYS) {
             const std::int64_t keys = t.columns(first, c);
-            multiply_panels(q, t.width, rows, kt, t.size, c, keys, s);
-            multiply_panels(dy, t.width, rows, vt, t.size, c, keys, ds);
+            multiply_panels(q, t.width, rows, kt, t.size, c, keys, first + 1 - c, s);
+            multiply_panels(dy, t.width, rows, vt, t.size, c, keys, first + 1 - c, ds);
             for (std::int64_t i = 0; i < rows; i++) {
                 float *row = s + i * ROW, *drow = ds + i * ROW;
-                exponentials(row, keys, smaller(keys, first + i + 1 - c), logsum[i]);
-                for (std::int64_t j = 0; j < keys; j++) drow[j] = row[j] * (drow[j] - inner[i]);
+                const std::int64_t seen = smaller(keys, first + i + 1 - c), end = up_to(seen, LANES);
+                probabilities(row, keys, seen, logsum[i]);
+                for (std::int64_t j = 0; j < end; j++) drow[j] = row[j] * (drow[j] - inner[i]);
+                for (std::int64_t j = end; j < keys; j++) drow[j] = 0.0f;
             }
             multiply(rows, t.width, keys, Left{ds, ROW, 1, first + 1 - c}, k + c * t.width, t.width, dq, t.width, c > 0);
             const std::int64_t below = first - c;

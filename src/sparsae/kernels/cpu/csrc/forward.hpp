@@ -9,30 +9,37 @@ namespace SPARSAE_ISA {
 using sparsae::Problem;
 
 // The rows of W, single weights, in blocks of columns, of which one of a tile stays in a level-1 cache while all rows of a
-// strip read it: a copy in the order of block, row and column. It is made anew at each pass, since the parameter has changed.
+// strip read it: a copy, made anew at each pass, since the parameter has changed. A segment is what a row has in a block. They
+// follow each other by block, group of rows and number of weights, so that a processor foresees where loops over them end.
 struct WeightRows {
     static constexpr int MOST_VECTORS_OF_TILE = MOST_VECTORS;
     static constexpr std::int64_t STRIP = 256;  // rows that go through all blocks together
+    static constexpr std::int64_t GROUP = 64;   // rows that change places among each other
 
     std::int64_t rows = 0, block = 1, blocks = 0;  // columns of a block; how many blocks
     float* values = nullptr;
     std::uint16_t* columns = nullptr;  // within the block
-    std::int32_t* segments = nullptr;  // where row r of block b starts, at b * rows + r
+    std::int32_t* starts = nullptr;    // of segments, and where the last one ends
+    std::uint8_t* order = nullptr;     // which row of its group a segment is of
     const float* bias = nullptr;
 
     WeightRows() = default;
 
     WeightRows(const Problem& p, std::int64_t width, float* memory)
         : rows(p.out), block(block_of(p, width)), blocks(larger(1, (p.in + block - 1) / block)), values(memory), bias(p.bias) {
-        columns = reinterpret_cast<std::uint16_t*>(memory + padded(p.count));
-        segments = reinterpret_cast<std::int32_t*>(memory + padded(p.count) + padded((p.count + 1) / 2));
-        p.indices_wide ? order<std::int64_t>(p) : order<std::int32_t>(p);
+        const std::int64_t segments = blocks * rows;
+        columns = reinterpret_cast<std::uint16_t*>(memory += padded(p.count));
+        starts = reinterpret_cast<std::int32_t*>(memory += padded((p.count + 1) / 2));
+        order = reinterpret_cast<std::uint8_t*>(memory += padded(segments + 1));
+        auto* const next = reinterpret_cast<std::int32_t*>(memory += padded((segments + 3) / 4));
+        p.indices_wide ? copy<std::int64_t>(p, next) : copy<std::int32_t>(p, next);
     }
 
     // Floats of memory that it takes.
     static std::int64_t memory(const Problem& p, std::int64_t width) {
-        const std::int64_t block = block_of(p, width), blocks = larger(1, (p.in + block - 1) / block);
-        return padded(p.count) + padded((p.count + 1) / 2) + padded(blocks * p.out + 2);
+        const std::int64_t block = block_of(p, width), segments = larger(1, (p.in + block - 1) / block) * p.out;
+        return padded(p.count) + padded((p.count + 1) / 2) + padded(segments + 1) + padded((segments + 3) / 4) +
+               padded(segments);
     }
 
     // What the cache holds, but so much that a row has some weights in each block, and no more than 16 bits count. It
@@ -44,25 +51,22 @@ struct WeightRows {
         return larger(1, (p.in + blocks - 1) / blocks);
     }
 
-    // A counting sort: next[i] is where the next weight of segment i goes, and in the end where segment i + 1 starts.
+    // A counting sort by segments. next: room for where the next weight of each goes, by block and row.
     template <class Index>
-    void order(const Problem& p) const {
+    void copy(const Problem& p, std::int32_t* next) const {
         const auto* indices = static_cast<const Index*>(p.indices);
-        std::int32_t* const next = segments + 1;
         const auto each = [&](const auto& visit) {
             for (std::int64_t c = 0; c < p.in; c++)
                 for (std::int32_t k = p.col_ptr[c]; k < p.col_ptr[c + 1]; k++)
                     visit(c / block * rows + indices[k] - c * rows, k, c % block);
         };
-        const auto bytes = static_cast<std::size_t>(blocks * rows) * sizeof(std::int32_t);
-        segments[0] = 0;
         if (blocks == 1) {
-            std::memcpy(next, p.row_ptr, bytes);
+            for (std::int64_t r = 0; r < rows; r++) next[r] = p.row_ptr[r + 1] - p.row_ptr[r];
         } else {
-            std::memset(next, 0, bytes + sizeof(std::int32_t));
-            each([&](std::int64_t segment, std::int32_t, std::int64_t) { next[segment + 1]++; });
-            for (std::int64_t i = 1; i < blocks * rows; i++) next[i] += next[i - 1];
+            std::memset(next, 0, static_cast<std::size_t>(blocks * rows) * sizeof(std::int32_t));
+            each([&](std::int64_t segment, std::int32_t, std::int64_t) { next[segment]++; });
         }
+        arrange(next);
         each([&](std::int64_t segment, std::int32_t k, std::int64_t column) {
             const std::int32_t at = next[segment]++;
             values[at] = p.values[k];
@@ -70,25 +74,52 @@ struct WeightRows {
         });
     }
 
+    // Orders the segments, by how many weights each has, and turns these numbers into where it starts.
+    void arrange(std::int32_t* numbers) const {
+        constexpr std::int32_t most = 255;  // above it the end of a loop is little beside the loop
+        std::int32_t at = 0;
+        std::int64_t slot = 0;
+        for (std::int64_t b = 0; b < blocks; b++)
+            for (std::int64_t r = 0; r < rows; r += GROUP) {
+                const std::int64_t n = smaller(GROUP, rows - r);
+                std::int32_t* const of = numbers + b * rows + r;
+                std::uint8_t places[most + 2] = {};
+                for (std::int64_t i = 0; i < n; i++) places[smaller(of[i], most) + 1]++;
+                for (std::int32_t number = 0; number < most; number++) places[number + 1] += places[number];
+                for (std::int64_t i = 0; i < n; i++) order[slot + places[smaller(of[i], most)]++] = static_cast<std::uint8_t>(i);
+                for (std::int64_t i = 0; i < n; i++, slot++) {
+                    std::int32_t& number = of[order[slot]];
+                    starts[slot] = at;
+                    at += number;
+                    number = starts[slot];
+                }
+            }
+        starts[slot] = at;
+    }
+
     // Rows [first, last) times a tile, into as many features of `out`.
     template <int V>
     SPARSAE_INLINE void multiply(std::int64_t first, std::int64_t last, const float* tile, float* out) const {
         constexpr int width = V * LANES;
         for (std::int64_t b = 0; b < blocks; b++)
-            for (std::int64_t r = first; r < last; r++)
-                segment<V>(b, r, tile + b * block * width, out + (r - first) * width);
+            for (std::int64_t group = first / GROUP * GROUP; group < last; group += GROUP)
+                for (std::int64_t s = group; s < smaller(group + GROUP, rows); s++) {
+                    const std::int64_t row = group + order[b * rows + s];
+                    if (row >= first && row < last)
+                        segment<V>(b, b * rows + s, row, tile + b * block * width, out + (row - first) * width);
+                }
     }
 
     // Adds what one block gives to one row. Even and odd weights are summed apart, in two chains of additions.
     template <int V>
-    SPARSAE_INLINE void segment(std::int64_t b, std::int64_t row, const float* tile, float* out) const {
+    SPARSAE_INLINE void segment(std::int64_t b, std::int64_t slot, std::int64_t row, const float* tile, float* out) const {
         constexpr int width = V * LANES;
         Vec even[V], odd[V];
         const Vec start = broadcast(bias ? bias[row] : 0.0f), zero = broadcast(0.0f);
         SPARSAE_UNROLL
         for (int v = 0; v < V; v++) even[v] = b ? load(out + v * LANES) : start, odd[v] = zero;
-        std::int64_t k = segments[b * rows + row];
-        const std::int64_t end = segments[b * rows + row + 1];
+        std::int64_t k = starts[slot];
+        const std::int64_t end = starts[slot + 1];
         for (; k + 2 <= end; k += 2) {
             const float *x0 = tile + std::int64_t{columns[k]} * width, *x1 = tile + std::int64_t{columns[k + 1]} * width;
             const float w0 = values[k], w1 = values[k + 1];

@@ -5,7 +5,7 @@
 const sparsae::Kernels& sparsae::kernels_avx512() {
     static const Kernels kernels{"avx512", SPARSAE_ISA::forward, SPARSAE_ISA::backward, SPARSAE_ISA::mlp_forward,
                                  SPARSAE_ISA::mlp_backward, SPARSAE_ISA::attention_forward,
-                                 SPARSAE_ISA::attention_backward, SPARSAE_ISA::token, SPARSAE_ISA::multiply_add,
-                                 SPARSAE_ISA::triad};
+                                 SPARSAE_ISA::attention_backward, SPARSAE_ISA::losses, SPARSAE_ISA::token,
+                                 SPARSAE_ISA::multiply_add, SPARSAE_ISA::triad};
     return kernels;
 }

@@ -149,5 +149,6 @@ inline void backward(const Problem& p) {
 }  // namespace SPARSAE_ISA
 
 #include "attention.hpp"
+#include "losses.hpp"
 #include "mlp.hpp"
 #include "token.hpp"

@@ -74,6 +74,18 @@ struct Attention {
     std::int32_t threads;
 };
 
+// Rows of logits (tokens, vocabulary) and of a teacher's (taught, vocabulary), of the first tokens. sums: (2, tokens), of each
+// token -log softmax(logits)[target] and sum softmax(teacher) (log softmax(teacher) - log softmax(logits)), both 0 where the
+// target is `ignored`. gradient: of ce_weight times the former and kl_weight times the latter, or null.
+struct Losses {
+    std::int64_t tokens, vocabulary, taught, ignored;
+    const float *logits, *teacher;
+    const std::int64_t* targets;
+    float *sums, *gradient;
+    float ce_weight, kl_weight;
+    std::int32_t threads;
+};
+
 // x to (x - m) scale / sqrt(mean square of that + epsilon) + bias, where m is the mean if centered, else 0.
 struct Norm {
     const float* scale;  // null: no norm
@@ -112,6 +124,7 @@ struct Kernels {
     void (*mlp_backward)(const Mlp&);
     void (*attention_forward)(const Attention&);
     void (*attention_backward)(const Attention&);
+    void (*losses)(const Losses&);
     void (*token)(const Token&);
     double (*multiply_add)(std::int64_t rounds, int threads);
     void (*triad)(float* a, const float* b, const float* c, std::int64_t n, int threads);

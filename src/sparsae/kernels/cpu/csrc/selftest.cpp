@@ -6,10 +6,10 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "problem.hpp"
+#include "selftest.hpp"
 
 // The kernels' headers once more, in a namespace of the test's own, for what they decide.
 #define SPARSAE_ISA sparsae_selftest
@@ -25,80 +25,9 @@ extern "C" int sparsae_mlp_forward(const sparsae::Mlp*);
 extern "C" int sparsae_mlp_backward(const sparsae::Mlp*);
 extern "C" int sparsae_attention_forward(const sparsae::Attention*);
 extern "C" int sparsae_attention_backward(const sparsae::Attention*);
+extern "C" int sparsae_losses(const sparsae::Losses*);
 
 namespace {
-
-std::mt19937 rng(1);
-int failures = 0;
-
-std::vector<float> random_floats(std::size_t n) {
-    std::normal_distribution<float> normal;
-    std::vector<float> values(n);
-    for (float& value : values) value = normal(rng);
-    return values;
-}
-
-// bfloat16 is the upper half of a float.
-float widened(std::uint16_t upper) {
-    const std::uint32_t bits = std::uint32_t{upper} << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-std::uint16_t narrowed(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-// Float values as an element type, and back.
-template <class Element>
-std::vector<Element> elements(const std::vector<float>& values) {
-    std::vector<Element> result;
-    for (const float value : values)
-        if constexpr (sizeof(Element) == 2)
-            result.push_back(narrowed(value));
-        else
-            result.push_back(value);
-    return result;
-}
-
-template <class Element>
-std::vector<float> floats(const std::vector<Element>& values) {
-    std::vector<float> result;
-    for (const Element value : values)
-        if constexpr (sizeof(Element) == 2)
-            result.push_back(widened(value));
-        else
-            result.push_back(value);
-    return result;
-}
-
-void compare(const char* what, const std::vector<float>& got, const std::vector<double>& want, double terms,
-             bool bfloat16 = false) {
-    for (std::size_t i = 0; i < want.size(); i++) {
-        const double rounded = bfloat16 ? std::fabs(want[i]) / 256 : 0.0;
-        if (!(std::fabs(got[i] - want[i]) <= rounded + 1e-5 * (std::fabs(want[i]) + std::sqrt(terms) + 1))) {
-            std::printf("%s[%zu] is %g, not %g\n", what, i, got[i], want[i]);
-            failures++;
-            return;
-        }
-    }
-}
-
-// By the norm of what is off, where each number is made of numbers that were rounded to 8 bits.
-void compare_norms(const char* what, const std::vector<float>& got, const std::vector<double>& want) {
-    double off = 0, whole = 0;
-    for (std::size_t i = 0; i < want.size(); i++) {
-        off += (got[i] - want[i]) * (got[i] - want[i]);
-        whole += want[i] * want[i];
-    }
-    if (!(std::sqrt(off) <= 0.01 * std::sqrt(whole))) {
-        std::printf("%s is off by %g of a norm of %g\n", what, std::sqrt(off), std::sqrt(whole));
-        failures++;
-    }
-}
 
 // One token over weights in row order, rows filled up to whole steps.
 template <class Column, class Element>
@@ -329,6 +258,44 @@ void check_attention(std::int64_t batch, std::int64_t kv_heads, std::int64_t gro
     compare("attention dk", dk, exact_dk, terms), compare("attention dv", dv, exact_dv, terms);
 }
 
+// Cross entropy, divergence and their gradient in float64; every third target is ignored.
+void check_losses(std::int64_t tokens, std::int64_t vocabulary, std::int64_t taught, int threads) {
+    sparsae::Losses p{};
+    const auto logits = random_floats(tokens * vocabulary), teacher = random_floats(taught * vocabulary);
+    std::vector<std::int64_t> targets(tokens);
+    for (std::int64_t t = 0; t < tokens; t++) targets[t] = t % 3 == 2 ? -100 : (7 * t) % vocabulary;
+    std::vector<float> sums(2 * tokens), gradient(logits.size());
+    p.tokens = tokens, p.vocabulary = vocabulary, p.taught = taught, p.ignored = -100, p.threads = threads;
+    p.logits = logits.data(), p.teacher = teacher.data(), p.targets = targets.data();
+    p.sums = sums.data(), p.gradient = gradient.data(), p.ce_weight = 0.3f, p.kl_weight = 0.7f;
+    if (sparsae_losses(&p) != 0) failures++;
+    std::vector<double> exact_sums(sums.size()), exact_gradient(gradient.size());
+    const auto log_sum = [&](const std::vector<float>& rows, std::int64_t t) {
+        double sum = 0;
+        for (std::int64_t i = 0; i < vocabulary; i++) sum += std::exp(double{rows[t * vocabulary + i]});
+        return std::log(sum);
+    };
+    for (std::int64_t t = 0; t < tokens; t++) {
+        if (targets[t] < 0) continue;
+        const double own = log_sum(logits, t), theirs = t < taught ? log_sum(teacher, t) : 0.0;
+        exact_sums[t] = own - logits[t * vocabulary + targets[t]];
+        for (std::int64_t i = 0; i < vocabulary; i++) {
+            const std::int64_t at = t * vocabulary + i;
+            const double log_p = logits[at] - own, probability = std::exp(log_p);
+            exact_gradient[at] = p.ce_weight * (probability - (i == targets[t] ? 1.0 : 0.0));
+            if (t >= taught) continue;
+            const double log_q = teacher[at] - theirs;
+            exact_sums[tokens + t] += std::exp(log_q) * (log_q - log_p);
+            exact_gradient[at] += p.kl_weight * (probability - std::exp(log_q));
+        }
+    }
+    compare("losses", sums, exact_sums, 100), compare("losses' gradient", gradient, exact_gradient, 10);
+    p.gradient = nullptr;
+    std::vector<float> alone(sums.size());
+    p.sums = alone.data();
+    if (sparsae_losses(&p) != 0 || alone != sums) failures++;
+}
+
 // bfloat16 results are rounded to nearest even, infinities stay and NaN stays NaN: y is one product each.
 void check_rounding() {
     constexpr int rows = 32, tokens = 64;
@@ -413,6 +380,12 @@ int main(int count, char** names) {
         for (const std::int64_t tokens : {0, 1, 5, 64, 65, 130, 300})
             for (const std::int64_t size : {1, 7, 16, 48, 80})
                 for (const int threads : {1, 2}) check_attention(1, 2, threads, tokens, size, threads);
+        for (const std::int64_t tokens : {0, 1, 7})
+            for (const std::int64_t vocabulary : {1, 5, 16, 33, 5000})
+                for (const int threads : {1, 2}) {
+                    check_losses(tokens, vocabulary, 0, threads);
+                    check_losses(tokens, vocabulary, tokens < 4 ? tokens : 4, threads);
+                }
         check_rounding();
         std::printf("%s: %d failures\n", isa, failures);
     }
