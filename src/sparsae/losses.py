@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsae.kernels.backend import LossWeights
+from sparsae.kernels.backend import Backend, LossWeights
 from sparsae.kernels.registry import losses_backend
+from sparsae.nn.tracing import is_traced, transformed, watched
 
 
 class LossParts(NamedTuple):
@@ -188,7 +189,7 @@ def _chunk_loss(
         if teacher_hidden.shape[0]:
             with torch.no_grad():
                 teacher_logits = inputs.teacher_head(teacher_hidden)
-    backend = losses_backend(logits.detach(), teacher_logits) if logits.numel() else None
+    backend = _backend(logits.detach(), targets, teacher_logits)
     if backend is not None:
         found = backend.losses(
             logits.detach(), targets, teacher_logits, inputs.ignore_index, weights, logits.requires_grad
@@ -196,6 +197,20 @@ def _chunk_loss(
         return found.cross_entropy, found.divergence, logits, found.gradient
     cross_entropy, divergence = _sums(logits, teacher_logits, targets, inputs.ignore_index)
     return cross_entropy, divergence, weights[0] * cross_entropy + weights[1] * divergence, None
+
+
+def _backend(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> Backend | None:
+    """Whose kernel reads them; None: whoever looks in sees torch's operators, which also tell what does not fit."""
+    given = [logits, targets, *([] if teacher_logits is None else [teacher_logits])]
+    if is_traced() or transformed() or any(watched(tensor) or tensor.device != logits.device for tensor in given):
+        return None
+    if logits.dim() != 2 or not logits.numel() or targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
+        return None
+    if teacher_logits is not None:
+        taught, classes = teacher_logits.shape if teacher_logits.dim() == 2 else (0, 0)
+        if taught > logits.shape[0] or classes != logits.shape[1]:
+            return None
+    return losses_backend(logits, teacher_logits)
 
 
 def _sums(

@@ -263,7 +263,11 @@ class Backend(ABC):
         raise NotImplementedError(self.name)
 
     def losses_refusal(self, logits_TV: Tensor, teacher_TV: Tensor | None) -> str | None:
-        """Why this backend does not compute the losses of such logits; None where it does."""
+        """Why this backend does not compute the losses of such logits; None where it does.
+
+        Asked of (tokens, vocabulary) that are not empty, with a teacher's of as wide a vocabulary and no more tokens,
+        for targets (tokens,) of int64, all on one device.
+        """
         return "it has no losses"
 
     def losses(

@@ -146,10 +146,8 @@ class Cpu(Backend):
         for tensor in (logits_TV, teacher_TV):
             if tensor is None:
                 continue
-            if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype is not torch.float32:
-                return "its logits are float32 on the CPU"
-            if not tensor.is_contiguous():
-                return "rows of logits do not lie one after the other"
+            if tensor.device.type != "cpu" or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+                return "its logits are float32 on the CPU, row after row"
         return native.absence()
 
     def losses(

@@ -38,7 +38,7 @@ SPARSAE_OUTLINE inline void divergences(const float* x, const Normalizer& own, c
                                         std::int64_t n, float* q, float* terms) {
     for (std::int64_t i = 0; i < n; i++) {
         const float log_q = theirs.log_probability(y[i]), e = exponential(log_q);
-        const bool none = log_q <= -87.0f;
+        const bool none = log_q < -87.0f;
         q[i] = none ? 0.0f : e;
         terms[i] = none ? 0.0f : e * (log_q - own.log_probability(x[i]));
     }

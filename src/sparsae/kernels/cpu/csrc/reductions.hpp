@@ -47,9 +47,12 @@ SPARSAE_OUTLINE inline float product_of(const float* x, const float* y, std::int
     return result;
 }
 
-// e^(x - shift), to other memory or in place.
+// e^(x - shift), to other memory or in place: 0 below e^-87, of which products would soon be too small to be normal.
 SPARSAE_OUTLINE inline void exponentials(const float* x, std::int64_t n, float shift, float* to) {
-    for (std::int64_t i = 0; i < n; i++) to[i] = exponential(x[i] - shift);
+    for (std::int64_t i = 0; i < n; i++) {
+        const float difference = x[i] - shift, e = exponential(difference);
+        to[i] = difference < -87.0f ? 0.0f : e;
+    }
 }
 
 SPARSAE_OUTLINE inline void scale_row(float* x, std::int64_t n, float factor) {
