@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,13 @@ def test_a_product_for_one_token_equals_the_general_one_and_spreads_no_infinity(
         0, case.layout.indices[case.layout.indices < 60].long(), True
     )
     assert torch.equal(~product(case.x)[0].isfinite(), touched)
+
+
+def test_an_arm_compiler_takes_the_neon_kernels() -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("needs aarch64-linux-gnu-g++; make soak runs the kernels in an emulator")
+    source = Path(library.__file__).parent / "csrc" / "isa_neon.cpp"
+    flags = ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+    checked = subprocess.run([compiler, *flags, source], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr

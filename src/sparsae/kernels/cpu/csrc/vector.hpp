@@ -44,6 +44,7 @@ typedef float32x4_t Vec;
 SPARSAE_INLINE Vec load(const float* p) { return vld1q_f32(p); }
 SPARSAE_INLINE void store(float* p, Vec v) { vst1q_f32(p, v); }
 SPARSAE_INLINE Vec fma(float w, Vec x, Vec a) { return vfmaq_n_f32(a, x, w); }
+SPARSAE_INLINE Vec fma(Vec w, Vec x, Vec a) { return vfmaq_f32(a, w, x); }
 SPARSAE_INLINE Vec larger_lanes(Vec a, Vec b) { return vmaxq_f32(a, b); }
 
 #elif defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
