@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsae.kernels.backend import Backend, LossWeights
+from sparsae.kernels.backend import Backend, LossInputs, LossWeights
 from sparsae.kernels.registry import losses_backend
 from sparsae.nn.tracing import is_traced, transformed, watched
 
@@ -191,9 +191,8 @@ def _chunk_loss(
                 teacher_logits = inputs.teacher_head(teacher_hidden)
     backend = _backend(logits.detach(), targets, teacher_logits)
     if backend is not None:
-        found = backend.losses(
-            logits.detach(), targets, teacher_logits, inputs.ignore_index, weights, logits.requires_grad
-        )
+        of_chunk = (logits.detach(), targets, teacher_logits, inputs.ignore_index)
+        found = backend.losses(LossInputs(*of_chunk, weights, logits.requires_grad))
         return found.cross_entropy, found.divergence, logits, found.gradient
     cross_entropy, divergence = _sums(logits, teacher_logits, targets, inputs.ignore_index)
     return cross_entropy, divergence, weights[0] * cross_entropy + weights[1] * divergence, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsae.core.randomness import generator
-from sparsae.kernels.backend import LossSums, LossWeights
+from sparsae.kernels.backend import LossInputs, LossSums, LossWeights
 from sparsae.kernels.cpu import native
 from sparsae.kernels.cpu.losses import losses
 from sparsae.kernels.registry import BACKENDS, losses_backend
@@ -20,12 +22,16 @@ pytestmark = pytest.mark.skipif(native.absence() is not None, reason=str(native.
 WEIGHTS = LossWeights(0.3, 0.7)
 
 
+def found_of(*given: Any) -> LossSums:
+    return losses(LossInputs(*given))
+
+
 def check(logits: Tensor, targets: Tensor, teacher: Tensor | None, ignore_index: int | None) -> None:
     exact = logits.double().requires_grad_()
     want = _sums(exact, None if teacher is None else teacher.double(), targets, ignore_index)
     (slope,) = torch.autograd.grad(0.3 * want[0] + 0.7 * want[1], exact)
-    found = losses(logits, targets, teacher, ignore_index, WEIGHTS, True)
-    alone = losses(logits, targets, teacher, ignore_index, WEIGHTS, False)
+    found = found_of(logits, targets, teacher, ignore_index, WEIGHTS, True)
+    alone = found_of(logits, targets, teacher, ignore_index, WEIGHTS, False)
     torch.testing.assert_close(torch.stack(found[:2]).double(), torch.stack(want).detach(), rtol=2e-6, atol=1e-5)
     assert found.gradient is not None
     torch.testing.assert_close(found.gradient.double(), slope, rtol=1e-5, atol=1e-7)
@@ -75,14 +81,16 @@ def test_what_a_head_rules_out_has_neither_loss_nor_gradient() -> None:
     targets.fill_(3)
     for row in (logits, teacher):
         row[:, 10:] = -torch.inf
-    found, kept = (losses(a, targets, b, None, WEIGHTS, True) for a, b in ((logits, teacher), _firsts(logits, teacher)))
+    found, kept = (
+        found_of(a, targets, b, None, WEIGHTS, True) for a, b in ((logits, teacher), _firsts(logits, teacher))
+    )
     assert found.gradient is not None
     assert kept.gradient is not None
     torch.testing.assert_close(found[:2], kept[:2])
     torch.testing.assert_close(found.gradient[:, :10], kept.gradient)
     assert float(found.gradient[:, 10:].abs().max()) == 0
     targets.fill_(12)
-    assert float(losses(logits, targets, None, None, WEIGHTS, True).cross_entropy) == torch.inf
+    assert float(found_of(logits, targets, None, None, WEIGHTS, True).cross_entropy) == torch.inf
 
 
 def _firsts(*rows: Tensor) -> tuple[Tensor, ...]:
@@ -95,14 +103,14 @@ def test_what_is_no_number_stays_none(number: float, place: int) -> None:
     logits, targets, teacher = drawn(3, 40, 3, 3)
     assert teacher is not None
     logits[1, place] = number
-    found = losses(logits, targets, teacher, None, WEIGHTS, True)
+    found = found_of(logits, targets, teacher, None, WEIGHTS, True)
     assert found.gradient is not None
     assert bool(found.cross_entropy.isnan())
     assert found.gradient.isnan().any(1).tolist() == [False, True, False]
     logits, _, teacher = drawn(3, 40, 3, 3)
     assert teacher is not None
     teacher[1, place] = number
-    found = losses(logits, targets, teacher, None, WEIGHTS, True)
+    found = found_of(logits, targets, teacher, None, WEIGHTS, True)
     assert [bool(one.isnan()) for one in found[:2]] == [False, True]
 
 
@@ -112,7 +120,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(losses(*given_, None, WEIGHTS, True))
+            found.append(found_of(*given_, None, WEIGHTS, True))
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
@@ -126,7 +134,7 @@ def test_a_target_that_is_no_class_is_told(target: int, ignore_index: int | None
     logits, targets, _ = drawn(4, 20, None, 5)
     targets[2] = target
     with pytest.raises(IndexError, match=rf"^target {target} is out of bounds: there are 20 classes$"):
-        losses(logits, targets, None, ignore_index, WEIGHTS, True)
+        found_of(logits, targets, None, ignore_index, WEIGHTS, True)
 
 
 def test_which_logits_they_are_asked_for() -> None:

@@ -133,6 +133,20 @@ class LossWeights(NamedTuple):
     divergence: float
 
 
+class LossInputs(NamedTuple):
+    """Logits (tokens, vocabulary), targets (tokens,) of int64, and a teacher's logits, of all tokens or the first ones.
+
+    ignore_index: a target that counts in neither sum; None: all do. gradient: whether it is wanted.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    teacher: Tensor | None
+    ignore_index: int | None
+    weights: LossWeights
+    gradient: bool
+
+
 class LossSums(NamedTuple):
     """Two scalars in nats, float32 or wider, and of their weighted sum the gradient, in the logits' shape and dtype."""
 
@@ -270,19 +284,8 @@ class Backend(ABC):
         """
         return "it has no losses"
 
-    def losses(
-        self,
-        logits_TV: Tensor,
-        targets_T: Tensor,
-        teacher_TV: Tensor | None,
-        ignore_index: int | None,
-        weights: LossWeights,
-        gradient: bool,
-    ) -> LossSums:
-        """Sums over tokens of -log softmax(logits)[target] and of KL(softmax(teacher) || softmax(logits)).
-
-        teacher_TV: of all tokens, or of the first ones. A target of `ignore_index` counts in neither sum; None: all do.
-        """
+    def losses(self, given: LossInputs) -> LossSums:
+        """Sums over tokens of -log softmax(logits)[target] and of KL(softmax(teacher) || softmax(logits))."""
         raise NotImplementedError(self.name)
 
     def limits(self, device: torch.device) -> Limits | str:

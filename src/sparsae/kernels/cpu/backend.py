@@ -17,8 +17,8 @@ from sparsae.kernels.backend import (
     Gradients,
     Layout,
     Limits,
+    LossInputs,
     LossSums,
-    LossWeights,
     MlpGradients,
     Needs,
     TokenBlock,
@@ -150,16 +150,8 @@ class Cpu(Backend):
                 return "its logits are float32 on the CPU, row after row"
         return native.absence()
 
-    def losses(
-        self,
-        logits_TV: Tensor,
-        targets_T: Tensor,
-        teacher_TV: Tensor | None,
-        ignore_index: int | None,
-        weights: LossWeights,
-        gradient: bool,
-    ) -> LossSums:
-        return losses(logits_TV, targets_T, teacher_TV, ignore_index, weights, gradient)
+    def losses(self, given: LossInputs) -> LossSums:
+        return losses(given)
 
     def limits(self, device: torch.device) -> Limits | str:
         if device.type != "cpu":

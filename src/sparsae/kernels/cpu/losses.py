@@ -8,21 +8,14 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor
 
-from sparsae.kernels.backend import LossSums, LossWeights
+from sparsae.kernels.backend import LossInputs, LossSums
 from sparsae.kernels.cpu.library import Losses, library
 
 
-def losses(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    teacher_TV: Tensor | None,
-    ignore_index: int | None,
-    weights: LossWeights,
-    gradient: bool,
-) -> LossSums:
+def losses(given: LossInputs) -> LossSums:
     """As `Backend.losses`, of contiguous float32. Raises IndexError for a target that is no place in the vocabulary."""
+    logits_TV, targets_T, teacher_TV, ignore_index, weights, gradient = given
     tokens, vocabulary = logits_TV.shape
     targets_T = targets_T.contiguous()
     wrong = (targets_T < 0) | (targets_T >= vocabulary)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsae.core.topology import Topology
 from sparsae.kernels.availability import DTYPES, absence, interpreted
-from sparsae.kernels.backend import Backend, Gradients, Layout, LossSums, LossWeights, Needs
+from sparsae.kernels.backend import Backend, Gradients, Layout, LossInputs, LossSums, Needs
 from sparsae.kernels.cuda.index import index_of, make_index, run_starts
 from sparsae.kernels.cuda.thresholds import by_blocks, by_tiles
 from sparsae.kernels.structures import poisoned
@@ -82,17 +82,10 @@ class Cuda(Backend):
                 return "its logits are float32, bfloat16 or float16 on CUDA, row after row"
         return absence()
 
-    def losses(
-        self,
-        logits_TV: Tensor,
-        targets_T: Tensor,
-        teacher_TV: Tensor | None,
-        ignore_index: int | None,
-        weights: LossWeights,
-        gradient: bool,
-    ) -> LossSums:
+    def losses(self, given: LossInputs) -> LossSums:
         from sparsae.kernels.fused.loss import losses_and_gradient
 
+        logits_TV, targets_T, teacher_TV, ignore_index, weights, gradient = given
         return LossSums(*losses_and_gradient(logits_TV, targets_T, teacher_TV, ignore_index, *weights, gradient))
 
 
