@@ -49,7 +49,8 @@ def language_model_loss(
     is not waited for to count them. `teacher_hidden_TD` may
     have fewer rows than `hidden_TD`: the tokens beyond are not taught. Without gradients enabled none are computed;
     without `head_gradient`, none of the head's parameters. Raises ValueError where alpha > 0 and the teacher is
-    incomplete or has more tokens, or where no target counts.
+    incomplete or has more tokens, or where no target counts, and IndexError where one that counts is no class; on a
+    GPU, which is not waited for, the loss is NaN or torch's own assertion fails.
     """
     if alpha > 0 and (teacher_hidden_TD is None or teacher_head is None):
         raise ValueError("alpha > 0 needs teacher_hidden_TD and teacher_head")
@@ -217,7 +218,8 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums of cross entropy and divergence over the tokens that count, by torch's operators."""
     log_p = _wide(logits).log_softmax(-1)
-    ignored = -100 if ignore_index is None else ignore_index
+    # torch ignores one number whatever is asked, -100 if nothing is.
+    ignored = torch.iinfo(torch.int64).min if ignore_index is None else ignore_index
     cross_entropy = F.nll_loss(log_p, targets, ignore_index=ignored, reduction="sum")
     if teacher_logits is None:
         return cross_entropy, torch.zeros_like(cross_entropy)

@@ -264,6 +264,17 @@ def test_losses_of_rows_and_their_gradient(
 
 
 @in_interpreter
+@pytest.mark.parametrize(("target", "ignore_index"), [(20, None), (-1, None), (-1, -100), (-100, None)])
+def test_the_loss_of_a_target_that_is_no_class_is_no_number(target: int, ignore_index: int | None) -> None:
+    from sparsae.kernels.fused.loss import losses_and_gradient
+
+    cross_entropy, _, _ = losses_and_gradient(
+        torch.zeros(4, 20), torch.tensor([1, 2, target, 3]), None, ignore_index, 0.3, 0.7, True
+    )
+    assert bool(cross_entropy.isnan())
+
+
+@in_interpreter
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
 def test_the_loss_of_a_model_by_the_kernel(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks, a teacher of some tokens, tokens that do not count: loss and gradients of hidden states and head."""

@@ -135,6 +135,10 @@ def test_a_target_that_is_no_class_is_told(target: int, ignore_index: int | None
     targets[2] = target
     with pytest.raises(IndexError, match=rf"^target {target} is out of bounds: there are 20 classes$"):
         found_of(logits, targets, None, ignore_index, WEIGHTS, True)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        head = nn.Linear(6, 20, dtype=dtype)
+        with pytest.raises(IndexError, match=rf"(?i)target {target} is out of bounds"):
+            language_model_loss(torch.zeros(4, 6, dtype=dtype), head, targets, ignore_index=ignore_index)
 
 
 def test_which_logits_they_are_asked_for() -> None:

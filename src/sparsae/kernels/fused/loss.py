@@ -27,7 +27,7 @@ def losses_and_gradient(
     """(sum of CE, sum of KL, dL / dlogits), the first two in float32; the last in the dtype of the logits, or None.
 
     logits: (tokens, vocabulary), contiguous, as are teacher_logits, of the first tokens or all. targets: (tokens,)
-    int64; `ignore_index` counts in neither sum.
+    int64; `ignore_index` counts in neither sum. The CE of a target that counts and is no class is NaN.
     """
     tokens, vocabulary = logits.shape
     sums = torch.empty(2, tokens, dtype=torch.float32, device=logits.device)
@@ -37,7 +37,7 @@ def losses_and_gradient(
         _rows[(tokens,)](
             *(logits, logits if teacher_logits is None else teacher_logits, targets, sums),
             *(logits if found is None else found, vocabulary, tokens, taught),
-            *(-1 if ignore_index is None else ignore_index, ce_weight, kl_weight),
+            *(torch.iinfo(torch.int32).min if ignore_index is None else ignore_index, ce_weight, kl_weight),
             TEACHES=taught > 0,
             GRADIENT=gradient,
             BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
@@ -86,7 +86,8 @@ def _rows(
     counts = target != ignored
     lanes = tl.arange(0, BLOCK)
     own = _logsumexp(logits + offset, vocabulary, BLOCK)
-    at_target = tl.load(logits + offset + target, mask=counts, other=0.0).to(tl.float32)
+    is_class = (target >= 0) & (target < vocabulary)
+    at_target = tl.load(logits + offset + target, mask=is_class, other=float("nan")).to(tl.float32)
     tl.store(sums + token, tl.where(counts, own - at_target, 0.0))
     learns = counts & (token < taught)
     # Of a token that is not taught nothing is read.
