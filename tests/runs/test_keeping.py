@@ -13,6 +13,7 @@ from sparsae.cli import main
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import load_run
 from sparsae.evaluate.perplexity import evaluate_run
+from sparsae.files import read_json
 from sparsae.runs import checkpoint
 from sparsae.runs.directory import RunDirectory, describe
 from sparsae.train.loop import Trainer
@@ -56,6 +57,10 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     assert evaluate_run(run, best=True)["step"] == 6
     assert main(["generate", str(run), "--prompt", "item", "--tokens", "2", "--best"]) == 0
     assert main(["export", str(run), "--to", str(tmp_path / "out"), "--best"]) == 0
+    for best in (True, False):
+        out = tmp_path / f"from-{best}"
+        assert main(["train", "--from", str(run), "--steps", "3", "--out", str(out)] + ["--best"] * best) == 0
+        assert read_json(out / "summary.json")["started_from"]["step"] == (6 if best else 12)
     assert describe(run)["best_step"] == 6
     losses = {}
     curve = ["check", "sparsity", str(run), "--sparsities", "0.95", "--max-tokens", "200", "--json", "-"]
@@ -67,9 +72,13 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     assert abs(losses[True] - losses[False]) > 1e-2
 
 
-def test_a_run_that_keeps_no_best_has_none(finished: Path) -> None:
+def test_a_run_that_keeps_no_best_has_none(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"keeps no best checkpoint.*training\.keep_best=true"):
         load_run(finished, best=True)
+    capsys.readouterr()
+    assert main(["train", "--from", str(finished), "--best", "--out", str(tmp_path / "next")]) == 2
+    assert "keeps no best checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "next").exists()
 
 
 @pytest.mark.usefixtures("best_at_6")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ def test_the_largest_weights_of_a_model_are_the_first(name: str, tokenizer: Path
         assert torch.equal(layer.values, other.values)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, wanted(tokens).logits)
+
+
+def test_a_run_continues_the_best_checkpoint_of_a_trainers_directory(
+    text: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    trained, out = tmp_path / "trained", tmp_path / "run"
+    for step in (3, 6):
+        saved("llama", tokenizer, trained / f"checkpoint-{step}")
+        state = {"global_step": step, "best_model_checkpoint": "/elsewhere/checkpoint-3"}
+        (trained / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    short = ["--set", "training={batch_size: 2, validation_sequences: 2}", "--set", "model.context=32"]
+    data = ["--set", f"data.source={text}", "--set", f"data.cache={tmp_path / 'cache'}"]
+    command = ["train", "--from", str(trained), "--best", "--out", str(out), "--steps", "1", *short, *data]
+    assert main(command) == 0
+    assert read_json(out / "summary.json")["started_from"]["path"] == str(trained / "checkpoint-3")
 
 
 def test_a_run_continues_a_directory_and_needs_it_no_more(text: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ def train(
             show_default=False,
         ),
     ] = None,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="With --from: its checkpoint of the best validation (training.keep_best)."),
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every setting with its explanation and exit.")
     ] = False,
@@ -107,6 +111,7 @@ def train(
     if resume is not None:
         options: dict[str, object] = {
             "--from": source,
+            "--best": best or None,
             "CONFIG": config,
             "--preset": preset,
             "--method": method,
@@ -123,6 +128,13 @@ def train(
         return
     if allowed:
         raise InputError("--allow-change: only a run that is resumed has settings that were changed: give --resume RUN")
+    if best:
+        if source is None:
+            raise InputError("--best: only of what a run starts from there is a best checkpoint: give --from DIR")
+        from sparsae.train.pretrained import best_of_trainer
+
+        if (kept := best_of_trainer(source)) is not None:
+            source, best = kept, False
     short = {
         "--steps": ("training.steps", steps),
         "--seed": ("seed", seed),
@@ -152,17 +164,20 @@ def train(
         if not quiet:
             _show_forecast(result)
         return
-    _start(resolved, out or _free_directory(f"{resolved.preset}-{resolved.method}"), source, json_file, quiet)
+    directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
+    _start(resolved, directory, source, best, json_file, quiet)
 
 
-def _start(config: Config, directory: Path, source: Path | None, json_file: str | None, quiet: bool) -> None:
+def _start(
+    config: Config, directory: Path, source: Path | None, best: bool, json_file: str | None, quiet: bool
+) -> None:
     if is_first_rank():
         refuse_occupied(directory, config)
     with output(json_file) as result:
         from sparsae.train.run import start
 
         with _reporting(directory):
-            result.update(start(config, directory, quiet, source))
+            result.update(start(config, directory, quiet, source, best))
         if is_first_rank():
             _finish(directory, result, quiet)
     _exit_if_stopped(result)

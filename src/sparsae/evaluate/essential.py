@@ -190,8 +190,6 @@ def _judged(
     path: Path, data: str | None, teacher: bool, best: bool, max_tokens: int, progress: Progress | None
 ) -> _Judged:
     if is_pretrained(path):
-        if best:
-            raise InputError(f"{path}: no Trainer says which checkpoint is the best: leave out --best")
         return _pretrained(path, data, teacher, max_tokens, progress)
     loaded = load_run(path, teacher, best)
     tokens = _cut(held_out_text(loaded, data, progress)[0], max_tokens)

@@ -20,6 +20,7 @@ from sparsae.files import read_json
 from sparsae.models import build_model, materialize, parameterized, quiet_import, transformers_config
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors
+from sparsae.runs.recognized import is_pretrained
 from sparsae.train.model import model_of
 
 # A run may begin with another dropout, and read less at a time where positions are not learned.
@@ -126,10 +127,13 @@ def read_model(path: Path, option: str = "") -> Any:
 def best_of_trainer(path: Path) -> Path | None:
     """The best checkpoint of a directory that transformers' Trainer wrote, or of one of its checkpoints.
 
-    None where no Trainer wrote there. Raises InputError where its Trainer names none, or that is gone.
+    None where no Trainer wrote there. Raises InputError for any other directory of transformers', and where the Trainer
+    names none, or that is gone.
     """
     states = [file for file in (path / _STATE, *path.glob(f"checkpoint-*/{_STATE}")) if file.is_file()]
     if not states:
+        if is_pretrained(path):
+            raise InputError(f"{path}: no Trainer says which checkpoint is the best: leave out --best")
         return None
     newest = max((read_json(file) for file in states), key=lambda state: int(state.get("global_step", 0)))
     best = newest.get("best_model_checkpoint")

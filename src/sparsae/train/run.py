@@ -71,22 +71,30 @@ class _Recorder(Observer):
 
 
 @telling_places
-def start(config: Config, out: Path, quiet: bool = False, source: Path | None = None) -> dict[str, Any]:
+def start(
+    config: Config, out: Path, quiet: bool = False, source: Path | None = None, best: bool = False
+) -> dict[str, Any]:
     """Train a new run into the directory `out`; returns its summary, also when it was stopped by a signal.
 
-    source: another run, whose weights and topology this one starts from, or a directory of transformers'. Raises
-    InputError for anything wrong with the configuration, the data, the source or the directory; then nothing is left
-    but what was measured, which is why a run that diverged keeps its directory (DivergedError).
+    source: another run, whose weights and topology this one starts from, or a directory of transformers'. best: from
+    the run's checkpoint of the best validation, not from its newest. Raises InputError for anything wrong with the
+    configuration, the data, the source or the directory; then nothing is left but what was measured, which is why a run
+    that diverged keeps its directory (DivergedError).
 
     Where a launcher (torchrun) started this process as one of several, they train the run together, and the first one
     writes; RanksError: another one has ended.
     """
     with joined():
-        return encode(alone(starting(config, out, quiet, source)))
+        return encode(alone(starting(config, out, quiet, source, best)))
 
 
 def starting(
-    config: Config, out: Path, quiet: bool = False, source: Path | None = None, stop: StopRequest | None = None
+    config: Config,
+    out: Path,
+    quiet: bool = False,
+    source: Path | None = None,
+    best: bool = False,
+    stop: StopRequest | None = None,
 ) -> Passes[Summary]:
     """As `start`, by whoever answers its passes; stop: by which it may be asked to stop, beside other runs."""
     here = ranks()
@@ -100,8 +108,10 @@ def starting(
         tokenizer = source if is_pretrained(source) else RunDirectory.open(source).tokenizer
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     config = with_absolute_paths(config)
-    read = read_pretrained if source is not None and is_pretrained(source) else read_source
-    taken = None if source is None else read(source, config)
+    taken: Source | Pretrained | None = None
+    if source is not None:
+        pretrained = is_pretrained(source)
+        taken = read_pretrained(source, config) if pretrained else read_source(source, config, best)
     with _entered(out) as claim:
         if claim:
             refuse_occupied(out, config)

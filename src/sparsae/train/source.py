@@ -36,7 +36,7 @@ _FREE = {
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The newest checkpoint of a run; `record` is what the new run's manifest says of it."""
+    """A checkpoint of a run; `record` is what the new run's manifest says of it."""
 
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer
@@ -58,10 +58,11 @@ class Source:
         return model
 
 
-def read_source(path: Path, config: Config) -> Source:
+def read_source(path: Path, config: Config, best: bool = False) -> Source:
     """The run in `path` as the start of one with these settings.
 
-    Raises InputError where there is no run or no checkpoint, where it is damaged, or where its architecture differs.
+    best: its checkpoint of the best validation, not the newest. Raises InputError where there is no run or no such
+    checkpoint, where it is damaged, or where its architecture differs.
     """
     run = RunDirectory.open(path)
     theirs = run.config()
@@ -72,7 +73,7 @@ def read_source(path: Path, config: Config) -> Source:
                 raise InputError(
                     f"--from {path}: its {section}.{key} is {shown(value)}, not {shown(ours[key])}: it must be the same"
                 )
-    checkpoint = run.latest_checkpoint()
+    checkpoint = run.best_checkpoint() if best else run.latest_checkpoint()
     run.require_tokenizer()
     tensors, state = load_checkpoint(checkpoint, "model")
     record = {"path": str(path.absolute()), "run": state["run"], "step": state["trainer"]["step"]}
