@@ -15,6 +15,7 @@ from sparsae.data.entry import cache_root
 from sparsae.data.sources import documents, expected_documents, fingerprint
 from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError
+from tests.support.faults import open_files
 
 BOOKS = Path("/work/shared/data/books/train-0.jsonl.xz")
 TEXTS = ["first\n", "zweite Zeile, größer", "三"]
@@ -31,8 +32,11 @@ def write(path, content):
 
 
 def refusal(source, *args):
+    before = open_files()
     with pytest.raises(InputError) as caught:
         list(documents(source, *args))
+    # While whoever asked has the error, with all frames that it went through.
+    assert open_files() == before
     message = str(caught.value)
     assert "\n" not in message
     return message

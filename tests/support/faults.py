@@ -283,3 +283,10 @@ def failing_disk(call: str, count: int) -> Iterator[Callable[[], bool]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, failing)
         yield lambda: made >= count
+
+
+def open_files() -> set[str]:
+    """The files that this process has open; of Linux alone."""
+    folder = Path("/proc/self/fd")
+    links = [folder / name for name in (os.listdir(folder) if folder.is_dir() else ())]
+    return {os.readlink(link) for link in links if link.is_symlink() and link.is_file()}

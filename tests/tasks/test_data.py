@@ -12,6 +12,7 @@ import pytest
 from sparsae.errors import InputError
 from sparsae.tasks.catalogue import TASKS, Example, task_named
 from sparsae.tasks.data import read_task
+from tests.support.faults import open_files
 from tests.support.tasks import sentiment, write_lines
 
 REAL = Path(os.environ.get("SPARSAE_EVAL", "/work/shared/data/eval"))
@@ -161,8 +162,10 @@ def test_a_folder_that_is_no_task_is_refused(tmp_path: Path, files: dict[str, An
     (tmp_path / "sst2").mkdir()
     for name, rows in files.items():
         write_lines(tmp_path / "sst2" / name, rows)
+    before = open_files()
     with pytest.raises(InputError) as raised:
         read_task(TASKS["sst2"], str(tmp_path))
+    assert open_files() == before
     for word in words if words != ["validation"] else ["has both val and dev"]:
         assert word in str(raised.value)
 

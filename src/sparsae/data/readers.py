@@ -1,7 +1,8 @@
 """One reader for each form of text: plain files, JSON lines (compressed too), parquet, Hugging Face streams.
 
 Each turns every way in which its input can be wrong into one InputError that names the file and the place, and none
-holds more than a document and a block of its file in memory, whatever the file unpacks to.
+holds more than a document and a block of its file in memory, whatever the file unpacks to. Whoever raises while it
+reads closes what it reads from: the error keeps all frames alive, and open files in them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import functools
 import gzip
 import json
 import lzma
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,32 +68,31 @@ def decoded(path: Path) -> str:
 
 def json_lines(path: Path, text_field: str) -> Iterator[str]:
     """The field `text_field` of every line's JSON object; blank lines are passed over."""
-    for where, row in json_rows(path):
-        yield from _text_of(row, text_field, where)
+    return _texts_of(json_rows(path), text_field)
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Generator[tuple[str, Any]]:
     """(its place, its JSON value) of every line that is not blank."""
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            raise InputError(f"{where}: not UTF-8; convert the file to UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not a JSON object: {error}") from None
-        yield where, row
+    with closing(_lines(path)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise InputError(f"{where}: not UTF-8; convert the file to UTF-8") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not a JSON object: {error}") from None
+            yield where, row
 
 
 def parquet_rows(path: Path, text_field: str) -> Iterator[str]:
     """The column `text_field` of a parquet file, read one row group at a time."""
-    for where, row in parquet_objects(path, text_field):
-        yield from _text_of(row, text_field, where)
+    return _texts_of(parquet_objects(path, text_field), text_field)
 
 
-def parquet_objects(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_objects(path: Path, field: str | None = None) -> Generator[tuple[str, dict[str, Any]]]:
     """(its place, its columns) of every row, of one column where a field is named, read one row group at a time."""
     try:
         import pyarrow
@@ -99,7 +100,7 @@ def parquet_objects(path: Path, field: str | None = None) -> Iterator[tuple[str,
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow: {_EXTRA}") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with pyarrow.OSFile(os.fspath(path)) as stream, parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
             if field is not None and field not in names:
                 raise InputError(f"{path}: {_no_field(field, names)}")
@@ -126,11 +127,10 @@ class Remote:
 
 def streamed_rows(remote: Remote, text_field: str) -> Iterator[str]:
     """The field `text_field` of the rows of a dataset, streamed: the data is never held, on disk or in memory."""
-    for where, row in streamed_objects(remote):
-        yield from _text_of(row, text_field, where)
+    return _texts_of(streamed_objects(remote), text_field)
 
 
-def streamed_objects(remote: Remote) -> Iterator[tuple[str, Any]]:
+def streamed_objects(remote: Remote) -> Generator[tuple[str, Any]]:
     """(its place, its columns) of every row of a dataset, streamed likewise."""
     source = f"hf:{remote.name}" + (f"@{remote.revision}" if remote.revision else "")
     try:
@@ -153,16 +153,16 @@ def streamed_objects(remote: Remote) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{source}: cannot be read: {_first_line(error)}") from None
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Generator[bytes]:
     number = 0
     try:
-        lines = _lines_of(_zstandard_chunks(path)) if path.suffix == ".zst" else _lines_in(path)
-        for number, line in enumerate(lines, start=1):  # noqa: B007 - read below
-            if len(line) > LONGEST_DOCUMENT:
-                break
-            yield line
-        else:
-            return
+        with closing(_lines_of(_zstandard_chunks(path)) if path.suffix == ".zst" else _lines_in(path)) as lines:
+            for number, line in enumerate(lines, start=1):  # noqa: B007 - read below
+                if len(line) > LONGEST_DOCUMENT:
+                    break
+                yield line
+            else:
+                return
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path}: damaged compressed file: {error}") from None
     except OSError as error:
@@ -170,13 +170,13 @@ def _lines(path: Path) -> Iterator[bytes]:
     raise InputError(f"{path}:{number}: {_too_long('line', 'bytes')}")
 
 
-def _lines_in(path: Path) -> Iterator[bytes]:
+def _lines_in(path: Path) -> Generator[bytes]:
     """Lines with their ends; of one that is too long, only as much as shows it."""
     with _OPEN.get(path.suffix, open)(path, "rb") as file:
         yield from iter(lambda: file.readline(LONGEST_DOCUMENT + 2), b"")
 
 
-def _zstandard_chunks(path: Path) -> Iterator[bytes]:
+def _zstandard_chunks(path: Path) -> Generator[bytes]:
     """The content of a .zst file of one frame or several; raises EOFError where the last one is cut short.
 
     The library's own stream reader ends a truncated file in silence.
@@ -201,20 +201,27 @@ def _zstandard_chunks(path: Path) -> Iterator[bytes]:
         raise EOFError("it ends in the middle of a frame")
 
 
-def _lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _lines_of(chunks: Generator[bytes]) -> Generator[bytes]:
     """Lines without their ends; of one that is too long, only as much as shows it."""
     rest: list[bytes] = []
     held = 0
-    for chunk in chunks:
-        *ended, last = chunk.split(b"\n")
-        for line in ended:
-            yield b"".join((*rest, line))
-            rest, held = [], 0
-        rest.append(last)
-        held += len(last)
-        if held > LONGEST_DOCUMENT:
-            break
+    with closing(chunks):
+        for chunk in chunks:
+            *ended, last = chunk.split(b"\n")
+            for line in ended:
+                yield b"".join((*rest, line))
+                rest, held = [], 0
+            rest.append(last)
+            held += len(last)
+            if held > LONGEST_DOCUMENT:
+                break
     yield b"".join(rest)
+
+
+def _texts_of(rows: Generator[tuple[str, Any]], text_field: str) -> Iterator[str]:
+    with closing(rows):
+        for where, row in rows:
+            yield from _text_of(row, text_field, where)
 
 
 def _text_of(row: Any, text_field: str, where: str) -> Iterator[str]:

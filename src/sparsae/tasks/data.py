@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -81,22 +82,23 @@ def _digest(train: Sequence[Example], validations: Mapping[str, Sequence[Example
     return found.hexdigest()
 
 
-def _examples(task: Task, rows: Iterator[tuple[str, Any]]) -> list[Example]:
+def _examples(task: Task, rows: Generator[tuple[str, Any]]) -> list[Example]:
     examples: list[Example] = []
-    for where, row in rows:
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: a {type(row).__name__}, not a JSON object with the fields of {task.name}")
-        examples += task.read(row, where)
+    with closing(rows):
+        for where, row in rows:
+            if not isinstance(row, Mapping):
+                raise InputError(f"{where}: a {type(row).__name__}, not a JSON object with the fields of {task.name}")
+            examples += task.read(row, where)
     return examples
 
 
-def _remote(task: Task, source: str) -> dict[str, Iterator[tuple[str, Any]]]:
+def _remote(task: Task, source: str) -> dict[str, Generator[tuple[str, Any]]]:
     name, _, revision = (source.removeprefix("hf:") or HUB[task.suite]).partition("@")
     splits = ["train", *(f"validation_{v}" for v in _VARIANTS[1:])] if task.name == "mnli" else ["train", "validation"]
     return {split: streamed_objects(Remote(name, task.name, split, revision or None)) for split in splits}
 
 
-def _local(task: Task, source: str) -> dict[str, Iterator[tuple[str, Any]]]:
+def _local(task: Task, source: str) -> dict[str, Generator[tuple[str, Any]]]:
     root = Path(expanded(source))
     if not root.is_dir():
         raise InputError(f"{source}: no such directory; give one with {task.name}/train.jsonl, or hf:")
@@ -132,6 +134,6 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _rows(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+def _rows(paths: Sequence[Path]) -> Generator[tuple[str, Any]]:
     for path in paths:
         yield from parquet_objects(path) if path.name.endswith(".parquet") else json_rows(path)
