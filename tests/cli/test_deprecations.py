@@ -23,19 +23,20 @@ SMALL = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_no_command_prints_a_deprecation(tmp_path: Path, family: str) -> None:
+def test_no_command_prints_a_deprecation(tmp_path: Path) -> None:
     for i in range(12):  # documents
         lines = [f"item {j} of list {i} has {j % 7} parts and {i % 3} colours" for j in range(60)]
         (tmp_path / f"{i}.txt").write_text("\n".join(lines))
-    settings = [f"data.source={tmp_path}/*.txt", f"data.cache={tmp_path}/cache", f"model.family={family}"]
-    run = tmp_path / "run"
-    commands = [
-        f"train --out {run} " + " ".join(f"--set {setting}" for setting in [*settings, *SMALL.split()]),
-        f"evaluate {run}",
-        f"generate {run} --prompt item --tokens 3",
-        f"export {run} --to {tmp_path}/exported",
-    ]
+    settings = [f"data.source={tmp_path}/*.txt", f"data.cache={tmp_path}/cache", *SMALL.split()]
+    commands = []
+    for family in ("gpt2", "llama"):
+        run = tmp_path / family
+        commands += [
+            f"train --out {run} " + " ".join(f"--set {setting}" for setting in [*settings, f"model.family={family}"]),
+            f"evaluate {run}",
+            f"generate {run} --prompt item --tokens 3",
+            f"export {run} --to {run}-exported",
+        ]
     # A process of its own: a library says such a thing once, and pytest would take its warnings.
     done = subprocess.run([sys.executable, "-c", COMMANDS], input="\n".join(commands), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -52,6 +54,11 @@ def _require_known(kind: str, name: str, names: Sequence[str]) -> None:
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
+    return deepcopy(_parsed(folder, name))
+
+
+@cache
+def _parsed(folder: str, name: str) -> Any:
     return read_yaml(_text(folder, name), f"{folder.removesuffix('s')} {name}")
 
 
