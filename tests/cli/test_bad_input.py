@@ -126,6 +126,12 @@ CASES: dict[str, list[str]] = {
     "finetune run --data . --task ,": ["error: --task: must have at least 1 entry, not 0"],
     "compare --methods static --ray auto --out x": ["--ray", "sparsae[ray]"],
     "ablate --ray auto --out x": ["--ray", "sparsae[ray]"],
+    "compare --methods static": ["error: --out is missing", "--dry-run"],
+    "transfer": ["error: --out is missing"],
+    "compare --methods static --dry-run --out x --stack": ["error: --dry-run", "leave out --out, --stack"],
+    "ablate --dry-run --jobs 2": ["error: --dry-run", "leave out --jobs"],
+    "compare --methods statik --dry-run": ["did you mean static"],
+    "compare --methods static --dry-run training.steps=0": ["training.steps", "at least 1"],
     "transfer --ray auto --out x": ["--ray", "sparsae[ray]"],
 }
 

@@ -96,7 +96,7 @@ class TestTrain:
         overrides = ["training.batch_size=2", "training.clip=null", "training.beta2=0.9", "training.steps=20", "seed=4"]
         expected = resolve(None, "tiny", "static", [*overrides, "sparsity.sparsity=0.95"])
         assert calls == [
-            ("start", (expected, Path("there"), False, None)),
+            ("start", (expected, Path("there"), False, None, False)),
             ("write_sample", (Path("there"),)),
             ("write_report", (Path("there"),)),
         ]

@@ -84,6 +84,33 @@ def test_every_method_seed_and_sparsity_is_a_row(unbroken: Path) -> None:
         assert row["accepted_updates"] == (0 if row["method"] != "sparsae-guided" else row["updates"])
 
 
+def test_what_it_takes_is_shown_before_anything_is_run(
+    arguments: list[str], unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, found = tmp_path / "foreseen.json", results(unbroken)
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    foreseen = json.loads(file.read_text())
+    assert list(tmp_path.iterdir()) == [file]
+    tried, compared = foreseen["rows"][:3], foreseen["rows"][3:]
+    for row, trial in zip(compared, tried, strict=True):
+        assert (row["sparsity"], row["runs"], trial["runs"]) == (0.9, 2, 2)
+        assert trial["what"] == f"{row['what']}: trial"
+        runs = [run for run in found["rows"] if run["method"] == row["what"]]
+        trials = next(group["trials"] for group in found["tuning"] if group["method"] == row["what"])
+        assert {run["steps"] for run in runs} == {row["steps"]}
+        assert {run["tokens"] for run in runs} == {row["tokens"]}
+        if row["what"] != "sparsae-guided":  # which does not know before how many candidates it rejects
+            assert {run["train_flops"] for run in runs} == {row["train_flops"]}
+            assert {one["train_flops"] for one in trials} == {trial["train_flops"]}
+        assert 0 < trial["expected_seconds"] < row["expected_seconds"]
+        assert re.search(rf"^ +{row['what']} +0.9 +2 +{row['steps']} +{row['tokens']:,} ", shown, re.MULTILINE)
+    for key in ("train_flops", "expected_seconds"):
+        assert foreseen[key] == pytest.approx(sum(row["runs"] * row[key] for row in foreseen["rows"]))
+    assert foreseen["runs"] == 12
+
+
 def test_counted_flops_are_within_a_step_of_the_budget(unbroken: Path) -> None:
     rows = results(unbroken)["rows"]
     budgets = {row["sparsity"]: row["train_flops"] for row in rows if row["method"] == "static"}

@@ -138,7 +138,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "learning-rate": "0", "least-fan-in": "-1", "method": "none", "heads": "none", "seeds": "0", "preset": "none",
     },
 }  # fmt: skip
-NOT_THE_PLANS = {"given", "out", "settings", "jobs", "ray", "stack", "stack_size", "minutes", "json_file"}
+NOT_THE_PLANS = {"given", "out", "settings", "jobs", "ray", "stack", "stack_size", "minutes", "dry_run", "json_file"}
 COMMANDS = {
     **{name: getattr(experiments, name) for name in ("compare", "ablate", "sensitivity", "transfer")},
     "check coordinates": coordinates,

@@ -248,6 +248,21 @@ class TestCommand:
         assert {entry["over"] for entry in found["movements"]} == {"sparsity"}
         assert not list(unbroken.glob("runs/*/checkpoints"))
 
+    def test_what_it_takes_is_shown_before_anything_is_run(
+        self, arguments: list[str], unbroken: Path, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "foreseen.json"
+        assert main([*arguments, "--dry-run", "--json", str(file)]) == 0
+        foreseen = json.loads(file.read_text())
+        assert [(row["what"], row["sparsity"], row["runs"]) for row in foreseen["rows"]] == [
+            ("width 16", sparsity, 2 * 3) for sparsity in (0.0, 0.8)
+        ]
+        for row in foreseen["rows"]:
+            runs = [run for run in results(unbroken)["rows"] if run["sparsity"] == row["sparsity"]]
+            assert {run["steps"] for run in runs if not run["diverged"]} == {row["steps"]}
+            assert row["tokens"] > row["steps"]
+        assert foreseen["train_flops"] == sum(row["runs"] * row["train_flops"] for row in foreseen["rows"])
+
     def test_the_page_stands_alone_and_is_written_again(
         self, unbroken: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_costs_what_was_planned(
     name: str, kind: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsae.train.forecast._measured_flops_per_second", lambda config: 1e9)
+    monkeypatch.setattr("sparsae.train.forecast.measured_flops_per_second", lambda config: 1e9)
     one = ["topology.candidates=1", "topology.proposer=rigl"] if name == "evolution" else []
     # A global ranking moves density between layers; a ramp counts each layer's steps, in 4 bytes that no forecast has.
     alike = {"gse": ["topology.scope=local"], "generations": ["topology.ramp=0"]}.get(name, [])
@@ -66,7 +66,7 @@ def test_a_run_costs_what_was_planned(
 def test_windows_and_a_schedule_cost_what_was_planned(
     method: str, settings: list[str], every: str, kind: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsae.train.forecast._measured_flops_per_second", lambda config: 1e9)
+    monkeypatch.setattr("sparsae.train.forecast.measured_flops_per_second", lambda config: 1e9)
     own = [f"topology.{setting}" for setting in [*settings, "window=4", "every=5"]]
     moving = [f"sparsity.schedule.{setting}" for setting in (f"kind={kind}", f"every={every}")]
     config = config_of(text, text / "cache", "training.steps=24", *own, *moving, method=method)

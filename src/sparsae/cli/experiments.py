@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from sparsae.cli.forecasts import show_experiment
 from sparsae.cli.listing import Preset
 from sparsae.cli.lists import if_given, names_in, numbers_in, seeds_in
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
@@ -73,7 +74,10 @@ Method = Annotated[str | None, typer.Option(metavar="NAME", help="Of every spars
 Heads = Annotated[
     str | None, typer.Option(metavar="scaled|constant", help="Heads of one size, or of one number, at all widths.")
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or that of the same plan, stopped before.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A new directory, or that of the same plan, stopped before.", show_default=False),
+]
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time on this machine.")]
 Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto or local.")]
 
@@ -82,6 +86,9 @@ Minutes = Annotated[
     float | None, typer.Option(metavar="F", help="Save and stop after so long; the same command continues.")
 ]
 STACK = 32
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the runs, what they take together and how long, and exit.")
+]
 Options = dict[str, tuple[str, object]]
 """By its name on the command line the dotted key of a plan, and its value."""
 
@@ -89,7 +96,7 @@ Options = dict[str, tuple[str, object]]
 def compare(
     given: Given = None,
     *,
-    out: Out,
+    out: Out = None,
     settings: Settings = None,
     preset: Preset = None,
     compared: Annotated[
@@ -112,6 +119,7 @@ def compare(
         int, typer.Option(min=1, metavar="N", help="Most runs that train together.  (with --stack)")
     ] = STACK,
     minutes: Minutes = None,
+    dry_run: DryRun = False,
     json_file: JsonFile = None,
 ) -> None:
     """Compare methods at the same cost: each method, seed and sparsity is a run. Started again, it continues."""
@@ -123,13 +131,13 @@ def compare(
     if not stack and stack_size != STACK:
         raise InputError("--stack-size is for runs that train together: give --stack too")
     size = stack_size if stack else None
-    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file, minutes=minutes, stack=size)
+    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, dry_run, json_file, minutes, size)
 
 
 def ablate(
     given: Given = None,
     *,
-    out: Out,
+    out: Out = None,
     settings: Settings = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"Of: {', '.join(ABLATIONS)}.")] = "sparsae",
     names: Annotated[
@@ -145,6 +153,7 @@ def ablate(
     tuning_extensions: Extensions = None,
     jobs: Jobs = 1,
     ray: Ray = None,
+    dry_run: DryRun = False,
     json_file: JsonFile = None,
 ) -> None:
     """Take a method apart: itself without one of its parts, or with another in its place."""
@@ -156,13 +165,13 @@ def ablate(
         "--variants": ("variants", variants),
         "ablate: reference": ("reference", next(iter(variants))),
     }
-    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, dry_run, json_file)
 
 
 def sensitivity(
     given: Given = None,
     *,
-    out: Out,
+    out: Out = None,
     settings: Settings = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="A method that scores candidates.")] = WRITTEN,
     sequences: Annotated[str, typer.Option(metavar="LIST", help="Sizes of the micro-batch.")] = "1,4,16",
@@ -177,6 +186,7 @@ def sensitivity(
     tuning_extensions: Extensions = None,
     jobs: Jobs = 1,
     ray: Ray = None,
+    dry_run: DryRun = False,
     json_file: JsonFile = None,
 ) -> None:
     """How the micro-batch that scores candidates matters: their ranking, acceptance, final loss."""
@@ -198,13 +208,13 @@ def sensitivity(
     options.setdefault("--match", ("match", "steps"))
     if "resampled-4" in variants:  # the default of both methods that score candidates
         options["sensitivity: reference"] = ("reference", "resampled-4")
-    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, ComparisonPlan), out, jobs, ray, dry_run, json_file)
 
 
 def transfer(
     given: Given = None,
     *,
-    out: Out,
+    out: Out = None,
     settings: Settings = None,
     parameterizations: Parameterizations = None,
     widths: Annotated[str | None, typer.Option(metavar="LIST", help="Model widths.  (default: 256)")] = None,
@@ -229,6 +239,7 @@ def transfer(
     ] = None,
     jobs: Jobs = 1,
     ray: Ray = None,
+    dry_run: DryRun = False,
     json_file: JsonFile = None,
 ) -> None:
     """Find the best learning rate at every width and sparsity: does it stay? Started again, it continues."""
@@ -241,7 +252,7 @@ def transfer(
     for key, text in swept.items():
         if text is not None:
             options[option_of((key,))] = key, numbers_in(option_of((key,)), text, float)
-    _run(read(given, settings, options, TransferPlan), out, jobs, ray, json_file)
+    _run(read(given, settings, options, TransferPlan), out, jobs, ray, dry_run, json_file)
 
 
 def grid_options(
@@ -312,16 +323,30 @@ def _options(
 
 def _run(
     plan: BasePlan,
-    out: Path,
+    out: Path | None,
     jobs: int,
     ray: str | None,
+    dry_run: bool,
     json_file: str | None,
-    *,
     minutes: float | None = None,
     stack: int | None = None,
 ) -> None:
     """minutes: after which to stop. stack: how many runs train together; None: each for itself."""
     refuse_unwritable("--json", json_file)
+    if dry_run:
+        ways = {
+            "--out": out,
+            "--ray": ray,
+            "--minutes": minutes,
+            "--stack": stack,
+            "--jobs": None if jobs == 1 else jobs,
+        }
+        if given := [name for name, value in ways.items() if value is not None]:
+            raise InputError(f"--dry-run trains nothing: leave out {', '.join(given)}")
+        show_experiment(plan, json_file)
+        return
+    if out is None:
+        raise InputError("--out is missing: give a directory for the runs, or --dry-run to see what they take")
     if stack is not None and ray is not None:
         raise InputError("--stack trains its runs on one machine: leave out --ray")
     if minutes is not None and ray is not None:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsae.cli.forecasts import show_run
 from sparsae.cli.listing import Preset, complete
-from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, readable, show_table, show_values
+from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output
 from sparsae.config.load import resolve
 from sparsae.config.schema import Config
 from sparsae.config.shipped import methods
@@ -162,7 +163,7 @@ def train(
 
             result.update(forecast(resolved))
         if not quiet:
-            _show_forecast(result)
+            show_run(result)
         return
     directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
     _start(resolved, directory, source, best, json_file, quiet)
@@ -262,36 +263,3 @@ def _exit_if_stopped(summary: Mapping[str, Any]) -> None:
 
 def _free_directory(name: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
-
-
-def _show_forecast(found: Mapping[str, Any]) -> None:
-    """Layers, then what the run costs beside the dense model (by part where the forecast has parts), then the rest."""
-    layers, columns = [], ["layer", "out", "in", "nnz", "density"]
-    has_factors = any(layer["density_factor"] != 1.0 for layer in found["layers"])
-    for layer in found["layers"]:
-        row = [layer["name"], layer["out"], layer["in"], readable(layer["nnz"]), f"{layer['density']:.4f}"]
-        at_bound = " (at a bound)" if layer["density_cut"] else ""
-        layers.append([*row, f"{layer['density_factor']:g}{at_bound}"] if has_factors else row)
-    show_table("Sparsified layers", [*columns, "factor"] if has_factors else columns, layers)
-    if found["density_steps"]:
-        rows = [[each["step"], readable(each["nnz"]), f"{each['density']:.4f}"] for each in found["density_steps"]]
-        show_table("Density over the run", ["after step", "nnz", "density"], rows)
-    costs = []
-    for name, here, dense in (
-        ("parameters", "parameters", "parameters_dense"),
-        ("training FLOPs", "train_flops", "train_flops_dense_equivalent"),
-        ("model state, bytes", "state_bytes", "state_bytes_dense_equivalent"),
-    ):
-        ours, theirs = _by_part(found[here]), _by_part(found[dense])
-        for part in dict.fromkeys((*ours, *theirs)):
-            a, b = ours.get(part, 0), theirs.get(part)
-            ratio = f"{a / b:.3f}" if b else "-"
-            costs.append((f"{name}: {part}" if part else name, readable(a), readable(b), ratio))
-    show_table("Cost", ("", "here", "dense", "ratio"), costs)
-    shown = ("steps", "tokens", "train_flops_per_step", "expected_seconds")
-    show_values("Run", {key: found[key] for key in shown})
-
-
-def _by_part(amount: Any) -> dict[str, Any]:
-    """{"": total} and, where the amount is given by part, each part after it."""
-    return {"": sum(amount.values()), **amount} if isinstance(amount, Mapping) else {"": amount}

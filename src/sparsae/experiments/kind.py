@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 from sparsae.experiments.plan import BasePlan
 
 if TYPE_CHECKING:
+    from sparsae.config import DataConfig
     from sparsae.experiments.execution import Executor
+    from sparsae.experiments.forecast import Planned
     from sparsae.experiments.jobs import Job
     from sparsae.report.tables import Table
 
@@ -61,6 +63,13 @@ class Kind(ABC):
 
         Raises InputError, before anything is written, for whatever is wrong with plan, directory or runs.
         """
+
+    def planned(self, plan: Any, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
+        """The runs of a plan, as far as they are known before the first one; none of a kind that measures otherwise.
+
+        vocabulary: the entries of a text's tokenizer. Raises InputError for whatever is wrong with the plan.
+        """
+        return ()
 
     @abstractmethod
     def read(self, content: dict[str, Any], origin: str) -> Results:

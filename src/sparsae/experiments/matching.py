@@ -10,7 +10,7 @@ from torch import nn
 from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.plan import Match
-from sparsae.train.forecast import count_flops, untrained
+from sparsae.train.forecast import as_dense, count_flops, untrained
 
 _WINDOW = 4  # schedules that scale with the steps move by whole updates: the best count may lie a few steps away
 
@@ -38,12 +38,20 @@ class Cost:
     def __init__(self, config: Config, vocab_size: int) -> None:
         self.config = config
         self._model: nn.Module = untrained(config, vocab_size)
-        self._known: dict[int, int] = {}
+        self._known: dict[int, tuple[int, float]] = {}
 
     def flops(self, steps: int) -> int:
         """Counted operations of all parts, schedules being stretched to `steps`."""
+        return self._both(steps)[0]
+
+    def as_dense(self, steps: int) -> float:
+        """The same if all arithmetic were dense."""
+        return self._both(steps)[1]
+
+    def _both(self, steps: int) -> tuple[int, float]:
         if steps not in self._known:
-            self._known[steps] = count_flops(with_steps(self.config, steps), self._model)[0].total
+            flops, dense = count_flops(with_steps(self.config, steps), self._model)
+            self._known[steps] = flops.total, as_dense(flops, dense, self._model)
         return self._known[steps]
 
     def of(self, match: Match, steps: int) -> float:

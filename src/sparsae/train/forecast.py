@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsae.config.complaints import telling_places
+from sparsae.config.data import DataConfig
 from sparsae.config.schema import Config
 from sparsae.config.span import Horizon
 from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
@@ -79,9 +80,7 @@ def forecast(config: Config) -> dict[str, Any]:
         "train_flops_dense_equivalent": flops.dense_equivalent,
         "state_bytes": state,
         "state_bytes_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
-        # As if all arithmetic were dense: what the reference backend needs, and more than the native kernels do.
-        "expected_seconds": (dense.total + flops.parts["search"] * weights / max(1, nnz))
-        / _measured_flops_per_second(config),
+        "expected_seconds": as_dense(flops, dense, model) / measured_flops_per_second(config),
         "steps": training.steps,
         "tokens": training.steps * tokens,
     }
@@ -101,11 +100,13 @@ def untrained(config: Config, vocab_size: int | None = None) -> nn.Module:
 
     vocab_size: entries of the tokenizer; None: those of the given one, or as many as one trained here may have.
     """
-    if vocab_size is None and config.data.tokenizer != "train":
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    if vocab_size is None:
-        vocab_size = config.data.tokenizer_vocab
+    vocab_size = expected_vocabulary(config.data) if vocab_size is None else vocab_size
     return model_of(config, vocab_size, 0, torch.device("meta"))
+
+
+def expected_vocabulary(data: DataConfig) -> int:
+    """Entries of the tokenizer, of one that is trained as many as it may have. InputError if there is no such one."""
+    return data.tokenizer_vocab if data.tokenizer == "train" else load_tokenizer(data.tokenizer).vocab_size
 
 
 def count_flops(config: Config, model: nn.Module) -> tuple[FlopCounter, FlopCounter]:
@@ -116,6 +117,13 @@ def count_flops(config: Config, model: nn.Module) -> tuple[FlopCounter, FlopCoun
     """
     rule = build_rule(config.topology, config.rules)
     return _expected_flops(config, rule, RunCosts(model, config, rule.micro_batch), sparse_layers(model))
+
+
+def as_dense(flops: FlopCounter, dense: FlopCounter, model: nn.Module) -> float:
+    """What `count_flops` found, if all arithmetic were dense, as the reference backend's is: kernels need less."""
+    topologies = [layer.topology for layer in sparse_layers(model).values()]
+    weights, nnz = sum(math.prod(each.shape) for each in topologies), sum(each.nnz for each in topologies)
+    return dense.total + flops.parts["search"] * weights / max(1, nnz)
 
 
 def _expected_flops(
@@ -242,7 +250,8 @@ def _index_bytes(config: Config, layers: Mapping[str, SparseLinear]) -> int:
     return total
 
 
-def _measured_flops_per_second(config: Config) -> float:
+def measured_flops_per_second(config: Config) -> float:
+    """Of a dense product on the device and in the precision of the settings, measured in a third of a second."""
     device = choose_device(config.training.device)
     dtype = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
     a = torch.ones(1024, 1024, device=device, dtype=dtype)

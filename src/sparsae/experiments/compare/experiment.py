@@ -19,6 +19,7 @@ from sparsae.experiments.compare.tasks import fine_tune
 from sparsae.experiments.compare.tuning import Found, Key, Point, key_of, search
 from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
+from sparsae.experiments.forecast import Planned, merged
 from sparsae.experiments.jobs import Failure, Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Budget, Cost, with_steps
 from sparsae.experiments.page import write_page
@@ -69,6 +70,25 @@ class RunLengths:
             names = {LEARNING_RATE: "lr"}
             name += "".join(f"-{names.get(setting, setting)}{value:.9g}" for setting, value in point.items())
         return job_of(name, config, cost.flops(steps))
+
+    def planned(self) -> list[Planned]:
+        """The runs, the trials first, as far as they are known before the first one."""
+        plan, found = self.plan, list[Planned]()
+        require_effect(plan)
+        for sparsity in plan.sparsities:
+            for variant in plan.named_variants:
+                for axis in plan.axes(variant, sparsity):
+                    for point in ({axis.setting: value} for value in axis.values):
+                        job, cost = self.trial(variant, sparsity, point), self.cost(variant, sparsity, point)
+                        found.append(Planned.of(f"{variant}: trial", sparsity, job, cost, plan.tuning.rounds))
+        known: set[str] = set()  # equal settings are one run, whatever it is called
+        for sparsity in plan.sparsities:
+            for variant in plan.all_variants:
+                job = self.job(variant, sparsity, plan.seeds[0], "runs", {})
+                if (settings := job.config.model_dump_json()) not in known:
+                    found.append(Planned.of(variant, sparsity, job, self.cost(variant, sparsity), len(plan.seeds)))
+                known.add(settings)
+        return merged(found)
 
     def trial(self, variant: str, sparsity: float, point: Point) -> Job:
         """A run that tries a point, of the length of all trials."""

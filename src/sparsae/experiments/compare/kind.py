@@ -10,7 +10,9 @@ from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.kind import Experiment, Kind
 
 if TYPE_CHECKING:
+    from sparsae.config import DataConfig
     from sparsae.experiments.compare.record import Results
+    from sparsae.experiments.forecast import Planned
     from sparsae.experiments.jobs import Job
     from sparsae.report.tables import Table
 
@@ -26,6 +28,11 @@ class Compare(Kind):
         from sparsae.experiments.compare.experiment import Comparison
 
         return Comparison(plan, out, quiet, admit)
+
+    def planned(self, plan: ComparisonPlan, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
+        from sparsae.experiments.compare.experiment import RunLengths
+
+        return RunLengths(plan, vocabulary).planned()
 
     def read(self, content: dict[str, Any], origin: str) -> Results:
         from sparsae.experiments.compare.earlier import of_now

@@ -7,10 +7,12 @@ from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
+from sparsae.config import DataConfig
 from sparsae.data import prepare
 from sparsae.experiments.board import Board
 from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
+from sparsae.experiments.forecast import Planned, merged
 from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
 from sparsae.experiments.matching import Cost
 from sparsae.experiments.page import write_page
@@ -19,6 +21,39 @@ from sparsae.experiments.transfer.record import Results
 from sparsae.experiments.transfer.results import collect, write_results
 from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
+
+
+class Sweep:
+    """The runs of a plan. Raises InputError for whatever is wrong with it, before any text is read."""
+
+    def __init__(self, plan: TransferPlan, vocabulary: Callable[[DataConfig], int]) -> None:
+        self._vocabulary = vocabulary
+        self.configs = {point: plan.config(point) for point in plan.points()}
+        plan.require_effect()
+        self._cells = {(point.width, point.sparsity): config for point, config in self.configs.items()}
+        for config in self._cells.values():
+            require_fit(config)
+
+    @cached_property
+    def jobs(self) -> dict[Point, Job]:
+        """The run of every point of the sweep."""
+        return {
+            point: job_of(point.name, config, self._costs[point.width, point.sparsity].flops(config.training.steps))
+            for point, config in self.configs.items()
+        }
+
+    def planned(self) -> list[Planned]:
+        """The runs of each width and sparsity."""
+        costs = self._costs
+        return merged(
+            Planned.of(f"width {point.width}", point.sparsity, job, costs[point.width, point.sparsity])
+            for point, job in self.jobs.items()
+        )
+
+    @cached_property
+    def _costs(self) -> dict[tuple[int, float], Cost]:
+        vocabulary = self._vocabulary(next(iter(self.configs.values())).data)
+        return {cell: Cost(config, vocabulary) for cell, config in self._cells.items()}
 
 
 class Transfer:
@@ -33,12 +68,9 @@ class Transfer:
         require_place(out, plan)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
-        self._configs = {point: plan.config(point) for point in plan.points()}
-        plan.require_effect()
-        for config in {(point.width, point.sparsity): config for point, config in self._configs.items()}.values():
-            require_fit(config)
+        self._sweep = Sweep(plan, self._vocabulary)
         if admit is not None:
-            for job in self.jobs.values():
+            for job in self._sweep.jobs.values():
                 admit(job)
 
     def run(self, executor: Callable[[int], Executor]) -> Results | None:
@@ -46,7 +78,7 @@ class Transfer:
 
         executor: what makes the executor from the descriptor that locks the directory.
         """
-        jobs = self.jobs
+        jobs = self._sweep.jobs
         with claimed(self.out, self.plan) as lock, closing(executor(lock)) as runs:
             if not execute(list(jobs.values()), self.out, self.board, self._ended, runs):
                 return None
@@ -55,21 +87,10 @@ class Transfer:
             write_page(self.out)
             return results
 
-    @cached_property
-    def jobs(self) -> dict[Point, Job]:
-        """The run of every point of the sweep."""
-        data = next(iter(self._configs.values())).data
-        vocabulary = prepare(data, self._display.stage).vocab_size
+    def _vocabulary(self, data: DataConfig) -> int:
+        size = prepare(data, self._display.stage).vocab_size
         self._display.close()
-        costs: dict[tuple[int, float], int] = {}
-        for point, config in self._configs.items():
-            cell = point.width, point.sparsity
-            if cell not in costs:
-                costs[cell] = Cost(config, vocabulary).flops(config.training.steps)
-        return {
-            point: job_of(point.name, config, costs[point.width, point.sparsity])
-            for point, config in self._configs.items()
-        }
+        return size
 
     def _ended(self, job: Job) -> None:
         """Of hundreds of runs only the losses are wanted; what is known so far is there for whoever cannot wait."""
@@ -77,5 +98,6 @@ class Transfer:
         write_results(self._results(), self.out)
 
     def _results(self) -> Results:
-        done = {point: found for point, job in self.jobs.items() if (found := outcome(self.out / job.name))}
-        return collect(self.plan, done, {point: self._configs[point] for point in done})
+        jobs, configs = self._sweep.jobs, self._sweep.configs
+        done = {point: found for point, job in jobs.items() if (found := outcome(self.out / job.name))}
+        return collect(self.plan, done, {point: configs[point] for point in done})

@@ -10,6 +10,8 @@ from sparsae.experiments.kind import Experiment, Kind
 from sparsae.experiments.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
+    from sparsae.config import DataConfig
+    from sparsae.experiments.forecast import Planned
     from sparsae.experiments.jobs import Job
     from sparsae.experiments.transfer.record import Results
     from sparsae.report.tables import Table
@@ -26,6 +28,11 @@ class TransferKind(Kind):
         from sparsae.experiments.transfer.experiment import Transfer
 
         return Transfer(plan, out, quiet, admit)
+
+    def planned(self, plan: TransferPlan, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
+        from sparsae.experiments.transfer.experiment import Sweep
+
+        return Sweep(plan, vocabulary).planned()
 
     def read(self, content: dict[str, Any], origin: str) -> Results:
         from sparsae.experiments.transfer.record import Results
