@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.nn.linear import sparse_layers
 from sparsae.report.essential import body, essential_curve, remark, verdict
 from sparsae.report.readable import percent
+from sparsae.train.pretrained import best_of_trainer
 from sparsae.train.run import start
 from tests.support.runs import config_of, contents, write_text
 
@@ -107,8 +109,33 @@ def test_the_best_checkpoint_of_a_trainers_directory(runs: Path, tmp_path: Path)
     with pytest.raises(InputError, match="knows no best checkpoint"):
         essential_sparsity(tmp_path / "checkpoint-3", text, best=True)
     shutil.rmtree(tmp_path / "checkpoint-3")
-    with pytest.raises(InputError, match="checkpoint-3 is gone"):
+    with pytest.raises(InputError, match="checkpoint-3' is gone"):
         essential_sparsity(tmp_path, text, best=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({"best_model_checkpoint": 7}, "damaged"),
+        ({"global_step": None, "best_model_checkpoint": "checkpoint-3"}, "damaged"),
+        ({"global_step": 1e400, "best_model_checkpoint": "checkpoint-3"}, "damaged"),
+        ({"global_step": 3, "best_model_checkpoint": ""}, "'' is gone"),
+        ({"global_step": 3, "best_model_checkpoint": "/there/.."}, r"'\.\.' is gone"),
+    ],
+)
+def test_a_trainers_state_that_names_no_checkpoint(state: dict[str, Any], told: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=told):
+        best_of_trainer(tmp_path)
+
+
+def test_the_best_checkpoint_from_inside_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    state = {"global_step": 10, "best_model_checkpoint": "C:\\runs\\checkpoint-5"}
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(state))
+    monkeypatch.chdir(tmp_path / "checkpoint-10")
+    assert best_of_trainer(Path()) == tmp_path / "checkpoint-5"
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,20 @@ def test_what_is_too_short_says_what_could_be_raised(
     assert advice in str(error.value), str(error.value)
 
 
+def test_what_is_foreseen_has_equal_settings_once_and_names_what_is_not_counted(read: Callable[..., Any]) -> None:
+    small = {"model": {"layers": 1, "width": 16, "heads": 2, "context": 16}, "training": {"steps": 20}}
+    tuning = {"learning_rates": [1e-3, 2e-3]}
+    tree = {"methods": ["dense", "static"], "seeds": 2, "sparsities": [0.8, 0.9], "match": "steps"}
+    twin = {"variants": {"twin": {"method": "static", "settings": {}}}}
+    plan = read(
+        "comparison", {**tree, **twin, "settings": small, "tuning": tuning, "tasks": {"names": ["rte"], "data": "glue"}}
+    )
+    planned = RunLengths(plan, lambda data: 300).planned()
+    names = ["dense: trial", "static: trial", "static: trial", "dense", "static", "static"]
+    assert [(each.what, each.runs) for each in planned] == [(name, 2) for name in names]
+    assert [what.partition(" ")[0] for what in plan.uncounted()] == ["trials", "fine-tuning"]
+
+
 def test_a_run_that_diverges_names_the_rate_of_its_sparse_values() -> None:
     training = resolve(overrides=["training.sparse_learning_rate=3.0"]).training
     error = diverged(training, "the loss is not finite", 7, 1)

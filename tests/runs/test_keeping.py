@@ -76,8 +76,11 @@ def test_a_run_that_keeps_no_best_has_none(finished: Path, tmp_path: Path, capsy
     with pytest.raises(InputError, match=r"keeps no best checkpoint.*training\.keep_best=true"):
         load_run(finished, best=True)
     capsys.readouterr()
-    assert main(["train", "--from", str(finished), "--best", "--out", str(tmp_path / "next")]) == 2
-    assert "keeps no best checkpoint" in capsys.readouterr().err
+    for further in (["--out", str(tmp_path / "next")], ["--dry-run"], ["--print-config"]):
+        assert main(["train", "--from", str(finished), "--best", *further]) == 2
+        told = capsys.readouterr()
+        assert told.err.startswith(f"sparsae: error: {finished}: this run keeps no best checkpoint")
+        assert told.out == ""
     assert not (tmp_path / "next").exists()
 
 

@@ -52,7 +52,7 @@ def show_experiment(plan: BasePlan, json_file: str | None) -> None:
         from sparsae.experiments.forecast import foresee
         from sparsae.train.forecast import expected_vocabulary
 
-        found.update(foresee(KINDS[plan.kind].planned(plan, expected_vocabulary)))
+        found.update(foresee(KINDS[plan.kind].planned(plan, expected_vocabulary)), uncounted=plan.uncounted())
     if json_file == "-":
         return
     rows = [
@@ -67,4 +67,6 @@ def show_experiment(plan: BasePlan, json_file: str | None) -> None:
     show_table("Runs", ["", "sparsity", "runs", "steps", "tokens", "FLOPs each", "time each"], rows)
     total = {key: found[key] for key in ("runs", "train_flops")}
     show_values("Altogether", {**total, "one after another": duration(found["expected_seconds"])})
+    for what in found["uncounted"]:
+        typer.echo(f"not counted: {what}")
     typer.echo("Times are those of dense arithmetic at this machine's rate; sparse kernels need less.")

@@ -136,6 +136,8 @@ def train(
 
         if (kept := best_of_trainer(source)) is not None:
             source, best = kept, False
+        else:
+            RunDirectory.open(source).best_checkpoint()  # there has to be one
     short = {
         "--steps": ("training.steps", steps),
         "--seed": ("seed", seed),

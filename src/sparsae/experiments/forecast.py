@@ -29,11 +29,11 @@ class Planned:
     dense_flops: float
 
     @classmethod
-    def of(cls, what: str, sparsity: float, job: Job, cost: Cost, runs: int = 1) -> Planned:
-        """What is said of a job and as many like it."""
+    def of(cls, what: str, sparsity: float, job: Job, cost: Cost) -> Planned:
+        """What is said of one job."""
         steps = job.config.training.steps
         tokens = steps * tokens_per_step(job.config)
-        return cls(what, sparsity, job.config, runs, steps, tokens, job.flops, cost.as_dense(steps))
+        return cls(what, sparsity, job.config, 1, steps, tokens, job.flops, cost.as_dense(steps))
 
 
 def merged(planned: Iterable[Planned]) -> list[Planned]:
@@ -48,10 +48,15 @@ def merged(planned: Iterable[Planned]) -> list[Planned]:
 def foresee(planned: Sequence[Planned]) -> dict[str, Any]:
     """A row for each group of runs, and what all of them take.
 
-    Trials are those of the grids: what tuning adds to them is not known. The times are those of dense products at the
-    rate of a short measurement on this machine, one run after another.
+    The times are those of dense products at the rate of a short measurement on this machine, one run after another.
     """
-    rate = measured_flops_per_second(planned[0].config) if planned else 1.0
+    rates: dict[tuple[str, str], float] = {}
+    for each in planned:
+        key = each.config.training.device, each.config.training.precision
+        rates[key] = rates.get(key) or measured_flops_per_second(each.config)
+    seconds = [
+        each.dense_flops / rates[each.config.training.device, each.config.training.precision] for each in planned
+    ]
     return {
         "rows": [
             {
@@ -61,11 +66,11 @@ def foresee(planned: Sequence[Planned]) -> dict[str, Any]:
                 "steps": each.steps,
                 "tokens": each.tokens,
                 "train_flops": each.train_flops,
-                "expected_seconds": each.dense_flops / rate,
+                "expected_seconds": expected,
             }
-            for each in planned
+            for each, expected in zip(planned, seconds, strict=True)
         ],
         "runs": sum(each.runs for each in planned),
         "train_flops": sum(each.runs * each.train_flops for each in planned),
-        "expected_seconds": sum(each.runs * each.dense_flops for each in planned) / rate,
+        "expected_seconds": sum(each.runs * expected for each, expected in zip(planned, seconds, strict=True)),
     }

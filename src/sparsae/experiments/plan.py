@@ -71,6 +71,10 @@ class BasePlan(Section):
         """Settings that the plan itself gives to every run, and by which of its keys."""
         return {"seed": "seeds", "preset": "preset"}
 
+    def uncounted(self) -> list[str]:
+        """What of the plan a forecast of its runs leaves out."""
+        return []
+
     def dump(self) -> str:
         """The plan as YAML, every key included."""
         return dump_yaml(self.model_dump(mode="json"))

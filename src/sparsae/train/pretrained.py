@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from operator import itemgetter
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -135,15 +136,22 @@ def best_of_trainer(path: Path) -> Path | None:
         if is_pretrained(path):
             raise InputError(f"{path}: no Trainer says which checkpoint is the best: leave out --best")
         return None
-    newest = max((read_json(file) for file in states), key=lambda state: int(state.get("global_step", 0)))
-    best = newest.get("best_model_checkpoint")
+    newest, best = -1, None
+    for file in states:
+        state = read_json(file)
+        step, named = state.get("global_step", 0), state.get("best_model_checkpoint")
+        if type(step) is not int or not (named is None or isinstance(named, str)):
+            raise InputError(f"{file}: no state of a Trainer: global_step or best_model_checkpoint is damaged")
+        newest, best = max((newest, best), (step, named), key=itemgetter(0))
     if best is None:
         raise InputError(f"{path}: its Trainer knows no best checkpoint: name one, or leave out --best")
     # Named from where the Trainer ran; it may have been moved since.
-    found = [folder / Path(best).name for folder in (path, path.parent) if (folder / Path(best).name).is_dir()]
-    if not found:
-        raise InputError(f"{path}: its best checkpoint {Path(best).name} is gone: name another one")
-    return found[0]
+    name = PurePath(best.replace("\\", "/")).name
+    folders = [path, path.absolute().parent] if name.startswith("checkpoint-") else []
+    found = next((folder / name for folder in folders if (folder / name).is_dir()), None)
+    if found is None:
+        raise InputError(f"{path}: its best checkpoint {shown(name)} is gone: name another one")
+    return found
 
 
 def read_pretrained(path: Path, config: Config) -> Pretrained:

@@ -72,22 +72,21 @@ class RunLengths:
         return job_of(name, config, cost.flops(steps))
 
     def planned(self) -> list[Planned]:
-        """The runs, the trials first, as far as they are known before the first one."""
-        plan, found = self.plan, list[Planned]()
+        """The runs, the trials of the grids first, all as if the plan's own settings were the tuned ones."""
+        plan, found, jobs = self.plan, list[Planned](), Jobs()
         require_effect(plan)
         for sparsity in plan.sparsities:
             for variant in plan.named_variants:
                 for axis in plan.axes(variant, sparsity):
                     for point in ({axis.setting: value} for value in axis.values):
-                        job, cost = self.trial(variant, sparsity, point), self.cost(variant, sparsity, point)
-                        found.append(Planned.of(f"{variant}: trial", sparsity, job, cost, plan.tuning.rounds))
-        known: set[str] = set()  # equal settings are one run, whatever it is called
-        for sparsity in plan.sparsities:
-            for variant in plan.all_variants:
-                job = self.job(variant, sparsity, plan.seeds[0], "runs", {})
-                if (settings := job.config.model_dump_json()) not in known:
-                    found.append(Planned.of(variant, sparsity, job, self.cost(variant, sparsity), len(plan.seeds)))
-                known.add(settings)
+                        job = self.trial(variant, sparsity, point)
+                        if jobs.add(job) is job:
+                            cost = self.cost(variant, sparsity, point)
+                            found.append(Planned.of(f"{variant}: trial", sparsity, job, cost))
+        for seed, sparsity, variant in cells(plan):
+            job = self.job(variant, sparsity, seed, "runs", {})
+            if jobs.add(job) is job:
+                found.append(Planned.of(variant, sparsity, job, self.cost(variant, sparsity)))
         return merged(found)
 
     def trial(self, variant: str, sparsity: float, point: Point) -> Job:

@@ -232,6 +232,15 @@ class ComparisonPlan(BasePlan):
         """What a variant's runs are matched on."""
         return self.all_variants[variant].match or self.match
 
+    def uncounted(self) -> list[str]:
+        """See `BasePlan`."""
+        tuned, studied = bool(self.tuning.learning_rates or self.tuning.grid), self.kind == "sensitivity"
+        return [
+            *(["trials beyond the grids and after the first round, and what tuning changes"] if tuned else []),
+            *(["fine-tuning on the tasks"] if self.tasks is not None else []),
+            *(["the study of micro-batches"] if studied else []),
+        ]
+
     def axes(self, variant: str, sparsity: float) -> list[Axis]:
         """What a variant's tuning looks along at a sparsity: not at what it gives itself, nor at what it has not."""
         tuning, own = self.tuning, self.all_variants[variant].settings
