@@ -17,7 +17,7 @@ from sparsae.config import Section
 from sparsae.config.complaints import option_of
 from sparsae.config.load import resolve, setting_names
 from sparsae.errors import DivergedError, InputError
-from sparsae.experiments.compare.experiment import RunLengths
+from sparsae.experiments.compare.lengths import RunLengths
 from sparsae.experiments.compare.plan import ComparisonPlan, Tuning, Variant
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
 from sparsae.experiments.plan import BasePlan, read_plan

@@ -30,7 +30,7 @@ class Compare(Kind):
         return Comparison(plan, out, quiet, admit)
 
     def planned(self, plan: ComparisonPlan, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
-        from sparsae.experiments.compare.experiment import RunLengths
+        from sparsae.experiments.compare.lengths import RunLengths
 
         return RunLengths(plan, vocabulary).planned()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 
 from sparsae.config import DataConfig
@@ -12,48 +11,13 @@ from sparsae.data import prepare
 from sparsae.experiments.board import Board
 from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
-from sparsae.experiments.forecast import Planned, merged
-from sparsae.experiments.jobs import Job, forget_checkpoints, job_of, outcome
-from sparsae.experiments.matching import Cost
+from sparsae.experiments.jobs import Job, forget_checkpoints, outcome
 from sparsae.experiments.page import write_page
-from sparsae.experiments.transfer.plan import Point, TransferPlan
+from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.experiments.transfer.record import Results
 from sparsae.experiments.transfer.results import collect, write_results
-from sparsae.train.model import require_fit
+from sparsae.experiments.transfer.sweep import Sweep
 from sparsae.train.progress import Display
-
-
-class Sweep:
-    """The runs of a plan. Raises InputError for whatever is wrong with it, before any text is read."""
-
-    def __init__(self, plan: TransferPlan, vocabulary: Callable[[DataConfig], int]) -> None:
-        self._vocabulary = vocabulary
-        self.configs = {point: plan.config(point) for point in plan.points()}
-        plan.require_effect()
-        self._cells = {(point.width, point.sparsity): config for point, config in self.configs.items()}
-        for config in self._cells.values():
-            require_fit(config)
-
-    @cached_property
-    def jobs(self) -> dict[Point, Job]:
-        """The run of every point of the sweep."""
-        return {
-            point: job_of(point.name, config, self._costs[point.width, point.sparsity].flops(config.training.steps))
-            for point, config in self.configs.items()
-        }
-
-    def planned(self) -> list[Planned]:
-        """The runs of each width and sparsity."""
-        costs = self._costs
-        return merged(
-            Planned.of(f"width {point.width}", point.sparsity, job, costs[point.width, point.sparsity])
-            for point, job in self.jobs.items()
-        )
-
-    @cached_property
-    def _costs(self) -> dict[tuple[int, float], Cost]:
-        vocabulary = self._vocabulary(next(iter(self.configs.values())).data)
-        return {cell: Cost(config, vocabulary) for cell, config in self._cells.items()}
 
 
 class Transfer:

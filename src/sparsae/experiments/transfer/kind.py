@@ -30,7 +30,7 @@ class TransferKind(Kind):
         return Transfer(plan, out, quiet, admit)
 
     def planned(self, plan: TransferPlan, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
-        from sparsae.experiments.transfer.experiment import Sweep
+        from sparsae.experiments.transfer.sweep import Sweep
 
         return Sweep(plan, vocabulary).planned()
 
