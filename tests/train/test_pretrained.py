@@ -20,6 +20,7 @@ from sparsae.evaluate.loading import load_run
 from sparsae.files import read_json
 from sparsae.models import build_model
 from sparsae.train.pretrained import pretrained_settings, read_pretrained
+from sparsae.train.run import start
 from tests.support.architectures import ARCHITECTURES
 
 LLAMA = {
@@ -115,6 +116,13 @@ def test_a_run_continues_the_best_checkpoint_of_a_trainers_directory(
     command = ["train", "--from", str(trained), "--best", "--out", str(out), "--steps", "1", *short, *data]
     assert main(command) == 0
     assert read_json(out / "summary.json")["started_from"]["path"] == str(trained / "checkpoint-3")
+
+
+def test_of_a_directory_that_no_trainer_wrote_there_is_no_best(tokenizer: Path, tmp_path: Path) -> None:
+    saved("llama", tokenizer, tmp_path / "model")
+    with pytest.raises(InputError, match="no Trainer says which"):
+        start(settings(tmp_path / "model"), tmp_path / "run", quiet=True, source=tmp_path / "model", best=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_continues_a_directory_and_needs_it_no_more(text: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -85,10 +85,10 @@ Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray c
 Minutes = Annotated[
     float | None, typer.Option(metavar="F", help="Save and stop after so long; the same command continues.")
 ]
-STACK = 32
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the runs, what they take together and how long, and exit.")
 ]
+STACK = 32
 Options = dict[str, tuple[str, object]]
 """By its name on the command line the dotted key of a plan, and its value."""
 

@@ -132,12 +132,9 @@ def train(
     if best:
         if source is None:
             raise InputError("--best: only of what a run starts from there is a best checkpoint: give --from DIR")
-        from sparsae.train.pretrained import best_of_trainer
+        from sparsae.train.pretrained import at_best
 
-        if (kept := best_of_trainer(source)) is not None:
-            source, best = kept, False
-        else:
-            RunDirectory.open(source).best_checkpoint()  # there has to be one
+        source, best = at_best(source)
     short = {
         "--steps": ("training.steps", steps),
         "--seed": ("seed", seed),

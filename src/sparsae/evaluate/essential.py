@@ -29,7 +29,7 @@ from sparsae.nn.pruning import Prunable, global_zeros, prunable, uniform_zeros
 from sparsae.runs.recognized import is_pretrained
 from sparsae.train.model import choice_of, choose_device
 from sparsae.train.objective import Objective
-from sparsae.train.pretrained import best_of_trainer, read_model
+from sparsae.train.pretrained import at_best, read_model
 from sparsae.train.validation import perplexity
 
 Allocation = Literal["uniform", "global"]
@@ -115,8 +115,8 @@ def essential_sparsity(
     those that its settings would make sparse, of another dense model all but its output head. Nothing is written.
     Raises InputError for a model or a text that cannot be read, and where no sparsity is left.
     """
-    if best and (kept := best_of_trainer(path)) is not None:
-        path, best = kept, False
+    if best:
+        path, best = at_best(path)
 
     def judge(progress: Progress | None) -> _Judged:
         return _judged(path, data, teacher, best, max_tokens, progress)

@@ -21,6 +21,7 @@ from sparsae.files import read_json
 from sparsae.models import build_model, materialize, parameterized, quiet_import, transformers_config
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors
+from sparsae.runs.directory import RunDirectory
 from sparsae.runs.recognized import is_pretrained
 from sparsae.train.model import model_of
 
@@ -123,6 +124,18 @@ def read_model(path: Path, option: str = "") -> Any:
         raise InputError(f"{option}{path}: cannot be read: {str(error).splitlines()[0]}") from None
     attend(model)
     return model
+
+
+def at_best(path: Path) -> tuple[Path, bool]:
+    """Where the best checkpoint of a path lies, and whether it is still to be chosen there, as in a run.
+
+    Raises InputError where there is none.
+    """
+    kept = best_of_trainer(path)
+    if kept is not None:
+        return kept, False
+    RunDirectory.open(path).best_checkpoint()
+    return path, True
 
 
 def best_of_trainer(path: Path) -> Path | None:

@@ -39,7 +39,7 @@ from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_i
 from sparsae.train.model import choose_device, model_of, require_fit
 from sparsae.train.objective import failed_compilation_is_told
 from sparsae.train.passes import Passes, alone
-from sparsae.train.pretrained import Pretrained, read_pretrained
+from sparsae.train.pretrained import Pretrained, at_best, read_pretrained
 from sparsae.train.progress import Display
 from sparsae.train.saving import SavedRun, Saver, read_saved
 from sparsae.train.source import Source, read_source
@@ -77,7 +77,7 @@ def start(
     """Train a new run into the directory `out`; returns its summary, also when it was stopped by a signal.
 
     source: another run, whose weights and topology this one starts from, or a directory of transformers'. best: from
-    the run's checkpoint of the best validation, not from its newest. Raises InputError for anything wrong with the
+    its checkpoint of the best validation, not from the newest. Raises InputError for anything wrong with the
     configuration, the data, the source or the directory; then nothing is left but what was measured, which is why a run
     that diverged keeps its directory (DivergedError).
 
@@ -104,6 +104,8 @@ def starting(
     out = Path(here.from_first(str(out)))
     if here.is_first:
         refuse_occupied(out, config)
+    if source is not None and best:
+        source, best = at_best(source)
     if source is not None and config.data.tokenizer == "train":
         tokenizer = source if is_pretrained(source) else RunDirectory.open(source).tokenizer
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})

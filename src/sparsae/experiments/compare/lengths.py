@@ -116,7 +116,3 @@ class Jobs:
     def add(self, job: Job) -> Job:
         """The job that has these settings."""
         return self._by_config.setdefault(job.config.model_dump_json(), job)
-
-    def all(self) -> list[Job]:
-        """In the order in which they were added."""
-        return list(self._by_config.values())
