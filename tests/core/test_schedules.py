@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsae.config.span import Horizon
 from sparsae.config.training import TrainingConfig
-from sparsae.core.cadence import decayed, rate_factor
+from sparsae.core.cadence import Cadence, Cubic, Never, Once, Periodic, decayed, rate_factor
+from sparsae.rules.parts.several import AnyOf
 
 shares = st.floats(0.0, 1.0)
 kinds: st.SearchStrategy[Literal["constant", "linear", "cosine"]] = st.sampled_from(["constant", "linear", "cosine"])
@@ -89,3 +91,23 @@ def test_decayed_ends() -> None:
 def test_decayed_names_an_unknown_kind() -> None:
     with pytest.raises(ValueError, match=r"'square'.*constant, linear or cosine"):
         decayed("square", 0.5)  # type: ignore[arg-type]
+
+
+every = st.one_of(st.integers(1, 60), st.sampled_from(["0.1%", "2%", "30%", "1 epoch"]))
+cadences: st.SearchStrategy[Cadence] = st.recursive(
+    st.one_of(
+        st.just(Never()),
+        st.builds(Periodic, every, start=shares, stop=shares, at_stop=st.booleans()),
+        st.builds(Once, shares),
+        st.tuples(shares, shares).map(sorted).flatmap(lambda ends: st.builds(Cubic, *map(st.just, ends), every)),
+    ),
+    lambda inner: st.lists(inner, max_size=3).map(lambda several: AnyOf(tuple(several))),
+    max_leaves=4,
+)
+
+
+@given(cadences, st.integers(1, 300))
+def test_the_steps_of_a_cadence_are_those_at_which_it_is_due(cadence: Cadence, steps: int) -> None:
+    horizon = Horizon(steps, epoch=20)
+    asked = [step for step in range(1, steps + 1) if cadence.due(step, horizon)]
+    assert list(cadence.steps(horizon)) == asked == list(Cadence.steps(cadence, horizon))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparsae.cli import main
 from sparsae.config.text import dump
 from sparsae.core.record import encode
 from sparsae.errors import InputError
@@ -16,6 +17,7 @@ from sparsae.experiments.jobs import require_same_settings
 from sparsae.experiments.matching import with_steps
 from sparsae.files import to_json
 from tests.support.records import summary_of
+from tests.support.runs import write_text
 
 
 class Named:
@@ -48,3 +50,31 @@ def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:
     require_same_settings(tmp_path, config)
     with pytest.raises(InputError, match="other settings"):
         require_same_settings(tmp_path, with_steps(config, 7))
+
+
+COMPARE, TRANSFER = "compare --methods static,set", "transfer --widths 128 --learning-rates 1e-3,2e-3"
+
+
+@pytest.mark.parametrize(
+    "command", [COMPARE, f"{COMPARE} --dry-run", TRANSFER, f"{TRANSFER} --dry-run", "check coordinates --widths 64,128"]
+)
+@pytest.mark.parametrize("wrong", ["training.device=cuda:99", "training.threads=100000"])
+def test_what_this_machine_has_not_is_told_before_anything_is_trained(
+    command: str, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"data.source={write_text(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}"]
+    place = [] if "--dry-run" in command else ["--out", str(tmp_path / "out")]
+    assert main([*command.split(), "--sparsities", "0.9", *given, wrong, *place]) == 2
+    assert wrong.partition("=")[2] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_one_variant_among_others_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"source": str(write_text(tmp_path / "text")), "cache": str(tmp_path / "cache")}
+    variants = {"set": {"method": "set"}, "wide": {"method": "set", "settings": {"training": {"threads": 100_000}}}}
+    plan = {"variants": variants, "seeds": [0], "settings": {"data": data, "training": {"steps": 20}}}
+    (tmp_path / "plan.yaml").write_text(to_json(plan))
+    for place in (["--dry-run"], ["--out", str(tmp_path / "out")]):
+        assert main(["compare", str(tmp_path / "plan.yaml"), *place]) == 2
+        assert "training.threads 100000" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

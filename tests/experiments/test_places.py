@@ -249,6 +249,36 @@ def test_what_is_foreseen_has_equal_settings_once_and_names_what_is_not_counted(
     assert [what.partition(" ")[0] for what in plan.uncounted()] == ["trials", "fine-tuning"]
 
 
+@pytest.mark.parametrize("variants", [{}, {"twin": {"method": "static", "settings": {}}}])
+def test_a_budget_of_trials_counts_those_of_equal_settings_once(variants: Any, read: Callable[..., Any]) -> None:
+    small = {"model": {"layers": 1, "width": 16, "heads": 2, "context": 16}, "training": {"steps": 20}}
+    tuning = {"learning_rates": [1e-3, 2e-3], "budget": 0.8}
+    tree = {"methods": ["dense", "static"], "variants": variants, "seeds": 2, "match": "steps"}
+    lengths = RunLengths(read("comparison", {**tree, "settings": small, "tuning": tuning}), lambda data: 300)
+    assert lengths.trial_share == pytest.approx(0.8)  # two trials and two seeds of each
+    assert sum(each.runs * each.steps for each in lengths.planned() if "trial" in each.what) == 4 * 16
+
+
+@pytest.mark.parametrize("match", ["flops", "tokens", "steps"])
+@pytest.mark.parametrize("every", [10, "2%"])
+def test_a_budget_of_more_steps_than_a_run_may_have_is_refused(
+    match: str, every: int | str, read: Callable[..., Any]
+) -> None:
+    small = {"model": {"layers": 1, "width": 16, "heads": 2, "context": 16}, "topology": {"every": every}}
+    plan = read("comparison", {"methods": ["set"], "match": match, "budget": 1e30, "settings": small})
+    with pytest.raises(InputError, match=r"more than 2,147,483,647 steps, .*: lower plan.yaml: budget"):
+        RunLengths(plan, lambda data: 300).planned()
+
+
+def test_a_long_run_is_counted_without_asking_at_each_of_its_steps(read: Callable[..., Any]) -> None:
+    small = {"model": {"layers": 1, "width": 16, "heads": 2, "context": 16}, "training": {"steps": 2_000_000_000}}
+    methods = ["sparsae", "static", "sparsae-written", "gmp", "granet", "dense"]
+    share = {name: {"method": name, "settings": {"topology": {"every": "1%"}}} for name in methods[2:-1]}
+    plan = read("comparison", {"methods": methods[:2] + methods[-1:], "variants": share, "settings": small})
+    for each in RunLengths(plan, lambda data: 300).planned():
+        assert each.steps > 100_000_000
+
+
 def test_a_run_that_diverges_names_the_rate_of_its_sparse_values() -> None:
     training = resolve(overrides=["training.sparse_learning_rate=3.0"]).training
     error = diverged(training, "the loss is not finite", 7, 1)

@@ -239,6 +239,9 @@ def test_the_level_falls_and_rises_once_and_ends_where_it_shall(
     rise = {"rise_start": rise_start, "rise_stop": rise_stop} if restores else {}
     config = ScheduleConfig(kind="restore" if restores else "bump", start=start, stop=stop, every=every, **rise)
     schedule, level, levels = Schedule.of(config, rule_moves=True), 1.0, [1.0]
+    for each in (schedule, Schedule.of(config, rule_moves=False)):
+        moves = [step for step in range(1, steps + 1) if each.due(step, Horizon(steps), step % 5 == 0)]
+        assert each.steps(Horizon(steps), range(5, steps + 1, 5)) == moves
     # A run that was made longer after its end begins from the level that it has reached.
     for horizon, first in ((Horizon(steps), 1), (Horizon(longer * steps), steps + 1)):
         for step in range(first, horizon.steps + 1):

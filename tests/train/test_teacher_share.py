@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 from pathlib import Path
 
@@ -58,6 +59,25 @@ def test_a_share_of_the_sequences_is_taught_to_within_one(
     assert abs(sum(counts) - share * batch * passes * len(taught_steps)) <= 1.0 + 1e-6
     if share == 1.0:
         assert set(counts) == {batch}
+
+
+@given(
+    share=st.floats(0.01, 1.0),
+    every=st.integers(1, 7),
+    starts=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)),
+    alpha=st.sampled_from([0.0, 0.5]),
+    batch=st.integers(1, 9),
+    ends=st.lists(st.integers(0, 60), max_size=4).map(sorted),
+)
+def test_what_is_taught_over_stretches_is_what_their_steps_are_taught(
+    share: float, every: int, starts: tuple[float, float], alpha: float, batch: int, ends: list[int]
+) -> None:
+    start, fraction = starts
+    warmup = WarmUp(TeacherConfig(share=share, every=every, start=start, warmup_fraction=fraction, alpha=alpha), 60)
+    for first, last in itertools.pairwise([0, *ends, 60]):
+        taught = [n for n in range(first, last) if warmup.alpha(n) > 0]
+        expected = sum(warmup.taught(n, i, 2, batch) for n in taught for i in range(2))
+        assert warmup.taught_over(range(first, last), 2, batch) == expected
 
 
 def test_the_start_and_the_warm_up_both_have_to_be_over() -> None:

@@ -362,6 +362,7 @@ def _run(
     quiet = json_file == "-"
     with output(json_file) as result:
         from sparsae.experiments.execution import Executor, InOrder
+        from sparsae.experiments.jobs import require_here
         from sparsae.experiments.stacked import Stacked, refuse
         from sparsae.experiments.workers import Workers
         from sparsae.train.stopping import StopRequest
@@ -377,7 +378,8 @@ def _run(
                 return Workers(jobs, lock, stack, stop)
             return InOrder(stop) if stack is None else Stacked(stack, stop)
 
-        experiment = KINDS[plan.kind].experiment(plan, out, quiet, None if stack is None else refuse)
+        here = [require_here] if ray is None else []  # a cluster's machines may have what this one has not
+        experiment = KINDS[plan.kind].experiment(plan, out, quiet, here + ([] if stack is None else [refuse]))
         found = experiment.run(executor)
         if found is None:
             typer.echo(f"stopped and saved; continue with the same command: {out}", err=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,10 @@ class Cadence(ABC):
     def due(self, step: int, horizon: Horizon) -> bool:
         """Whether one follows `step`."""
 
+    def steps(self, horizon: Horizon) -> Iterator[int]:
+        """The steps of a run that one follows, in order; a cadence that knows them need not ask at every step."""
+        return (step for step in range(1, horizon.steps + 1) if self.due(step, horizon))
+
     def left(self, step: int, horizon: Horizon) -> float:
         """Share of the way from where something is to where it shall be that remains after `step`: of what prunes."""
         return 1.0
@@ -75,6 +80,9 @@ class Never(Cadence):
 
     def due(self, step: int, horizon: Horizon) -> bool:
         return False
+
+    def steps(self, horizon: Horizon) -> Iterator[int]:
+        return iter(())
 
 
 # Steps between updates whose cadence is a share of the run, however short that is.
@@ -98,12 +106,18 @@ class Periodic(Cadence):
         require_span(self.every)
 
     def due(self, step: int, horizon: Horizon) -> bool:
-        every, steps = span_steps(self.every, horizon), horizon.steps
-        if isinstance(self.every, str):
-            every = max(LEAST, every)
+        steps = horizon.steps
         last = self.stop * steps
         inside = self.start * steps < step < steps and (step < last or (self.at_stop and step <= last))
-        return step % every == 0 and inside
+        return step % self._every(horizon) == 0 and inside
+
+    def steps(self, horizon: Horizon) -> Iterator[int]:
+        every = self._every(horizon)
+        return (step for step in range(every, horizon.steps, every) if self.due(step, horizon))
+
+    def _every(self, horizon: Horizon) -> int:
+        every = span_steps(self.every, horizon)
+        return max(LEAST, every) if isinstance(self.every, str) else every
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,9 @@ class Once(Cadence):
 
     def due(self, step: int, horizon: Horizon) -> bool:
         return step == self._step(horizon)
+
+    def steps(self, horizon: Horizon) -> Iterator[int]:
+        return iter([self._step(horizon)])
 
     def left(self, step: int, horizon: Horizon) -> float:
         return 0.0 if step >= self._step(horizon) else 1.0
@@ -144,6 +161,11 @@ class Cubic(Cadence):
         first, last = self.span(horizon)
         every = span_steps(self.every, horizon)
         return first <= step <= last and ((step - first) % every == 0 or step == last)
+
+    def steps(self, horizon: Horizon) -> Iterator[int]:
+        first, last = self.span(horizon)
+        yield from (step for step in range(first, last, span_steps(self.every, horizon)) if step)
+        yield last
 
     def left(self, step: int, horizon: Horizon) -> float:
         """(1 - (t - t_0) / (t_1 - t_0))^3, exactly 1 before and 0 after."""

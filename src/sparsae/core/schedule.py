@@ -12,7 +12,7 @@ It moves at the schedule's own steps only. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sparsae.config.schedule import ScheduleConfig
@@ -63,6 +63,15 @@ class Schedule:
         if self.falls.due(step, horizon):
             return not self.with_updates or updates or self.falls.left(step, horizon) == 0
         return self.rises is not None and self.rises.due(step, horizon)
+
+    def steps(self, horizon: Horizon, updates: Iterable[int]) -> list[int]:
+        """The steps after which density moves, in order; updates: those that the rule's own updates follow."""
+        if self.falls is None:
+            return []
+        own = set(updates)
+        falls = {*own, self.falls.span(horizon)[1]} if self.with_updates else self.falls.steps(horizon)
+        rises = () if self.rises is None else self.rises.steps(horizon)
+        return [step for step in sorted({*falls, *rises}) if self.due(step, horizon, step in own)]
 
     def level(self, step: int, horizon: Horizon, now: float) -> float:
         """The level after `step` where it has been `now`: a run that was made longer keeps what it has reached."""

@@ -10,6 +10,7 @@ from sparsae.config import Config
 from sparsae.experiments.jobs import Job
 from sparsae.experiments.matching import Cost, tokens_per_step
 from sparsae.train.forecast import measured_flops_per_second
+from sparsae.train.machine import require_machine
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def merged(planned: Iterable[Planned]) -> list[Planned]:
     """With those that are called the same and take the same in one."""
     found: dict[tuple[object, ...], Planned] = {}
     for each in planned:
+        require_machine(each.config)
         key = each.what, each.sparsity, each.steps, each.tokens, each.train_flops
         found[key] = replace(found[key], runs=found[key].runs + each.runs) if key in found else each
     return list(found.values())
@@ -49,6 +51,7 @@ def foresee(planned: Sequence[Planned]) -> dict[str, Any]:
     """A row for each group of runs, and what all of them take.
 
     The times are those of dense products at the rate of a short measurement on this machine, one run after another.
+    Raises InputError where this machine could not train one of them.
     """
     rates: dict[tuple[str, str], float] = {}
     for each in planned:

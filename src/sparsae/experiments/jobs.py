@@ -62,6 +62,16 @@ def job_of(name: str, config: Config, flops: int) -> Job:
     return Job(name, with_absolute_paths(config), flops)
 
 
+def require_here(job: Job) -> None:
+    """InputError, naming the job, where this machine has not what it would be trained with."""
+    from sparsae.train.machine import require_machine
+
+    try:
+        require_machine(job.config)
+    except InputError as error:
+        raise InputError(f"{job.name}: {error}") from None
+
+
 def forget_checkpoints(out: Path, job: Job) -> None:
     """Remove the weights of a finished job, of which only the results are wanted."""
     shutil.rmtree(out / job.name / "checkpoints", ignore_errors=True)

@@ -58,10 +58,11 @@ class Kind(ABC):
         return get_args(self.plan.model_fields["kind"].annotation)
 
     @abstractmethod
-    def experiment(self, plan: Any, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None) -> Experiment:
-        """A plan of this kind in a directory. admit: raises InputError for a run that cannot be executed as it shall.
+    def experiment(self, plan: Any, out: Path, quiet: bool, admit: Sequence[Callable[[Job], None]] = ()) -> Experiment:
+        """A plan of this kind in a directory.
 
-        Raises InputError, before anything is written, for whatever is wrong with plan, directory or runs.
+        admit: each raises InputError for a run that cannot be executed as it shall. Raises InputError, before anything
+        is written, for whatever is wrong with plan, directory or runs.
         """
 
     def planned(self, plan: Any, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:

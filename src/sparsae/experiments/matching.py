@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsae.config import Config
+from sparsae.config.section import LARGEST
 from sparsae.errors import InputError
 from sparsae.experiments.plan import Match
 from sparsae.train.forecast import as_dense, count_flops, untrained
@@ -61,18 +62,26 @@ class Cost:
         return steps * (tokens_per_step(self.config) if match == "tokens" else 1)
 
     def steps(self, budget: Budget, name: str, advice: str) -> int:
-        """The number of steps whose cost is nearest to the budget. InputError where not even one step is near it.
+        """The number of steps whose cost is nearest to the budget.
 
-        advice: what could be raised then.
+        advice: where the budget was given. Raises InputError where not even one step is near it, and where it is worth
+        more steps than a run may have.
         """
         if budget.amount < 0.5 * self.of(budget.match, 1):
             raise InputError(
                 f"{name}: one step takes {self.of(budget.match, 1):.4g} {budget.match}, the budget is "
                 f"{budget.amount:.4g}: raise {advice}"
             )
-        if budget.match != "flops":
-            return max(1, round(budget.amount / self.of(budget.match, 1)))
-        return _nearest(self.flops, budget.amount, self.config.training.steps)
+        if budget.match == "flops":
+            steps = _nearest(self.flops, budget.amount, self.config.training.steps)
+        else:
+            steps = max(1, round(budget.amount / self.of(budget.match, 1)))
+        if steps > LARGEST:
+            raise InputError(
+                f"{name}: a budget of {budget.amount:.4g} {budget.match} is more than {LARGEST:,} steps, the most that "
+                f"a run may have: lower {advice}"
+            )
+        return steps
 
 
 def with_steps(config: Config, steps: int) -> Config:
@@ -81,12 +90,14 @@ def with_steps(config: Config, steps: int) -> Config:
 
 
 def _nearest(cost: Callable[[int], float], amount: float, first: int) -> int:
-    """The whole number whose cost, nearly proportional to it, is nearest to an amount."""
+    """The whole number whose cost, nearly proportional to it, is nearest to an amount; above LARGEST, any."""
     steps = max(1, first)
     for _ in range(20):
         proposed = max(1, round(steps * amount / cost(steps)))
         if proposed == steps:
             break
         steps = proposed
+        if steps > LARGEST:
+            return steps
     window = range(max(1, steps - _WINDOW), steps + _WINDOW + 1)
     return min(window, key=lambda n: (abs(cost(n) - amount), n))

@@ -111,12 +111,11 @@ class LoopCalls:
 
 def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
     """Log that a rule never moves a connection in a run, though it is one that does."""
-    steps = horizon.steps
-    if rule.moves and not any(rule.due(step, horizon) for step in range(1, steps + 1)):
+    if rule.moves and not any(rule.updates(horizon)):
         log.warning(
             "rule '%s' moves no connection in %d steps: the topology stays as it is drawn (set topology.every lower)",
             rule.name,
-            steps,
+            horizon.steps,
         )
 
 

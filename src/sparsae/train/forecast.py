@@ -29,6 +29,7 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.search.teacher import STORAGES, WarmUp
 from sparsae.search.updates import SearchCost
 from sparsae.train.costs import RunCosts
+from sparsae.train.machine import require_machine
 from sparsae.train.model import choose_device, density_of, initial_bounds, model_of, require_fit
 
 
@@ -39,6 +40,7 @@ def forecast(config: Config) -> dict[str, Any]:
     Operations are those of `count_flops`; layers and bytes are those of the start, than which no later moment of a run
     has more. The time is that of the dense products of all parts at the rate of a short measurement on this machine.
     """
+    require_machine(config)
     require_fit(config)
     model = untrained(config)
     layers = sparse_layers(model)
@@ -144,16 +146,19 @@ def _expected_flops(
     flops, dense = FlopCounter(), FlopCounter()
     warmup = WarmUp(config.teacher, steps)
     last: dict[str, int] = {}  # after which step each layer's connections moved last
-    for step in range(1, steps + 1):
-        taught = 0
-        if config.teacher.enabled and warmup.alpha(step - 1) > 0:
-            passes, rows = training.accumulation, training.batch_size
-            taught = config.model.context * sum(warmup.taught(step - 1, i, passes, rows) for i in range(passes))
+    updates = set(rule.updates(horizon))
+    moves = set(schedule.steps(horizon, updates))
+    counted = 0
+    for step in sorted({*updates, *moves, steps}):
+        # Between two of these moments all steps cost the same, but for the teacher, whose sequences are added up.
+        taught, stretch = 0, range(counted, step)
+        if config.teacher.enabled:
+            taught = config.model.context * warmup.taught_over(stretch, training.accumulation, training.batch_size)
         teacher_nnz = STORAGES[config.teacher.storage].size(costs.nnz, costs.cost.sparse_weights)
-        costs.count_step(flops, tokens, taught, teacher_nnz)
-        costs.count_step(dense, tokens, taught, costs.cost.sparse_weights)
-        updates = rule.due(step, horizon)
-        if updates:
+        costs.count_step(flops, len(stretch) * tokens, taught, teacher_nnz)
+        costs.count_step(dense, len(stretch) * tokens, taught, costs.cost.sparse_weights)
+        counted = step
+        if step in updates:
             concerned = rule.concerns(topologies, range(step, step + 1), horizon)
             # In the layers' order, by which a rule may round.
             moved = {name: topology for name, topology in topologies.items() if name in concerned}
@@ -174,13 +179,13 @@ def _expected_flops(
                 forwards = 1 + rule.candidates_scored(moved, own_step, horizon)
             backwards = forwards if "candidate_gradient" in rule.needs else 0
             costs.count_update(flops, SearchCost(forwards, backwards, probed))
-        if schedule.due(step, horizon, updates):
+        if step in moves:
             level = schedule.level(step, horizon, level)
             active, last = counts_at(ends, level), dict.fromkeys(topologies, step)
             costs.follow({name: block * count for name, count in active.items()})
             # Which units there will be is not known; the first ones stand for as many.
             topologies = {n: Topology(t.shape, t.indices[: active[n]], t.unit) for n, t in first.items()}
-        elif updates and not schedule.moves:
+        elif step in updates and not schedule.moves:
             total = rule.active_units(sum(start.values()), end, step, horizon)
             active = {name: round(total / sum(start.values()) * count) for name, count in start.items()}
             costs.follow({name: block * count for name, count in active.items()}, total=block * total)
@@ -190,14 +195,13 @@ def _expected_flops(
 def _window_bytes(rule: Rule[Any], schedule: Schedule, layers: Mapping[str, SparseLinear], horizon: Horizon) -> int:
     """Bytes of gradients that are summed for an update, as float32: units, their sums, and the step that comes in."""
     total, gaps = 0, dict[int, int]()  # the longest before an update in which no connection moves, of each rule
-    steps = range(1, horizon.steps + 1)
-    moves = {step for step in steps if schedule.due(step, horizon, rule.due(step, horizon))}
+    moves = set(schedule.steps(horizon, rule.updates(horizon)))
     for name, window in rule.windows(layers, rule.initial_state()).items():
         own, topology = rule.of(name), layers[name].topology
         if window.length(horizon) == 1:
             continue
         if id(own) not in gaps:
-            due = {step for step in steps if own.due(step, horizon)}
+            due = set(own.updates(horizon))
             pairs = itertools.pairwise(sorted({0, *due, *moves}))
             gaps[id(own)] = max((after - before for before, after in pairs if after in due), default=0)
         is_dense = "dense_gradient" in own.needs

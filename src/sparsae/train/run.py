@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from sparsae.train.assemble import optimizer_of, trainer_of
 from sparsae.train.data import TrainData
 from sparsae.train.held_out import HeldOut
 from sparsae.train.joining import joined
+from sparsae.train.machine import require_machine
 from sparsae.train.memory import forget_peak, keep_freed_memory, out_of_memory_is_told
 from sparsae.train.model import choose_device, model_of, require_fit
 from sparsae.train.objective import failed_compilation_is_told
@@ -45,8 +45,6 @@ from sparsae.train.saving import SavedRun, Saver, read_saved
 from sparsae.train.source import Source, read_source
 from sparsae.train.stopping import StopRequest
 from sparsae.train.summary import closing, headline, summarize
-
-_THREADS = 256  # or four for each core: more than that is a slip, and systems refuse to make them
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +98,7 @@ def starting(
     here = ranks()
     if here.count == 1:
         refuse_ranks("one of several runs")
-    _require_threads(config)
+    require_machine(config)
     out = Path(here.from_first(str(out)))
     if here.is_first:
         refuse_occupied(out, config)
@@ -199,20 +197,10 @@ def _require_steps(run: RunDirectory, config: Config, steps: int | None) -> None
         )
 
 
-def _require_threads(config: Config) -> None:
-    threads, cores = config.training.threads, os.cpu_count() or 1
-    if threads is not None and threads > max(_THREADS, 4 * cores):
-        raise InputError(f"training.threads {threads}: this machine has {cores} cores; give at most so many, or null")
-
-
 def _prepare(config: Config, display: Display, source: Source | Pretrained | None = None) -> _Parts:
-    _require_threads(config)
+    require_machine(config)
     set_up_processor(config.training.threads)
     device = choose_device(config.training.device)
-    for name in config.tracking.named:
-        make = OBSERVERS[name]
-        if isinstance(make, type) and issubclass(make, Observer):
-            make.require()
     require_fit(config)
     here = ranks()
     if not here.is_first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
 from sparsae.config import DataConfig
@@ -28,14 +29,13 @@ from sparsae.train.progress import Display
 class Comparison:
     """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either.
 
-    admit: raises InputError for a run that cannot be executed as it shall be.
+    admit: each raises InputError for a run that cannot be executed as it shall be.
     """
 
     def __init__(
-        self, plan: ComparisonPlan, out: Path, quiet: bool = False, admit: Callable[[Job], None] | None = None
+        self, plan: ComparisonPlan, out: Path, quiet: bool = False, admit: Sequence[Callable[[Job], None]] = ()
     ) -> None:
         require_place(out, plan)
-        admit = admit or (lambda _: None)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._vocabularies: dict[str, int] = {}  # by the settings of the text, as JSON
@@ -44,13 +44,13 @@ class Comparison:
         self._tasks = read_tasks(plan.tasks) if plan.tasks else []
         self._trials: dict[tuple[str, float, Key], Trial] = {}
         require_effect(plan)
-        for seed, sparsity, variant in cells(plan):
-            # Wrong settings of any run are refused now, not hours later.
-            admit(self.lengths.job(variant, sparsity, seed, "runs", {}))
+        # Wrong settings of any run are refused now, not hours later.
+        jobs = [self.lengths.job(variant, sparsity, seed, "runs", {}) for seed, sparsity, variant in cells(plan)]
         for tuned in self._tuned():
-            for axis in plan.axes(*tuned):
-                for value in axis.values:
-                    admit(self.lengths.trial(*tuned, {axis.setting: value}))
+            points = ({axis.setting: value} for axis in plan.axes(*tuned) for value in axis.values)
+            jobs += [self.lengths.trial(*tuned, point) for point in points]
+        for job, check in product(jobs, admit):
+            check(job)
 
     def run(self, executor: Callable[[int], Executor]) -> Results | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.

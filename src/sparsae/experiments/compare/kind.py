@@ -23,7 +23,7 @@ class Compare(Kind):
     plan = ComparisonPlan
 
     def experiment(
-        self, plan: ComparisonPlan, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None
+        self, plan: ComparisonPlan, out: Path, quiet: bool, admit: Sequence[Callable[[Job], None]] = ()
     ) -> Experiment:
         from sparsae.experiments.compare.experiment import Comparison
 
@@ -31,7 +31,10 @@ class Compare(Kind):
 
     def planned(self, plan: ComparisonPlan, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
         from sparsae.experiments.compare.lengths import RunLengths
+        from sparsae.tasks.study import read_tasks
 
+        if plan.tasks is not None:
+            read_tasks(plan.tasks)  # which refuses what is not there
         return RunLengths(plan, vocabulary).planned()
 
     def read(self, content: dict[str, Any], origin: str) -> Results:

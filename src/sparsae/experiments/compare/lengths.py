@@ -96,14 +96,16 @@ class RunLengths:
         tuning = self.plan.tuning
         if tuning.budget is None:
             return tuning.share
-        runs = trials = 0.0
+        runs = trials = 0
+        compared, tried = Jobs(), Jobs()
         for sparsity in self.plan.sparsities:
             for variant in self.plan.all_variants:
-                flops = self.job(variant, sparsity, tuning.seed, "runs", {}).flops
-                runs += len(self.plan.seeds) * flops
-                if variant in self.plan.named_variants:
-                    values = sum(len(axis.values) for axis in self.plan.axes(variant, sparsity))
-                    trials += tuning.rounds * values * flops
+                job = self.job(variant, sparsity, tuning.seed, "runs", {})
+                runs += len(self.plan.seeds) * job.flops if compared.add(job) is job else 0
+                for axis in self.plan.axes(variant, sparsity) if variant in self.plan.named_variants else ():
+                    for value in axis.values:
+                        job = self.job(variant, sparsity, tuning.seed, "runs", {axis.setting: value})
+                        trials += tuning.rounds * job.flops if tried.add(job) is job else 0
         return min(tuning.share, tuning.budget * runs / trials) if trials else tuning.share
 
 

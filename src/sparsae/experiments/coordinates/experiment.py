@@ -22,6 +22,7 @@ from sparsae.experiments.page import write_page_of
 from sparsae.experiments.registry import KINDS
 from sparsae.files import to_json, write_atomically
 from sparsae.report.readable import duration
+from sparsae.train.machine import require_machine
 from sparsae.train.model import require_fit
 from sparsae.train.progress import Display
 
@@ -35,6 +36,7 @@ class Coordinates:
         plan.require_effect()
         for config in {(case.width, case.sparsity): config for case, config in self._configs.items()}.values():
             require_fit(config)
+            require_machine(config)
 
     def run(self, executor: object = None) -> Results:
         """Run every case; the slopes and their summary, which the directory gets as coordinates.json and report.html.

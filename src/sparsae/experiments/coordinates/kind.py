@@ -21,7 +21,7 @@ class CoordinatesKind(Kind):
     plan = CoordinatesPlan
 
     def experiment(
-        self, plan: CoordinatesPlan, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None
+        self, plan: CoordinatesPlan, out: Path, quiet: bool, admit: Sequence[Callable[[Job], None]] = ()
     ) -> Experiment:
         from sparsae.experiments.coordinates.experiment import Coordinates
 

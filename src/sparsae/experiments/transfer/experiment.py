@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 from sparsae.config import DataConfig
@@ -23,19 +24,18 @@ from sparsae.train.progress import Display
 class Transfer:
     """A plan in a directory. Raises InputError, before anything is written, for whatever is wrong with either.
 
-    admit: raises InputError for a run that cannot be executed as it shall be.
+    admit: each raises InputError for a run that cannot be executed as it shall be.
     """
 
     def __init__(
-        self, plan: TransferPlan, out: Path, quiet: bool = False, admit: Callable[[Job], None] | None = None
+        self, plan: TransferPlan, out: Path, quiet: bool = False, admit: Sequence[Callable[[Job], None]] = ()
     ) -> None:
         require_place(out, plan)
         self.plan, self.out, self.board = plan, out, Board(quiet)
         self._display = Display(quiet)
         self._sweep = Sweep(plan, self._vocabulary)
-        if admit is not None:
-            for job in self._sweep.jobs.values():
-                admit(job)
+        for job, check in product(self._sweep.jobs.values() if admit else (), admit):
+            check(job)
 
     def run(self, executor: Callable[[int], Executor]) -> Results | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.

@@ -23,7 +23,7 @@ class TransferKind(Kind):
     plan = TransferPlan
 
     def experiment(
-        self, plan: TransferPlan, out: Path, quiet: bool, admit: Callable[[Job], None] | None = None
+        self, plan: TransferPlan, out: Path, quiet: bool, admit: Sequence[Callable[[Job], None]] = ()
     ) -> Experiment:
         from sparsae.experiments.transfer.experiment import Transfer
 

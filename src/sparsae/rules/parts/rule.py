@@ -9,9 +9,8 @@ candidate.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from sparsae.config.rules import BurnInConfig, MicroBatchConfig
@@ -116,12 +115,16 @@ class Rule(ABC, Generic[State]):
         """Whether an update follows optimizer step `step`, counted from 1."""
         return self.when.due(step, horizon)
 
+    def updates(self, horizon: Horizon) -> Iterator[int]:
+        """The steps of a run that an update follows, in order."""
+        return self.when.steps(horizon)
+
     def ramp_steps(self, horizon: Horizon) -> int:
         """Over how many steps a grown connection's learning rate rises; 0: it is the whole rate at once."""
         updates = in_updates(self.ramp)
         if updates is None:
             return span_steps(self.ramp, horizon) if self.ramp else 0
-        due = islice((step for step in range(1, horizon.steps + 1) if self.due(step, horizon)), 2)
+        due = self.updates(horizon)
         first, second = next(due, horizon.steps), next(due, horizon.steps)
         return updates * max(1, second - first)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from heapq import merge
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsae.config.span import Horizon
@@ -34,6 +36,9 @@ class AnyOf(Cadence):
 
     def due(self, step: int, horizon: Horizon) -> bool:
         return any(cadence.due(step, horizon) for cadence in self.cadences)
+
+    def steps(self, horizon: Horizon) -> Iterator[int]:
+        return (step for step, _ in groupby(merge(*(cadence.steps(horizon) for cadence in self.cadences))))
 
 
 @dataclasses.dataclass(frozen=True)

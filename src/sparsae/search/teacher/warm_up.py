@@ -41,6 +41,19 @@ class WarmUp:
         share = self._config.share
         return math.floor(share * (before + rows)) - math.floor(share * before)
 
+    def taught_over(self, steps: range, passes: int, rows: int) -> int:
+        """The sum of `taught` over all forward passes of the steps of a stretch at which `alpha` is above 0.
+
+        What one pass begins with is what the one before ended with, so the ends are all that counts.
+        """
+        if not self._config.alpha or (self._config.warmup != "fraction" and not self.over_by_validation):
+            return 0
+        shares = (self._config.start, self._config.warmup_fraction if self._config.warmup == "fraction" else 0.0)
+        first = max(steps.start, *(math.ceil(share * self._steps) for share in shares))
+        begin, end = (-(-step // self._config.every) * passes * rows for step in (first, steps.stop))
+        share = self._config.share
+        return math.floor(share * end) - math.floor(share * begin) if begin < end else 0
+
     def observe(self, validation_loss: float) -> None:
         """Take note of a validation loss (nats); the first one is the untrained model's."""
         if self._first_loss is None:
