@@ -30,7 +30,8 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 def seconds_by_part(step: Callable[[], None], search: Callable[[], float]) -> dict[str, float]:
     """The wall time of one call of `step` by NAMES. search: the seconds that the search has taken so far."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says when it starts and stops
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # There is one cycle, whose events stay either way; torch 2.11 warns where it is not asked for them.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         searched, started = search(), time.perf_counter()
         step()
         whole, searched = time.perf_counter() - started, search() - searched
