@@ -19,6 +19,7 @@ from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.shipped import methods
 from sparsae.errors import InputError
 from sparsae.registry import RULES, Registry, import_files
+from sparsae.rules import build_rule
 
 
 class OneConfig(RuleConfig):
@@ -208,6 +209,26 @@ def test_files_that_a_variable_names_replace_no_module(tmp_path: Path, monkeypat
         with pytest.raises(InputError, match="SystemExit: 3" if name == "leaves.py" else "give the file another name"):
             import_files()
     assert "leaves" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("config.evry", r"broken\.py:\d+: AttributeError: 'LocalConfig' object has no attribute 'evry'"),
+        ('int("all")', r"broken\.py:\d+: ValueError: invalid literal"),
+    ],
+)
+def test_a_mistake_in_what_makes_a_rule_is_told_with_its_place(
+    wrong: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(LOCAL.replace('"local"', '"broken"').replace("CosineFraction(0.1)", wrong))
+    monkeypatch.setenv("SPARSAE_IMPORT", str(tmp_path / "broken.py"))
+    import_files()
+    try:
+        with pytest.raises(InputError, match=f"^rule 'broken' cannot be made: .*{told}"):
+            build_rule(resolve(None, None, "broken").topology)
+    finally:
+        del sys.modules["broken"], RULES._entries["broken"]
 
 
 LOCAL = """

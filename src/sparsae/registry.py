@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, Generic, TypeVar
 
 from sparsae.errors import InputError
@@ -152,10 +153,27 @@ class Registry(Names[Entry]):
             if owner != name:
                 raise InputError(f"{settings.__qualname__} is the settings of {self.kind} '{owner}', not of '{name}'")
             settings.registered_name = name
-            self._entries[name] = Entry(name, settings, build)
+            is_own = home.startswith(f"{self._package}.")
+            self._entries[name] = Entry(name, settings, build if is_own else self._telling(name, build))
             return build
 
         return registered
+
+    def _telling(self, name: str, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The same, of somebody else, with what goes wrong in it as an InputError that says where in its file."""
+
+        def make(settings: Any) -> Any:
+            try:
+                return build(settings)
+            except InputError:
+                raise
+            except Exception as error:
+                file = getattr(sys.modules.get(build.__module__), "__file__", None)
+                lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
+                place = f"{file}:{lines[-1]}" if lines else build.__module__
+                raise InputError(f"{self.kind} '{name}' cannot be made: {place}: {_told(error)}") from error
+
+        return make
 
     def _require_settings(self, name: str, settings: object) -> None:
         base = f"sparsae.config.rules.{self.kind.title()}Config"  # by its name: pydantic takes long to import

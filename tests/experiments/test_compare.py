@@ -206,13 +206,6 @@ def test_a_finished_comparison_runs_nothing_again(arguments: list[str], unbroken
     assert {path: path.stat().st_mtime_ns for path in unbroken.glob("*/*/summary.json")} == before
 
 
-def test_a_changed_plan_is_refused(arguments: list[str], unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments, "--match", "steps", "--out", str(unbroken)]) == 2
-    message = capsys.readouterr().err.splitlines()
-    assert len(message) == 1
-    assert "match differ" in message[0]
-
-
 def test_the_page_stands_alone_and_tells_what_was_compared(unbroken: Path) -> None:
     page = (unbroken / "report.html").read_text()
     for section in ("results", "curves", "topology", "cost", "tuning", "settings", "reading"):
@@ -382,19 +375,25 @@ def test_several_settings_are_tuned_in_trials_as_long_as_a_budget_carries(settin
     out = tmp_path / "out"
     assert main(["compare", str(plan), "--out", str(out), *settings]) == 0
     found = results(out)
-    # Dense has 4 trials, static 6, of one share of a run; together they take as much as both runs do twice.
-    assert found["trial_share"] == pytest.approx(2 * 2 / (4 + 6), rel=0.05)
+    # Dense has 3 trials, static 5, of one share of a run, as a scale of 1 is there anyway: what both runs take twice.
+    assert found["trial_share"] == pytest.approx(2 * 2 / (3 + 5), rel=0.05)
     rows = {row["method"]: row for row in found["rows"]}
     for group in found["tuning"]:
         settings_of = [entry["setting"] for entry in group["looks"]]
         assert ("training.sparse_learning_rate" in settings_of) == (group["method"] == "static")
         row = rows[group["method"]]
         for trial in group["trials"]:
-            assert trial["steps"] == pytest.approx(0.4 * row["steps"], abs=1)
+            assert trial["steps"] == pytest.approx(0.5 * row["steps"], abs=1)
         best = min(group["trials"], key=lambda trial: trial["validation_loss"])
-        assert row["settings"] == group["settings"] == best["settings"]
+        assert row["settings"] == group["settings"]
+        assert best["settings"].items() <= row["settings"].items()
+        runs = {trial["run"]: trial["train_flops"] for trial in group["trials"]}
+        assert len(runs) == len(group["trials"])
+        assert group["train_flops"] == sum(runs.values())
         run = (out / row["run"] / "config.yaml").read_text()
         for setting, value in row["settings"].items():
             assert re.search(rf"{setting.rpartition('.')[2]}: ({value:g}|{value})\b", run)
     assert "sparse learning rate" in (out / "table.md").read_text()
-    assert "the longest that the budget of tuning carries" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "the longest that the budget of tuning carries" in page
+    assert f"and {len(list((out / 'tuning').iterdir()))} trials of tuning" in page

@@ -87,6 +87,7 @@ def test_every_run_is_fine_tuned_once(
         ({"epoch": 3}, [], ["tasks.epoch", "epochs"]),
         ({}, ["--minutes", "3"], ["--minutes", "tasks"]),
         ({"data": "missing"}, ["--dry-run"], ["missing", "no such directory"]),
+        ({"max_length": 640}, [], ["max_length 640", "give at most so many"]),
     ],
 )
 def test_wrong_tasks_are_refused_before_anything_is_trained(

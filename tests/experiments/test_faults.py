@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments import workers
 from sparsae.experiments.compare.plan import ComparisonPlan
+from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.jobs import require_same_settings
 from sparsae.experiments.matching import with_steps
 from sparsae.files import to_json
@@ -50,6 +52,25 @@ def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path) -> None:
     require_same_settings(tmp_path, config)
     with pytest.raises(InputError, match="other settings"):
         require_same_settings(tmp_path, with_steps(config, 7))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"match": "steps"}, "match differ ('flops' there, 'steps' here)"),
+        ({"settings": {"training": {"steps": 60, "clip": 1.0}}}, "settings.training.steps differ (40 there, 60 here)"),
+        ({"settings": {"training": {"steps": 40}}}, "settings.training.clip differ (1.0 there, null here)"),
+        ({"variants": {"a": {"method": "rigl"}}}, "variants.a.method differ ('set' there, 'rigl' here)"),
+    ],
+)
+def test_a_changed_plan_is_refused_by_what_differs(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    begun = {"settings": {"training": {"steps": 40, "clip": 1.0}}, "variants": {"a": {"method": "set"}}}
+    plan = ComparisonPlan.model_validate(begun)
+    require_place(tmp_path, plan)
+    with claimed(tmp_path, plan):
+        require_place(tmp_path, plan)
+    with pytest.raises(InputError, match=re.escape(says)):
+        require_place(tmp_path, ComparisonPlan.model_validate({**begun, **changed}))
 
 
 COMPARE, TRANSFER = "compare --methods static,set", "transfer --widths 128 --learning-rates 1e-3,2e-3"

@@ -257,6 +257,9 @@ def test_a_budget_of_trials_counts_those_of_equal_settings_once(variants: Any, r
     lengths = RunLengths(read("comparison", {**tree, "settings": small, "tuning": tuning}), lambda data: 300)
     assert lengths.trial_share == pytest.approx(0.8)  # two trials and two seeds of each
     assert sum(each.runs * each.steps for each in lengths.planned() if "trial" in each.what) == 4 * 16
+    grid = {"parameterization.initial_scale": [1, 2]}  # the first is what all have anyway
+    plan = read("comparison", {**tree, "settings": small, "tuning": {**tuning, "budget": 0.75, "grid": grid}})
+    assert RunLengths(plan, lambda data: 300).trial_share == pytest.approx(0.5)  # three trials of each
 
 
 @pytest.mark.parametrize("match", ["flops", "tokens", "steps"])

@@ -130,7 +130,7 @@ def test_headline_numbers(make_run: Callable[..., Path]) -> None:
     head = "".join(page.text[""].split())
     perplexity = metric_rows()[-1 - (metric_rows()[-1]["kind"] == "train")]["perplexity"]
     for expected in (
-        f"Validationperplexity{perplexity:.2f}unigram730.0,untrained4,447teacher",
+        f"Validationperplexity{perplexity:.2f}unigram730.0,atthestart4,447teacher",
         "Activeconnections70,000exactlythetarget",
         "TrainingFLOPs2.4T0.300ofdense,8T",
         "Stateofsparselayers2MB0.143ofdense,14MB",

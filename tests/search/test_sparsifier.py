@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +224,34 @@ def test_a_setting_without_effect_is_refused_with_the_reason() -> None:
 def test_the_name_of_a_rule_is_no_rule() -> None:
     with pytest.raises(InputError, match=r"topology: must be the settings of a rule, such as GmpConfig\(\), not 'gmp'"):
         SparsifierConfig(steps=3, topology="gmp")
+
+
+@pytest.mark.parametrize(
+    ("here", "told"),
+    [
+        ({}, []),
+        ({"steps": 60}, []),  # a longer training
+        ({"steps": 8}, ["of step 10, and the schedules end at steps=8"]),
+        ({"topology": SetConfig(every=7, drop_fraction=0.9)}, ["topology.every 7 (was 4), topology.drop_fraction 0.9"]),
+        ({"min_density": 0.1}, ["from here on: min_density 0.1 (was null)"]),
+    ],
+)
+def test_a_state_of_other_settings_is_taken_and_told(
+    here: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"steps": 40, "topology": SetConfig(every=4)}
+    model = mlp()
+    optimizer = OPTIMIZERS["ours"](model)
+    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(**settings))
+    run_steps(model, optimizer, sparsifier, 10)
+    state = sparsifier.state_dict()
+    caplog.clear()
+    again = Sparsifier(model, optimizer, SparsifierConfig(**{**settings, **here}))
+    again.load_state_dict(state)
+    assert again.step == 10
+    assert len(caplog.messages) == len(told)
+    assert all(words in message for words, message in zip(told, caplog.messages, strict=True))
+    caplog.clear()
+    del state["settings"]  # as an earlier version wrote it
+    again.load_state_dict(state)
+    assert [message for message in caplog.messages if "settings" in message] == []

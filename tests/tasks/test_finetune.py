@@ -234,6 +234,7 @@ def test_a_dense_run_is_called_dense(place: Path, tmp_path: Path, capsys: pytest
         (["--task", "sst2", "--seeds", "0"], ["--seeds", "1 to 1000"]),
         (["--task", "sst2", "--learning-rate", "nan"], ["--learning-rate", "finite"]),
         (["--task", "sst2", "--max-length", "2"], ["--max-length", "at least 8"]),
+        (["--task", "sst2", "--max-length", "640"], ["max_length 640", "give at most so many"]),
         (["--task", "sst2", "--precision", "float16"], ["--precision", "'float32' or 'bfloat16'"]),
         (["--task", "sst2", "--device", "tpu"], ["--device", "tpu"]),
     ],

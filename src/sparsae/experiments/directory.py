@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsae.config.complaints import shown
+from sparsae.config.difference import differences
 from sparsae.config.load import read_settings
 from sparsae.core.record import encode
 from sparsae.errors import InputError
@@ -50,14 +50,11 @@ def require_place(out: Path, plan: BasePlan) -> None:
     if not is_experiment(out):
         refuse_occupied(out)
         return
-    there = saved_plan(out)
-    for name in type(plan).model_fields:
-        ours, theirs = getattr(plan, name), getattr(there, name)  # kinds that have other keys differ at the first
-        if ours != theirs:
-            raise InputError(
-                f"{out}: holds an experiment whose {name} differ ({shown(_plain(theirs))} there, {shown(_plain(ours))} "
-                "here): give a new --out, or the plan that it was begun with"
-            )
+    for name, there, here in differences(saved_plan(out).model_dump(mode="json"), plan.model_dump(mode="json")):
+        raise InputError(
+            f"{out}: holds an experiment whose {name} differ ({there} there, {here} here): give a new --out, or the "
+            "plan that it was begun with"
+        )
 
 
 @contextmanager
@@ -74,7 +71,3 @@ def claimed(out: Path, plan: BasePlan) -> Iterator[int]:
         if not is_experiment(out):
             write_atomically(out / "plan.yaml", plan.dump())
         yield lock
-
-
-def _plain(value: object) -> object:
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

@@ -39,7 +39,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
         ),
     }
     curves = {key: (x, y) for key, (x, y) in curves.items() if _any(x) and _any(y)}
-    lines = {"untrained": run.untrained_loss, "unigram": run.unigram_loss}
+    lines = {"at the start": run.untrained_loss, "unigram": run.unigram_loss}
     lines = {name: value for name, value in lines.items() if math.isfinite(value)}
     if not curves:
         return None
@@ -52,8 +52,8 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
         ax.set_xlim(0, max(v for x, _ in curves.values() for v in x if math.isfinite(v)) or 1)
         for name, value in lines.items():
             ax.axhline(value, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
-            # Where the curves are far off: they begin at the untrained model's loss, and end near the other.
-            at = 1 if name == "untrained" else 0
+            # Where the curves are far off: they begin at the first, and end near the other.
+            at = 1 if name == "at the start" else 0
             ax.annotate(
                 f"{name} {decimal(value, 3)}",
                 (at, value),

@@ -15,7 +15,7 @@ def headline(run: RunData) -> list[Tile]:
     totals = run.totals
     validated = run.validation[-1] if run.validation else None
     trained = run.train[-1] if run.train else None
-    references = {"unigram": run.unigram_loss, "untrained": run.untrained_loss}
+    references = {"unigram": run.unigram_loss, "at the start": run.untrained_loss}
     against = [f"{name} {decimal(perplexity(loss))}" for name, loss in references.items() if math.isfinite(loss)]
     teacher = or_nan(validated.teacher_loss) if validated else math.nan
     nnz = trained.nnz if trained else sum(layer.nnz for layer in run.last_layers.values()) or math.nan

@@ -59,8 +59,8 @@ def body(run: RunData) -> str:
 def _training(run: RunData) -> str:
     rates = draw.training_curve
     lead = (
-        "Lower is better; the dotted lines are an untrained model and one that knows only how frequent each token is. "
-        "By FLOPs, runs of different sparsity can be held against each other."
+        "Lower is better; the dotted lines are the model before its first step and one that knows only how frequent "
+        "each token is. By FLOPs, runs of different sparsity can be held against each other."
     )
     panels = [
         draw.loss(run, "step"),

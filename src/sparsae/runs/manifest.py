@@ -8,7 +8,7 @@ digests of its tensors and of the metrics up to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from sparsae.config import Config
 from sparsae.config.complaints import nearest, shown
+from sparsae.config.difference import differences
 from sparsae.config.load import resolve, setting_names
 from sparsae.config.text import dump
 from sparsae.errors import InputError
@@ -155,7 +156,8 @@ class Manifest:
         """How settings differ from the run's own, at no step yet."""
         if config == self.config:
             return []
-        return list(_changes(config.model_dump(mode="json"), self.config.model_dump(mode="json"), ""))
+        found = differences(self.config.model_dump(mode="json"), config.model_dump(mode="json"))
+        return [SettingChange(0, change.name, before=change.there, after=change.here) for change in found]
 
     def _not_yet_extended(self, there: Config) -> bool:
         """Whether config.yaml is that of before the last extension: a crash came between the two files."""
@@ -183,11 +185,3 @@ class Manifest:
         training = self.config.training
         config = self.config.model_copy(update={"training": training.model_copy(update={"steps": steps})})
         return replace(self, config=config, extensions=(*self.extensions, Extension(step, training.steps, steps)))
-
-
-def _changes(there: Any, ours: Any, key: str) -> Iterator[SettingChange]:
-    if isinstance(there, Mapping) and isinstance(ours, Mapping):
-        for name in {**ours, **there}:
-            yield from _changes(there.get(name), ours.get(name), f"{key}.{name}" if key else name)
-    elif there != ours:
-        yield SettingChange(0, key, shown(ours), shown(there))

@@ -46,7 +46,7 @@ from sparsae.search.parallel import DataParallel
 from sparsae.search.ramp import Ramp
 from sparsae.search.scoring import ScoreFunction, StudyFunction
 from sparsae.search.sharding import in_parts, refuse_unfit_shards
-from sparsae.search.state import digests, refuse_other_state
+from sparsae.search.state import digests, refuse_other_state, tell_other_settings
 from sparsae.search.teacher import Teacher
 from sparsae.search.updates import TopologySearch, Update
 
@@ -333,6 +333,7 @@ class Sparsifier:
         return {
             "step": self.step,
             "rule": self.search.rule.name,
+            "settings": self.config.model_dump(mode="json"),
             "search": self.search.state_dict(),
             "burn_in": self._burn_in.state_dict(),
             "ramp": self._ramp.state_dict(),
@@ -345,10 +346,11 @@ class Sparsifier:
         """From `state_dict`, after the states of model and optimizer were loaded.
 
         Raises InputError for anything else: of other sparse layers or connections, another rule, or with a teacher
-        where this Sparsifier has none.
+        where this Sparsifier has none. Other settings count from now on, with a warning in the log.
         """
         self._parallel.in_parts()
         refuse_other_state(state, self.search.rule.name, self._layers, self.teacher is not None)
+        tell_other_settings(state, self.config)
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
             self.teacher.reconnect(self._model)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from sparsae.config.difference import differences
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.topology import digest
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
 
-# What every state has; those without an age of connections may lack "ramp".
+log = logging.getLogger(__name__)
+
+# What every state has; those without an age of connections may lack "ramp", those of earlier versions "settings".
 _KEYS = ("step", "rule", "search", "burn_in", "initial_densities", "topologies", "teacher")
 
 
@@ -37,3 +42,13 @@ def refuse_other_state(
             )
     if (state["teacher"] is None) != (not has_teacher):
         raise InputError("only one of the state and this Sparsifier has a teacher: make it with the same `teacher`")
+
+
+def tell_other_settings(state: Mapping[str, Any], config: SparsifierConfig) -> None:
+    """Log a warning where a state is of a training with other settings, but for a longer one, or is behind its end."""
+    here, step = config.model_dump(mode="json"), int(state["step"])
+    there = {**state.get("settings", here), "steps": config.steps}
+    if changed := [f"{d.name} {d.here} (was {d.there})" for d in differences(there, here)]:
+        log.warning("the state is of other settings; from here on: %s", ", ".join(changed))
+    if step > config.steps:
+        log.warning("the state is of step %d, and the schedules end at steps=%d: nothing moves", step, config.steps)

@@ -66,7 +66,7 @@ def finetune(
     """
     loaded = load_run(run, best=best)
     device = loaded.device if settings.device is None else choose_device(settings.device, "--device")
-    length = min(settings.max_length or loaded.config.model.context, loaded.config.model.context)
+    length = settings.max_length or loaded.config.model.context
     sets = {"train": data.train, **data.validations}
     encoded, shortened = dict[str, list[Encoded]](), 0
     for name, examples in sets.items():

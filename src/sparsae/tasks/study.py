@@ -57,6 +57,12 @@ def read_tasks(settings: FinetuneConfig) -> list[TaskData]:
     return tasks
 
 
+def require_length(settings: FinetuneConfig, context: int) -> None:
+    """Raise InputError where examples may be longer than what the model reads."""
+    if settings.max_length is not None and settings.max_length > context:
+        raise InputError(f"max_length {settings.max_length}: the model reads {context} tokens; give at most so many")
+
+
 def finetune_run(
     path: Path,
     settings: FinetuneConfig,
@@ -77,6 +83,7 @@ def finetune_run(
 
     run = RunDirectory.open(path)
     config = run.config()
+    require_length(settings, config.model.context)
     modes = _modes(path, config.sparsity.sparsity > 0, settings)
     identity = _identity(run, best)
     out = path / "tasks" if out is None else out

@@ -105,7 +105,7 @@ def closing(summary: Summary, run: RunDirectory) -> str:
     return (
         f"validation perplexity {readable_perplexity(summary.validation_perplexity)} "
         f"({tested}unigram {readable_perplexity(summary.unigram_perplexity)}, "
-        f"untrained {readable_perplexity(summary.untrained_perplexity)}) · "
+        f"at the start {readable_perplexity(summary.untrained_perplexity)}) · "
         f"nnz {summary.nnz:,} of target {summary.nnz_target:,} · "
         f"{summary.train_flops / max(1, summary.train_flops_dense_equivalent):.3f} of dense FLOPs · "
         f"{summary.tokens:,} tokens in {summary.seconds:.0f} s"

@@ -22,7 +22,7 @@ from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.jobs import Failure, Job, forget_checkpoints, outcome
 from sparsae.experiments.page import write_page
-from sparsae.tasks.study import read_tasks
+from sparsae.tasks.study import read_tasks, require_length
 from sparsae.train.progress import Display
 
 
@@ -47,10 +47,11 @@ class Comparison:
         # Wrong settings of any run are refused now, not hours later.
         jobs = [self.lengths.job(variant, sparsity, seed, "runs", {}) for seed, sparsity, variant in cells(plan)]
         for tuned in self._tuned():
-            points = ({axis.setting: value} for axis in plan.axes(*tuned) for value in axis.values)
-            jobs += [self.lengths.trial(*tuned, point) for point in points]
+            jobs += [self.lengths.trial(*tuned, point) for point in self.lengths.grid(*tuned)]
         for job, check in product(jobs, admit):
             check(job)
+        if plan.tasks is not None:
+            require_length(plan.tasks, min(job.config.model.context for job in jobs))
 
     def run(self, executor: Callable[[int], Executor]) -> Results | None:
         """Execute what is not yet done; the results, or None where a signal stopped it after saving.

@@ -64,17 +64,27 @@ class RunLengths:
         require_effect(plan)
         for sparsity in plan.sparsities:
             for variant in plan.named_variants:
-                for axis in plan.axes(variant, sparsity):
-                    for point in ({axis.setting: value} for value in axis.values):
-                        job = self.trial(variant, sparsity, point)
-                        if jobs.add(job) is job:
-                            cost = self.cost(variant, sparsity, point)
-                            found.append(Planned.of(f"{variant}: trial", sparsity, job, cost))
+                for point in self.grid(variant, sparsity):
+                    job = self.trial(variant, sparsity, point)
+                    if jobs.add(job) is job:
+                        cost = self.cost(variant, sparsity, point)
+                        found.append(Planned.of(f"{variant}: trial", sparsity, job, cost))
         for seed, sparsity, variant in cells(plan):
             job = self.job(variant, sparsity, seed, "runs", {})
             if jobs.add(job) is job:
                 found.append(Planned.of(variant, sparsity, job, self.cost(variant, sparsity)))
         return merged(found)
+
+    def grid(self, variant: str, sparsity: float) -> list[Point]:
+        """The points of a variant's grids, each axis with the first values of those before, for their unknown best.
+
+        So a value that is the setting's own anyway makes a point of equal settings, as it does when tuning comes to it.
+        """
+        points, around = list[Point](), dict[str, float]()
+        for axis in self.plan.axes(variant, sparsity):
+            points += [{**around, axis.setting: value} for value in axis.values]
+            around[axis.setting] = axis.values[0]
+        return points
 
     def trial(self, variant: str, sparsity: float, point: Point) -> Job:
         """A run that tries a point, of the length of all trials."""
@@ -102,10 +112,9 @@ class RunLengths:
             for variant in self.plan.all_variants:
                 job = self.job(variant, sparsity, tuning.seed, "runs", {})
                 runs += len(self.plan.seeds) * job.flops if compared.add(job) is job else 0
-                for axis in self.plan.axes(variant, sparsity) if variant in self.plan.named_variants else ():
-                    for value in axis.values:
-                        job = self.job(variant, sparsity, tuning.seed, "runs", {axis.setting: value})
-                        trials += tuning.rounds * job.flops if tried.add(job) is job else 0
+                for point in self.grid(variant, sparsity) if variant in self.plan.named_variants else ():
+                    job = self.job(variant, sparsity, tuning.seed, "runs", point)
+                    trials += tuning.rounds * job.flops if tried.add(job) is job else 0
         return min(tuning.share, tuning.budget * runs / trials) if trials else tuning.share
 
 

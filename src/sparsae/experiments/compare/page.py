@@ -93,14 +93,14 @@ def _headline(results: Results) -> list[Tile]:
         best = min(known, key=lambda method: known[method].mean, default=None)
         lowest = f"lowest mean: {best}, {interval_text(known[best])}" if best else ""
         tiles.append(Tile(f"Best at {percent(entry.sparsity)} sparsity", entry.winner or "no winner", [lowest]))
-    trials = sum(len(group.trials) for group in tuning)
-    spent = sum(group.train_flops for group in tuning)
-    notes = [f"and {trials} trials of tuning" if trials else "nothing was tuned"]
+    trials = list({trial.run: trial for group in tuning for trial in group.trials}.values())
+    spent = sum(trial.train_flops or 0 for trial in trials)
+    notes = [f"and {len(trials)} trials of tuning" if trials else "nothing was tuned"]
     tiles.append(Tile("Compared runs", count(len(rows)), notes))
     total = sum(row.train_flops or 0 for row in rows)
     tiles.append(Tile("FLOPs of the runs", compact(total), [f"tuning: {compact(spent)}" if trials else ""]))
     seconds = sum(row.seconds or 0 for row in rows)
-    tried = sum(trial.seconds or 0 for group in tuning for trial in group.trials)
+    tried = sum(trial.seconds or 0 for trial in trials)
     if not results.is_stacked:
         tiles.append(Tile("Time of the runs", duration(seconds), [f"tuning: {duration(tried)}" if trials else ""]))
     return tiles

@@ -174,7 +174,9 @@ def _tuning(out: Path, search: Search, together: set[str]) -> TuningRow:
     trials = {key_of(trial.point): trial for trial in search.trials}
     config = next((t.job.config for t in search.trials if t.point == search.found.point), search.trials[0].job.config)
     edges = [look for look in search.found.looks if look.at_edge]
-    rows = tuple(_trial(out, trial, together) for trial in search.trials)
+    # Points of equal settings are one run, which is named by the first of them.
+    by_run = {trial.job.name: trial for trial in reversed(search.trials)}
+    rows = tuple(_trial(out, trial, together) for trial in search.trials if by_run[trial.job.name] is trial)
     return TuningRow(
         method=search.variant,
         sparsity=search.sparsity,
