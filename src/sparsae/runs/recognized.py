@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparsae.errors import InputError
 from sparsae.files import read_json
+from sparsae.runs.lock import LOCK
 from sparsae.runs.manifest import NAME
 
 # Files of other layers, by which their directories are known.
@@ -49,6 +50,10 @@ def what_is(path: Path) -> str:
         return "it holds checkpoints of transformers' Trainer: only train --from and check sparsity read one of them"
     if found := _one_of(path):
         return found
+    if LOCK in names:
+        return (
+            "nothing of a run is written there yet: one is being set up, or was killed at that; try again in a moment"
+        )
     more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
     return f"it has no config.yaml, but {entries[0].name}{more}: give the directory that train wrote (--out)"
 
