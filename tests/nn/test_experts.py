@@ -21,6 +21,7 @@ from sparsae.rules.rigl import RiglConfig
 from sparsae.rules.set import SetConfig
 from tests.support.architectures import ARCHITECTURES
 from tests.support.masked_twin import require_equal
+from tests.support.versions import IS_OLD
 
 NAMES = ["Mixtral", "Qwen3-MoE", "gpt_oss"]
 TOKENS = torch.randint(3, 48, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -54,7 +55,7 @@ def routed(count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 def test_experts_compute_what_their_dense_twins_do(name: str) -> None:
     model = sparsify(experts_of(name), 0.7)
     x, experts, weights = routed(-1 if name == "gpt_oss" else 4)
-    if name == "gpt_oss":
+    if name == "gpt_oss" or IS_OLD:  # whose one_hot knows no expert that does not exist
         experts[3, 0] = 2
     twin = require_equal(model, lambda m: m.experts(x, experts, weights).sin().sum())  # type: ignore[operator]
     dense = experts_of(name).experts

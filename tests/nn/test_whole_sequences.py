@@ -43,6 +43,7 @@ def test_hidden_states_are_those_of_transformers(case: str, tokens: Tensor) -> N
     assert torch.equal(hidden_states(decoder, tokens), want)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which an old torch looks at
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_attention_has_a_mask_only_where_it_hides_something(
     case: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
