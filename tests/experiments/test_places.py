@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sparsae.errors import DivergedError, InputError
 from sparsae.experiments.compare.lengths import RunLengths
 from sparsae.experiments.compare.plan import ComparisonPlan, Tuning, Variant
 from sparsae.experiments.coordinates.plan import CoordinatesPlan
-from sparsae.experiments.plan import BasePlan, read_plan
+from sparsae.experiments.plan import BasePlan, parse_plan, read_plan
 from sparsae.experiments.transfer.plan import TransferPlan
 from sparsae.registry import RULES, TERMS
 from sparsae.train.divergence import diverged
@@ -233,6 +234,24 @@ def test_what_is_too_short_says_what_could_be_raised(
     with pytest.raises(InputError) as error:
         schedule.trial("static", 0.9, {"training.learning_rate": 1e-3})
     assert advice in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (
+            {"learning_rates": [1e-3, 2e-3]},
+            "plan.yaml: learning_rates: no such setting; did you mean tuning.learning_rates?",
+        ),
+        ({"training": {"steps": 3}}, "plan.yaml: training: no such setting; did you mean settings.training?"),
+        ({"tuning": {"rate": 1}}, "plan.yaml: tuning.rate: no such setting; tuning has: learning_rates, grid"),
+        ({"variants": {"a": {"metod": "set"}}}, "variants.a.metod: no such setting; did you mean variants.a.method?"),
+        ({"variants": {"a": {}}}, "plan.yaml: variants.a.method: is needed"),
+    ],
+)
+def test_a_key_that_is_elsewhere_or_misspelt_is_told(tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        parse_plan({"methods": ["static"], **tree}, "plan.yaml", ComparisonPlan)
 
 
 def test_what_is_foreseen_has_equal_settings_once_and_names_what_is_not_counted(read: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from sparsae.config import Section
+from sparsae.config import Config, Section
 from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, unknown_key
 from sparsae.config.effect import idle_settings, is_default
 from sparsae.config.load import read_settings
@@ -150,10 +150,15 @@ def parse_plan(tree: Mapping[str, Any], where: str | Mapping[Keys, str], plan: t
     try:
         found = plan.model_validate(tree)
     except ValidationError as errors:
-        error = errors.errors(include_url=False)[0]
+        every = errors.errors(include_url=False)
+        # A key that is misspelt may be the one that is missing.
+        error = next((each for each in every if each["type"] == "extra_forbidden"), every[0])
         keys = tuple(str(key) for key in error["loc"])
         if error["type"] == "extra_forbidden":
-            raise InputError(f"{place(keys)}: {unknown_key(keys, _around(plan, keys).model_fields, ())}") from None
+            known = unknown_key(keys, _around(plan, keys).model_fields, _names(plan))
+            if len(keys) == 1 and keys[0] in Config.model_fields:
+                known = f"no such setting; did you mean settings.{keys[0]}?"
+            raise InputError(f"{place(keys)}: {known}") from None
         if error["type"] == "missing":
             raise InputError(f"{place(keys)}: is needed") from None
         raise InputError(explain(error, error["loc"], dict.fromkeys(origins, place))) from None
@@ -186,6 +191,14 @@ def _around(section: type[Section], keys: Sequence[str]) -> type[Section]:
         if key in section.model_fields:
             section = _section_in(section.model_fields[key].annotation) or section
     return section
+
+
+def _names(section: type[Section]) -> Iterator[str]:
+    """The dotted names of what a section has, and of what its own sections have."""
+    for name, field in section.model_fields.items():
+        yield name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from (f"{name}.{inner}" for inner in _names(field.annotation))
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
