@@ -25,12 +25,12 @@ from typing import Any
 from unittest import mock
 
 from tests.support.runs import write_text
-from tests.support.versions import IS_OLD
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "golden"
-# Relative, of float64.
-TOLERANCE = 1e-6 if IS_OLD else 1e-9
+# Relative. Arithmetic is in float64, but runs that draw their grown weights part by 1e-8 between two processors. Other
+# connections are seen at 1e-3.
+TOLERANCE = 1e-6
 
 COMMON = (
     # Bytes, without merges: no version of a tokenizer library moves a number.
