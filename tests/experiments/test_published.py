@@ -58,6 +58,23 @@ def test_the_table_of_a_less_wide_model_is_that_of_its_rows() -> None:
     assert f"level with it ({told(found).lstrip('−')} below it, six seeds)" in (ROOT / "README.md").read_text("utf-8")
 
 
+def test_longer_runs_are_told_as_they_were() -> None:
+    rows = {
+        (row["seed"], row["tokens"] > 20e6, row["method"]): row["test_loss"]
+        for name in ("results", "longer-95")
+        for row in json.loads((ROWS / f"{name}.json").read_text())["rows"]
+        if row["sparsity"] == 0.95
+    }
+    page = PAGE.read_text("utf-8").replace("−", "-").replace("*", "")
+    for seed in (0, 1):
+        for longer in (False, True):
+            static, moved = (rows[seed, longer, method] for method in ("static", "sparsae"))
+            tokens = "28.1M" if longer else "5.1M"
+            assert f"| {seed} | {tokens} | {static:.3f} | {moved:.3f} | {moved - static:+.3f} |" in page
+    first, second = (rows[seed, True, "static"] - rows[seed, True, "sparsae"] for seed in (0, 1))
+    assert f"still {first:.3f} and {second:.3f} below a static\n  topology" in (ROOT / "README.md").read_text("utf-8")
+
+
 def difference(method: str, reference: str, sparsity: float) -> Difference:
     found = paired_difference(losses(method, sparsity), losses(reference, sparsity))
     assert found is not None
