@@ -48,13 +48,21 @@ def test_the_table_of_a_less_wide_model_is_that_of_its_rows() -> None:
     narrow = of_bytes((1, "dense-small-8"), (3, "dense-small-8"), (12, "dense-small"), (13, "dense-small"))
     found = paired_difference(wide, narrow)
     assert found is not None
+    lower = of_bytes((14, "sparsae"), (15, "sparsae"))
     page = (ROOT / "docs" / "results" / "bytes.md").read_text("utf-8").replace("−", "-")
-    for name, losses in (("`sparsae`, 160 wide, 83 %", wide), ("`dense-small`, 72 wide", narrow)):
+    for name, losses in (
+        ("`sparsae`, 160 wide, 83 %", wide),
+        ("`dense-small`, 72 wide", narrow),
+        ("`sparsae`, half the rate", lower),
+    ):
         spread = (mean(losses.values()), stdev(losses.values()))
         row = " | ".join(f"{value:.3f}" for value in (*(losses[seed] for seed in range(6)), *spread))
         assert f"| {name} | {row} |" in page
-    pairs = " | ".join(f"{wide[seed] - narrow[seed]:+.3f}" for seed in range(6))
-    assert f"| difference | {pairs} | {told(found).replace('−', '-')} | |" in page
+    for name, each in (("difference", wide), ("its difference", lower)):
+        between = paired_difference(each, narrow)
+        assert between is not None
+        pairs = " | ".join(f"{each[seed] - narrow[seed]:+.3f}" for seed in range(6))
+        assert f"| {name} | {pairs} | {told(between).replace('−', '-')} | |" in page
     assert f"level with it ({told(found).lstrip('−')} below it, six seeds)" in (ROOT / "README.md").read_text("utf-8")
 
 
