@@ -66,6 +66,15 @@ def test_the_table_of_a_less_wide_model_is_that_of_its_rows() -> None:
     assert f"level with it ({told(found).lstrip('−')} below it, six seeds)" in (ROOT / "README.md").read_text("utf-8")
 
 
+def test_a_static_topology_of_that_width_is_told_as_it_was() -> None:
+    folder = ROOT / "docs" / "results" / "bytes"
+    rows = [row for n in (15, 16) for row in json.loads((folder / f"results-{n}.json").read_text())["rows"]]
+    found = {(row["method"], row["seed"]): row["test_loss"] for row in rows}
+    static, above = zip(*((found["static", n], found["static", n] - found["sparsae", n]) for n in (0, 1)), strict=True)
+    told = "ends at {:.3f} and {:.3f} (seeds 0 and 1), {:.3f} and {:.3f} above `sparsae`".format(*static, *above)
+    assert told in (folder.parent / "bytes.md").read_text("utf-8")
+
+
 def test_longer_runs_are_told_as_they_were() -> None:
     rows = {
         (row["seed"], row["tokens"] > 20e6, row["method"]): row["test_loss"]
