@@ -88,6 +88,7 @@ def test_every_run_is_fine_tuned_once(
         ({}, ["--minutes", "3"], ["--minutes", "tasks"]),
         ({"data": "missing"}, ["--dry-run"], ["missing", "no such directory"]),
         ({"max_length": 640}, [], ["max_length 640", "give at most so many"]),
+        ({"max_length": 640}, ["--dry-run"], ["max_length 640", "give at most so many"]),
     ],
 )
 def test_wrong_tasks_are_refused_before_anything_is_trained(

@@ -31,11 +31,13 @@ class Compare(Kind):
 
     def planned(self, plan: ComparisonPlan, vocabulary: Callable[[DataConfig], int]) -> Sequence[Planned]:
         from sparsae.experiments.compare.lengths import RunLengths
-        from sparsae.tasks.study import read_tasks
+        from sparsae.tasks.study import read_tasks, require_length
 
+        planned = RunLengths(plan, vocabulary).planned()
         if plan.tasks is not None:
             read_tasks(plan.tasks)  # which refuses what is not there
-        return RunLengths(plan, vocabulary).planned()
+            require_length(plan.tasks, min(each.config.model.context for each in planned))
+        return planned
 
     def read(self, content: dict[str, Any], origin: str) -> Results:
         from sparsae.experiments.compare.earlier import of_now
