@@ -15,7 +15,7 @@ from sparsae.cli.forecasts import show_experiment
 from sparsae.cli.listing import Preset
 from sparsae.cli.lists import if_given, names_in, numbers_in, seeds_in
 from sparsae.cli.output import EXIT_INTERRUPTED, JsonFile, output, show_table
-from sparsae.config.complaints import nearest, option_of, shown
+from sparsae.config.complaints import nearest, option_of, shown, unknown_name
 from sparsae.config.load import parse_override
 from sparsae.config.shipped import methods
 from sparsae.core.record import encode
@@ -191,7 +191,7 @@ def sensitivity(
 ) -> None:
     """How the micro-batch that scores candidates matters: their ranking, acceptance, final loss."""
     if method not in methods():
-        raise InputError(f"--method: no method {shown(method)}; {nearest(method, methods())}")
+        raise InputError(f"--method: {unknown_name('method', method, methods())}")
     for mode in names_in(modes):
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")

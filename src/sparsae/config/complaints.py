@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from pydantic_core import ErrorDetails, ValidationError
 
 from sparsae.errors import DivergedError, InputError
+from sparsae.registry import IMPORT
 
 Keys = tuple[str, ...]
 Path = tuple[str | int, ...]  # keys, and places in lists
@@ -25,6 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound="_HasGiven")
 _DOTTED = re.compile(r"\b[a-z_]+(?:\.\w+)+")
+_OF_GUESTS = ("method", "rule", "term")  # kinds that a file of the user's may have more of
 
 _NOBODY = "settings"  # the origin of what nothing gave
 _TYPES = {
@@ -77,6 +79,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = [other for other in known if len(name) > 2 and other.startswith(name)]
     close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(known)}"
+
+
+def unknown_name(kind: str, name: Any, names: Iterable[str]) -> str:
+    """What is wrong with the name of a thing of this kind ("rule") that does not exist."""
+    hint = f" (one of your own: name its file by {IMPORT})" if kind in _OF_GUESTS else ""
+    return f"no {kind} {shown(name)}; {nearest(str(name), names)}{hint}"
 
 
 def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str]) -> str:

@@ -21,11 +21,11 @@ from sparsae.config.complaints import (
     dotted,
     explain,
     located,
-    nearest,
     origin_of,
     placed,
     shown,
     unknown_key,
+    unknown_name,
 )
 from sparsae.config.data import STDLIB
 from sparsae.config.effect import idle_settings, is_default, value_of
@@ -203,7 +203,7 @@ class _Layers:
             self._merge(inner, value, RULES[inner["rule"]].settings, keys, origin)
         elif section is TermConfig:
             if name not in TERMS:
-                raise InputError(f"{placed(origin, keys)}: no term {shown(name)}; {nearest(name, TERMS.names())}")
+                raise InputError(f"{placed(origin, keys)}: {unknown_name('term', name, TERMS.names())}")
             self._merge(inner, value, TERMS[name].settings, keys, origin)
         elif section is not None:
             self._merge(inner, value, section, keys, origin)
@@ -211,9 +211,10 @@ class _Layers:
     def _of_one_rule(self, tree: Tree, given: Tree, keys: Keys, origin: Origin) -> Tree:
         current = tree.get("rule", _DEFAULT.topology.rule)
         rule = given.get("rule", current)
-        if not isinstance(rule, str) or rule not in RULES:
-            hint = nearest(str(rule), RULES.names())
-            raise InputError(f"{placed(origin, (*keys, 'rule'))}: no rule {shown(rule)}; {hint}")
+        if not isinstance(rule, str):
+            raise InputError(f"{placed(origin, (*keys, 'rule'))}: must be the name of a rule, not {shown(rule)}")
+        if rule not in RULES:
+            raise InputError(f"{placed(origin, (*keys, 'rule'))}: {unknown_name('rule', rule, RULES.names())}")
         if rule == current:
             return {**tree, "rule": rule}
         self._forget(keys)
@@ -357,7 +358,7 @@ def _name(tree: Tree, kind: str, origin: str) -> str | None:
     names = presets() if kind == "preset" else methods()
     known = method_named(name) if kind == "method" and isinstance(name, str) else name
     if known not in names:
-        raise InputError(f"{origin}: {kind}: no {kind} {shown(name)}; {nearest(str(name), names)}")
+        raise InputError(f"{origin}: {kind}: {unknown_name(kind, name, names)}")
     return str(known)
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from sparsae.config.complaints import nearest, shown
+from sparsae.config.complaints import unknown_name
 from sparsae.config.text import read_yaml
 from sparsae.errors import InputError
 from sparsae.registry import METHODS, RULES, method_named
@@ -50,7 +50,7 @@ def method_tree(name: str) -> dict[str, Any]:
 
 def _require_known(kind: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
-        raise InputError(f"no {kind} {shown(name)}; {nearest(name, names)}")
+        raise InputError(unknown_name(kind, name, names))
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from sparsae.config import Config, ModelConfig
-from sparsae.config.complaints import Origin, nearest
+from sparsae.config.complaints import Origin, nearest, unknown_name
 from sparsae.config.load import is_dense, resolve
 from sparsae.config.section import OrHowMany
 from sparsae.config.shipped import methods
@@ -139,7 +139,7 @@ class GridPlan(BasePlan):
     def _has_a_sparsity(cls, method: str) -> str:
         method = method_named(method)
         if method not in methods():
-            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
+            raise ValueError(unknown_name("method", method, methods()))
         if is_dense(method):
             raise ValueError(f"'{method}' has no sparsity to vary: dense models are those of sparsity 0")
         return method

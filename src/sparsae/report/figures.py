@@ -52,8 +52,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
         ax.set_xlim(0, max(v for x, _ in curves.values() for v in x if math.isfinite(v)) or 1)
         for name, value in lines.items():
             ax.axhline(value, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
-            # Where the curves are far off: they begin at the first, and end near the other.
-            at = 1 if name == "at the start" else 0
+            at = _free_end(value, [y for _, y in curves.values()])
             ax.annotate(
                 f"{name} {decimal(value, 3)}",
                 (at, value),
@@ -315,6 +314,13 @@ def _from_zero(ax: Axes, values: Sequence[float]) -> None:
 
 def _any(values: Sequence[float]) -> bool:
     return any(math.isfinite(v) for v in values)
+
+
+def _free_end(line: float, curves: Sequence[Sequence[float]]) -> Literal[0, 1]:
+    """Where a horizontal line is farthest from all curves: at their beginning (0) or at their end (1)."""
+    known = [[v for v in values if math.isfinite(v)] for values in curves]
+    first, last = (min(abs(values[at] - line) for values in known) for at in (0, -1))
+    return 0 if first > last else 1
 
 
 def _ends(values: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparsae.config import Config, Section
-from sparsae.config.complaints import SettingError, nearest
+from sparsae.config.complaints import SettingError, nearest, unknown_name
 from sparsae.config.effect import Idle, idle_settings
 from sparsae.config.load import has_sparsity, resolve, setting_names
 from sparsae.config.ranges import Range
@@ -47,7 +47,7 @@ class Variant(Section):
     def _is_known(cls, method: str) -> str:
         method = method_named(method)
         if method not in methods():
-            raise ValueError(f"no method '{method}'; {nearest(method, methods())}")
+            raise ValueError(unknown_name("method", method, methods()))
         return method
 
 
@@ -160,7 +160,7 @@ class ComparisonPlan(BasePlan):
     def _methods_are_known(cls, names: list[str]) -> list[str]:
         for name in names:
             if method_named(name) not in methods():
-                raise ValueError(f"no method '{name}'; {nearest(name, methods())}")
+                raise ValueError(unknown_name("method", name, methods()))
         return names
 
     @model_validator(mode="after")
