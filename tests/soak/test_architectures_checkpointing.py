@@ -21,8 +21,9 @@ def test_checkpointing_changes_nothing(name: str, rule: str) -> None:
         return
     model, losses = train_sparse(architecture, rule)
     again, losses_again = train_sparse(architecture, rule, checkpointing=True)
-    assert losses_again == losses
+    # Not to the last bit: on some processors a dense GPT-2's gradients are not either, which are summed in another order.
+    assert losses_again == pytest.approx(losses, rel=1e-5)
     for name_, layer in sparse_layers(model).items():
         twin = sparse_layers(again)[name_]
         assert torch.equal(layer.indices, twin.indices)
-        assert torch.equal(layer.values, twin.values)
+        torch.testing.assert_close(layer.values, twin.values, rtol=1e-4, atol=1e-6)
