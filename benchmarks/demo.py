@@ -27,14 +27,16 @@ def paragraph(summary: Mapping[str, Any], machine: str) -> str:
     nnz, target = summary["nnz"], summary["nnz_target"]
     flops = summary["train_flops"] / summary["train_flops_dense_equivalent"]
     state = summary["state_bytes_sparse_layers"] / summary["state_bytes_sparse_layers_dense_equivalent"]
+    held = 20 if summary["state_bytes_by_part"]["teacher"] else 16
     return (
         f"`make demo`, on {machine}: {summary['steps']} steps in {summary['seconds']:.0f} s,\n"
         f"{summary['tokens_per_second']:,.0f} tokens a second. Validation perplexity "
         f"{summary['validation_perplexity']:.1f}, where a unigram model has {summary['unigram_perplexity']:.1f} "
         f"and the untrained one\n{summary['untrained_perplexity']:,.0f}; nnz {nnz:,}, "
         f"{'exactly the target' if nnz == target else f'target {target:,}'}; {flops:.2f} of dense training's counted "
-        "FLOPs, teacher and search\nincluded (the dense output head is most of what is left); the sparsified layers' "
-        f"model state, teacher included, is\n{state:.3f} of dense training's 20 bytes a weight."
+        "FLOPs, all\nincluded (the dense output head is most of what is left); the sparsified layers' model state is "
+        f"{state:.3f} of\ndense training's {held} bytes a weight (value, gradient, Adam's moments"
+        f"{', average' if held > 16 else ''})."
     )
 
 

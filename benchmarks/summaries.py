@@ -30,7 +30,7 @@ ROWS: list[tuple[str, Callable[[Summary], str]]] = [
     ("- gradients at sampled positions", lambda s: f"{s['train_flops_by_part']['dense_gradients']:.3e}"),
     ("FLOPs over dense", lambda s: f"{s['train_flops'] / s['train_flops_dense_equivalent']:.3f}"),
     ("state of sparse layers, bytes", lambda s: f"{s['state_bytes_sparse_layers']:,}"),
-    ("state over dense (20 bytes a weight)", lambda s: _state_ratio(s)),
+    ("state over dense", lambda s: _state_ratio(s)),
     ("peak memory, bytes", lambda s: f"{s['peak_memory_bytes']:,}"),
     ("tokens a second", lambda s: f"{s['tokens_per_second']:,.0f}"),
     ("topology updates (accepted)", lambda s: f"{s['topology_updates']} ({s['topology_updates_accepted']})"),

@@ -48,7 +48,9 @@ FORECAST = {
     "train_flops": 2_000_000_000_000_000,
     "train_flops_dense_equivalent": 20_000_000_000_000_000,
     "state_bytes": {"values": 40, "teacher": 40},
-    "state_bytes_dense_equivalent": {"values": 400, "teacher": 400},
+    "state_bytes_dense_equivalent": 800,
+    "model_state_bytes": 1680,
+    "model_state_bytes_dense_equivalent": 3200,
     "expected_seconds": None,
     "steps": 250,
     "tokens": 512_000,
@@ -147,7 +149,7 @@ class TestTrain:
         assert ["parameters", "190", "1,000", "0.190"] in [line.split() for line in out.splitlines()]
         assert "training FLOPs" in out
         assert "2e+15" in out
-        assert "model state, bytes: teacher" in out
+        assert "state of sparse layers, bytes: teacher" in out
         assert "\x1b" not in out
 
     def test_print_config_reads_back(self, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

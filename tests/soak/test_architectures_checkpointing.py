@@ -21,7 +21,7 @@ def test_checkpointing_changes_nothing(name: str, rule: str) -> None:
         return
     model, losses = train_sparse(architecture, rule)
     again, losses_again = train_sparse(architecture, rule, checkpointing=True)
-    # Not to the last bit: on some processors a dense GPT-2's gradients are not either, which are summed in another order.
+    # Not to the last bit: on some processors the gradients of a dense GPT-2 are summed in another order, too.
     assert losses_again == pytest.approx(losses, rel=1e-5)
     for name_, layer in sparse_layers(model).items():
         twin = sparse_layers(again)[name_]

@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsae.config.load import resolve
 from sparsae.config.schema import ModelConfig
 from sparsae.core.accounting import (
-    DENSE_BYTES_PER_WEIGHT,
     PARTS,
     FlopCounter,
     ModelCost,
+    dense_state_bytes,
     estimated_state_bytes,
     gradient_at,
 )
@@ -193,6 +193,8 @@ def test_estimated_bytes_are_those_of_live_tensors(unit: tuple[int, int]) -> Non
 def test_at_ninety_percent_the_state_is_a_sixth_of_a_dense_models() -> None:
     parts = estimated_state_bytes(100, 100, teacher_weights=100)
     assert parts["teacher"] == 400
-    assert sum(parts.values()) / (DENSE_BYTES_PER_WEIGHT * 1000) == pytest.approx(0.16)
-    assert estimated_state_bytes(100, 100)["teacher"] == 0
+    assert sum(parts.values()) / dense_state_bytes(1000, teacher=True) == pytest.approx(0.16)
+    without = estimated_state_bytes(100, 100)
+    assert without["teacher"] == 0
+    assert sum(without.values()) / dense_state_bytes(1000, teacher=False) == pytest.approx(0.175)
     assert estimated_state_bytes(100, 1600, index_bytes=8)["indices"] == 1600

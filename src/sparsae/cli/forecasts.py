@@ -21,7 +21,8 @@ def show_run(found: Mapping[str, Any]) -> None:
         row = [layer["name"], layer["out"], layer["in"], readable(layer["nnz"]), f"{layer['density']:.4f}"]
         at_bound = " (at a bound)" if layer["density_cut"] else ""
         layers.append([*row, f"{layer['density_factor']:g}{at_bound}"] if has_factors else row)
-    show_table("Sparsified layers", [*columns, "factor"] if has_factors else columns, layers)
+    if layers:
+        show_table("Sparsified layers", [*columns, "factor"] if has_factors else columns, layers)
     if found["density_steps"]:
         rows = [[each["step"], readable(each["nnz"]), f"{each['density']:.4f}"] for each in found["density_steps"]]
         show_table("Density over the run", ["after step", "nnz", "density"], rows)
@@ -29,8 +30,11 @@ def show_run(found: Mapping[str, Any]) -> None:
     for name, here, dense in (
         ("parameters", "parameters", "parameters_dense"),
         ("training FLOPs", "train_flops", "train_flops_dense_equivalent"),
-        ("model state, bytes", "state_bytes", "state_bytes_dense_equivalent"),
+        ("state of sparse layers, bytes", "state_bytes", "state_bytes_dense_equivalent"),
+        ("model state, bytes", "model_state_bytes", "model_state_bytes_dense_equivalent"),
     ):
+        if here == "state_bytes" and not found["layers"]:
+            continue
         ours, theirs = _by_part(found[here]), _by_part(found[dense])
         for part in dict.fromkeys((*ours, *theirs)):
             a, b = ours.get(part, 0), theirs.get(part)
@@ -69,4 +73,7 @@ def show_experiment(plan: BasePlan, json_file: str | None) -> None:
     show_values("Altogether", {**total, "one after another": duration(found["expected_seconds"])})
     for what in found["uncounted"]:
         typer.echo(f"not counted: {what}")
-    typer.echo("Times are those of dense arithmetic at this machine's rate; sparse kernels need less.")
+    typer.echo(
+        "Times are of the products alone, done densely at this machine's rate: sparse kernels need less, and small "
+        "models, whose time goes elsewhere, a multiple."
+    )

@@ -157,6 +157,8 @@ def train(
         typer.echo(annotated(resolved), nl=False)
         return
     if dry_run:
+        if out is not None:
+            refuse_occupied(out, resolved)
         with output(json_file) as result:
             from sparsae.train.forecast import forecast
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -87,14 +87,17 @@ def unknown_name(kind: str, name: Any, names: Iterable[str]) -> str:
     return f"no {kind} {shown(name)}; {nearest(str(name), names)}{hint}"
 
 
-def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str]) -> str:
-    """What is wrong with a key that does not exist: names near it beside it, or in other sections, or all beside it."""
+def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str], rules: Sequence[str] = ()) -> str:
+    """What is wrong with a key that does not exist: names near it beside it, or in other sections, or all beside it.
+
+    rules: the other rules that have it, where this is a rule's section.
+    """
     *section, name = keys
     beside = list(siblings)
     all_beside = f"{dotted(section) or 'the top level'} has: {', '.join(beside)}"
     ends = {key: key.rpartition(".")[2] for key in everywhere}
-    if dotted(keys) in ends:
-        return f"not a setting of this {dotted(section)}.rule; {all_beside}"
+    if rules:
+        return f"not a setting of this {dotted(section)}.rule, but of {', '.join(rules)}; {all_beside}"
     close = difflib.get_close_matches(name, beside, n=2)
     found = [dotted((*section, match)) for match in close]
     if not found:

@@ -34,7 +34,7 @@ from sparsae.config.ranges import is_span
 from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.schema import Config
 from sparsae.config.section import Section
-from sparsae.config.shipped import method_tree, methods, preset_tree, presets
+from sparsae.config.shipped import method_tree, methods, preset_tree, presets, rules_with
 from sparsae.config.span import in_epochs
 from sparsae.config.text import read_yaml
 from sparsae.config.walk import settings_in
@@ -169,7 +169,8 @@ class _Layers:
             field = section.model_fields.get(name)
             if field is None:
                 keys = (*path, name)
-                what = unknown_key(keys, section.model_fields, _all_keys(Config, ()))
+                rules = rules_with(name) if issubclass(section, RuleConfig) else []
+                what = unknown_key(keys, section.model_fields, _all_keys(Config, ()), rules)
                 raise InputError(f"{placed(origin, keys)}: {what}")
             self._put(tree, value, field.annotation, (*path, name), origin)
 

@@ -25,6 +25,11 @@ def methods() -> tuple[str, ...]:
     return tuple(sorted({*METHODS, *RULES.names()}))
 
 
+def rules_with(setting: str) -> list[str]:
+    """Names of the rules that have a setting of this name."""
+    return [name for name in RULES.own_names() if setting in RULES[name].settings.model_fields]
+
+
 def about(method: str) -> str:
     """One sentence on a method: of its file, or of the rule that it is. InputError if there is no such method."""
     method = method_named(method)

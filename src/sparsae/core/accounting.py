@@ -94,8 +94,9 @@ class FlopCounter:
         return cls({part: int(data[part]) for part in PARTS}, int(data["dense_equivalent"]), int(data["study"]))
 
 
-# Weight, gradient, two Adam moments and the average of a dense float32 weight.
-DENSE_BYTES_PER_WEIGHT = 20
+def dense_state_bytes(weights: int, *, teacher: bool) -> int:
+    """Bytes of state of dense float32 weights: value, gradient, two Adam moments, and an average for a teacher."""
+    return (20 if teacher else 16) * weights
 
 
 def estimated_state_bytes(units: int, nnz: int, *, teacher_weights: int = 0, index_bytes: int = 4) -> dict[str, int]:

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sparsae.config.complaints import telling_places
 from sparsae.config.data import DataConfig
 from sparsae.config.schema import Config
 from sparsae.config.span import Horizon
-from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT, FlopCounter, estimated_state_bytes
+from sparsae.core.accounting import FlopCounter, dense_state_bytes, estimated_state_bytes
 from sparsae.core.budgets import density_factors
 from sparsae.core.schedule import Schedule, counts_at
 from sparsae.core.topology import Topology
@@ -53,7 +54,7 @@ def forecast(config: Config) -> dict[str, Any]:
     flops, dense = count_flops(config, model)
     units = sum(layer.topology.count for layer in layers.values())
     teacher_weights = STORAGES[config.teacher.storage].size(nnz, weights) if config.teacher.enabled else 0
-    dense_parameters = sum(p.numel() for p in model.parameters()) - nnz + weights
+    others = sum(p.numel() for p in model.parameters()) - nnz
     state = estimated_state_bytes(units, nnz, teacher_weights=teacher_weights)
     state["indices"] = _index_bytes(config, layers)
     schedule = Schedule.of(config.sparsity.schedule, rule.moves)
@@ -61,9 +62,10 @@ def forecast(config: Config) -> dict[str, Any]:
         state["window"] = window
     if config.teacher.enabled and config.teacher.grown == "student":
         state["teacher"] += 4 * units  # their ages
+    dense_state = partial(dense_state_bytes, teacher=config.teacher.enabled)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "parameters_dense": dense_parameters,
+        "parameters": others + nnz,
+        "parameters_dense": others + weights,
         "layers": [
             {
                 "name": name,
@@ -81,7 +83,9 @@ def forecast(config: Config) -> dict[str, Any]:
         "train_flops": dict(flops.parts),
         "train_flops_dense_equivalent": flops.dense_equivalent,
         "state_bytes": state,
-        "state_bytes_dense_equivalent": DENSE_BYTES_PER_WEIGHT * weights,
+        "state_bytes_dense_equivalent": dense_state(weights),
+        "model_state_bytes": sum(state.values()) + dense_state(others),
+        "model_state_bytes_dense_equivalent": dense_state(others + weights),
         "expected_seconds": as_dense(flops, dense, model) / measured_flops_per_second(config),
         "steps": training.steps,
         "tokens": training.steps * tokens,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsae.config.schema import Config
-from sparsae.core.accounting import DENSE_BYTES_PER_WEIGHT
+from sparsae.core.accounting import dense_state_bytes
 from sparsae.core.ranks import ranks
 from sparsae.errors import DivergedError
 from sparsae.nn.linear import sparse_layers
@@ -63,7 +63,7 @@ def summarize(
         study_flops=account.flops.study,
         state_bytes_sparse_layers=sum(account.state_bytes.values()),
         state_bytes_by_part=dict(account.state_bytes),
-        state_bytes_sparse_layers_dense_equivalent=DENSE_BYTES_PER_WEIGHT * weights,
+        state_bytes_sparse_layers_dense_equivalent=dense_state_bytes(weights, teacher=config.teacher.enabled),
         telemetry_bytes=trainer.sparsifier.search.telemetry.nbytes() if trainer.sparsifier else 0,
         peak_memory_bytes=peak_bytes(trainer.objective.device),
         tokens_per_second=tokens / training_seconds if training_seconds else None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsae import __version__
 from sparsae.config import Config
+from sparsae.core.accounting import dense_state_bytes
 from sparsae.experiments.compare.equal_loss import equal_loss
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.ranking import rank_agreement, summarize_rankings
@@ -41,7 +42,6 @@ _STACKED = (
     "runs trained together, as one batched program that multiplies by dense matrices: it measures their quality, which "
     "is that of runs one by one, and neither their memory nor their time"
 )
-_OTHER_STATE = 16  # bytes of a float32 parameter outside the sparse layers: weight, gradient, two moments
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,8 @@ def _of_a_finished_run(done: Summary | None, config: Config) -> dict[str, Any]:
     if done is None:
         return {}
     others = done.parameters - done.nnz
-    teacher = 4 * others if config.teacher.enabled else 0
     return {
-        "state_bytes": done.state_bytes_sparse_layers + _OTHER_STATE * others + teacher,
+        "state_bytes": done.state_bytes_sparse_layers + dense_state_bytes(others, teacher=config.teacher.enabled),
         "accepted_updates": done.topology_updates_accepted,
         "updates": done.topology_updates,
         "rule": config.topology.rule,
