@@ -120,7 +120,9 @@ CASES: dict[str, list[str]] = {
     "sensitivity --out x --method relative": ["--method: no method 'relative'", "SPARSAE_IMPORT"],
     "train --set topology.rule.name=relative": ["topology.rule: must be the name of a rule", "{'name': 'relative'}"],
     "train --set topology.rule=relative": ["no rule 'relative'", "SPARSAE_IMPORT"],
-    "train --set topology.proxy.terms.diversity=null": ["topology.proxy: not a setting of this topology.rule, but of evo"],
+    "train --set topology.proxy.terms.diversity=null": [
+        "topology.proxy: not a setting of this topology.rule, but of evo"
+    ],
     "train --dry-run --out run": ["run: holds a run already"],
     "train --preset relative": ["no preset 'relative'; one of: "],
     "compare --out x --sparsities ,": ["error: --sparsities: give at least one number"],
