@@ -59,7 +59,7 @@ def test_runs_lie_over_each_other_and_side_by_side(runs: Path, tmp_path: Path) -
 
 def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) -> None:
     page = told([runs / "one" / "run", runs / "short"], tmp_path / "page.html")
-    assert "Losses are not comparable: short was validated on another" in page.text[""]
+    assert "Losses are not comparable: of short, validation read another" in page.text[""]
     assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["A", "B"]
     for plot in page.plots:
         if plot.startswith("Validation loss"):
@@ -68,7 +68,7 @@ def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) 
     shutil.rmtree(tmp_path / "bare" / "checkpoints")  # which alone know what a run has read
     unknown = read_runs([runs / "one" / "run", tmp_path / "bare"])
     assert [list(group) for group in comparable(unknown)] == [["run"], ["bare"]]
-    assert "no checkpoint tells of" in told([runs / "short", tmp_path / "bare"], tmp_path / "page.html").text[""]
+    assert "no checkpoint tells what validation read" in told([runs / "short", tmp_path / "bare"], tmp_path / "page.html").text[""]
 
 
 @pytest.mark.parametrize(

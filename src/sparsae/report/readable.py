@@ -41,6 +41,11 @@ def decimal(value: float, digits: int = 4) -> str:
     return f"{value:,.{min(places, 10)}f}".replace("-", "−")
 
 
+def in_short(value: float) -> str:
+    """A value of a setting: whole numbers in full, others to three significant digits: 0.0333333 -> "0.0333"."""
+    return f"{value:g}" if float(value).is_integer() else f"{value:.3g}"
+
+
 def count(value: float) -> str:
     """A whole number, thousands set apart."""
     return f"{value:,.0f}".replace("-", "−") if math.isfinite(value) else UNKNOWN

@@ -107,11 +107,13 @@ def _remarks(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
     remarks = []
     for group in groups[1:]:
         known = all(_held_out(run) is not None for run in group.values())
-        why = "another text or tokenizer, or other sequences of it" if known else "a text that no checkpoint tells of"
-        were = "was" if len(group) == 1 else "were"
-        remarks.append(
-            f"Losses are not comparable: {', '.join(group)} {were} validated on {why}, not as {next(iter(groups[0]))}."
+        first = next(iter(groups[0]))
+        why = (
+            f"validation read another text or tokenizer, or other sequences, than that of {first}"
+            if known
+            else f"no checkpoint tells what validation read, so that it cannot be held against {first}"
         )
+        remarks.append(f"Losses are not comparable: of {', '.join(group)}, {why}.")
     for name, run in runs.items():
         if run.totals is None:
             remarks.append(f"{name} has no summary: it is going on or was cut off, at step {count(run.last_step)}.")
@@ -139,7 +141,7 @@ def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
         "parameters": lambda _, run: _total(run, lambda t: t.parameters, count),
         "active connections": lambda _, run: count(run.train[-1].nnz) if run.train else UNKNOWN,
         "training FLOPs": lambda _, run: compact(run.train[-1].train_flops) if run.train else UNKNOWN,
-        "of dense training's": lambda _, run: _total(
+        "share of dense FLOPs": lambda _, run: _total(
             run, lambda t: t.train_flops / (t.train_flops_dense_equivalent or math.nan), lambda v: f"{v:.3f}"
         ),
         "state of sparse layers": lambda _, run: _total(run, lambda t: t.state_bytes_sparse_layers, in_bytes),

@@ -25,7 +25,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     names: int = 2
     details: Sequence[str] = ()
-    """Columns that a terminal has no room for."""
+    """Columns that a terminal and a printed page have no room for."""
 
     def brief(self) -> Table:
         """What fits a terminal."""
@@ -41,10 +41,11 @@ class Table:
         return f"{self.title}\n\n{body}\n"
 
     def latex(self) -> str:
-        """As a LaTeX table for the package booktabs, a rule between groups of the first column."""
-        layout = "l" * self.names + "r" * (len(self.columns) - self.names)
-        lines = [" & ".join(map(_escaped, self.columns)) + r" \\", r"\midrule"]
-        for before, row in zip([None, *self.rows], self.rows, strict=False):
+        """As a LaTeX table for the package booktabs: its brief form, a rule between groups of the first column."""
+        brief = self.brief()
+        layout = "l" * self.names + "r" * (len(brief.columns) - self.names)
+        lines = [" & ".join(map(_escaped, brief.columns)) + r" \\", r"\midrule"]
+        for before, row in zip([None, *brief.rows], brief.rows, strict=False):
             if before is not None and before[0] != row[0]:
                 lines.append(r"\midrule")
             lines.append(" & ".join(map(_escaped, row)) + r" \\")

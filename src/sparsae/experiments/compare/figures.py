@@ -14,7 +14,7 @@ from sparsae.experiments.compare.record import Loss, Row, SummaryRow, TuningRow
 from sparsae.experiments.compare.summary import losses_of
 from sparsae.report.data import RunData
 from sparsae.report.looks import Look, keys
-from sparsae.report.readable import compact, duration, percent, tick
+from sparsae.report.readable import compact, duration, in_short, percent, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 from sparsae.runs.rows import TopologyRow
 
@@ -167,10 +167,10 @@ def tuning_curves(tuning: Sequence[TuningRow], look: Mapping[str, Look], sparsit
                 if x == last[name].best:
                     ax.plot([x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS["ink"])
         ax.set_xscale("log")
-        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.set_xticks(values, list(map(in_short, values)))
         ax.xaxis.set_minor_formatter(NullFormatter())
 
-    chosen = {name: "its own" if entry.best is None else f"{entry.best:g}" for name, entry in last.items()}
+    chosen = {name: "its own" if entry.best is None else in_short(entry.best) for name, entry in last.items()}
     text = "; ".join(f"{name} chose {value}" for name, value in chosen.items())
     return panel(
         f"tuning-{name_of.replace(' ', '-')}-{_suffix(sparsity)}",
@@ -277,11 +277,12 @@ def layer_densities(runs: Mapping[str, RunData], look: Mapping[str, Look], spars
 
     def draw(figure: Figure) -> None:
         ax = axes(figure, "density at the end", x="sparse layer, in the model's order")
-        for name, topology in last.items():
+        # Side by side, since equal densities would lie on each other.
+        for place, (name, topology) in enumerate(last.items(), start=1):
             y = [layer.density for layer in topology.layers.values()]
-            style = look[name]
+            style, x = look[name], np.arange(len(y)) + 0.4 * (place / (len(last) + 1) - 0.5)
             ax.plot(
-                range(len(y)), y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3,
+                x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3,
                 linewidth=1.0,
             )  # fmt: skip
         ax.set_ylim(bottom=0)

@@ -21,7 +21,7 @@ from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
 from sparsae.report.looks import Look, looks
 from sparsae.report.markup import Tile
-from sparsae.report.readable import UNKNOWN, compact, count, duration, percent
+from sparsae.report.readable import UNKNOWN, compact, count, duration, in_short, percent
 from sparsae.report.tables import Table, interval_text
 
 _TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}
@@ -119,11 +119,14 @@ def _results(results: Results) -> str:
         "differences but the planned ones; nothing is concluded from the others. "
         "Equivalent tokens: how many times its own tokens the reference would need for the same loss."
     )
+    if any(not row.nnz for row in results.rows):
+        lead += " A dense model stands at each sparsity with that sparsity's budget."
     return markup.section(
         "results",
         "Final loss",
         lead,
         _table(results_table(results)),
+        *map(markup.paragraph, _without_equivalent(results)),
         _table(contrast_table(results)) if results.contrasts else "",
         "<h3>In figures</h3>",
         markup.figures(
@@ -136,6 +139,15 @@ def _results(results: Results) -> str:
             ]
         ),
     )
+
+
+def _without_equivalent(results: Results) -> list[str]:
+    """Why equivalent tokens are missing, where they are."""
+    reasons: dict[str, list[str]] = {}
+    for entry in results.summary:
+        if entry.equivalent_tokens and entry.equivalent_tokens.ratio is None:
+            reasons.setdefault(entry.equivalent_tokens.how, []).append(f"{entry.method} at {percent(entry.sparsity)}")
+    return [f"No equivalent tokens of {', '.join(names)}: {why}." for why, names in reasons.items()]
 
 
 def _ranking(results: Results) -> str:
@@ -224,9 +236,9 @@ def _tuning(results: Results) -> str:
             str(len(group.trials)),
             _steps(group),
             compact(group.train_flops),
-            f"{group.learning_rate:g}",
-            ", ".join(f"{name} {value:g}" for name, value in group.settings.items() if name != LEARNING_RATE) or "-",
-            ", ".join(f"{value:g}" for entry in group.looks for value in entry.added) or "-",
+            in_short(group.learning_rate),
+            ", ".join(f"{name} {in_short(v)}" for name, v in group.settings.items() if name != LEARNING_RATE) or "-",
+            ", ".join(in_short(value) for entry in group.looks for value in entry.added) or "-",
             f"at the edge: {', '.join(group.edges)}" if group.edges else "inside",
         ]
         for group in tuning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsae.experiments.compare.record import Contrast, Results, SummaryRow
 from sparsae.experiments.compare.summary import FEW_UPDATES, decisive_p
-from sparsae.report.readable import UNKNOWN, compact, percent
+from sparsae.report.readable import UNKNOWN, compact, in_short, percent
 from sparsae.report.tables import Table, interval_text
 
 
@@ -22,7 +22,7 @@ def results_table(results: Results) -> Table:
     tuned = [_short(setting) for setting in tuned_beside(results)]
     # How a run was, and what it weighs.
     details = ["learning rate", *tuned, "tokens", "updates", "parameters", "state", "equivalent tokens"]
-    title = f"{title}: final {loss}, mean ± half of the 95 % interval."
+    title = f"{title}: final {loss}, mean ± half of the 95 % interval; * where p < 0.05."
     return Table(title, columns, _rows(results), details=details)
 
 
@@ -37,7 +37,7 @@ def _short(setting: str) -> str:
 
 def _tuned(entry: SummaryRow, setting: str) -> str:
     value = entry.settings.get(setting)
-    return UNKNOWN if value is None else f"{value:g}"
+    return UNKNOWN if value is None else in_short(value)
 
 
 def contrast_table(results: Results) -> Table:
@@ -88,7 +88,7 @@ def _rows(results: Results) -> list[list[str]]:
             [
                 percent(entry.sparsity),
                 entry.method,
-                f"{entry.learning_rate:g}",
+                in_short(entry.learning_rate),
                 *(_tuned(entry, setting) for setting in tuned_beside(results)),
                 f"{entry.steps:,.0f}" if entry.steps is not None else UNKNOWN,
                 _compact(entry.tokens),
