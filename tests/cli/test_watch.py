@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from sparsae.cli import main
 from sparsae.cli.watch import spark
 from sparsae.report.page import write_report
-from sparsae.runs.lock import is_locked, locked
+from sparsae.runs.lock import LOCK, is_locked, locked
 from sparsae.train.run import start
 from tests.support.runs import config_of, stopped_at, write_text
 
@@ -48,6 +49,27 @@ def test_it_ends_with_the_run(
     assert "left" in first
     assert last.endswith("not going on")
     assert REFRESH not in (stopped / "report.html").read_text()
+
+
+def test_a_run_that_is_being_set_up_is_waited_for(
+    tmp_path: Path, stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory is locked and empty while its text is read."""
+    run, looks = tmp_path / "run", []
+    run.mkdir()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(run, "this run"))
+
+        def sleep(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 3:
+                shutil.copytree(stopped, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+                stack.close()
+
+        monkeypatch.setattr("time.sleep", sleep)
+        assert main(["watch", str(run), "--every", "0.5"]) == 0
+    assert looks == [0.5, 0.5, 0.5]
+    assert "step 6 of 12" in capsys.readouterr().out
 
 
 def test_a_lock_is_seen_and_left_alone(tmp_path: Path, stopped: Path) -> None:

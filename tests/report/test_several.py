@@ -68,7 +68,8 @@ def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) 
     shutil.rmtree(tmp_path / "bare" / "checkpoints")  # which alone know what a run has read
     unknown = read_runs([runs / "one" / "run", tmp_path / "bare"])
     assert [list(group) for group in comparable(unknown)] == [["run"], ["bare"]]
-    assert "no checkpoint tells what validation read" in told([runs / "short", tmp_path / "bare"], tmp_path / "page.html").text[""]
+    page = told([runs / "short", tmp_path / "bare"], tmp_path / "page.html")
+    assert "no checkpoint tells what validation read" in page.text[""]
 
 
 @pytest.mark.parametrize(

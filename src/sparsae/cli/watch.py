@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsae.errors import InputError
+from sparsae.files import holds_files
 from sparsae.report.readable import compact, count, decimal, duration
 from sparsae.runs.directory import RunDirectory
-from sparsae.runs.lock import is_locked
+from sparsae.runs.lock import LOCK, is_locked
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +33,9 @@ def watch(
     from rich.console import Console
     from rich.live import Live
 
+    # One that is being set up, which takes as long as its text takes to read, has nothing but its lock yet.
+    while is_locked(run) and not holds_files(run, but=LOCK):
+        time.sleep(every)
     directory, console = RunDirectory.open(run), Console(highlight=False)
     written, last = -math.inf, ""
     with Live(console=console, auto_refresh=False, transient=False) as live:
