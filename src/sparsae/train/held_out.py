@@ -50,7 +50,7 @@ class HeldOut:
         if not len(self.test):
             yield (
                 f"validation reads all {len(self.validation):,} held-out sequences, none is left for a test: set "
-                "training.validation_sequences lower"
+                "training.validation_sequences lower, or hold out more text"
             )
 
 
