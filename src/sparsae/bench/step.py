@@ -65,6 +65,8 @@ UTILIZATION = (
     Column("dense MFU", "dense_mfu", ".1%", 9),
 )
 
+_PROFILED = 3  # steps; of one alone, something else on the machine may take a part's time
+
 
 @dataclass(eq=False)
 class _Model:
@@ -88,11 +90,13 @@ class _Model:
             self.seconds[UPDATE if due else STEP].append(time.perf_counter() - start)
 
     def parts(self) -> dict[str, float]:
-        """Seconds of one more step without an update, by `parts.NAMES`."""
-        while self.trainer.sparsifier is not None and self.trainer.sparsifier.update_due:
-            self.trainer.train_step()
-        watch = self.trainer.account.watch
-        return parts.seconds_by_part(self.trainer.train_step, lambda: watch.seconds.get("topology", 0.0))
+        """Seconds of a step without an update, by `parts.NAMES`: the median of each over some more steps."""
+        watch, found = self.trainer.account.watch, []
+        for _ in range(_PROFILED):
+            while self.trainer.sparsifier is not None and self.trainer.sparsifier.update_due:
+                self.trainer.train_step()
+            found.append(parts.seconds_by_part(self.trainer.train_step, lambda: watch.seconds.get("topology", 0.0)))
+        return {part: statistics.median(each[part] for each in found) for part in parts.NAMES}
 
     def decode(self, tokens: int, counts: bool) -> None:
         """One token at a time after a prompt of one, the seconds of one token."""
