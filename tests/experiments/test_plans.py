@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsae.config.text import read_yaml
-from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect
+from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect, require_one_text
 from sparsae.experiments.jobs import job_of
 from sparsae.experiments.plan import read_plan
 from sparsae.experiments.stacked import refuse
@@ -31,6 +31,7 @@ def books(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_run_of_a_plan_can_be_stacked(file: Path) -> None:
     plan = read_plan(file, {}, [], ComparisonPlan)
     require_effect(plan)
+    require_one_text(plan)
     for seed, sparsity, variant in cells(plan):
         if seed == plan.seeds[0]:
             refuse(job_of(f"{variant}-{sparsity:g}", plan.config(variant, sparsity, seed), 1))
@@ -41,6 +42,7 @@ def test_a_comparison_of_the_results_can_be_made_again(file: Path) -> None:
     plan = read_plan(file, {}, [], ComparisonPlan)
     runs = [(variant, sparsity, seed) for seed, sparsity, variant in cells(plan) if seed == plan.seeds[0]]
     assert runs
+    require_one_text(plan)
     for variant, sparsity, seed in runs:
         plan.config(variant, sparsity, seed)
 

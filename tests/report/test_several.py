@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,17 @@ def test_runs_lie_over_each_other_and_side_by_side(runs: Path, tmp_path: Path) -
 
 def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) -> None:
     page = told([runs / "one" / "run", runs / "short"], tmp_path / "page.html")
-    assert "Losses are not comparable: of short, validation read another" in page.text[""]
+    assert "Losses are not comparable: of short, validation or test read another" in page.text[""]
     assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["A", "B"]
     for plot in page.plots:
         if plot.startswith("Validation loss"):
             assert ("run ends" in plot) != ("short ends" in plot)
+    both = read_runs([runs / "one" / "run", runs / "two" / "run"])
+    (first, one), (second, two) = both.items()
+    assert len(comparable(both)) == 1
+    training = two.config.training.model_copy(update={"test_sequences": two.config.training.tested_sequences + 1})
+    tested = replace(two, config=two.config.model_copy(update={"training": training}))
+    assert [list(group) for group in comparable({first: one, second: tested})] == [[first], [second]]
     shutil.copytree(runs / "two" / "run", tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "checkpoints")  # which alone know what a run has read
     unknown = read_runs([runs / "one" / "run", tmp_path / "bare"])

@@ -93,6 +93,11 @@ class TrainingConfig(Section):
         default=False, description="write checkpoints beside training, from a copy of them in memory"
     )
 
+    @property
+    def tested_sequences(self) -> int:
+        """How many sequences the test reads, if the held-out text has as many."""
+        return 2 * self.validation_sequences if self.test_sequences is None else self.test_sequences
+
     @model_validator(mode="after")
     def _has_a_mode_of_what_is_compiled(self) -> Self:
         if self.compile_mode != "default" and not self.compile:

@@ -1,8 +1,8 @@
 """The page of several runs: their curves over each other, their numbers side by side, the settings that they differ in.
 
-Losses are held against each other only where the runs were validated on the same sequences: what each run's checkpoint
-says of its text, its context and how many sequences it reads has to be the same. Runs of other texts get figures of
-their own, and a note.
+Losses are held against each other only where the runs were validated and tested on the same sequences: what each run's
+checkpoint says of its text, its context and how many sequences it reads has to be the same. Runs of other texts get
+figures of their own, and a note.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sparsae import __version__
+from sparsae.config.held_out import OF_SEQUENCES, held_out
 from sparsae.config.text import inline
 from sparsae.errors import InputError
 from sparsae.report import markup
@@ -87,19 +88,19 @@ def comparable(runs: Mapping[str, RunData]) -> list[dict[str, RunData]]:
     """The runs in groups whose losses can be compared; a run of which that is not known is a group of its own."""
     groups: dict[object, dict[str, RunData]] = {}
     for name, run in runs.items():
-        held_out = _held_out(run)
-        groups.setdefault(name if held_out is None else held_out, {})[name] = run
+        read = _held_out(run)
+        groups.setdefault(name if read is None else read, {})[name] = run
     return list(groups.values())
 
 
 def _held_out(run: RunData) -> tuple[object, ...] | None:
-    """What its validation read: text and tokenizer (by their digest), and which sequences; None: not known."""
+    """What its validation and test read: text and tokenizer (by their digest), and which sequences; None: not known."""
     directory = RunDirectory(run.path)
     steps = directory.saved_steps()
     if not steps:
         return None
     corpus = read_state(directory.checkpoint(steps[-1]))["corpus"]
-    return corpus, run.config.model.context, run.config.training.validation_sequences
+    return corpus, *held_out(run.config, OF_SEQUENCES).values()
 
 
 def _remarks(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]]) -> list[str]:
@@ -109,7 +110,7 @@ def _remarks(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
         known = all(_held_out(run) is not None for run in group.values())
         first = next(iter(groups[0]))
         why = (
-            f"validation read another text or tokenizer, or other sequences, than that of {first}"
+            f"validation or test read another text or tokenizer, or other sequences, than that of {first}"
             if known
             else f"no checkpoint tells what validation read, so that it cannot be held against {first}"
         )

@@ -35,10 +35,10 @@ class HeldOut:
         """Raises InputError where there is not one sequence. The test is without a row where validation reads all."""
         context, training = config.model.context, config.training
         reported, scoring = split_held_out(tokens, context)
-        read, tested = training.validation_sequences, training.test_sequences
+        read = training.validation_sequences
         return cls(
             evenly_spaced(reported, context, read),
-            left_over(reported, context, read, 2 * read if tested is None else tested),
+            left_over(reported, context, read, training.tested_sequences),
             scoring,
             divided=reported is not scoring,
         )

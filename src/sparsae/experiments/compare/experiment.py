@@ -13,7 +13,7 @@ from sparsae.data import prepare
 from sparsae.errors import InputError
 from sparsae.experiments.board import Board
 from sparsae.experiments.compare.lengths import Jobs, RunLengths
-from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect
+from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect, require_one_text
 from sparsae.experiments.compare.record import Results
 from sparsae.experiments.compare.results import Cell, Search, Trial, collect, write_results
 from sparsae.experiments.compare.tasks import fine_tune
@@ -44,6 +44,7 @@ class Comparison:
         self._tasks = read_tasks(plan.tasks) if plan.tasks else []
         self._trials: dict[tuple[str, float, Key], Trial] = {}
         require_effect(plan)
+        require_one_text(plan)
         # Wrong settings of any run are refused now, not hours later.
         jobs = [self.lengths.job(variant, sparsity, seed, "runs", {}) for seed, sparsity, variant in cells(plan)]
         for tuned in self._tuned():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sparsae.config import DataConfig
-from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells, require_effect
+from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells, require_effect, require_one_text
 from sparsae.experiments.compare.tuning import Key, Point, key_of
 from sparsae.experiments.forecast import Planned, merged
 from sparsae.experiments.jobs import Job, job_of
@@ -62,6 +62,7 @@ class RunLengths:
         """The runs, the trials of the grids first, all as if the plan's own settings were the tuned ones."""
         plan, found, jobs = self.plan, list[Planned](), Jobs()
         require_effect(plan)
+        require_one_text(plan)
         for sparsity in plan.sparsities:
             for variant in plan.named_variants:
                 for point in self.grid(variant, sparsity):

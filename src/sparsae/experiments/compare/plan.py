@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -16,6 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sparsae.config import Config, Section
 from sparsae.config.complaints import SettingError, nearest, unknown_name
 from sparsae.config.effect import Idle, idle_settings
+from sparsae.config.held_out import HELD_OUT, held_out
 from sparsae.config.load import has_sparsity, resolve, setting_names
 from sparsae.config.ranges import Range
 from sparsae.config.shipped import methods
@@ -105,6 +107,9 @@ class Tuning(Section):
                 raise SettingError("what the runs are matched on gives every trial its length", name)
             if name not in names:
                 raise SettingError(f"no setting '{name}'; {nearest(name, names)}", name)
+            if name in HELD_OUT:
+                what = "decides which held-out tokens the losses are of, so trials could not be compared"
+                raise SettingError(f"{what}: give it by settings", name)
             if len(values) < 2 or len(set(values)) < len(values):
                 raise SettingError("give two or more values, each once", name)
         return {name: sorted(values) for name, values in grid.items()}
@@ -299,6 +304,23 @@ def require_effect(plan: ComparisonPlan) -> None:
         if all(setting != a.setting for v in plan.named_variants for s in plan.sparsities for a in plan.axes(v, s)):
             place = plan.place("tuning", "grid", setting)
             raise InputError(f"{place}: has no effect: no variant has it without giving it itself")
+
+
+def require_one_text(plan: ComparisonPlan) -> None:
+    """Raise InputError where the runs' losses would be of different held-out tokens, so that none could be the lower.
+
+    Only the settings of variants can make them so: all else of a plan is the same for all.
+    """
+    read = {name: held_out(plan.config(name, plan.sparsities[0], plan.seeds[0])) for name in plan.named_variants}
+    expected = read[plan.held_against]
+    for name, setting in product(read, HELD_OUT):
+        if read[name][setting] != expected[setting]:
+            pair = (name, plan.held_against)
+            own = next((each for each in pair if given(plan.named_variants[each].settings, setting)), name)
+            other = next(each for each in pair if each != own)
+            place = plan.place("variants", own, "settings", *setting.split("."))
+            what = f"the losses of {own} would be of other held-out tokens than those of {other}"
+            raise InputError(f"{place}: {what}: give it by settings, to all runs")
 
 
 def _concerns(config: Config, setting: str) -> bool:
