@@ -1,4 +1,4 @@
-"""Losses that are held against each other are of the same tokens."""
+"""Losses that are held against each other are of the same tokens, and runs that are told apart are not one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from sparsae.cli import main
 from sparsae.config import Config, DataConfig
 from sparsae.config.data import SourceConfig
 from sparsae.config.held_out import HELD_OUT, held_out
+from sparsae.experiments.compare.lengths import RunLengths
 from sparsae.experiments.compare.plan import ComparisonPlan, require_one_text
 from sparsae.experiments.plan import parse_plan
+from sparsae.experiments.transfer.plan import TransferPlan
+from sparsae.report.readable import sparsity_text
 
 # A value of each setting that decides which tokens losses are of, another than that of the demo.
 OTHER: dict[str, Any] = {
@@ -93,16 +96,83 @@ def test_all_variants_may_have_another_text_together() -> None:
 
 
 WRONG = {
-    f"a grid of {setting}": ({setting: [300, 400]}, f"{setting}: decides which held-out tokens the losses are of")
-    for setting in OTHER
-}
+    "a value that is infinite": (
+        {"training.weight_decay": [0, float("inf")]}, "training.weight_decay[1]: must be a finite number, not inf"
+    ),
+    "a value that is text": (
+        {"training.weight_decay": [0, "much"]}, "training.weight_decay[1]: must be a number, not 'much'"
+    ),
+    "a value that is true": ({"training.batch_size": [4, True]}, "training.batch_size[1]: must be a number, not true"),
+    "values of one name": (
+        {"training.weight_decay": [0.1, 0.1000000001]},
+        "training.weight_decay: 0.1 and 0.1000000001 have the same six digits: leave one out",
+    ),
+    **{
+        f"a grid of {setting}": ({setting: [300, 400]}, f"{setting}: decides which held-out tokens the losses are of")
+        for setting in OTHER
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_grid_gives_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid, told = WRONG[name]
-    text = json.dumps({"methods": ["static"], "tuning": {"grid": grid}})
+    text = json.dumps({"methods": ["static"], "tuning": {"grid": grid}}).replace("Infinity", ".inf")
     (tmp_path / "plan.yaml").write_text(text)
     line = error_of(["compare", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")], capsys)
     assert f"plan.yaml: tuning.grid.{told}" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (["compare", "--methods", "static", "--sparsities", "0.9,0.9000000001"], "--sparsities"),
+        (["compare", "--methods", "static", "--learning-rates", "0.9,0.9000000001"], "--learning-rates"),
+        (["transfer", "--sparsities", "0.9,0.9000000001"], "--sparsities"),
+        (["transfer", "--learning-rates", "0.9,0.9000000001"], "--learning-rates"),
+    ],
+)
+def test_numbers_that_no_name_tells_apart_are_refused(
+    command: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of([*command, "--out", str(tmp_path / "out")], capsys)
+    assert f"{place}: 0.9 and 0.9000000001 have the same six digits: leave one out" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_differ_in_six_digits_and_whole_ones_are_not() -> None:
+    assert parsed(sparsities=[0.999, 0.999001]).sparsities == [0.999, 0.999001]
+    assert parsed(seeds=[10**9, 10**9 + 1]).seeds == [10**9, 10**9 + 1]
+    assert parse_plan({"widths": [1000000, 1000001]}, "plan.yaml", TransferPlan).widths == [1000000, 1000001]
+
+
+def test_a_name_that_no_directory_could_have_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longest = "x" * 64
+    assert longest in parsed(variants={longest: {"method": "set"}}).all_variants
+    tree = {"methods": ["static"], "variants": {f"{longest}y": {"method": "set"}}}
+    (tmp_path / "plan.yaml").write_text(json.dumps(tree))
+    line = error_of(["compare", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")], capsys)
+    assert "plan.yaml: variants: 'xxx" in line
+    assert "has 65 characters, and names a directory: use at most 64" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_trials_of_many_settings_have_names_that_a_directory_can_have() -> None:
+    numbers = ("beta1", "beta2", "epsilon", "weight_decay", "final_learning_rate", "sparse_learning_rate", "warmup")
+    grid = {f"training.{name}": [0.123456, 0.223456] for name in numbers}
+    plan = parsed(variants={"x" * 64: {"method": "static"}}, tuning={"grid": grid, "seed": 2**62})
+    lengths = RunLengths(plan, lambda _: 4096)
+    names = [lengths.trial("x" * 64, 0.9, point).name for point in lengths.grid("x" * 64, 0.9)]
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) < 255
+    assert names[0].endswith("-training.beta10.123456")
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "text"), [(0, "0 %"), (0.9, "90 %"), (0.9995, "99.95 %"), (0.9999, "99.99 %"), (1 / 3, "33.3333 %")]
+)
+def test_sparsities_that_a_plan_tells_apart_are_shown_apart(sparsity: float, text: str) -> None:
+    assert sparsity_text(sparsity) == text

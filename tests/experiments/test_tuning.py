@@ -155,7 +155,7 @@ def test_a_setting_is_tuned_where_it_matters_and_is_not_given() -> None:
         ({"training.sparse_rate": [1, 2]}, "no setting 'training.sparse_rate'; did you mean"),
         ({"training.learning_rate": [1, 2]}, "give it by learning_rates"),
         ({"parameterization.initial_scale": [1]}, "two or more values"),
-        ({"parameterization.initial_scale": [1, 1]}, "two or more values"),
+        ({"parameterization.initial_scale": [1, 1]}, "given twice"),
         ({"parameterization.initial_scale": [-1, 1]}, "must be at least 0"),
         ({"training.steps": [100, 200]}, "matched on gives every trial its length"),
     ],

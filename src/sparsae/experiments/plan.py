@@ -51,8 +51,8 @@ class BasePlan(Section):
     def _lists_repeat_nothing(self) -> Self:
         for name in type(self).model_fields:
             values = getattr(self, name)
-            if isinstance(values, list) and len(set(values)) < len(values):
-                raise SettingError("one is given twice", name)
+            if isinstance(values, list) and (what := alike(values)):
+                raise SettingError(what, name)
         return self
 
     @model_validator(mode="after")
@@ -91,6 +91,22 @@ def given(tree: Mapping[str, Any], setting: str) -> bool:
             return False
         inner = inner[key]
     return True
+
+
+def alike(values: Sequence[Any]) -> str | None:
+    """What is wrong with a list that has a value twice, or two numbers that are told apart by no name of a run.
+
+    Names have six digits of a number, and tables no more.
+    """
+    seen: dict[Any, Any] = {}
+    for value in values:
+        key = float(f"{value:.6g}") if isinstance(value, float) else value
+        if key in seen:
+            if seen[key] == value:
+                return "one is given twice"
+            return f"{seen[key]} and {value} have the same six digits: leave one out"
+        seen[key] = value
+    return None
 
 
 def refuse_said(tree: Mapping[str, Any], where: str, said: Mapping[str, str]) -> None:

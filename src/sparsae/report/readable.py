@@ -56,6 +56,11 @@ def percent(share: float, digits: int = 3) -> str:
     return f"{share * 100:.{digits}g} %".replace("-", "−") if math.isfinite(share) else UNKNOWN
 
 
+def sparsity_text(share: float) -> str:
+    """A sparsity as a percentage, with the digits by which plans tell two apart: 99.95 % are not 100 %."""
+    return percent(share, 6)
+
+
 def duration(seconds: float) -> str:
     """Seconds as the two largest units."""
     if not math.isfinite(seconds):

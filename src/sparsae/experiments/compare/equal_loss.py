@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from sparsae.experiments.compare.record import CurvePoint, EqualLossRow, Measure, Row
-from sparsae.report.readable import UNKNOWN, compact, duration, percent
+from sparsae.report.readable import UNKNOWN, compact, duration, sparsity_text
 from sparsae.report.tables import Table
 
 DENSE = "dense"
@@ -42,7 +42,7 @@ def equal_loss_table(entries: Sequence[EqualLossRow]) -> Table | None:
     for entry in entries:
         cells.append(
             [
-                percent(entry.sparsity),
+                sparsity_text(entry.sparsity),
                 entry.method,
                 f"{entry.loss:.4f}",
                 f"{entry.low} of {entry.seeds}",

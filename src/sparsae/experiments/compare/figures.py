@@ -14,7 +14,7 @@ from sparsae.experiments.compare.record import Loss, Row, SummaryRow, TuningRow
 from sparsae.experiments.compare.summary import losses_of
 from sparsae.report.data import RunData
 from sparsae.report.looks import Look, keys
-from sparsae.report.readable import compact, duration, in_short, percent, tick
+from sparsae.report.readable import compact, duration, in_short, percent, sparsity_text, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 from sparsae.runs.rows import TopologyRow
 
@@ -49,8 +49,8 @@ def loss_curves(rows: Sequence[Row], look: Mapping[str, Look], against: Against,
     unit = {"train_flops": "FLOPs", "tokens": "tokens", "seconds": "time"}[against]
     return panel(
         f"curve-{against.replace('_', '-')}-{_suffix(sparsity)}",
-        f"Validation loss against {unit} · {percent(sparsity)} sparse",
-        f"Validation loss in nats per token against {_UNITS[against]} at {percent(sparsity)} sparsity: {ends}.",
+        f"Validation loss against {unit} · {sparsity_text(sparsity)} sparse",
+        f"Validation loss in nats per token against {_UNITS[against]} at {sparsity_text(sparsity)} sparsity: {ends}.",
         draw,
         keys(look, list(curves)),
         height=3.0,
@@ -77,10 +77,10 @@ def loss_by_sparsity(summary: Sequence[SummaryRow], look: Mapping[str, Look], lo
                 x, y, yerr=error, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker,
                 markersize=4.5, linewidth=1.0, elinewidth=1.2, capsize=2.5,
             )  # fmt: skip
-        ax.set_xticks(range(len(sparsities)), [percent(sparsity) for sparsity in sparsities])
+        ax.set_xticks(range(len(sparsities)), [sparsity_text(sparsity) for sparsity in sparsities])
         ax.set_xlim(-0.5, len(sparsities) - 0.5)
 
-    text = "; ".join(f"{e.method} {interval.mean:.4f} at {percent(e.sparsity)}" for e, interval in known)
+    text = "; ".join(f"{e.method} {interval.mean:.4f} at {sparsity_text(e.sparsity)}" for e, interval in known)
     return panel(
         "loss-by-sparsity",
         "Final loss against sparsity",
@@ -130,8 +130,8 @@ def differences(
     text = "; ".join(f"{e.method} {difference.mean:+.4f} ({e.verdict})" for e, difference in entries)
     return panel(
         f"difference-{_suffix(sparsity)}",
-        f"Paired difference from {reference} · {percent(sparsity)} sparse",
-        f"Paired difference of the final loss from {reference}'s at {percent(sparsity)} sparsity: {text}.",
+        f"Paired difference from {reference} · {sparsity_text(sparsity)} sparse",
+        f"Paired difference of the final loss from {reference}'s at {sparsity_text(sparsity)} sparsity: {text}.",
         draw,
         [Key("mean and 95 % interval", "ink", "●"), Key("a seed", "muted", "|")],
         height=0.62 + 0.36 * len(entries),
@@ -174,8 +174,8 @@ def tuning_curves(tuning: Sequence[TuningRow], look: Mapping[str, Look], sparsit
     text = "; ".join(f"{name} chose {value}" for name, value in chosen.items())
     return panel(
         f"tuning-{name_of.replace(' ', '-')}-{_suffix(sparsity)}",
-        f"Trials: {name_of} · {percent(sparsity)} sparse",
-        f"Validation loss of the trials against the {name_of} at {percent(sparsity)} sparsity: {text}.",
+        f"Trials: {name_of} · {sparsity_text(sparsity)} sparse",
+        f"Validation loss of the trials against the {name_of} at {sparsity_text(sparsity)} sparsity: {text}.",
         draw,
         [*keys(look, list(last)), Key("chosen", "ink", "○")],
         height=2.8,
@@ -220,8 +220,8 @@ def cost_bars(rows: Sequence[Row], sparsity: float, unit: Literal["FLOPs", "time
     labels = {part: _PARTS.get(part, part.replace("_", " ")) for part in names}
     return panel(
         f"cost-{unit.lower()}-{_suffix(sparsity)}",
-        f"{'Training FLOPs' if unit == 'FLOPs' else 'Time'} of a run by part · {percent(sparsity)} sparse",
-        f"Mean {unit} of a run by part at {percent(sparsity)} sparsity: {text}.",
+        f"{'Training FLOPs' if unit == 'FLOPs' else 'Time'} of a run by part · {sparsity_text(sparsity)} sparse",
+        f"Mean {unit} of a run by part at {sparsity_text(sparsity)} sparsity: {text}.",
         draw,
         [Key(labels[part], f"series{index % 8}", "■") for index, part in enumerate(names)],
         height=0.2 + 0.27 * len(means),
@@ -264,7 +264,7 @@ def telemetry(
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
 
     text = "; ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items())
-    heading = f"{title} · {percent(sparsity)} sparse"
+    heading = f"{title} · {sparsity_text(sparsity)} sparse"
     return panel(f"{kind}-{_suffix(sparsity)}", heading, f"{title}: {text}.", draw, keys(look, list(lines)))
 
 
@@ -292,7 +292,7 @@ def layer_densities(runs: Mapping[str, RunData], look: Mapping[str, Look], spars
     text = "; ".join(f"{n}: {', '.join(percent(x.density) for x in t.layers.values())}" for n, t in last.items())
     return panel(
         f"layers-{_suffix(sparsity)}",
-        f"Density by layer · {percent(sparsity)} sparse",
+        f"Density by layer · {sparsity_text(sparsity)} sparse",
         f"Density of the sparse layers in order: {text}.",
         draw,
         keys(look, list(last)),

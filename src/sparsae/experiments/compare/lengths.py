@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 
 from sparsae.config import DataConfig
 from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells, require_effect, require_one_text
@@ -16,6 +17,7 @@ from sparsae.train.model import require_fit
 
 # Settings, by how their names begin, that change no operation.
 _COSTLESS = ("training.learning_rate", "training.sparse_learning_rate", "parameterization.")
+_LONGEST_POINT = 160  # characters; a file system has 255 for the name of a trial's directory
 
 
 @dataclass
@@ -55,7 +57,8 @@ class RunLengths:
         name = f"{folder}/{variant}-{sparsity:g}-{seed}"
         if folder == "tuning":
             names = {LEARNING_RATE: "lr"}
-            name += "".join(f"-{names.get(setting, setting)}{value:.9g}" for setting, value in point.items())
+            where = "".join(f"-{names.get(setting, setting)}{value:.9g}" for setting, value in point.items())
+            name += where if len(where) <= _LONGEST_POINT else f"-{blake2b(where.encode(), digest_size=16).hexdigest()}"
         return job_of(name, config, cost.flops(steps))
 
     def planned(self) -> list[Planned]:

@@ -21,7 +21,7 @@ from sparsae.report import markup
 from sparsae.report.data import RunData, read_run
 from sparsae.report.looks import Look, looks
 from sparsae.report.markup import Tile
-from sparsae.report.readable import UNKNOWN, compact, count, duration, in_short, percent
+from sparsae.report.readable import UNKNOWN, compact, count, duration, in_short, percent, sparsity_text
 from sparsae.report.tables import Table, interval_text
 
 _TITLES = {"comparison": "Comparison", "ablation": "Ablation", "sensitivity": "Sensitivity to the micro-batch"}
@@ -68,7 +68,7 @@ def body(results: Results, out: Path) -> str:
     asked, seeds = results.asked, len(results.asked.seeds)
     lead = (
         f"{len(results.methods)} methods, {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"sparsities {', '.join(percent(s) for s in asked.sparsities)}; matched on {_MATCHED[asked.match]}; "
+        f"sparsities {', '.join(sparsity_text(s) for s in asked.sparsities)}; matched on {_MATCHED[asked.match]}; "
         f"held against {results.reference}."
     )
     state = "" if results.complete else '<p class="state">This experiment is not complete: runs are missing.</p>'
@@ -92,7 +92,7 @@ def _headline(results: Results) -> list[Tile]:
         known = {method: interval for method, interval in losses.items() if interval}
         best = min(known, key=lambda method: known[method].mean, default=None)
         lowest = f"lowest mean: {best}, {interval_text(known[best])}" if best else ""
-        tiles.append(Tile(f"Best at {percent(entry.sparsity)} sparsity", entry.winner or "no winner", [lowest]))
+        tiles.append(Tile(f"Best at {sparsity_text(entry.sparsity)} sparsity", entry.winner or "no winner", [lowest]))
     trials = list({trial.run: trial for group in tuning for trial in group.trials}.values())
     spent = sum(trial.train_flops or 0 for trial in trials)
     notes = [f"and {len(trials)} trials of tuning" if trials else "nothing was tuned"]
@@ -192,7 +192,11 @@ def _topology(results: Results, runs: Mapping[tuple[str, float], RunData]) -> st
         panels += [draw.telemetry(mine, look, sparsity, kind) for kind in ("turnover", "distance", "itop")]
         panels.append(draw.layer_densities(mine, look, sparsity))
     accepted = [
-        [f"{entry.method} · {percent(entry.sparsity)}", f"{entry.updates:.4g}", _accepted(entry, entry.updates)]
+        [
+            f"{entry.method} · {sparsity_text(entry.sparsity)}",
+            f"{entry.updates:.4g}",
+            _accepted(entry, entry.updates),
+        ]
         for entry in results.summary
         if entry.updates
     ]
@@ -232,7 +236,7 @@ def _tuning(results: Results) -> str:
     panels = [draw.tuning_curves(tuning, look, sparsity, name) for sparsity in asked.sparsities for name in settings]
     rows = [
         [
-            f"{group.method} · {percent(group.sparsity)}",
+            f"{group.method} · {sparsity_text(group.sparsity)}",
             str(len(group.trials)),
             _steps(group),
             compact(group.train_flops),
@@ -270,7 +274,7 @@ def _settings(results: Results, runs: Mapping[tuple[str, float], RunData]) -> st
     shared = [name for name in names if len(values[name]) == 1]
     one_by_one = [name for name in names if len(values[name]) > 1 and name != "method"]
     rows = [[name, *(settings.get(name, UNKNOWN) for settings in flat.values())] for name in one_by_one]
-    columns = ["setting", *(f"{method} · {percent(sparsity)}" for method, sparsity in flat)]
+    columns = ["setting", *(f"{method} · {sparsity_text(sparsity)}" for method, sparsity in flat)]
     text = "\n".join(f"{name}: {next(iter(values[name]))}" for name in shared)
     lead = "Every setting of every run: those that all have in common, and those in which they differ (first seed)."
     return markup.section(

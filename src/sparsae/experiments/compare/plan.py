@@ -6,6 +6,7 @@ rates among which each variant finds its own. Whatever has a default may be left
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sparsae.config import Config, Section
-from sparsae.config.complaints import SettingError, nearest, unknown_name
+from sparsae.config.complaints import SettingError, nearest, shown, unknown_name
 from sparsae.config.effect import Idle, idle_settings
 from sparsae.config.held_out import HELD_OUT, held_out
 from sparsae.config.load import has_sparsity, resolve, setting_names
@@ -24,17 +25,30 @@ from sparsae.config.shipped import methods
 from sparsae.config.span import Span
 from sparsae.errors import InputError
 from sparsae.experiments.compare.tuning import Axis, Point
-from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, given, refuse_in_common, refuse_said
+from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, alike, given, refuse_in_common, refuse_said
 from sparsae.registry import method_named
 from sparsae.tasks.settings import FinetuneConfig
 
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 
-Number = Annotated[int | float, Field(ge=0)]  # a whole one stays whole
+
+def _is_number(value: Any) -> Any:
+    """A union's own errors name the type that was tried last, which says nothing of the setting's."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number, not {shown(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"must be a finite number, not {shown(value)}")
+    if value < 0:
+        raise ValueError(f"must be at least 0, not {shown(value)}")
+    return value
+
+
+Number = Annotated[int | float, BeforeValidator(_is_number)]  # a whole one stays whole
 
 Contrast = Annotated[tuple[str, str], BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_LONGEST_NAME = 64  # characters; a run's directory is named by its sparsity, seed and tuned settings besides
 
 
 class Variant(Section):
@@ -92,8 +106,8 @@ class Tuning(Section):
     def _in_order(cls, rates: list[float]) -> list[float]:
         if len(rates) == 1:
             raise ValueError("one learning rate is no grid: set training.learning_rate, or give two or more")
-        if len(set(rates)) < len(rates):
-            raise ValueError("a learning rate is given twice")
+        if what := alike(rates):
+            raise ValueError(what)
         return sorted(rates)
 
     @field_validator("grid")
@@ -110,8 +124,10 @@ class Tuning(Section):
             if name in HELD_OUT:
                 what = "decides which held-out tokens the losses are of, so trials could not be compared"
                 raise SettingError(f"{what}: give it by settings", name)
-            if len(values) < 2 or len(set(values)) < len(values):
-                raise SettingError("give two or more values, each once", name)
+            if len(values) < 2:
+                raise SettingError("give two or more values", name)
+            if same := alike(values):
+                raise SettingError(same, name)
         return {name: sorted(values) for name, values in grid.items()}
 
 
@@ -173,6 +189,9 @@ class ComparisonPlan(BasePlan):
         for name in self.variants:
             if not _NAME.fullmatch(name):
                 what = f"'{name}' cannot name a directory: use letters, digits and . _ + -"
+                raise SettingError(what, "variants")
+            if len(name) > _LONGEST_NAME:
+                what = f"{shown(name)} has {len(name)} characters, and names a directory: use at most {_LONGEST_NAME}"
                 raise SettingError(what, "variants")
             if name in self.methods:
                 raise SettingError(f"'{name}' is among the methods already; give it another name", "variants")

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsae.experiments.compare.record import Results
 from sparsae.experiments.statistics import Difference, paired_difference
 from sparsae.report import markup
-from sparsae.report.readable import UNKNOWN, percent
+from sparsae.report.readable import UNKNOWN, sparsity_text
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.rows import TopologyRow
 
@@ -39,7 +39,7 @@ def verdicts(results: Results) -> Iterator[tuple[str, Difference | None]]:
         for name in (PLACEBO, FIXED):
             if EVOLVED in losses and (name == PLACEBO or name in losses):
                 difference = paired_difference(losses[EVOLVED], losses.get(name, {}))
-                yield f"{percent(sparsity)} sparsity: {_said(name, difference)}", difference
+                yield f"{sparsity_text(sparsity)} sparsity: {_said(name, difference)}", difference
 
 
 def _losses(results: Results, sparsity: float) -> dict[str, dict[int, float]]:
@@ -80,7 +80,7 @@ def _genomes(results: Results, runs: Mapping[tuple[str, float], Path]) -> str:
             updates = [row for row in RunDirectory(path).read_metrics(TopologyRow) if row.step]
             if updates:
                 last = updates[-max(1, len(updates) // 4) :]
-                rows[f"{method} · {percent(sparsity)}"] = {
+                rows[f"{method} · {sparsity_text(sparsity)}"] = {
                     key: f"{updates[0].number(key):.3g} → {sum(row.number(key) for row in last) / len(last):.3g}"
                     for key in updates[0].numbers
                     if key.startswith(_GENE)

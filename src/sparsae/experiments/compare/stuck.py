@@ -7,7 +7,7 @@ from itertools import groupby
 
 from sparsae.core.record import encode, field_names
 from sparsae.experiments.compare.record import Row, Stuck
-from sparsae.report.readable import percent
+from sparsae.report.readable import sparsity_text
 from sparsae.report.tables import Table
 from sparsae.runs.rows import TopologyRow
 
@@ -49,7 +49,7 @@ def stuck_table(rows: Sequence[Row]) -> Table | None:
     if not groups:
         return None
     cells = [
-        [percent(sparsity), method, *(f"{sum(run[name] for run in mine) / len(mine):.3g}" for name in _COUNTS)]
+        [sparsity_text(sparsity), method, *(f"{sum(run[name] for run in mine) / len(mine):.3g}" for name in _COUNTS)]
         for (sparsity, method), mine in groups.items()
     ]
     title = (

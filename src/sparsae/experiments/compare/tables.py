@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsae.experiments.compare.record import Contrast, Results, SummaryRow
 from sparsae.experiments.compare.summary import FEW_UPDATES, decisive_p
-from sparsae.report.readable import UNKNOWN, compact, in_short, percent
+from sparsae.report.readable import UNKNOWN, compact, in_short, percent, sparsity_text
 from sparsae.report.tables import Table, interval_text
 
 
@@ -44,7 +44,7 @@ def contrast_table(results: Results) -> Table:
     """The planned contrasts at each sparsity."""
     rows = [
         [
-            percent(entry.sparsity),
+            sparsity_text(entry.sparsity),
             f"{entry.a} less {entry.b}",
             str(entry.difference.n) if entry.difference else UNKNOWN,
             _difference(entry),
@@ -66,7 +66,7 @@ def rank_table(results: Results) -> Table:
         share = of.accepted_updates / of.updates if of and of.updates and of.accepted_updates is not None else None
         rows.append(
             [
-                percent(entry.sparsity),
+                sparsity_text(entry.sparsity),
                 entry.method,
                 str(entry.updates),
                 interval_text(entry.kendall_tau),
@@ -86,7 +86,7 @@ def _rows(results: Results) -> list[list[str]]:
         equivalent = entry.equivalent_tokens
         rows.append(
             [
-                percent(entry.sparsity),
+                sparsity_text(entry.sparsity),
                 entry.method,
                 in_short(entry.learning_rate),
                 *(_tuned(entry, setting) for setting in tuned_beside(results)),

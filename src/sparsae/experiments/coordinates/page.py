@@ -15,7 +15,7 @@ from sparsae import __version__
 from sparsae.experiments.coordinates.record import Axis, Point, Quantity, Results, Row
 from sparsae.report import markup
 from sparsae.report.looks import keys, looks
-from sparsae.report.readable import percent, tick
+from sparsae.report.readable import percent, sparsity_text, tick
 from sparsae.report.svg import COLOURS, Panel, axes, panel
 from sparsae.report.tables import Table
 
@@ -78,7 +78,7 @@ def _section(results: Results, axis: Axis) -> str:
         return ""
     held = "width" if axis == "density" else "sparsity"
     largest = max(row.held for row in rows)
-    at = f"width {largest}" if axis == "density" else f"sparsity {percent(largest)}"
+    at = f"width {largest}" if axis == "density" else f"sparsity {sparsity_text(largest)}"
     blocks = []
     for quantity in get_args(Quantity):
         mine = [row for row in rows if row.quantity == quantity]

@@ -15,7 +15,7 @@ from sparsae.experiments.transfer.plan import Knob
 from sparsae.experiments.transfer.record import Optimum, Over, Row
 from sparsae.experiments.transfer.results import LABELS, basin_of, by_cell
 from sparsae.report.looks import Look, keys, looks
-from sparsae.report.readable import percent, tick
+from sparsae.report.readable import sparsity_text, tick
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 
 
@@ -50,7 +50,7 @@ def optimum_by(optima: Sequence[Optimum], knob: Knob, over: Over) -> Panel | Non
         return None
     lines: dict[str, list[Optimum]] = {}
     for entry in mine:
-        held = percent(entry.sparsity) if over == "width" else f"width {entry.width}"
+        held = sparsity_text(entry.sparsity) if over == "width" else f"width {entry.width}"
         lines.setdefault(f"{entry.parameterization} · {held}", []).append(entry)
     names = dict.fromkeys(entry.parameterization for entry in mine)
     look = looks(list(lines))
@@ -74,7 +74,7 @@ def optimum_by(optima: Sequence[Optimum], knob: Knob, over: Over) -> Panel | Non
         ax.set_yscale("log", base=2)
         ax.set_ylim(*_octaves(ax.get_ylim()))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-        ax.set_xticks(range(len(places)), [percent(p) if over == "sparsity" else f"{p}" for p in places])
+        ax.set_xticks(range(len(places)), [sparsity_text(p) if over == "sparsity" else f"{p}" for p in places])
         ax.set_xlim(-0.3, len(places) - 0.7)
 
     text = "; ".join(
@@ -119,7 +119,7 @@ def _basins(
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(lambda value, _: tick(value))
 
-    text = "; ".join(f"width {e.width}, {percent(e.sparsity)}: {e.optimum:.3g}, loss {e.loss:.4f}" for e in best)
+    text = "; ".join(f"width {e.width}, {sparsity_text(e.sparsity)}: {e.optimum:.3g}, loss {e.loss:.4f}" for e in best)
     return panel(
         f"basin-{knob.replace('_', '-')}-{name}",
         f"{name}: loss against {LABELS[knob]}",
@@ -145,4 +145,4 @@ def _octaves(limits: tuple[float, float]) -> tuple[float, float]:
 
 
 def _name(width: int, sparsity: float) -> str:
-    return f"{width}, {percent(sparsity)}"
+    return f"{width}, {sparsity_text(sparsity)}"

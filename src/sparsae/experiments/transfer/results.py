@@ -32,7 +32,7 @@ from sparsae.experiments.transfer.record import (
     Row,
     SeedOptimum,
 )
-from sparsae.report.readable import UNKNOWN, percent
+from sparsae.report.readable import UNKNOWN, sparsity_text
 from sparsae.report.tables import Table, interval_text
 from sparsae.runs.summary import Summary
 
@@ -103,7 +103,7 @@ def optimum_table(optima: Sequence[Optimum]) -> Table:
                 LABELS[entry.knob],
                 entry.parameterization,
                 str(entry.width),
-                percent(entry.sparsity),
+                sparsity_text(entry.sparsity),
                 f"{entry.optimum:.3g}",
                 f"{interval.low:.3g}–{interval.high:.3g}" if interval else UNKNOWN,
                 f"{entry.loss:.4f}",
@@ -125,7 +125,7 @@ def best_table(results: Results) -> Table:
         [
             entry.parameterization,
             str(entry.width),
-            percent(entry.sparsity),
+            sparsity_text(entry.sparsity),
             *(f"{entry.values.get(knob, math.nan):.3g}" for knob in knobs),
             f"{entry.loss:.4f}",
         ]
