@@ -12,6 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from sparsae.config import Config
+from sparsae.config.load import resolve
 from sparsae.core.intervals import mean_interval
 from sparsae.experiments.compare.record import CurvePoint, Paired, Row
 from sparsae.experiments.compare.summary import conclusions, contrasts, judged_by, summarize, warnings
@@ -151,7 +153,7 @@ def test_methods_are_judged_by_the_test_where_every_run_has_one() -> None:
     assert conclusions(rows, "validation_loss")[0].winner is None
     earlier = [*rows, row("set", 3, 3.0, test_loss=None)]  # a run of the version before, or a short text
     assert judged_by(earlier) == "validation_loss"
-    told = warnings(compare_results(earlier, judged_by="validation_loss"))
+    told = warnings(compare_results(earlier, judged_by="validation_loss"), {})
     assert "text on which learning rates were tuned" in told[0]
 
 
@@ -177,7 +179,7 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
     rows += [row("set", n, 3.1, rule="set", moves=True, updates=5) for n in range(2)]
     rows += [row("rigl", n, 3.2, **idle) for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
     rows += [row("mest", n, 3.3, **{**idle, "updates": 4}) for n in range(2)]
-    assert warnings(compare_results(rows)) == [
+    assert warnings(compare_results(rows), {}) == [
         "gse at sparsity 0.9, seed 0: diverged",
         "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (train longer, or set "
         "topology.every or the plan's cadence lower)",
@@ -186,19 +188,41 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
     ]
 
 
-def test_methods_that_the_plan_makes_equal_are_named_once() -> None:
-
-    def of(method: str, *losses: float) -> list[Row]:
+class TestEqualRuns:
+    def of(self, method: str, *losses: float, seconds: float = 0.0, **more: Any) -> list[Row]:
         curve = tuple(
-            CurvePoint(step=step, tokens=0, train_flops=0, seconds=0.0, loss=loss) for step, loss in enumerate(losses)
+            CurvePoint(step=step, tokens=0, train_flops=0, seconds=seconds, loss=loss)
+            for step, loss in enumerate(losses)
         )
-        return [row(method, n, losses[-1] + n, curve=curve) for n in range(2)]
+        return [row(method, n, losses[-1] + n, curve=curve, seconds=seconds, **more) for n in range(2)]
 
-    rows = of("static", 4.0, 3.0) + of("static-erk", 4.0, 3.0)
-    assert warnings(compare_results(rows)) == [
-        "static and static-erk at sparsity 0.9 are the same run: the plan's settings make them equal"
-    ]
-    assert warnings(compare_results(of("static", 4.0, 3.0) + of("set", 4.0, 2.9))) == []
+    def told(self, rows: list[Row], **settings: Config) -> list[str]:
+        return warnings(compare_results(rows), {entry.run: settings[entry.method] for entry in rows})
+
+    def test_methods_that_the_plan_makes_equal_are_named_once(self) -> None:
+        rows = self.of("static", 4.0, 3.0) + self.of("erk", 4.0, 3.0, seconds=2.0, peak_memory_bytes=9)
+        # By these settings all that differs is the name; a share of no teacher has no effect.
+        densities = ["sparsity.budget=erk", "sparsity.min_density=0.0", "sparsity.max_density=1.0"]
+        static = resolve(method="static", overrides=densities)
+        erk = resolve(method="static-erk", overrides=["teacher.share=0.5"])
+        assert static.method != erk.method
+        assert self.told(rows, static=static, erk=erk) == [
+            "static and erk at sparsity 0.9 are the same run: the plan's settings make them equal"
+        ]
+
+    def test_runs_of_other_settings_are_not_called_the_same(self) -> None:
+        rows = self.of("static", 4.0, 3.0) + self.of("kept", 4.0, 3.0)
+        other = resolve(method="static", overrides=["training.mlp_keeps=float32"])
+        assert self.told(rows, static=resolve(method="static"), kept=other) == [
+            "static and kept at sparsity 0.9 gave the same results: what their settings differ by changed nothing in "
+            "these runs"
+        ]
+
+    @pytest.mark.parametrize("more", [{"test_loss": 2.0}, {"study_flops": 5}, {"updates": 7, "moves": False}])
+    def test_runs_of_other_results_are_not_named(self, more: dict[str, Any]) -> None:
+        rows = self.of("static", 4.0, 3.0) + self.of("set", 4.0, 3.0, **more)
+        assert self.told(rows, static=resolve(method="static"), set=resolve(method="set")) == []
+        assert warnings(compare_results(self.of("static", 4.0, 3.0) + self.of("set", 4.0, 2.9)), {}) == []
 
 
 def contrasted(seeds: int, **losses: list[float]) -> list[Row]:

@@ -109,7 +109,8 @@ def collect(
         conclusions=conclusions(rows, loss),
         warnings=(),
     )
-    return replace(results, warnings=(*([_STACKED] if results.is_stacked else []), *warnings(results)))
+    settings = {cell.job.name: cell.job.config for cell in cells}
+    return replace(results, warnings=(*([_STACKED] if results.is_stacked else []), *warnings(results, settings)))
 
 
 def write_results(results: Results, out: Path) -> None:

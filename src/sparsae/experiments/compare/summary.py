@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 
+from sparsae.config import Config
+from sparsae.config.effect import idle_settings
 from sparsae.core.intervals import CONFIDENCE, Interval, mean_interval
+from sparsae.core.record import encode
 from sparsae.experiments.compare.record import (
     Conclusion,
     Contrast,
@@ -24,6 +29,13 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
+from sparsae.files import to_json
+
+# Of a row: its names, what was asked of it, and what depends on the machine.
+_NO_RESULT = (
+    "method", "base_method", "run", "match", "budget", "budget_deviation", "learning_rate", "settings", "rule", "moves",
+    "beside", "stacked", "device", "torch", "seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes",
+)  # fmt: skip
 
 FEW_UPDATES = 5  # of a rule that moves: with fewer it has hardly moved
 
@@ -102,8 +114,8 @@ def conclusions(rows: Sequence[Row], loss: Loss) -> tuple[Conclusion, ...]:
     return tuple(found)
 
 
-def warnings(results: Results) -> list[str]:
-    """What a reader must know before believing a number."""
+def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
+    """What a reader must know before believing a number; settings: those of every run, by its name."""
     found = []
     if results.judged_by == "validation_loss":
         found.append(
@@ -125,7 +137,7 @@ def warnings(results: Results) -> list[str]:
             found.append(f"{where}: diverged")
         elif row.budget_deviation is not None and abs(row.budget_deviation) > 0.02:
             found.append(f"{where}: spent {row.budget_deviation:+.1%} of its budget of {row.match}")
-    found += _of_equal_runs(results.rows)
+    found += _of_equal_runs(results.rows, settings)
     found += _of_few_updates(results.rows)
     seeds = {row.seed for row in results.rows}
     if len(seeds) == 1:
@@ -133,15 +145,36 @@ def warnings(results: Results) -> list[str]:
     return found
 
 
-def _of_equal_runs(rows: Sequence[Row]) -> Iterator[str]:
-    """Methods that are one: by the plan's settings nothing is left that they differ by, and nothing they lost does."""
-    alike: dict[tuple[float, int, tuple[float, ...]], dict[str, None]] = {}
+def _of_equal_runs(rows: Sequence[Row], settings: Mapping[str, Config]) -> Iterator[str]:
+    """Methods whose runs gave the same results with every seed: because they are one, or what differs had no effect."""
+    runs: dict[tuple[float, str], list[Row]] = {}
     for row in rows:
         if len(row.curve) > 1 and not row.diverged:
-            losses = tuple(point.loss for point in row.curve)
-            alike.setdefault((row.sparsity, row.seed, losses), {})[row.method] = None
-    for methods, sparsity in dict.fromkeys((tuple(same), key[0]) for key, same in alike.items() if len(same) > 1):
-        yield f"{' and '.join(methods)} at sparsity {sparsity:g} are the same run: the plan's settings make them equal"
+            runs.setdefault((row.sparsity, row.method), []).append(row)
+    alike: dict[str, list[Row]] = {}
+    for mine in runs.values():
+        alike.setdefault("".join(map(_results_of, mine)), []).append(mine[0])
+    for same in alike.values():
+        if len(same) > 1:
+            names = f"{' and '.join(row.method for row in same)} at sparsity {same[0].sparsity:g}"
+            if len({_with_effect(settings[row.run]) for row in same}) == 1:
+                yield f"{names} are the same run: the plan's settings make them equal"
+            else:
+                yield f"{names} gave the same results: what their settings differ by changed nothing in these runs"
+
+
+def _results_of(row: Row) -> str:
+    """All that a run gave, equal for equal runs: without its names, what was asked of it and what the machine took."""
+    content = encode(replace(row, curve=tuple(replace(point, seconds=0.0) for point in row.curve)))
+    return to_json({key: value for key, value in content.items() if key not in _NO_RESULT})
+
+
+def _with_effect(config: Config) -> str:
+    """The settings that a run depends on: neither the name of its method nor those that have no effect in it."""
+    tree = config.model_dump(mode="json", exclude={"method"})
+    for *sections, name in idle_settings(config):
+        del reduce(getitem, sections, tree)[name]
+    return to_json(tree)
 
 
 def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
