@@ -270,6 +270,18 @@ class TestAdjustment:
         assert [difference.p_holm for difference in both] == holm(p)
         assert len(p) == 8
 
+    def test_rows_under_a_further_match_are_a_family_of_their_own(self) -> None:
+        named = self.by_name([])
+        others = self.rows[3:]
+        same = [replace(entry, method=f"{entry.method}@steps", beside=True) for entry in others]
+        other = [replace(entry, method="good@tokens", beside=True, match="tokens") for entry in others[:3]]
+        entries = summarize([*self.rows, *same, *other], "static", "test_loss")
+        found = {entry.method: entry.difference for entry in entries if entry.difference}
+        for method, (difference, _) in named.items():
+            assert found[method] == found[f"{method}@steps"] == difference
+        alone = found["good@tokens"]
+        assert alone.p_holm == alone.p
+
     def test_contrasts_need_no_reference(self) -> None:
         (entry,) = contrasts(self.rows, "test_loss", [("good", "fair")])
         assert (entry.a, entry.b, entry.verdict) == ("good", "fair", "better")

@@ -116,8 +116,8 @@ def _results(results: Results) -> str:
     look, sparsities, loss = _looks(results), results.asked.sparsities, results.judged_by
     lead = (
         f"{_LOSSES[loss]} A star marks a paired difference with p < 0.05, adjusted by Holm's method over all "
-        "differences but the planned ones; nothing is concluded from the others. "
-        "Equivalent tokens: how many times its own tokens the reference would need for the same loss."
+        "differences but the planned ones, under a further match over those there; nothing is concluded from the "
+        "others. Equivalent tokens: how many times its own tokens the reference would need for the same loss."
     )
     if any(not row.nnz for row in results.rows):
         lead += " A dense model stands at each sparsity with that sparsity's budget."
@@ -292,8 +292,8 @@ def _reading(results: Results) -> str:
     entries = [
         "Runs of one seed see the same data in the same order: differences are taken seed by seed.",
         "Intervals are two-sided 95 % intervals of Student's t over seeds, each by itself; p is that of the paired t "
-        "test, adjusted by Holm's method over all methods and sparsities together, but for contrasts that the plan "
-        "names (planned), whose p stands as it is.",
+        "test, adjusted by Holm's method over all methods and sparsities together (rows under a further match, such as "
+        "rigl@steps, by themselves), but for contrasts that the plan names (planned), whose p stands as it is.",
         "A winner is named only where its paired interval against every other method excludes zero.",
         "Equivalent tokens come from the reference's own validation curve: interpolated for a higher loss, "
         "extrapolated by a fitted power law with a floor for a lower one, at most eightfold. The curve's learning rate "

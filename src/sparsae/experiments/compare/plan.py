@@ -162,7 +162,7 @@ class ComparisonPlan(BasePlan):
     planned: list[Contrast] = Field(
         default=[],
         description="contrasts that were planned before any run, [[a, b], ...]: a less b; p values of all other "
-        "differences from the reference are adjusted (Holm)",
+        "differences from the reference are adjusted (Holm), those under a further match by themselves",
     )
     tuning: Annotated[
         Tuning,

@@ -155,7 +155,7 @@ class RankingRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """A paired difference with its interval and test; p_holm: adjusted over all that were not planned."""
+    """A paired difference with its interval and test; p_holm: adjusted over all of its family that were not planned."""
 
     n: int
     mean: float

@@ -51,7 +51,7 @@ def summarize(
     """An entry a sparsity and method, in the order of the rows; differences are of this loss.
 
     A planned difference from the reference is decided by its own p, and every other by Holm's adjustment over all of
-    those together, at whichever sparsity.
+    those together, at whichever sparsity. Rows under a further match are a question of their own, and a family.
     """
     pairs = {frozenset(pair) for pair in planned}
     entries: list[SummaryRow] = []
@@ -62,20 +62,22 @@ def summarize(
                 groups.setdefault(row.method, []).append(row)
         for entry in _of_one_sparsity(groups, sparsity, reference, loss):
             entries.append(replace(entry, planned=frozenset((entry.method, reference)) in pairs))
-    entries = _adjusted(entries)
+    further = {row.method: row.match for row in rows if row.beside}
+    entries = _adjusted(entries, [further.get(entry.method) for entry in entries])
     return tuple(replace(entry, verdict=verdict_of(entry, entry.method == reference)) for entry in entries)
 
 
-def _adjusted(entries: Sequence[SummaryRow]) -> list[SummaryRow]:
-    """With Holm's p of every difference that was not planned."""
-    family = {
-        at: (entry.difference, entry.difference.p)
-        for at, entry in enumerate(entries)
-        if not entry.planned and entry.difference is not None and entry.difference.p is not None
-    }
+def _adjusted(entries: Sequence[SummaryRow], families: Sequence[str | None]) -> list[SummaryRow]:
+    """With Holm's p of every difference that was not planned, over those of its family."""
     found = list(entries)
-    for (at, (difference, _)), p in zip(family.items(), holm([p for _, p in family.values()]), strict=True):
-        found[at] = replace(found[at], difference=replace(difference, p_holm=p))
+    for each in dict.fromkeys(families):
+        family = {
+            at: (entry.difference, entry.difference.p)
+            for at, entry in enumerate(entries)
+            if families[at] == each and not entry.planned and entry.difference and entry.difference.p is not None
+        }
+        for (at, (difference, _)), p in zip(family.items(), holm([p for _, p in family.values()]), strict=True):
+            found[at] = replace(found[at], difference=replace(difference, p_holm=p))
     return found
 
 
