@@ -218,6 +218,13 @@ class TestEqualRuns:
             "these runs"
         ]
 
+    def test_of_many_that_gave_the_same_those_that_are_one_run_are_told(self) -> None:
+        rows = [entry for name in ("static", "again", "kept") for entry in self.of(name, 4.0, 3.0)]
+        static, kept = (resolve(method="static", overrides=more) for more in ([], ["training.mlp_keeps=float32"]))
+        first, second = self.told(rows, static=static, again=static, kept=kept)
+        assert first.startswith("static and again at sparsity 0.9 are the same run")
+        assert second.startswith("static and kept at sparsity 0.9 gave the same results")
+
     @pytest.mark.parametrize("more", [{"test_loss": 2.0}, {"study_flops": 5}, {"updates": 7, "moves": False}])
     def test_runs_of_other_results_are_not_named(self, more: dict[str, Any]) -> None:
         rows = self.of("static", 4.0, 3.0) + self.of("set", 4.0, 3.0, **more)

@@ -156,13 +156,17 @@ def _of_equal_runs(rows: Sequence[Row], settings: Mapping[str, Config]) -> Itera
     alike: dict[str, list[Row]] = {}
     for mine in runs.values():
         alike.setdefault("".join(map(_results_of, mine)), []).append(mine[0])
-    for same in alike.values():
-        if len(same) > 1:
-            names = f"{' and '.join(row.method for row in same)} at sparsity {same[0].sparsity:g}"
-            if len({_with_effect(settings[row.run]) for row in same}) == 1:
-                yield f"{names} are the same run: the plan's settings make them equal"
-            else:
-                yield f"{names} gave the same results: what their settings differ by changed nothing in these runs"
+    for found in alike.values():
+        if len(found) > 1:
+            where, same = f"at sparsity {found[0].sparsity:g}", dict[str, list[str]]()
+            for row in found:
+                same.setdefault(_with_effect(settings[row.run]), []).append(row.method)
+            for names in (names for names in same.values() if len(names) > 1):
+                yield f"{' and '.join(names)} {where} are the same run: the plan's settings make them equal"
+            if len(same) > 1:
+                names = [names[0] for names in same.values()]
+                why = "what their settings differ by changed nothing in these runs"
+                yield f"{' and '.join(names)} {where} gave the same results: {why}"
 
 
 def _results_of(row: Row) -> str:
