@@ -45,7 +45,7 @@ _REFUSED = {
         "its preconditioners hold pairs of connections, which mean nothing once connections move",
     ),
 }
-_MOMENTS = {
+MOMENTS = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
     *("sum", "prev", "variance"),
 }
@@ -83,7 +83,7 @@ def refuse_unmovable(optimizer: Optimizer, values: Values) -> None:
     """Raise InputError where anything in the optimizer's state could not follow a change of connections."""
     _refuse_own_tensors(optimizer, values)
     for entry in _moving(optimizer, values):
-        if entry.key in _MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
+        if entry.key in MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
             continue
         own, floats = values[entry.layer].detach(), _floats(entry.tensor)
         if floats.shape == own.shape and floats.is_floating_point() and _resembles(whole(floats), whole(own)):

@@ -67,7 +67,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: S
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", [*TORCH, *VARIANTS])
-def test_state_follows_ten_swaps_or_the_optimizer_is_refused(name: str, unit: str, group: None) -> None:
+def test_state_follows_ten_swaps_or_the_optimizer_is_refused(
+    name: str, unit: str, group: None, caplog: pytest.LogCaptureFixture
+) -> None:
     refusal = refusal_of(name, UNITS[unit])
     if name in TORCH and name not in (*KNOWN, *REFUSED[unit]):
         # One that torch has added since.
@@ -77,6 +79,7 @@ def test_state_follows_ten_swaps_or_the_optimizer_is_refused(name: str, unit: st
         assert REFUSED[unit][name] in refusal
     else:
         assert refusal is None
+    assert not any("another optimizer" in record.message for record in caplog.records)
 
 
 def refusal_of(name: str, unit: tuple[int, int]) -> str | None:

@@ -1,12 +1,14 @@
 """Whether the loop around a `Sparsifier` lets it work: what was forgotten, or happens in the wrong order, is told.
 
-What silently ends the search is an error. What may be meant (a step that a gradient scaler skips) is logged, once.
+What silently ends the search is an error. What may be meant (a step that a gradient scaler skips), or is not certain
+(that another optimizer made it), is logged, once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +18,26 @@ from sparsae.config.span import Horizon
 from sparsae.core.shards import local
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
-from sparsae.optimizer_state import refuse_unmovable
+from sparsae.optim import AdamW
+from sparsae.optimizer_state import MOMENTS, parts_of, refuse_unmovable
 from sparsae.rules.parts.rule import Rule
 
 log = logging.getLogger(__name__)
+
+# These keep moments of every parameter that has made a step. By their type alone: a class of somebody's own that is
+# made of one may keep them elsewhere.
+_KEEPERS = (AdamW, torch.optim.Adam, torch.optim.AdamW)
+# What an optimizer keeps of a parameter, and changes in its every step.
+_CHANGING = MOMENTS | {"step"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """Values of a layer before the step that has to change them, and what the optimizer keeps of them."""
+
+    layer: str
+    values: Tensor
+    kept: list[Tensor]
 
 
 class LoopCalls:
@@ -32,7 +50,7 @@ class LoopCalls:
         self._rule, self._layers, self._optimizer, self._is_moved = rule, layers, optimizer, moves
         self._wants_gradients = bool(rule.needs & {"gradient", "gradient_at", "dense_gradient"})
         self._between = False  # before_step() was called, and after_step() was not yet
-        self._before: tuple[str, Tensor] | None = None
+        self._before: _Before | None = None
         self._told: set[str] = set()
         # State exists after the first step; but a first step may have been skipped, and state may be made later.
         self._checks_state = True
@@ -69,7 +87,8 @@ class LoopCalls:
         smallest_first = sorted(learning, key=lambda n: local(learning[n]).numel()) if due else []
         name = next((n for n in smallest_first if self._moves(learning[n])), None)
         if name is not None:
-            self._before = name, local(learning[name].detach()).clone()
+            values = learning[name]
+            self._before = _Before(name, local(values.detach()).clone(), _kept(self._optimizer, values))
 
     def after_step(self, stepped: bool = True) -> None:
         """Raises InputError for an optimizer whose state cannot follow connections that move.
@@ -86,15 +105,31 @@ class LoopCalls:
         if self._checks_state:
             refuse_unmovable(self._optimizer, {name: layer.values for name, layer in self._layers.items()})
             self._checks_state = False
-        if self._before is not None:
-            name, before = self._before
-            self._before = None
-            if stepped and torch.equal(before, local(self._layers[name].values.detach())):
-                self._tell(
-                    "step",
-                    f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "
-                    "call optimizer.step() between the two, if it was not skipped on purpose",
-                )
+        if self._before is not None and stepped:
+            self._compare(self._before)
+        self._before = None
+
+    def _compare(self, before: _Before) -> None:
+        name, values = before.layer, self._layers[before.layer].values
+        if torch.equal(before.values, local(values.detach())):
+            self._tell(
+                "step",
+                f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "
+                "call optimizer.step() between the two, if it was not skipped on purpose",
+            )
+        elif _stood_still(before.kept, _kept(self._optimizer, values)) and (before.kept or self._keeps(values)):
+            owner = type(self._optimizer).__name__
+            self._tell(
+                "optimizer",
+                f"the values of {name} changed between before_step() and after_step(), and what the Sparsifier's "
+                f"{owner} keeps of them did not: another optimizer seems to have made the step, and what that keeps "
+                "stays with the wrong connections when they move; give Sparsifier the optimizer that steps",
+            )
+
+    def _keeps(self, values: Tensor) -> bool:
+        """Whether the optimizer is known to keep something of values that have made a step."""
+        part = parts_of(self._optimizer)[-1]
+        return type(part) in _KEEPERS and any(p is values for group in part.param_groups for p in group["params"])
 
     def _moves(self, values: Tensor) -> bool:
         """Whether the next step changes values: their gradient is finite and not zero, and their rate is not zero."""
@@ -107,6 +142,22 @@ class LoopCalls:
         if kind not in self._told:
             self._told.add(kind)
             log.warning("%s", what)
+
+
+def _kept(optimizer: torch.optim.Optimizer, values: Tensor) -> list[Tensor]:
+    """Copies of what the optimizer keeps of the values, and changes in every step; nothing where that is not known."""
+    kept: list[Tensor] = []
+    for part in parts_of(optimizer):
+        for key, entry in part.state.get(values, {}).items():
+            if key in _CHANGING and isinstance(entry, Tensor | float | int):
+                own = local(torch.as_tensor(entry)).detach()
+                kept += [own.clone()] if type(own) is Tensor else []  # none that is quantized
+    return kept
+
+
+def _stood_still(before: list[Tensor], after: list[Tensor]) -> bool:
+    pairs = list(zip(before, after, strict=False))
+    return len(before) == len(after) and all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
 
 def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
