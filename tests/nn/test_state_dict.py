@@ -236,3 +236,10 @@ def assert_same(one: Any, two: Any) -> None:
         assert torch.equal(one, two)
     else:
         assert one == two
+
+
+@pytest.mark.parametrize("count", [0, 31, 33])
+def test_values_that_do_not_fit_their_indices_are_told(count: int) -> None:
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)
+    with pytest.raises(InputError, match=rf"^0\.values: has shape \({count},\), and 0\.indices wants \(32,\)"):
+        model.load_state_dict(model.state_dict() | {"0.values": torch.zeros(count)})

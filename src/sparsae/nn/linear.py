@@ -359,7 +359,12 @@ class SparseLinear(nn.Module):
         if indices is not None and values is not None:
             shape = self.out_features, self.in_features
             topology = validated(shape, indices, self.unit, self.quota, prefix + "indices")
-            if not self._has(topology) or tuple(values.shape) != topology.values_shape:
+            if tuple(values.shape) != topology.values_shape:
+                raise InputError(
+                    f"{prefix}values: has shape {tuple(values.shape)}, and {prefix}indices wants "
+                    f"{topology.values_shape}: give both of one state"
+                )
+            if not self._has(topology):
                 device, dtype = self.values.device, self.values.dtype
                 # What is sharded may be given in the memory of the parameter itself, which then has the values already.
                 given = values if is_sharded(self.values) else torch.empty_like(values, device=device, dtype=dtype)
