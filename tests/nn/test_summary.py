@@ -288,7 +288,10 @@ def test_a_model_that_cannot_be_sparse_says_why() -> None:
     for make, why in (
         (falcon, r"4 a subclass of nn\.Linear with a forward of its own \(FalconLinear\)"),
         (lambda: nn.TransformerEncoderLayer(32, 4, 64), "2 read directly by nn.TransformerEncoderLayer"),
-        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3)), "the model has no dense one"),
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3)), "1 convolution$"),
+        (lambda: nn.LSTM(4, 4), "1 a weight of LSTM, which is no nn.Linear$"),
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3), nn.LayerNorm(3)), "1 convolution; 1 norms and other vectors$"),
+        (nn.Identity, "the model has no parameters$"),
         (lambda: sparsify(gpt2(), 0.5), r"8 sparse already \(densify\(model\) first\); 1 tied"),
     ):
         with pytest.raises(InputError, match=f"no layer to sparsify: {why}"):

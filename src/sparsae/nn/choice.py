@@ -45,13 +45,13 @@ class Choice:
         found = self.candidates(model)
         if not found:
             modules = modules_by_name(model)
-            why = Counter(
-                reason for name, reason in self.reasons(model).items() if reason and KINDS.claiming(modules[name])
-            )
+            why, others = Counter[str](), Counter[str]()
+            for name, reason in self.reasons(model).items():
+                (why if KINDS.claiming(modules[name]) else others)[str(reason)] += 1
             if sparse := sum(isinstance(module, SparseLinear) for module in modules.values()):
                 why["sparse already (densify(model) first)"] = sparse
-            counted = "; ".join(f"{count} {reason}" for reason, count in why.most_common())
-            raise InputError(f"no layer to sparsify: {counted or 'the model has no dense one'}")
+            counted = [f"{count} {reason}" for reason, count in (*why.most_common(), *others.most_common())]
+            raise InputError(f"no layer to sparsify: {'; '.join(counted) or 'the model has no parameters'}")
         return found
 
     def candidates(self, model: nn.Module) -> dict[str, nn.Module]:
