@@ -33,7 +33,7 @@ from sparsae.config.narrow import USED, narrowed, refuse_huge
 from sparsae.config.ranges import is_span
 from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.config.schema import Config
-from sparsae.config.section import Section
+from sparsae.config.section import Section, section_in
 from sparsae.config.shipped import method_tree, methods, preset_tree, presets, rules_with
 from sparsae.config.span import in_epochs
 from sparsae.config.text import read_yaml
@@ -176,14 +176,14 @@ class _Layers:
 
     def _put(self, tree: Tree, value: Any, annotation: Any, keys: Keys, origin: Origin) -> None:
         """Merge one value, a section or a mapping of sections by its keys, into the tree of the section around it."""
-        name, entries, section = keys[-1], _entries(annotation), _section(annotation)
+        name, entries, section = keys[-1], _entries(annotation), section_in(annotation)
         if (entries is None and section is None) or (value is None and type(None) in get_args(annotation)):
             tree[name] = value
             # Keys below it are removed; its own moves to the end, so that the origins stay in the order of the layers.
             self._forget(keys)
             self.origins[keys] = origin
             return
-        if entries is not None and _section(entries) is RuleConfig and (value is None or value == {}):
+        if entries is not None and section_in(entries) is RuleConfig and (value is None or value == {}):
             tree[name] = {}  # none at all: there is no other way to take back those of an earlier layer
             self._forget(keys)
             return
@@ -194,7 +194,7 @@ class _Layers:
         inner = tree[name] = tree.get(name) or {}
         if entries is not None:
             for key, entry in value.items():
-                if entry is None and _section(entries) is RuleConfig:
+                if entry is None and section_in(entries) is RuleConfig:
                     inner.pop(key, None)
                     self._forget((*keys, key))
                     continue
@@ -285,7 +285,7 @@ class _Layers:
         }
 
     def _own(self, value: Any, annotation: Any, keys: Keys) -> Any:
-        entries, section = _entries(annotation), _section(annotation)
+        entries, section = _entries(annotation), section_in(annotation)
         if not isinstance(value, dict):
             return value
         if entries is not None:
@@ -297,27 +297,18 @@ class _Layers:
         return value if section is None else self._own_sections(value, section, keys)
 
 
-def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field or an entry holds, or might hold null in place of; None for anything else."""
-    if isinstance(annotation, type):
-        return annotation if issubclass(annotation, Section) else None
-    if get_origin(annotation) in (dict, list, tuple):
-        return None
-    return next((found for inner in get_args(annotation) if (found := _section(inner)) is not None), None)
-
-
 def _entries(annotation: Any) -> Any:
     """What the entries of a mapping of sections are; None for anything else."""
     if get_origin(annotation) is not dict:
         return None
     entry = get_args(annotation)[1]
-    return None if _section(entry) is None else entry
+    return None if section_in(entry) is None else entry
 
 
 def _all_keys(section: type[Section], path: Keys) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        keys, entries, inner = (*path, name), _entries(field.annotation), _section(field.annotation)
-        if entries is not None and _section(entries) is TermConfig:
+        keys, entries, inner = (*path, name), _entries(field.annotation), section_in(field.annotation)
+        if entries is not None and section_in(entries) is TermConfig:
             for term in TERMS.own_names():
                 yield from _all_keys(TERMS[term].settings, (*keys, term))
         elif inner is None:

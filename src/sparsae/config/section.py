@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sparsae.config.complaints import Path, explain, located, nearest
+from sparsae.errors import InputError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -52,3 +55,38 @@ class Section(BaseModel):
     """A frozen group of settings; unknown keys, other types ("yes" for true, 1.0 for 1) and NaN are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    def __init__(self, **settings: Any) -> None:
+        """Raises InputError, in one line, for the first that is wrong; `model_validate` raises ValidationError."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as errors:
+            raise InputError(_complaint(type(self), errors)) from None
+
+    # pydantic's mark of its own constructor: what it validates itself, such as a section in another, is made without.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field or an entry holds, or might hold null in place of; None for anything else."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, Section) else None
+    if get_origin(annotation) in (dict, list, tuple):
+        return None
+    return next((found for inner in get_args(annotation) if (found := section_in(inner)) is not None), None)
+
+
+def _complaint(section: type[Section], errors: ValidationError) -> str:
+    every = errors.errors(include_url=False)
+    # A key that is misspelt may be the one that is missing.
+    error = next((each for each in every if each["type"] == "extra_forbidden"), every[0])
+    keys: Path = error["loc"]
+    origins = {(): section.__name__}
+    if error["type"] != "extra_forbidden":
+        return explain(error, keys, origins)
+    around: type[Section] | None = section
+    for key in keys[:-1]:
+        field = None if around is None else around.model_fields.get(str(key))
+        around = None if field is None else section_in(field.annotation)
+    hint = "" if around is None else f"; {nearest(str(keys[-1]), around.model_fields)}"
+    return f"{located(keys, origins)}: no such setting{hint}"

@@ -319,7 +319,7 @@ def _validated(settings: Mapping[str, Any]) -> SparsifierConfig:
         if name not in known:
             raise InputError(f"SparsaeCallback: {name}: no such setting; {nearest(name, known)}")
     try:
-        return SparsifierConfig(**settings, steps=1)
+        return SparsifierConfig.model_validate({**settings, "steps": 1})
     except ValidationError as errors:
         first = errors.errors(include_url=False)[0]
         raise InputError(explain(first, first["loc"], {(str(first["loc"][0]),): "SparsaeCallback"})) from None

@@ -191,7 +191,7 @@ class Sparsifier:
         if isinstance(rule, RuleConfig):
             changes["topology"] = rule
         try:
-            config = SparsifierConfig(**{**dict(self.config), **changes})
+            config = SparsifierConfig.model_validate({**dict(self.config), **changes})
         except ValidationError as errors:
             raise InputError(str(within(errors))) from None
         admitted, schedule, ends = self._admitted(made, config)
