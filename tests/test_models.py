@@ -172,7 +172,7 @@ def test_heads_divide_the_attention_layers_and_no_other(config: ModelConfig) -> 
 
 def test_a_head_layout_that_does_not_divide_is_an_error() -> None:
     assert HeadLayout("in", 4).groups(6, 12) == 3
-    with pytest.raises(ValueError, match="4 features do not divide 6"):
+    with pytest.raises(InputError, match="4 features do not divide 6"):
         HeadLayout("out", 4).groups(6, 12)
 
 

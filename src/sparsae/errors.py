@@ -1,6 +1,10 @@
 """The exceptions for what a person can mend."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_SECTION = ContextVar("section", default="")
 
 
 class InputError(Exception):
@@ -26,6 +30,21 @@ class RanksError(Exception):
 
 class RankLostError(RanksError):
     """Another rank does not answer."""
+
+
+def argument(name: str) -> str:
+    """What an error calls an argument of `sparsify`: by its name, and in a run's settings by the key that gives it."""
+    return f"{_SECTION.get()}{name}"
+
+
+@contextmanager
+def called_by_keys() -> Iterator[None]:
+    """Arguments of `sparsify` that are wrong inside are called by the keys of settings."""
+    before = _SECTION.set("sparsity.")
+    try:
+        yield
+    finally:
+        _SECTION.reset(before)
 
 
 def require_state(owner: str, state: object, keys: Iterable[str]) -> None:

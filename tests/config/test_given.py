@@ -14,9 +14,9 @@ from tests.support.runs import config_of, write_text
 
 # (settings of a file, --set, options, whose place is told and how the line goes on)
 WRONG = {
-    "unit": ("sparsity: {unit: [3, 3]}", (), {}, "FILE: unit 3x3 (sparsity.unit) does not divide layer"),
+    "unit": ("sparsity: {unit: [3, 3]}", (), {}, "FILE: sparsity.unit 3x3 does not divide layer"),
     "sparsity": ("", ("sparsity.unit=[256, 256]",), {}, "--set: "),
-    "backend": ("sparsity: {backend: none}", (), {}, "FILE: unknown backend 'none' (sparsity.backend)"),
+    "backend": ("sparsity: {backend: none}", (), {}, "FILE: unknown sparsity.backend 'none'"),
     "device": ("training: {device: cuda:77}", (), {}, "FILE: training.device 'cuda:77' is not there"),
     "of no kind": ("", ("training.device=meta",), {}, "--set: training.device 'meta' is not supported"),
     "width": ("model: {width: 4000000}", ("model.heads=8",), {}, "FILE: a model of "),

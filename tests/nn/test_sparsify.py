@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -187,12 +186,12 @@ def test_moving_and_casting_keep_the_topology() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity is 1"),
-        ({"sparsity": -0.1}, "at least 0"),
-        ({"unit": (5, 5)}, r"5x5 \(sparsity\.unit\) does not divide layer transformer\.h\.0\.attn\.c_attn of 96x32"),
+        ({"sparsity": 1.0}, "sparsity: must be a number such as 0.9, from 0 to below 1, not 1.0"),
+        ({"sparsity": -0.1}, "from 0 to below 1, not -0.1"),
+        ({"unit": (5, 5)}, r"^unit 5x5 does not divide layer transformer\.h\.0\.attn\.c_attn of 96x32"),
         ({"include": ["nope"]}, "no layer to sparsify"),
         ({"max_density": 0.05}, "bounds hold between"),
-        ({"budget": "rand"}, "unknown budget"),
+        ({"budget": "rand"}, "budget: must be one of uniform, er, erk, not 'rand'"),
     ],
 )
 def test_what_cannot_be_is_named(arguments: dict[str, object], message: str) -> None:
@@ -209,23 +208,6 @@ def test_a_floor_that_cannot_be_held_is_named() -> None:
 def test_a_bare_linear_layer_is_refused() -> None:
     with pytest.raises(InputError, match="itself a layer"):
         sparsify(nn.Linear(4, 4), 0.5)
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"sparsity": "0.9"}, "sparsity: must be a number such as 0.9, not '0.9'"),
-        ({"sparsity": [0.9]}, r"sparsity: must be a number such as 0.9, not \[0.9\]"),
-        ({"sparsity": True}, "sparsity: must be a number such as 0.9, not True"),
-        ({"unit": 4}, r"unit: must be two whole numbers.* not 4"),
-        ({"unit": (4, 0)}, r"unit: must be two whole numbers.* not \(4, 0\)"),
-        ({"unit": (4, 4, 4)}, "unit: must be two whole numbers"),
-        ({"model": "gpt2"}, "model: must be a torch.nn.Module, not 'gpt2'"),
-    ],
-)
-def test_arguments_of_other_types_are_refused(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        sparsify(**{"model": nn.Sequential(nn.Linear(8, 8)), **given})
 
 
 def test_a_model_that_is_sparse_already_is_told_so() -> None:

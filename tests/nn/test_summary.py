@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sparsae import AdamW, InputError, SparseLinear, Sparsifier, SparsifierConfig, densify, sparsify, summary
+from sparsae.core.heads import HeadLayout
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.summary import Summary
 from sparsae.rules import RiglConfig
@@ -260,15 +261,18 @@ def test_what_somebody_left_out_is_no_surprise(caplog: pytest.LogCaptureFixture)
     [
         (
             {"include": ["*.mlp.*", "*.attnn.*"]},
-            r"no layer to sparsify matches '\*\.attnn\.\*' of spar",
+            r"no layer to sparsify matches '\*\.attnn\.\*' of include: ",
         ),
         (
             {"include": ["*.mlp.*", "*.wte"]},
             r"matches '\*\.wte' of .*: names are such as transformer\.h\.0",
         ),
-        ({"exclude": ["head*"]}, r"no layer matches 'head\*' of sparsity\.exclude: names are such as"),
+        ({"exclude": ["head*"]}, r"no layer matches 'head\*' of exclude: names are such as"),
         ({"exclude": ["transformer.h.0"]}, r"'transformer\.h\.0\.\*' names what is inside"),
-        ({"heads": {"transformer.h.0.attn": None}}, r"heads: 'transformer\.h\.0\.attn' is no sparse layer"),
+        (
+            {"heads": {"transformer.h.0.attn": HeadLayout("out", 8)}},
+            r"heads: 'transformer\.h\.0\.attn' is no sparse layer",
+        ),
         ({"head_min_density": 0.1}, "needs heads"),
     ],
 )

@@ -70,7 +70,7 @@ def require_exports_come_back(folder: Path, model: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "lines"),
     [
-        ("set", ["sparsity.unit=2:5"], ["2:5 (sparsity.unit) does not divide", "sparsity.exclude"]),
+        ("set", ["sparsity.unit=2:5"], ["sparsity.unit 2:5 does not divide", "sparsity.exclude"]),
         ("set", ["sparsity.unit=4:4"], ["sparsity.unit", "N < M"]),
         ("set", ["sparsity.unit=2:4", "sparsity.sparsity=0.9"], ["sparsity.sparsity", "2:4 has sparsity 0.5, not 0.9"]),
         ("set", ["sparsity.unit=2:4", "sparsity.budget=er"], ["sparsity.budget", "leave budget out"]),

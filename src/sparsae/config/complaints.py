@@ -16,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pydantic_core import ErrorDetails, ValidationError
 
-from sparsae.errors import DivergedError, InputError
+from sparsae.errors import DivergedError, InputError, called_by_keys
 from sparsae.registry import IMPORT
 
 Keys = tuple[str, ...]
@@ -164,7 +164,8 @@ class Given:
     def told(self) -> Iterator[None]:
         """Errors from inside whose line names settings say where the last of them was given, as those of loading do."""
         try:
-            yield
+            with called_by_keys():
+                yield
         except DivergedError:  # which is no setting's fault alone
             raise
         except InputError as error:

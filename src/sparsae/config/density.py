@@ -21,6 +21,8 @@ def require_factors(density: object) -> None:
     if not isinstance(density, Mapping):
         raise ValueError(f"must map patterns to factors, such as {{'*.mlp.*': 0.8}}, not {density!r}")
     for key, value in density.items():
+        if not isinstance(key, str):
+            raise ValueError(f"a pattern must be text, not {key!r}")
         several = isinstance(value, Sequence) and not isinstance(value, str)
         if several != (key == DEPTH) or (several and not value):
             what = "a list of factors, from the first block to the last" if key == DEPTH else "one factor"

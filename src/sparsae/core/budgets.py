@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from sparsae.config.density import DEPTH, DensityFactors, require_factors
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
 
 BUDGETS = ("uniform", "er", "erk")
 
@@ -85,7 +85,7 @@ def allocate(relative: Sequence[float], bounds: Sequence[tuple[int, int]], units
     if not least <= k <= most:
         raise InputError(
             f"the layers' bounds hold between {least} and {most} units, not the {k} asked for: "
-            "widen sparsity.min_density / sparsity.max_density"
+            f"widen {argument('min_density')} / {argument('max_density')}"
         )
 
     def shares(epsilon: float) -> list[float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sparsae.errors import InputError
+
 
 @dataclass(frozen=True)
 class HeadLayout:
@@ -14,8 +16,8 @@ class HeadLayout:
     size: int
 
     def groups(self, out_features: int, in_features: int) -> int:
-        """Number of groups; ValueError where the size does not divide the features."""
+        """Number of groups; InputError where the size does not divide the features."""
         features = out_features if self.axis == "out" else in_features
         if features % self.size:
-            raise ValueError(f"heads of {self.size} features do not divide {features}")
+            raise InputError(f"heads of {self.size} features do not divide {features}")
         return features // self.size

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
 from sparsae.kernels.backend import Backend, Layout
 from sparsae.kernels.reference import Reference
 from sparsae.registry import Names
@@ -75,7 +75,7 @@ def backend_named(name: str) -> Backend:
     if name in BACKENDS:
         return BACKENDS[name]
     if name not in _NAMES:
-        raise InputError(f"unknown backend '{name}' (sparsity.backend): use auto, {', '.join(backend_names())}")
+        raise InputError(f"unknown {argument('backend')} '{name}': use auto, {', '.join(backend_names())}")
     return _NAMES[name]
 
 
@@ -97,7 +97,7 @@ def choose_backend(name: str, layout: Layout, dtype: torch.dtype) -> Backend:
     backend = backend_named(name)
     reason = backend.refusal(unit, device, dtype)
     if reason is not None:
-        raise InputError(f"backend '{name}' (sparsity.backend) cannot serve a {shape[0]}x{shape[1]} layer: {reason}")
+        raise InputError(f"{argument('backend')} '{name}' cannot serve a {shape[0]}x{shape[1]} layer: {reason}")
     return backend
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _BARE = frozenset(vars(nn.Module()))
@@ -69,5 +69,5 @@ def _refuse(name: str, key: str, new: nn.Module, reserved: Set[str]) -> None:
     if key in reserved or (reserved and hasattr(type(new), key)):
         raise InputError(
             f"layer {name} has an attribute '{key}', which {type(new).__name__} needs itself: "
-            "rename it, or leave the layer out with sparsity.exclude"
+            f"rename it, or leave the layer out with {argument('exclude')}"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
 from sparsae.nn.kinds.kind import KINDS, kind_in, parameter_of
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.names import below, full_names, modules_by_name
@@ -98,7 +98,7 @@ class Choice:
                 whole = next((name for name in known if _match(_parts(name, modules[name]), [pattern])), None)
                 if whole is not None:
                     advice = f"the layers of {whole} become sparse together, by that name"
-                raise InputError(f"no {what} matches '{pattern}' of sparsity.{setting}: {advice}")
+                raise InputError(f"no {what} matches '{pattern}' of {argument(setting)}: {advice}")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Maker:
     def __call__(self, name: str, matrix_OI: Tensor, kind: Kind) -> SparseLinear:
         topology = self.topologies[name]
         if self.initializer is not None:
-            values = self.initializer(name, topology, generator(self.seed, "values", name))
+            values = self._initial(name, topology)
             if not matrix_OI.is_meta:
                 values = values.to(matrix_OI.device, matrix_OI.dtype)
                 topology = topology.to(matrix_OI.device)
@@ -46,6 +47,15 @@ class Maker:
             topology = topology.to(matrix_OI.device)
             values = gathered(_present(name, matrix_OI), topology)
         return SparseLinear(topology, values, backend=self.backend, kind=kind, quota=self.quota)
+
+    def _initial(self, name: str, topology: Topology) -> Tensor:
+        assert self.initializer is not None
+        values: object = self.initializer(name, topology, generator(self.seed, "values", name))
+        shape = topology.values_shape
+        if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
+            what = f"{values.dtype} of {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+            raise InputError(f"initializer: must give layer {name} floating-point values of {shape}, not {what}")
+        return values
 
 
 def sparse_twin(name: str, module: nn.Module, make: Callable[[str, Tensor, Kind], SparseLinear]) -> nn.Module:
@@ -89,7 +99,7 @@ def dense_places(modules: Mapping[str, nn.Module]) -> dict[str, DensePlace]:
 
 
 def dense_matrices(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The (out, in) weights of the layers that modules become. Raises ValueError for one on the meta device."""
+    """The (out, in) weights of the layers that modules become. Raises InputError for one on the meta device."""
     found = {}
     for name, module in targets.items():
         kind = KINDS.of(module)
@@ -102,7 +112,7 @@ def dense_matrices(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def _present(name: str, matrix_OI: Tensor) -> Tensor:
     if matrix_OI.is_meta:
-        raise ValueError(f"layer {name} is on the meta device: its values need an initializer, and random positions")
+        raise InputError(f"layer {name} is on the meta device: its values need an initializer, and random positions")
     return matrix_OI
 
 

@@ -13,7 +13,7 @@ from sparsae.core.drawing import with_heads_floors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.topology import grid_size
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Limits:
         block = unit[0] if layout.axis == "out" else unit[1]
         if layout.size % block:
             raise InputError(
-                f"a block of {block} features crosses attention heads of {layout.size}: sparsity.unit must divide them"
+                f"a block of {block} features crosses attention heads of {layout.size}: {argument('unit')} must divide "
+                "them"
             )
         floor = math.ceil(self.head_min_density * grid_size(shape, unit) / layout.groups(*shape))
         groups = Groups.of_heads((shape[0] // unit[0], shape[1] // unit[1]), unit, layout, floor)
@@ -103,11 +104,11 @@ def require_quota(shapes: Mapping[str, Sequence[int]], quota: Quota) -> None:
     for name, shape in shapes.items():
         if len(shape) > 2:
             raise InputError(
-                f"unit {quota} (sparsity.unit) is for linear layers, and {name} is a convolution: leave it out with "
-                "sparsity.exclude"
+                f"{argument('unit')} {quota} is for linear layers, and {name} is a convolution: leave it out with "
+                f"{argument('exclude')}"
             )
         if shape[1] % quota.of:
             raise InputError(
-                f"unit {quota} (sparsity.unit) does not divide the {shape[1]} input features of layer {name}: choose "
-                "one that does, or leave the layer out with sparsity.exclude"
+                f"{argument('unit')} {quota} does not divide the {shape[1]} input features of layer {name}: choose "
+                f"one that does, or leave the layer out with {argument('exclude')}"
             )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
-from reprlib import repr
 
 import torch
 from torch import nn
@@ -25,7 +23,8 @@ from sparsae.core.drawing import random_topology
 from sparsae.core.heads import HeadLayout
 from sparsae.core.randomness import generator
 from sparsae.core.topology import grid_size
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
+from sparsae.nn.arguments import require_arguments
 from sparsae.nn.carry import carry_module, hand_over_hooks, own_names, without_hooks
 from sparsae.nn.choice import Choice, is_patched, layer_shapes
 from sparsae.nn.conversion import (
@@ -41,7 +40,7 @@ from sparsae.nn.conversion import (
 from sparsae.nn.dense import strongest
 from sparsae.nn.limits import Limits, require_quota
 from sparsae.nn.mlp import FusedMLP, recognized
-from sparsae.nn.start import Start, given_topologies, require_sparsity, require_start
+from sparsae.nn.start import Start, given_topologies, require_sparsity
 from sparsae.nn.summary import forget, note
 from sparsae.optimizer_state import Successor, succession
 
@@ -100,10 +99,10 @@ def sparsify(
     patterns, factors and heads that match nothing, bounds that cannot hold the budget, hooks on the gradient of a
     weight, and an optimizer whose state cannot follow; then nothing has changed.
     """
-    _require_types(model, sparsity)
-    unit, quota = _parsed(unit)
-    require_start(start)
-    _require_optimizer(optimizer, initializer)
+    require_arguments(**locals())  # which have no other name yet
+    unit, quota = parsed_unit(unit)
+    if optimizer is not None and initializer is not None:
+        raise InputError("an initializer draws new values, to which nothing of the optimizer's belongs: leave out one")
     _refuse_synchronized(model)
     choice = Choice(0.9 if sparsity is None else float(sparsity), tuple(include), tuple(exclude), sparsify_head)
     cut: list[str] = []
@@ -166,30 +165,6 @@ def sparsify(
     return model
 
 
-def _require_optimizer(optimizer: object, initializer: object) -> None:
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"optimizer: must be a torch optimizer, not {repr(optimizer)}")
-    if optimizer is not None and initializer is not None:
-        raise InputError("an initializer draws new values, to which nothing of the optimizer's belongs: leave out one")
-
-
-def _require_types(model: object, sparsity: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: must be a torch.nn.Module, not {repr(model)}")
-    if sparsity is not None:
-        if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
-            raise InputError(f"sparsity: must be a number such as 0.9, not {repr(sparsity)}")
-        if not 0.0 <= float(sparsity) < 1.0:
-            raise InputError(f"sparsity is {sparsity:g}: it must be at least 0 and less than 1")
-
-
-def _parsed(unit: object) -> tuple[tuple[int, int], Quota | None]:
-    try:
-        return parsed_unit(unit)
-    except ValueError as error:
-        raise InputError(f"unit: {error}") from None
-
-
 def _sparsity_of(quota: Quota, asked: float | None, density: DensityFactors | None) -> float:
     """Raises InputError where another sparsity was asked for, or other densities of some layers."""
     if asked is not None and abs(asked - quota.sparsity) > TOLERANCE:
@@ -209,7 +184,7 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     Raises InputError where a layer's values have a hook on their gradient, and for an optimizer whose state cannot
     follow; then nothing has changed.
     """
-    _require_optimizer(optimizer, None)
+    require_arguments(model=model, optimizer=optimizer)
     _refuse_synchronized(model)
     sparse = sparse_modules(model)
     twins = {name: dense_twin(name, module) for name, module in sparse.items()}
@@ -269,15 +244,15 @@ def layer_counts(
     for name, (rows, columns) in sides.items():
         if rows % unit[0] or columns % unit[1]:
             raise InputError(
-                f"unit {unit[0]}x{unit[1]} (sparsity.unit) does not divide layer {name} of {rows}x{columns}: "
-                "choose one that does, or leave the layer out with sparsity.exclude"
+                f"{argument('unit')} {unit[0]}x{unit[1]} does not divide layer {name} of {rows}x{columns}: "
+                f"choose one that does, or leave the layer out with {argument('exclude')}"
             )
     units = [grid_size(shape, unit) for shape in sides.values()]
     k = round((1.0 - sparsity) * sum(units))
     if k < len(units):
         raise InputError(
             f"sparsity {sparsity:g} leaves {k} of {sum(units)} units for {len(units)} layers, which need one each: "
-            "lower sparsity.sparsity or choose a smaller sparsity.unit"
+            f"lower {argument('sparsity')} or choose a smaller {argument('unit')}"
         )
     bounds = [density_bounds(n, *densities) for n in units]
     if at_most is not None:

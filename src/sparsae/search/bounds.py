@@ -11,7 +11,7 @@ from sparsae.core.budgets import density_bounds, density_factors
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import CONSTANT, Schedule
-from sparsae.errors import InputError
+from sparsae.errors import InputError, argument
 from sparsae.nn.limits import Limits, is_rigid
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.sparsify import layer_counts
@@ -97,7 +97,7 @@ def refuse_shifting(rule: Rule[Any], quota: Quota, schedule: Schedule = CONSTANT
     elif rule.shifts is not None:
         what = f"rule '{rule.name}' moves density between layers ({rule.shifts})"
     if what is not None:
-        raise InputError(f"{what}, and with unit {quota} (sparsity.unit) every layer has density {quota.density:.4g}")
+        raise InputError(f"{what}, and with {argument('unit')} {quota} every layer has density {quota.density:.4g}")
 
 
 def layer_groups(

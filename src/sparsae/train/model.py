@@ -60,6 +60,7 @@ def require_fit(config: Config) -> None:
         limits.require_room(matrix_shape(shape), sparsity.block, sparsest.get(name, counts[name]), heads.get(name))
 
 
+@telling_places
 def model_of(
     config: Config, vocab_size: int, eos_id: int, device: torch.device, trained: nn.Module | None = None
 ) -> nn.Module:
