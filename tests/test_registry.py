@@ -60,7 +60,7 @@ def test_a_name_and_a_settings_class_have_one_owner() -> None:
 
 def test_settings_have_the_name_of_their_rule_and_no_other() -> None:
     assert RULES["rigl"].settings().rule == "rigl"
-    with pytest.raises(ValueError, match="rule must be rigl, not set"):
+    with pytest.raises(InputError, match="rule must be rigl, not set"):
         RULES["rigl"].settings(rule="set")
 
 

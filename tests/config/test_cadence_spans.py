@@ -29,7 +29,7 @@ def test_what_is_no_span_is_refused_alike_everywhere(span: Any) -> None:
         with pytest.raises(InputError) as caught:
             build()
         assert str(caught.value) == message
-    with pytest.raises(ValueError, match="must be") as wrong:
+    with pytest.raises(InputError, match="RiglConfig: every: must be") as wrong:
         RiglConfig(every=span)
     assert message in str(wrong.value)
 

@@ -74,7 +74,7 @@ def test_masks_have_to_keep_it_exactly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"unit": "2:5"}, "unit 2:5 .* does not divide the 16 input features of layer 0"),
+        ({"unit": "2:5"}, "^unit 2:5 does not divide the 16 input features of layer 0"),
         ({"unit": "2:4", "sparsity": 0.9}, "unit 2:4 has sparsity 0.5, not 0.9"),
         ({"unit": "2:4", "density": {"0": 0.5}}, "leave out density"),
         ({"unit": "2:4", "fan_in": (1, 1), "fan_out": (1, 1)}, "leave out fan_in, fan_out"),
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_one_line(arguments: dict[str, Any], line: str) -> 
 
 def test_convolutions_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
-    with pytest.raises(InputError, match=r"0 is a convolution: leave it out with sparsity\.exclude"):
+    with pytest.raises(InputError, match=r"0 is a convolution: leave it out with exclude$"):
         sparsify(model, unit="2:4")
     sparsify(model, unit="2:4", exclude=["0"])
     assert [str(layer.quota) for layer in sparse_layers(model).values()] == ["2:4"]

@@ -390,5 +390,5 @@ def test_layers_that_are_not_there_and_missing_scores_are_told() -> None:
 
 
 def test_a_range_without_a_whole_number_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"strategy.genes.interval: no whole number lies between 1.2 and 1.4"):
+    with pytest.raises(InputError, match=r"strategy.genes.interval: no whole number lies between 1.2 and 1.4"):
         GenerationsConfig(strategy=StrategyConfig(fitness="progress", genes={"interval": (1.2, 1.4)}))

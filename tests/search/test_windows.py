@@ -368,9 +368,9 @@ def test_a_window_of_no_steps_is_refused(every: Any) -> None:
     with pytest.raises(InputError, match="every: must be a number of steps of at least 1"):
         Window(3, every)
     for settings in (GseConfig, RiglConfig, EvolutionConfig):
-        with pytest.raises(ValueError, match="window_every"):
+        with pytest.raises(InputError, match="window_every"):
             settings(window=3, window_every=every)
-        with pytest.raises(ValueError, match="window"):
+        with pytest.raises(InputError, match="window"):
             settings(window=every)
 
 
