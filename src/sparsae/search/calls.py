@@ -151,7 +151,8 @@ def _kept(optimizer: torch.optim.Optimizer, values: Tensor) -> list[Tensor]:
         for key, entry in part.state.get(values, {}).items():
             if key in _CHANGING and isinstance(entry, Tensor | float | int):
                 own = local(torch.as_tensor(entry)).detach()
-                kept += [own.clone()] if type(own) is Tensor else []  # none that is quantized
+                # None that is quantized, nor a buffer of zeros, which the optimizer may have no use for.
+                kept += [own.clone()] if type(own) is Tensor and bool(own.any()) else []
     return kept
 
 
