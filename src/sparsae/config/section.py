@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sparsae.config.complaints import Path, explain, located, nearest
+from sparsae.config.complaints import Keys, Origin, Path, explain, located, nearest
 from sparsae.errors import InputError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -81,7 +81,7 @@ def _complaint(section: type[Section], errors: ValidationError) -> str:
     # A key that is misspelt may be the one that is missing.
     error = next((each for each in every if each["type"] == "extra_forbidden"), every[0])
     keys: Path = error["loc"]
-    origins = {(): section.__name__}
+    origins: dict[Keys, Origin] = {(): section.__name__}
     if error["type"] != "extra_forbidden":
         return explain(error, keys, origins)
     around: type[Section] | None = section
