@@ -146,7 +146,8 @@ def _without_equivalent(results: Results) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for entry in results.summary:
         if entry.equivalent_tokens and entry.equivalent_tokens.ratio is None:
-            reasons.setdefault(entry.equivalent_tokens.how, []).append(f"{entry.method} at {sparsity_text(entry.sparsity)}")
+            whose = f"{entry.method} at {sparsity_text(entry.sparsity)}"
+            reasons.setdefault(entry.equivalent_tokens.how, []).append(whose)
     return [f"No equivalent tokens of {', '.join(names)}: {why}." for why, names in reasons.items()]
 
 
