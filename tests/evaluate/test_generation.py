@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from sparsae.core.randomness import generator
 from sparsae.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from sparsae.evaluate import generation
-from sparsae.evaluate.generation import _start, continue_text
+from sparsae.evaluate.generation import _draw, _start, continue_text
 
 PIECES = ["▁", "▁Once", "▁upon", "▁a", "▁time", "time", "s", "O", "n"]
 
@@ -86,3 +88,36 @@ def test_a_sample_starts_with_a_document_that_goes_on() -> None:
     assert _start(np.array([*short, eos, 5, eos]), eos, 128) == [1] * 5
     assert _start(np.array([7]), eos, 128) == [7]
     assert _start(np.array(long), eos, 128) == long[:32]
+
+
+LOGITS = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=8)
+POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+
+@settings(deadline=None)
+@given(LOGITS, POSITIVE, st.integers(0, 4), st.integers(0, 9))
+def test_every_temperature_draws_one_of_the_likeliest(
+    values: list[float], temperature: float, top_k: int, seed: int
+) -> None:
+    logits = torch.tensor(values)
+    token = _draw(logits, temperature, top_k, generator(seed, "draw"))
+    assert logits[token] >= logits.topk(min(top_k or len(values), len(values))).values[-1]
+    if 1e-3 <= temperature <= 1e3:  # bit for bit what runs have drawn since the first
+        if 0 < top_k < len(values):
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        chances = (logits / temperature).softmax(0)
+        assert token == int(torch.multinomial(chances, 1, generator=generator(seed, "draw")))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-44, 1e-30])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert {_draw(logits, temperature, 0, generator(seed, "draw")) for seed in range(20)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_a_temperature_without_measure_draws_evenly(temperature: float) -> None:
+    logits, rng = torch.tensor([1.0, 30.0, 2.0, 0.0]), generator(0, "draw")
+    counts = torch.tensor([_draw(logits, temperature, 3, rng) for _ in range(600)]).bincount(minlength=4)
+    assert counts[3] == 0
+    assert counts[:3].min() > 150

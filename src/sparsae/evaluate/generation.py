@@ -137,4 +137,6 @@ def _draw(logits: Tensor, temperature: float, top_k: int, rng: torch.Generator) 
         return int(logits.argmax())
     if top_k and top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if not 1e-6 < temperature < 1e6:  # float32 may not hold the quotients, or the temperature itself
+        logits = (logits - logits.max()).double()  # of which none is above 0, so that none overflows to infinity
     return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=rng))
