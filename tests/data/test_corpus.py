@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from sparsae.config.data import DataConfig
 from sparsae.data import corpus as corpora
 from sparsae.data import prepare
-from sparsae.data.corpus import open_corpus, tokenize_text
+from sparsae.data.corpus import _percent, open_corpus, tokenize_text
 from sparsae.data.entry import cache_root
 from sparsae.data.tokenizer import train_tokenizer
 from sparsae.errors import InputError
@@ -164,6 +164,14 @@ def test_of_two_files_the_share_is_held_out_and_said(config, tmp_path):
     assert ["long" in end for end in ends] == [True, False]
     expected = f"held out: {corpus.validation_tokens:,} tokens, {100 * held:.2g} % of all: the ends of 2 long documents"
     assert corpus.held_out == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.05, "5 %"), (0.0131, "1.3 %"), (0.3, "30 %"), (1e-7, "0.00001 %"), (0.999999, "99.9999 %"), (1.0, "100 %")],
+)
+def test_a_share_of_nearly_nothing_or_nearly_all_is_readable(share, text):
+    assert _percent(share) == text
 
 
 def test_whole_documents_that_are_held_out_are_counted(config):

@@ -14,6 +14,7 @@ first one's result. An entry whose files do not match their digests is made anew
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -79,12 +80,20 @@ class Corpus:
         parts += ["the end of a long document" if cut == 1 else f"the ends of {cut:,} long documents"] if cut else []
         share = validation["tokens"] / (validation["tokens"] + train["tokens"])
         read = f"; {self.validation_tokens:,} are read" if self.validation_tokens < validation["tokens"] else ""
-        return f"held out: {validation['tokens']:,} tokens, {100 * share:.2g} % of all: {' and '.join(parts)}{read}"
+        return f"held out: {validation['tokens']:,} tokens, {_percent(share)} of all: {' and '.join(parts)}{read}"
 
     @property
     def validation_bytes(self) -> int:
         """Bytes of UTF-8 of the validation documents."""
         return int(self.manifest["splits"]["validation"]["bytes"])
+
+
+def _percent(share: float) -> str:
+    """With as many places as it takes to tell the share from nothing, and from all."""
+    rest = 100 * min(share, 1 - share)
+    places = 0 if rest <= 0 else max(0, 1 - math.floor(math.log10(rest)))
+    text = f"{100 * share:.{places}f}"
+    return f"{text.rstrip('0').rstrip('.') if places else text} %"
 
 
 def prepare_source(config: DataConfig, progress: Progress | None = None) -> Corpus:
