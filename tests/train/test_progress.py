@@ -49,5 +49,10 @@ def test_numbers_of_a_run_that_went_wrong_stay_readable(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(("clip", "advice"), [(None, "or set training.clip"), (1.0, "or training.clip (now 1)")])
 def test_a_setting_that_is_set_is_not_advised_to_be_set(clip: float | None, advice: str) -> None:
-    error = diverged(TrainingConfig(learning_rate=0.5, clip=clip), "the loss is nan", 3, 7)
+    error = diverged(TrainingConfig(learning_rate=0.5, weight_decay=0, clip=clip), "the loss is nan", 3, 7)
     assert str(error).endswith(f"lower training.learning_rate (now 0.5) {advice}")
+
+
+def test_weight_decay_is_named_where_there_is_any() -> None:
+    error = diverged(TrainingConfig(learning_rate=0.5, weight_decay=1e30), "the loss is nan", 3, 7)
+    assert "lower training.learning_rate (now 0.5) and training.weight_decay (now 1e+30) or" in str(error)

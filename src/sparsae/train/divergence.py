@@ -8,8 +8,8 @@ from sparsae.errors import DivergedError
 
 def diverged(settings: TrainingConfig, reason: str, step: int, train_flops: int) -> DivergedError:
     """The error of a run that cannot continue from `step`: `reason` says what is not finite."""
-    rates = {name: getattr(settings, name) for name in ("learning_rate", "sparse_learning_rate")}
-    lower = " and ".join(f"training.{name} (now {rate:g})" for name, rate in rates.items() if rate is not None)
+    causes = {name: getattr(settings, name) for name in ("learning_rate", "sparse_learning_rate", "weight_decay")}
+    lower = " and ".join(f"training.{name} (now {value:g})" for name, value in causes.items() if value)
     clip = "set training.clip" if settings.clip is None else f"training.clip (now {settings.clip:g})"
     return DivergedError(
         f"training diverged: {reason} at step {step}; lower {lower} or {clip}",
