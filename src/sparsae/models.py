@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.complaints import nearest, shown, unknown_name
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.config.schema import ModelConfig
 from sparsae.core.heads import HeadLayout
@@ -28,8 +31,28 @@ from sparsae.parameterization import Parameterization, initial_value
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
+
 # transformers' initializer_range.
 INITIAL_STD = 0.02
+
+# Entries of a configuration (globs) that this program decides itself, or that training never reads.
+_NOT_TO_SET = (
+    "vocab_size",
+    "tie_word_embeddings",
+    "initializer_range",
+    "*_token_id",
+    "*dtype",
+    "*attn_implementation",
+    "reorder_and_upcast_attn",  # of an attention other than the one used here
+    "add_cross_attention",
+    "pretraining_tp",
+    "use_cache",
+    "output_*",
+    "return_dict*",
+    "summary_*",  # heads of classifiers
+    "classifier_*",
+)
 
 
 def build_model(
@@ -37,7 +60,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A causal language model for a tokenizer of `vocab_size` entries; on the meta device its weights do not exist yet.
 
-    Raises InputError where model.vocab_size is smaller than the tokenizer's.
+    Raises InputError where model.vocab_size is smaller than the tokenizer's, and for a wrong model.transformers.
     """
     size = config.vocab_size or vocab_size
     if size < vocab_size:
@@ -49,8 +72,10 @@ def build_model(
     with quiet_import(), torch.device(device):
         from sparsae.nn.attention import attend
 
-        settings = transformers_config(config, size, eos_id)
-        model = AutoModelForCausalLM.from_config(settings)
+        def make(of: ModelConfig) -> Any:
+            return AutoModelForCausalLM.from_config(transformers_config(of, size, eos_id))
+
+        model = _blaming(config, make)
         attend(model)
     model.tie_weights()  # which transformers 5.0 leaves out on the meta device
     return model
@@ -68,7 +93,7 @@ def quiet_import() -> Iterator[None]:
 
 
 def transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> Any:
-    """The configuration in transformers. Raises InputError for entries that other settings make."""
+    """The configuration in transformers. Raises InputError for entries that nobody may set, and for wrong values."""
     # No padding token: its embedding would be frozen at zero, and packed sequences have no padding.
     special: dict[str, Any] = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": None}
     from transformers import AutoConfig
@@ -78,7 +103,67 @@ def transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> An
     own |= {"initializer_range": INITIAL_STD, **family.configuration(config)}
     if twice := sorted(own.keys() - family.constants.keys() & config.transformers.keys()):
         raise InputError(f"model.transformers: {twice[0]} is set by settings of its own: leave it out")
-    return AutoConfig.for_model(family.model_type, **{**own, **config.transformers})
+    free = further_entries(family)
+    for name, value in config.transformers.items():
+        if name not in free:
+            what = f"family {config.family} has no such entry to set"
+            raise InputError(f"model.transformers.{name}: {what}; {nearest(name, sorted(free))}")
+        _require_usable(name, value)
+    return _blaming(config, lambda of: AutoConfig.for_model(family.model_type, **{**own, **of.transformers}))
+
+
+def further_entries(family: Family) -> frozenset[str]:
+    """The entries of a family's configuration in transformers that shape its model and no other setting makes."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    theirs = CONFIG_MAPPING[family.model_type]
+    # A class of the user's may have an __init__ of its own beside what it inherits.
+    names = {field.name for field in fields(theirs)} | set(inspect.signature(theirs).parameters)
+    names -= {field.name for field in fields(PreTrainedConfig)} | {"kwargs"} | family.settings.keys()
+    return frozenset(name for name in names if not any(fnmatchcase(name, glob) for glob in _NOT_TO_SET))
+
+
+def _require_usable(name: str, value: Any) -> None:
+    """Refuse what transformers takes and no training can use, or what it refuses without a word on what would do."""
+    if isinstance(value, str) and name.endswith(("_act", "activation_function")):
+        from transformers.activations import ACT2FN
+
+        if value not in ACT2FN:
+            what = unknown_name("activation function", value, ACT2FN)
+            raise InputError(f"model.transformers.{name}: {what}")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if name.endswith(("eps", "epsilon")) and not value > 0:
+        raise InputError(f"model.transformers.{name}: must be above 0, not {shown(value)}")
+    if name.endswith("dropout") and not 0 <= value < 1:
+        raise InputError(f"model.transformers.{name}: must be at least 0 and below 1, not {shown(value)}")
+
+
+def _blaming(config: ModelConfig, make: Callable[[ModelConfig], T]) -> T:
+    """What transformers makes of a model's settings. Raises InputError for the entry that it cannot make it with."""
+    entries = config.transformers
+    try:
+        return make(config)
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: transformers uses most values as they are
+        if not entries:
+            raise
+        make(config.model_copy(update={"transformers": {}}))  # What is wrong without them is no fault of theirs.
+        if len(entries) > 1:
+            for name, value in entries.items():
+                _blaming(config.model_copy(update={"transformers": {name: value}}), make)
+        key, value = next(iter(entries.items()))
+        where, given = ("model.transformers", entries) if len(entries) > 1 else (f"model.transformers.{key}", value)
+        raise InputError(f"{where}: transformers cannot use {shown(given)}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says is wrong; of several lines the last one says it."""
+    if isinstance(error, KeyError) and " " not in str(error):
+        return f"it knows no {error}"
+    lines = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
+    return lines[-1].strip().removeprefix("TypeError: ") if lines else type(error).__name__
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -24,6 +24,7 @@ WRONG = {
     "rule": ("topology: {rule: set}", (), {"--sparsity": ("sparsity.sparsity", 0.0)}, "FILE: sparsity is 0, so"),
     "ramp": ("topology: {rule: static, ramp: 3}", (), {}, "FILE: topology.ramp: rule 'static' grows no connection"),
     "constant": ("model: {transformers: {n_embd: 3}}", (), {}, "FILE: model.transformers: n_embd is set"),
+    "entry": ("", ("model.transformers={foo_bar: 1}",), {}, "--set: model.transformers.foo_bar: family gpt2 has no"),
     "option": ("", (), {"--steps": ("training.steps", "1 epochs")}, "--steps: "),
 }
 

@@ -170,13 +170,17 @@ class Given:
             raise
         except InputError as error:
             line = str(error)
-            named = [keys for name in _DOTTED.findall(line) if (keys := tuple(name.split("."))) in self.origins]
+            named = [keys for name in _DOTTED.findall(line) if (keys := self._given(tuple(name.split("."))))]
             if named:
                 keys = max(named, key=list(self.origins).index)
                 place = placed(self.origins[keys], keys).removesuffix(f": {dotted(keys)}")
                 if not line.startswith(place):
                     error.args = (f"{place}: {line}",)
             raise
+
+    def _given(self, keys: Keys) -> Keys:
+        """The keys, or the mapping of free names that they are an entry of, where that was given whole."""
+        return next((part for part in (keys, keys[:-1]) if len(part) > 1 and part in self.origins), ())
 
 
 class _HasGiven(Protocol):

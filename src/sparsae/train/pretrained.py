@@ -18,7 +18,7 @@ from sparsae.data import Tokenizer
 from sparsae.errors import InputError
 from sparsae.families import FAMILIES
 from sparsae.files import read_json
-from sparsae.models import build_model, materialize, parameterized, quiet_import, transformers_config
+from sparsae.models import build_model, further_entries, materialize, parameterized, quiet_import, transformers_config
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.tensors import load_model, model_tensors
 from sparsae.runs.directory import RunDirectory
@@ -27,10 +27,7 @@ from sparsae.train.model import model_of
 
 # A run may begin with another dropout, and read less at a time where positions are not learned.
 _FREE = frozenset({"dropout", "context"})
-# Entries of a configuration that change nothing of what a run computes.
-_NO_MATTER = frozenset(
-    {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout"}
-)
+_FREE_ENTRIES = frozenset({"attention_dropout"})
 _STATE = "trainer_state.json"
 _PROBE = 16  # tokens on which a model made from settings has to compute what the directory's does
 
@@ -40,7 +37,7 @@ def pretrained_settings(path: Path) -> dict[str, Any]:
 
     Raises InputError where its configuration cannot be read, or is of no known family.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
     try:
         theirs: Any = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -60,7 +57,7 @@ def pretrained_settings(path: Path) -> dict[str, Any]:
             model[ours] = getattr(theirs, key)
     longest = getattr(theirs, next(key for key, ours in family.settings.items() if ours == "context"))
     same = transformers_config(ModelConfig(**{**model, "context": longest}), theirs.vocab_size, 0).to_dict()
-    own = type(theirs)().to_dict().keys() - PreTrainedConfig().to_dict().keys() - family.settings.keys() - _NO_MATTER
+    own = further_entries(family) - _FREE_ENTRIES
     further = {key: value for key, value in theirs.to_dict().items() if key in own and value != same.get(key)}
     return {"model": {**model, "transformers": further}, "data": {"tokenizer": os.path.abspath(path)}}
 
