@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from sparsae.config import Config, Section
-from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, unknown_key
+from sparsae.config.complaints import Keys, Origin, Path, SettingError, dotted, explain, nearest, option_of, unknown_key
 from sparsae.config.effect import idle_settings, is_default
 from sparsae.config.load import read_settings
 from sparsae.config.section import OrHowMany
@@ -113,7 +113,13 @@ def refuse_said(tree: Mapping[str, Any], where: str, said: Mapping[str, str]) ->
     """SettingError where settings name one that the plan gives: the run would not be what it is called."""
     for key, said_by in said.items():
         if given(tree, key):
-            raise SettingError(f"leave out {key}, which the plan gives by {said_by}", f"{where}.{key}")
+            raise SettingError(leave_out(key, said_by), f"{where}.{key}")
+
+
+def leave_out(setting: str, said_by: str) -> str:
+    """What is wrong with a setting that the plan gives by this key of its own, or by what it is."""
+    option = f" ({option_of((said_by,))})" if said_by.isidentifier() else ""
+    return f"leave out {setting}, which the plan gives by {said_by}{option}"
 
 
 def refuse_in_common(idle: Sequence[Mapping[str, str]]) -> None:

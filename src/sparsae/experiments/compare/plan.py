@@ -25,7 +25,7 @@ from sparsae.config.shipped import methods
 from sparsae.config.span import Span
 from sparsae.errors import InputError
 from sparsae.experiments.compare.tuning import Axis, Point
-from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, alike, given, refuse_in_common, refuse_said
+from sparsae.experiments.plan import BasePlan, Match, Seed, Tree, alike, given, leave_out, refuse_in_common, refuse_said
 from sparsae.registry import method_named
 from sparsae.tasks.settings import FinetuneConfig
 
@@ -198,7 +198,7 @@ class ComparisonPlan(BasePlan):
             refuse_said(self.variants[name].settings, f"variants.{name}.settings", self.said())
         for setting in self.tuning.grid:
             if setting in self.said():
-                what = f"leave out {setting}, which the plan gives by {self.said()[setting]}"
+                what = leave_out(setting, self.said()[setting])
                 raise SettingError(what, "tuning.grid")
         refuse_said(self.settings, "settings", {"topology.rule": "methods"})
         if not self.named_variants:
