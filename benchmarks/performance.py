@@ -17,6 +17,7 @@ from sparsae.bench.rows import Column, Row, groups, markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "results" / "performance", DOCS / "performance.md"
+WHOLE = ("step", "decode", "update")
 CASE = ("backend", "unit", "tokens", "dtype", "threads")
 
 
@@ -51,6 +52,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "step": ("step", lambda rows: markdown(step.COLUMNS, rows)),
     "step-threads": ("step-threads", lambda rows: markdown(step.COLUMNS, rows)),
     "step-kept": ("step-kept", lambda rows: markdown(step.COLUMNS, rows)),
+    "step-xeon": ("step-xeon", lambda rows: markdown(step.COLUMNS, [row for row in rows if row["what"] in WHOLE])),
     "topology": ("topology", lambda rows: markdown(topology.COLUMNS, rows)),
     "slopes": ("topology", lambda rows: markdown(topology.SLOPES, topology.slopes(rows))),
 }

@@ -281,6 +281,34 @@ def test_the_tables_of_the_performance_page_are_those_of_its_files() -> None:
     assert script["filled"](page, ROOT / "docs" / "results" / "performance") == page
 
 
+def test_the_readme_tells_of_the_steps_of_the_performance_pages_files() -> None:
+    steps = {
+        (name, row["sparsity"], row["threads"]): row
+        for name in ("step", "step-threads", "step-xeon")
+        for row in json.loads((ROOT / "docs" / "results" / "performance" / f"{name}.json").read_text("utf-8"))
+        if row["what"] == "step"
+    }
+
+    def ratios(name: str, sparsity: float, *keys: str, threads: int = 1) -> list[str]:
+        return [f"{steps[name, sparsity, threads][key]:.1f}" for key in keys]
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    claims = " ".join(text[text.index("A whole training step of a 25M GPT") :].split())
+    both = ("ratio", "stock_ratio")
+    here, beside = ratios("step", 0.9, *both)
+    assert f"on one Zen 4 core, handles {here} times" in claims
+    assert f"and {beside} times those of transformers" in claims
+    assert "; {} and {} times at 95 %".format(*ratios("step", 0.95, *both)) in claims
+    assert (
+        "it is {} and {} times at 90 %, {} and {} at 95 %".format(
+            *ratios("step-xeon", 0.9, *both), *ratios("step-xeon", 0.95, *both)
+        )
+        in claims
+    )
+    two = [*ratios("step-threads", 0.9, "ratio", threads=2), *ratios("step-xeon", 0.9, "ratio", threads=2)]
+    assert "with two cores {} times dense (Zen 4) and {} (Xeon) at 90 %".format(*two) in claims
+
+
 def test_the_script_for_gpus_knows_its_parts() -> None:
     script = ROOT / "benchmarks" / "gpu.sh"
     wrong = subprocess.run([str(script), "kernel"], capture_output=True, text=True, check=False)
