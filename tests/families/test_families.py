@@ -111,7 +111,7 @@ def test_a_setting_that_a_family_does_not_have_is_refused(name: str) -> None:
         if key in has:
             assert getattr(model_of(name, **{key: value}), key) == value
         else:
-            with pytest.raises(ValueError, match=f"family {name} has no {key}: it must be (null|0.0)"):
+            with pytest.raises(InputError, match=f"family {name} has no {key}: it must be (null|0.0)"):
                 model_of(name, **{key: value})
 
 

@@ -151,8 +151,8 @@ def _kept(optimizer: torch.optim.Optimizer, values: Tensor) -> list[Tensor]:
         for key, entry in part.state.get(values, {}).items():
             if key in _CHANGING and isinstance(entry, Tensor | float | int):
                 own = local(torch.as_tensor(entry)).detach()
-                # None that is quantized, nor a buffer of zeros, which the optimizer may have no use for.
-                kept += [own.clone()] if type(own) is Tensor and bool(own.any()) else []
+                # None that is quantized or has no values, nor a buffer of zeros, which the optimizer may have no use for.
+                kept += [own.clone()] if type(own) is Tensor and not own.is_meta and bool(own.any()) else []
     return kept
 
 

@@ -29,7 +29,6 @@ from sparsae.experiments.statistics import (
     paired_difference,
     winner,
 )
-from sparsae.files import to_json
 
 # Of a row: its names, what was asked of it, and what depends on the machine.
 _NO_RESULT = (
@@ -172,7 +171,7 @@ def _of_equal_runs(rows: Sequence[Row], settings: Mapping[str, Config]) -> Itera
 def _results_of(row: Row) -> str:
     """All that a run gave, equal for equal runs: without its names, what was asked of it and what the machine took."""
     content = encode(replace(row, curve=tuple(replace(point, seconds=0.0) for point in row.curve)))
-    return to_json({key: value for key, value in content.items() if key not in _NO_RESULT})
+    return repr({key: value for key, value in content.items() if key not in _NO_RESULT})
 
 
 def _with_effect(config: Config) -> str:
@@ -180,7 +179,7 @@ def _with_effect(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude={"method"})
     for *sections, name in idle_settings(config):
         del reduce(getitem, sections, tree)[name]
-    return to_json(tree)
+    return repr(tree)
 
 
 def _of_few_updates(rows: Sequence[Row]) -> Iterator[str]:
