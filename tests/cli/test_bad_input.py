@@ -137,7 +137,10 @@ CASES: dict[str, list[str]] = {
     "ablate --ray auto --out x": ["--ray", "sparsae[ray]"],
     "compare --methods static": ["error: --out is missing", "--dry-run"],
     "transfer": ["error: --out is missing"],
-    "compare --methods static --dry-run --out x --stack": ["error: --dry-run", "leave out --out, --stack"],
+    "compare --methods static --dry-run --jobs 2 --stack": ["error: --dry-run", "leave out --stack, --jobs"],
+    "compare --methods static --dry-run --out folder": ["folder: is not empty"],
+    "compare --methods static --dry-run --out other": ["other: holds an experiment whose methods differ"],
+    "transfer --dry-run --out run": ["run: holds a run"],
     "ablate --dry-run --jobs 2": ["error: --dry-run", "leave out --jobs"],
     "compare --methods statik --dry-run": ["did you mean static"],
     "compare --methods static --dry-run training.steps=0": ["training.steps", "at least 1"],
@@ -166,6 +169,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("config.yaml", "manifest.json"):
         (tmp_path / "begun" / name).touch()
     (tmp_path / "compared" / "plan.yaml").write_text("kind: comparison\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "plan.yaml").write_text("kind: comparison\nmethods: [set]\n")
     (tmp_path / "compared" / "runs" / "one" / "config.yaml").write_text(dump(resolve()))
     (tmp_path / "compact" / "compact.json").write_text("{}")
     for name in ("semi-structured.json", "config.json"):

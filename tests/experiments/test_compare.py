@@ -89,7 +89,7 @@ def test_what_it_takes_is_shown_before_anything_is_run(
 ) -> None:
     file, found = tmp_path / "foreseen.json", results(unbroken)
     capsys.readouterr()
-    assert main([*arguments, "--dry-run", "--json", str(file)]) == 0
+    assert main([*arguments, "--dry-run", "--out", str(tmp_path / "new"), "--json", str(file)]) == 0
     shown = capsys.readouterr().out
     foreseen = json.loads(file.read_text())
     assert list(tmp_path.iterdir()) == [file]

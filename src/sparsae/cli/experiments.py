@@ -22,6 +22,7 @@ from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.variants import ABLATIONS, MODES, WRITTEN, ablation_variants, sensitivity_variants
+from sparsae.experiments.directory import require_place
 from sparsae.experiments.grid import PARAMETERIZATIONS
 from sparsae.experiments.kind import Results
 from sparsae.experiments.plan import BasePlan, P, read_plan
@@ -334,15 +335,11 @@ def _run(
     """minutes: after which to stop. stack: how many runs train together; None: each for itself."""
     refuse_unwritable("--json", json_file)
     if dry_run:
-        ways = {
-            "--out": out,
-            "--ray": ray,
-            "--minutes": minutes,
-            "--stack": stack,
-            "--jobs": None if jobs == 1 else jobs,
-        }
+        ways = {"--ray": ray, "--minutes": minutes, "--stack": stack, "--jobs": None if jobs == 1 else jobs}
         if given := [name for name, value in ways.items() if value is not None]:
             raise InputError(f"--dry-run trains nothing: leave out {', '.join(given)}")
+        if out is not None:
+            require_place(out, plan)
         show_experiment(plan, json_file)
         return
     if out is None:
