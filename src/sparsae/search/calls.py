@@ -151,7 +151,7 @@ def _kept(optimizer: torch.optim.Optimizer, values: Tensor) -> list[Tensor]:
         for key, entry in part.state.get(values, {}).items():
             if key in _CHANGING and isinstance(entry, Tensor | float | int):
                 own = local(torch.as_tensor(entry)).detach()
-                # None that is quantized or has no values, nor a buffer of zeros, which the optimizer may have no use for.
+                # None that is quantized, without values, or of zeros only, which the optimizer may have no use for.
                 kept += [own.clone()] if type(own) is Tensor and not own.is_meta and bool(own.any()) else []
     return kept
 
