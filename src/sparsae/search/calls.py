@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsae.config.span import Horizon
+from sparsae.core.host import on_host
 from sparsae.core.shards import local
 from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
@@ -88,7 +89,8 @@ class LoopCalls:
         name = next((n for n in smallest_first if self._moves(learning[n])), None)
         if name is not None:
             values = learning[name]
-            self._before = _Before(name, local(values.detach()).clone(), _kept(self._optimizer, values))
+            kept = [own.clone() for own in _kept(self._optimizer, values)]
+            self._before = _Before(name, local(values.detach()).clone(), kept)
 
     def after_step(self, stepped: bool = True) -> None:
         """Raises InputError for an optimizer whose state cannot follow connections that move.
@@ -111,13 +113,19 @@ class LoopCalls:
 
     def _compare(self, before: _Before) -> None:
         name, values = before.layer, self._layers[before.layer].values
-        if torch.equal(before.values, local(values.detach())):
+        pairs = [(before.values, local(values.detach())), *_pairs(before.kept, _kept(self._optimizer, values))]
+        # A device is waited for once.
+        said = on_host([torch.stack([(old != new).any(), old.any() | new.any()]) for old, new in pairs])
+        (changed, _), *state = (answers.tolist() for answers in said)
+        # A buffer of zeros tells nothing: the optimizer may have no use for it.
+        used = [changes for changes, is_used in state if is_used]
+        if not changed:
             self._tell(
                 "step",
                 f"the values of {name} are the same in after_step() as in before_step(), and have a gradient: "
                 "call optimizer.step() between the two, if it was not skipped on purpose",
             )
-        elif _stood_still(before.kept, _kept(self._optimizer, values)) and (before.kept or self._keeps(values)):
+        elif not any(used) and (used or self._keeps(values)):
             owner = type(self._optimizer).__name__
             self._tell(
                 "optimizer",
@@ -136,7 +144,7 @@ class LoopCalls:
         groups = (group for group in self._optimizer.param_groups if any(p is values for p in group["params"]))
         at_rest = any(group.get("lr") is not None and float(group["lr"]) == 0 for group in groups)
         gradient = None if values.grad is None else local(values.grad)
-        return gradient is not None and not at_rest and bool(gradient.isfinite().all()) and bool(gradient.any())
+        return gradient is not None and not at_rest and bool(gradient.isfinite().all() & gradient.any())
 
     def _tell(self, kind: str, what: str) -> None:
         if kind not in self._told:
@@ -145,20 +153,19 @@ class LoopCalls:
 
 
 def _kept(optimizer: torch.optim.Optimizer, values: Tensor) -> list[Tensor]:
-    """Copies of what the optimizer keeps of the values, and changes in every step; nothing where that is not known."""
-    kept: list[Tensor] = []
-    for part in parts_of(optimizer):
-        for key, entry in part.state.get(values, {}).items():
-            if key in _CHANGING and isinstance(entry, Tensor | float | int):
-                own = local(torch.as_tensor(entry)).detach()
-                # None that is quantized, without values, or of zeros only, which the optimizer may have no use for.
-                kept += [own.clone()] if type(own) is Tensor and not own.is_meta and bool(own.any()) else []
-    return kept
+    """What the optimizer keeps of the values, and changes in every step; nothing where that is not known."""
+    states = [part.state.get(values, {}) for part in parts_of(optimizer)]
+    entries = [state[key] for state in states for key in state if key in _CHANGING]
+    tensors = [local(torch.as_tensor(entry)).detach() for entry in entries if isinstance(entry, Tensor | float | int)]
+    return [own for own in tensors if type(own) is Tensor and not own.is_meta]  # a quantized one has a type of its own
 
 
-def _stood_still(before: list[Tensor], after: list[Tensor]) -> bool:
-    pairs = list(zip(before, after, strict=False))
-    return len(before) == len(after) and all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
+def _pairs(before: list[Tensor], after: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What was kept before a step with what is kept after it; with zeros, where the two are not of the same tensors."""
+    shapes, others = ([(own.device, own.shape) for own in kept] for kept in (before, after))
+    if shapes == others:
+        return list(zip(before, after, strict=True))
+    return [(torch.zeros_like(own), own) for own in after or before]
 
 
 def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
