@@ -137,6 +137,7 @@ CASES: dict[str, list[str]] = {
     "ablate --ray auto --out x": ["--ray", "sparsae[ray]"],
     "compare --methods static": ["error: --out is missing", "--dry-run"],
     "transfer": ["error: --out is missing"],
+    "compare seeds.yaml --dry-run": ["seeds.yaml: seeds: must be a list of seeds, or how many, not 'two'"],
     "compare --methods static --dry-run --jobs 2 --stack": ["error: --dry-run", "leave out --stack, --jobs"],
     "compare --methods static --dry-run --out folder": ["folder: is not empty"],
     "compare --methods static --dry-run --out other": ["other: holds an experiment whose methods differ"],
@@ -182,6 +183,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken.yaml").write_text("training:\n  steps: [1\n")
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (tmp_path / "seeds.yaml").write_text("kind: comparison\nmethods: [static]\nseeds: two\n")
     (tmp_path / "list.yaml").write_text("- seed\n")
     (tmp_path / "unknown.yaml").write_text("training: {learning_rat: 1.0}\n")
     monkeypatch.chdir(tmp_path)

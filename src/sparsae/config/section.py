@@ -44,6 +44,8 @@ def _listed(seeds: Any) -> Any:
         if not 1 <= seeds <= 1000:
             raise ValueError(f"must be 1 to 1000 seeds, or a list of them, not {seeds}")
         return list(range(seeds))
+    if not isinstance(seeds, list):
+        raise ValueError(f"must be a list of seeds, or how many, not {seeds!r}")
     return seeds
 
 
