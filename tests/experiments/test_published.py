@@ -150,3 +150,23 @@ def test_what_is_said_of_them_holds() -> None:
         f"not shown to be better than SET, which it extends by a ramp ({set_95} below it at 95 %, {set_90} at 90 %)"
         in readme
     )
+
+
+def test_the_others_at_rates_of_their_own_are_told_as_they_were() -> None:
+    found: dict[tuple[str, float], float] = {}
+    for name in ("others", "others-rates"):
+        for row in json.loads((ROWS / f"{name}.json").read_text())["rows"]:
+            method, _, rate = row["method"].partition("-0.")
+            found[method, float(f"0.{rate or '015'}")] = row["test_loss"]
+    section = PAGE.read_text("utf-8").split("### At rates of their own")[1].split("\n#")[0].replace("*", "")
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    rates = [float(cell) for cell in lines[0][1:]]
+    shown = {
+        (line[0].strip(" `"), rate): cell.strip()
+        for line in lines[2:]
+        for rate, cell in zip(rates, line[1:], strict=True)
+        if cell.strip()
+    }
+    methods = {method for method, _ in shown}
+    assert shown == {key: f"{loss:.3f}" for key, loss in found.items() if key[0] in methods}
+    assert methods == {"gse", "granet", "gmp"}
