@@ -7,8 +7,10 @@ dense.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -53,6 +55,9 @@ _NOT_TO_SET = (
     "summary_*",  # heads of classifiers
     "classifier_*",
 )
+# Of rotary positions: the entry, and what older versions of transformers had beside it.
+_ROPE = "rope_parameters"
+_OF_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 def build_model(
@@ -107,9 +112,17 @@ def transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> An
     for name, value in config.transformers.items():
         if name not in free:
             what = f"family {config.family} has no such entry to set"
-            raise InputError(f"model.transformers.{name}: {what}; {nearest(name, sorted(free))}")
+            hint = f"it belongs into {_ROPE}" if name in _OF_ROPE and _ROPE in free else nearest(name, sorted(free))
+            raise InputError(f"model.transformers.{name}: {what}; {hint}")
         _require_usable(name, value)
-    return _blaming(config, lambda of: AutoConfig.for_model(family.model_type, **{**own, **of.transformers}))
+
+    def make(of: ModelConfig) -> Any:
+        # Of copies: transformers completes what it is given, and settings are not to change by being used.
+        made = AutoConfig.for_model(family.model_type, **{**own, **copy.deepcopy(of.transformers)})
+        _require_trainable(made)
+        return made
+
+    return _blaming(config, make)
 
 
 def further_entries(family: Family) -> frozenset[str]:
@@ -131,12 +144,23 @@ def _require_usable(name: str, value: Any) -> None:
         if value not in ACT2FN:
             what = unknown_name("activation function", value, ACT2FN)
             raise InputError(f"model.transformers.{name}: {what}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if isinstance(value, str | bool):
         return
-    if name.endswith(("eps", "epsilon")) and not value > 0:
+    is_number = isinstance(value, int | float)
+    if name.endswith(("eps", "epsilon")) and is_number and not value > 0:
         raise InputError(f"model.transformers.{name}: must be above 0, not {shown(value)}")
-    if name.endswith("dropout") and not 0 <= value < 1:
+    if name.endswith("dropout") and not (is_number and 0 <= value < 1):
         raise InputError(f"model.transformers.{name}: must be at least 0 and below 1, not {shown(value)}")
+
+
+def _require_trainable(made: Any) -> None:
+    """ValueError for a configuration that transformers makes, and that fails or is NaN in the first forward pass."""
+    window = getattr(made, "sliding_window", None)
+    if "sliding_attention" in (getattr(made, "layer_types", None) or ()) and not (window and window > 0):
+        raise ValueError("layers of sliding_attention want a sliding_window of at least 1, and use_sliding_window")
+    for name, value in (getattr(made, _ROPE, None) or {}).items():
+        if name in ("rope_theta", "factor") and isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be above 0")
 
 
 def _blaming(config: ModelConfig, make: Callable[[ModelConfig], T]) -> T:
@@ -163,7 +187,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, KeyError) and " " not in str(error):
         return f"it knows no {error}"
     lines = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
-    return lines[-1].strip().removeprefix("TypeError: ") if lines else type(error).__name__
+    return re.sub(r"^\w+Error: ", "", lines[-1].strip()) if lines else type(error).__name__
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
