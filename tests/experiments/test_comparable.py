@@ -99,6 +99,9 @@ WRONG = {
     "a value that is infinite": (
         {"training.weight_decay": [0, float("inf")]}, "training.weight_decay[1]: must be a finite number, not inf"
     ),
+    "a value that no float holds": (
+        {"training.weight_decay": [0, 10**400]}, "training.weight_decay[1]: must be a finite number, not 10000"
+    ),
     "a value that is text": (
         {"training.weight_decay": [0, "much"]}, "training.weight_decay[1]: must be a number, not 'much'"
     ),

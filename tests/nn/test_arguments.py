@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,17 +19,19 @@ from sparsae.nn.sparsify import densify, sparsify
 
 ARGUMENTS = list(inspect.signature(sparsify).parameters)
 MAY_BE_NONE = {"sparsity", "density", "fan_in", "fan_out", "heads", "initializer", "optimizer"}
+HUGE = 10**400  # more than a float holds
+MATRIX = torch.eye(8)  # shows itself on several lines
 # By argument: what it cannot be, beside a thing that nothing can be.
 WRONG: dict[str, list[Any]] = {
     "model": ["gpt2", nn.Linear],
-    "sparsity": ["0.9", [0.9], True, math.nan, 1.0, -0.1],
+    "sparsity": ["0.9", [0.9], True, math.nan, 1.0, -0.1, HUGE],
     "start": ["largest", {}, {"0": torch.ones(8, 8)}],
-    "budget": ["rand", 1],
+    "budget": ["rand", 1, np.array(["er", "erk"])],
     "unit": [4, (4, 0), (4, 4, 4), "4x4"],
-    "min_density": [math.nan, "0.1", -0.1, 1.5, True],
+    "min_density": [math.nan, "0.1", -0.1, 1.5, True, HUGE],
     "max_density": [math.nan, "0.1", -0.1, 1.5],
     "density": [0.5, {"*": math.nan}, {"*": "a"}, {5: 0.5}],
-    "fan_in": [1, (2.0, 3.0), "ab"],
+    "fan_in": [1, (2.0, 3.0), "ab", (0.5, HUGE)],
     "fan_out": [1, (math.nan, 2.0)],
     "include": ["*", [5], 5, [None]],
     "exclude": ["0", ["0", 5], b"0"],
@@ -40,7 +43,7 @@ WRONG: dict[str, list[Any]] = {
     "backend": [5, ["auto"]],
     "seed": ["a", 0.5, True],
 }
-CASES = [(name, value) for name in ARGUMENTS for value in (*WRONG[name], object())]
+CASES = [(name, value) for name in ARGUMENTS for value in (*WRONG[name], object(), np.zeros((2, 8)), MATRIX)]
 
 
 def test_every_argument_is_looked_at() -> None:
@@ -68,7 +71,8 @@ def test_those_of_densify_too(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        (None, "None"),
+        (None, "NoneType"),
+        (np.zeros((32, 1)), "ndarray"),
         (torch.zeros(3), r"torch\.float32 of \(3,\)"),
         (torch.zeros(32, dtype=torch.int64), r"torch\.int64 of \(32,\)"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -26,7 +26,7 @@ def require_share_of_mean(value: object) -> None:
     """Raises ValueError for what is no (least, most) in terms of a mean, which has to be inside."""
     ends = value if isinstance(value, tuple | list) else ()
     numbers = [end for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
-    if len(ends) != 2 or len(numbers) != 2 or not 0.0 <= numbers[0] <= 1.0 <= numbers[1] < math.inf:
+    if len(ends) != 2 or len(numbers) != 2 or not 0.0 <= numbers[0] <= 1.0 <= numbers[1] <= sys.float_info.max:
         raise ValueError(f"must be the least and the most in terms of the mean, such as [0.25, 4], not {value!r}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from reprlib import repr
@@ -19,7 +18,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.errors import InputError
 from sparsae.nn.start import require_start
 
-Check = Callable[[Any], object]  # raises ValueError, or InputError with the argument's name
+Check = Callable[[Any], object]  # raises ValueError
 
 
 def require_arguments(**given: object) -> None:
@@ -28,7 +27,8 @@ def require_arguments(**given: object) -> None:
         try:
             CHECKS[name](value)
         except ValueError as error:
-            raise InputError(f"{name}: {error}") from None
+            line = " ".join(str(error).split())  # a tensor shows itself on several
+            raise InputError(f"{name}: {line}") from None
 
 
 def _must_be(what: str, fits: Callable[[Any], bool]) -> Check:
@@ -44,7 +44,7 @@ def _or_none(check: Check) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, Real) and not isinstance(value, bool)  # NaN is in no range
 
 
 def _are_patterns(value: Any) -> bool:
@@ -71,7 +71,7 @@ CHECKS: Mapping[str, Check] = {
     "model": _must_be("a torch.nn.Module", lambda value: isinstance(value, nn.Module)),
     "sparsity": _or_none(_must_be("a number such as 0.9, from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)),
     "start": require_start,
-    "budget": _must_be(f"one of {', '.join(BUDGETS)}", lambda value: value in BUDGETS),
+    "budget": _must_be(f"one of {', '.join(BUDGETS)}", lambda value: isinstance(value, str) and value in BUDGETS),
     "unit": parsed_unit,
     "min_density": _share,
     "max_density": _share,

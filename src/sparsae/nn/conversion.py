@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from reprlib import repr
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class Maker:
         values: object = self.initializer(name, topology, generator(self.seed, "values", name))
         shape = topology.values_shape
         if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
-            what = f"{values.dtype} of {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+            what = f"{values.dtype} of {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"initializer: must give layer {name} floating-point values of {shape}, not {what}")
         return values
 

@@ -26,17 +26,17 @@ _NAMES = ("random", "magnitude", "nonzero")
 
 
 def require_start(start: object) -> None:
-    """Raises InputError for what is no start."""
+    """Raises ValueError for what is no start."""
     if isinstance(start, Mapping):
         if not start:
-            raise InputError("start: the mask has no layer; give a bool tensor by the name of each that becomes sparse")
+            raise ValueError("the mask has no layer; give a bool tensor by the name of each that becomes sparse")
         for name, mask in start.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 what = mask.dtype if isinstance(mask, Tensor) else repr(mask)
-                raise InputError(f"start: the mask of {name} must be a bool tensor, not {what}")
+                raise ValueError(f"the mask of {name} must be a bool tensor, not {what}")
     elif not isinstance(start, str) or start not in _NAMES:
         options = ", ".join(f"'{name}'" for name in _NAMES)
-        raise InputError(f"start: must be {options} or masks by name, not {repr(start)}")
+        raise ValueError(f"must be {options} or masks by name, not {repr(start)}")
 
 
 def given_topologies(

@@ -6,8 +6,8 @@ rates among which each variant finds its own. Whatever has a default may be left
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import product
@@ -36,7 +36,7 @@ def _is_number(value: Any) -> Any:
     """A union's own errors name the type that was tried last, which says nothing of the setting's."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"must be a number, not {shown(value)}")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # a whole number may be larger, and NaN is not less
         raise ValueError(f"must be a finite number, not {shown(value)}")
     if value < 0:
         raise ValueError(f"must be at least 0, not {shown(value)}")
