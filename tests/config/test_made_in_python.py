@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sparsae.config import ModelConfig, Section, TeacherConfig
+from sparsae.config import DataConfig, ModelConfig, Section, TeacherConfig
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.errors import InputError
 from sparsae.rules import GenerationsConfig, RiglConfig
@@ -25,6 +25,26 @@ from sparsae.rules import GenerationsConfig, RiglConfig
             SparsifierConfig,
             {"steps": 1, "teacher": {"enabld": True}},
             "SparsifierConfig: teacher.enabld: no such setting; did you mean enabled?",
+        ),
+        (
+            SparsifierConfig,
+            {"steps": 1, "topology": {"rule": "set", "evry": 2}},
+            "SparsifierConfig: topology.evry: no such setting; did you mean every?",
+        ),
+        (
+            SparsifierConfig,
+            {"steps": 1, "topology": {"rule": "generations", "strategy": {"fitnes": "none"}}},
+            "SparsifierConfig: topology.strategy.fitnes: no such setting; did you mean fitness?",
+        ),
+        (
+            SparsifierConfig,
+            {"steps": 1, "rules": {"*": {"rule": "rigl", "evry": 2}}},
+            "SparsifierConfig: rules.*.evry: no such setting; did you mean every?",
+        ),
+        (
+            DataConfig,
+            {"sources": [{"source": "a.txt"}, {"sorce": "b.txt"}]},
+            "DataConfig: sources[1].sorce: no such setting; did you mean source?",
         ),
         (SparsifierConfig, {}, "SparsifierConfig: steps: must be given"),
         (SparsifierConfig, {"steps": 0}, "SparsifierConfig: steps: must be at least 1, not 0"),

@@ -244,7 +244,7 @@ def test_no_term_takes_the_name_of_another_field_of_its_rows(name: str) -> None:
     ("settings", "complaint"),
     [
         ({"terms": {"x": {}}}, "x: no term 'x': use one of"),
-        ({"terms": {"activity": {"sauce": 1}}}, "activity.sauce: no such setting"),
+        ({"terms": {"activity": {"wieght": 1}}}, "activity.wieght: no such setting; did you mean weight"),
         ({"terms": {"activity": {"weight": -1.0}}}, "activity.weight: must be at least 0"),
         ({"terms": {"activity": TermConfig()}}, "activity: TermConfig is no settings of term 'activity'"),
         ({"terms": {"activity": 3}}, "terms.activity"),

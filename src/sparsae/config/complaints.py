@@ -133,13 +133,16 @@ def below(key: str, error: ValueError) -> SettingError:
     return SettingError(what, *(f"{key}.{inner}" for inner in keys)) if keys else SettingError(what, key)
 
 
-def within(errors: ValidationError) -> ValueError:
-    """For validators: the first of the errors of settings inside those that are validated."""
+def within(errors: ValidationError, near: Callable[[Path], str] = lambda _: "") -> ValueError:
+    """For validators: the first of the errors of settings inside those that are validated.
+
+    near: what a line on a key that is not there ends with.
+    """
     error = errors.errors(include_url=False)[0]
     keys, found = error["loc"], error.get("ctx", {}).get("error")
     if isinstance(found, SettingError):
         return SettingError(found.what, *(dotted((*keys, *key.split("."))) for key in found.keys))
-    what = "no such setting" if error["type"] == "extra_forbidden" else _what(error)
+    what = f"no such setting{near(keys)}" if error["type"] == "extra_forbidden" else _what(error)
     return SettingError(what, dotted(keys)) if keys else ValueError(what)
 
 

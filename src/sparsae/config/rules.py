@@ -5,13 +5,14 @@ Their own are in their own files (`sparsae.rules`, `sparsae.terms`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from sparsae.config.complaints import SettingError, within
 from sparsae.config.effect import Idle
-from sparsae.config.section import LARGEST, Count, NonNegative, Positive, Section
+from sparsae.config.section import LARGEST, Count, NonNegative, Positive, Section, near
 from sparsae.config.span import RampSpan, Span
 from sparsae.errors import InputError
 from sparsae.registry import RULES, Registry
@@ -144,7 +145,7 @@ def settings_of(registry: Registry, name: Any, data: Any) -> Any:
     except InputError as error:
         raise ValueError(str(error)) from None
     except ValidationError as errors:
-        raise within(errors) from None
+        raise within(errors, partial(near, settings)) from None
 
 
 AnyRule = Annotated[SerializeAsAny[RuleConfig], BeforeValidator(_of_its_rule)]

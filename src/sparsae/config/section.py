@@ -86,9 +86,16 @@ def _complaint(section: type[Section], errors: ValidationError) -> str:
     origins: dict[Keys, Origin] = {(): section.__name__}
     if error["type"] != "extra_forbidden":
         return explain(error, keys, origins)
+    return f"{located(keys, origins)}: no such setting{near(section, keys)}"
+
+
+def near(section: type[Section], keys: Path) -> str:
+    """For the end of a line: the settings like one that is not there, or all beside it; empty where none are known."""
     around: type[Section] | None = section
     for key in keys[:-1]:
-        field = None if around is None else around.model_fields.get(str(key))
-        around = None if field is None else section_in(field.annotation)
-    hint = "" if around is None else f"; {nearest(str(keys[-1]), around.model_fields)}"
-    return f"{located(keys, origins)}: no such setting{hint}"
+        if isinstance(key, int):
+            continue  # of a list, whose entries are of the section that the list's key gave
+        field = None if around is None else around.model_fields.get(key)
+        annotation = None if field is None else field.annotation
+        around = section_in(get_args(annotation)[0] if get_origin(annotation) is list else annotation)
+    return "" if around is None else f"; {nearest(str(keys[-1]), around.model_fields)}"
