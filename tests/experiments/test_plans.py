@@ -1,21 +1,25 @@
-"""The plans that lie ready, and those that results are of, are plans: every run of theirs has settings."""
+"""The plans that lie ready, that pages show, and that results are of, are plans: every run of theirs has settings."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 from sparsae.config.text import read_yaml
 from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect, require_one_text
 from sparsae.experiments.jobs import job_of
-from sparsae.experiments.plan import read_plan
+from sparsae.experiments.plan import parse_plan, read_plan
 from sparsae.experiments.stacked import refuse
 from sparsae.experiments.transfer.plan import TransferPlan
 
 ROOT = Path(__file__).parents[2]
 READY = sorted((ROOT / "benchmarks" / "plans").glob("*.yaml"))
 RESULTS = sorted((ROOT / "docs" / "results").rglob("*.yaml"))
+# The indented blocks of the page that begin as a plan does.
+SHOWN = re.findall(r"^    preset:.*\n(?:    .*\n)+", (ROOT / "docs" / "comparison.md").read_text("utf-8"), re.MULTILINE)
 COMPARED, SWEPT = (
     [file for file in RESULTS if (read_yaml(file.read_text("utf-8"), str(file)).get("kind") == "transfer") == swept]
     for swept in (False, True)
@@ -35,6 +39,14 @@ def test_every_run_of_a_plan_can_be_stacked(file: Path) -> None:
     for seed, sparsity, variant in cells(plan):
         if seed == plan.seeds[0]:
             refuse(job_of(f"{variant}-{sparsity:g}", plan.config(variant, sparsity, seed), 1))
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=range(len(SHOWN)))
+def test_a_plan_that_the_page_shows_has_settings_for_every_run(block: str) -> None:
+    plan = parse_plan(read_yaml(dedent(block), "comparison.md"), "comparison.md", ComparisonPlan)
+    require_effect(plan)
+    require_one_text(plan)
+    assert all(plan.config(variant, sparsity, seed) for seed, sparsity, variant in cells(plan))
 
 
 @pytest.mark.parametrize("file", COMPARED, ids=lambda file: f"{file.parent.name}/{file.stem}")
