@@ -24,6 +24,7 @@ CASES: dict[str, list[str]] = {
     "train --preset gpt2smal": ["gpt2smal", "gpt2-small"],
     "train --method statix": ["statix", "static"],
     "train --set training.step=3": ["--set", "training.step", "training.steps"],
+    "train --set training.lr=1e-3": ["--set: training.lr: no such setting; did you mean training.learning_rate?"],
     "train --set training.steps": ["--set", "section.key=value"],
     "train --set training.steps=": ["--set", "training.steps", "null"],
     "train --set training.learning_rate=.nan": ["--set", "training.learning_rate", "finite"],

@@ -244,6 +244,10 @@ def test_what_is_too_short_says_what_could_be_raised(
             "plan.yaml: learning_rates: no such setting; did you mean tuning.learning_rates?",
         ),
         ({"training": {"steps": 3}}, "plan.yaml: training: no such setting; did you mean settings.training?"),
+        (
+            {"tuning": {"grid": {"training.lr": [1, 2]}}},
+            "plan.yaml: tuning.grid.training.lr: no setting 'training.lr'; did you mean training.learning_rate?",
+        ),
         ({"tuning": {"rate": 1}}, "plan.yaml: tuning.rate: no such setting; tuning has: learning_rates, grid"),
         ({"variants": {"a": {"metod": "set"}}}, "variants.a.metod: no such setting; did you mean variants.a.method?"),
         ({"variants": {"a": {}}}, "plan.yaml: variants.a.method: is needed"),

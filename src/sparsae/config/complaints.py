@@ -76,9 +76,20 @@ def shown(value: Any) -> str:
 def nearest(name: str, names: Iterable[str]) -> str:
     """`did you mean a or b?`, or, where nothing is near, all the names."""
     known = list(names)
-    close = [other for other in known if len(name) > 2 and other.startswith(name)]
+    close = _abbreviated(name, known) or [other for other in known if len(name) > 2 and other.startswith(name)]
     close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(known)}"
+
+
+def _abbreviated(name: str, names: Iterable[str]) -> list[str]:
+    """The names whose last part this is the first letters of: `training.lr` is short for `training.learning_rate`."""
+    section, last = name.rpartition(".")[::2]
+    parts = ((other, *other.rpartition(".")[::2]) for other in names)
+    return [
+        other
+        for other, its_section, its_last in parts
+        if "_" in its_last and its_section == section and "".join(word[:1] for word in its_last.split("_")) == last
+    ]
 
 
 def unknown_name(kind: str, name: Any, names: Iterable[str]) -> str:
@@ -98,7 +109,7 @@ def unknown_key(keys: Keys, siblings: Iterable[str], everywhere: Iterable[str], 
     ends = {key: key.rpartition(".")[2] for key in everywhere}
     if rules:
         return f"not a setting of this {dotted(section)}.rule, but of {', '.join(rules)}; {all_beside}"
-    close = difflib.get_close_matches(name, beside, n=2)
+    close = _abbreviated(str(name), beside) or difflib.get_close_matches(name, beside, n=2)
     found = [dotted((*section, match)) for match in close]
     if not found:
         close = difflib.get_close_matches(name, ends.values(), n=1, cutoff=0.75)
