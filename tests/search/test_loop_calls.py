@@ -272,6 +272,19 @@ def test_a_run_that_is_shorter_than_an_interval_says_so(section: str, caplog: py
     assert f"rule '{section}' moves no connection in 20 steps" in record.message
 
 
+@pytest.mark.parametrize("section", ["set", "rigl"])
+def test_a_training_that_is_longer_than_was_said_says_so_once(section: str, caplog: pytest.LogCaptureFixture) -> None:
+    loop = Order(section, steps=10)
+    for _ in range(10):
+        loop.run(*RIGHT)
+    assert not caplog.records
+    for _ in range(3):
+        loop.run(*RIGHT)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "step 11 is beyond the 10 of SparsifierConfig.steps" in record.message
+
+
 def test_layers_that_are_frozen_need_no_gradient(caplog: pytest.LogCaptureFixture) -> None:
     loop = Order("rigl")
     for layer in sparse_layers(loop.model).values():

@@ -178,6 +178,17 @@ def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:
         )
 
 
+def tell_if_beyond(step: int, rule: Rule[Any], horizon: Horizon) -> None:
+    """Log the first step after the last one that a run was said to have: the rule had ended before the training."""
+    if rule.moves and step == horizon.steps + 1:
+        log.warning(
+            "step %d is beyond the %d of SparsifierConfig.steps, the length of the whole training, where all schedules "
+            "have ended",
+            step,
+            horizon.steps,
+        )
+
+
 def trained_layers(layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer) -> dict[str, SparseLinear]:
     """The layers that are not frozen. Raises InputError for one whose values the optimizer does not have."""
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}

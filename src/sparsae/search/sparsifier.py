@@ -40,7 +40,7 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.search.attach import StepHooks
 from sparsae.search.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
 from sparsae.search.burn_in import BurnIn
-from sparsae.search.calls import LoopCalls, refuse_lost, refuse_tied, tell_if_still, trained_layers
+from sparsae.search.calls import LoopCalls, refuse_lost, refuse_tied, tell_if_beyond, tell_if_still, trained_layers
 from sparsae.search.guests import as_rule, refuse_unfit
 from sparsae.search.parallel import DataParallel
 from sparsae.search.ramp import Ramp
@@ -310,6 +310,7 @@ class Sparsifier:
         self._burn_in.after_step(stepped)
         self._ramp.after_step(stepped)
         self.step += 1
+        tell_if_beyond(self.step, self.search.rule, self.config.horizon)
         if self.teacher is not None:
             self.teacher.update(self._model, self.step - 1, stepped)
         update = self.search.update(self.step, stepped)
