@@ -47,7 +47,7 @@ def test_a_name_and_a_settings_class_have_one_owner() -> None:
     registry.register("one", OneConfig)(lambda config: config)
     assert registry["one"].settings is OneConfig
     assert registry["one"].title == "The settings of one thing."
-    assert registry.origin("one") == "this program"
+    assert registry.origin("one") == "test_registry.py"
     with pytest.raises(InputError, match="registered already"):
         registry.register("one", OtherConfig)(lambda config: config)
     with pytest.raises(InputError, match="settings of rule 'one', not of 'two'"):

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 from sparsae.errors import InputError
 
 IMPORT = "SPARSAE_IMPORT"  # names files, separated as in PATH
+_PROGRAM = "this program"
 
 Built = TypeVar("Built", bound=Callable[..., Any])
 Thing = TypeVar("Thing")
@@ -69,7 +70,7 @@ class Names(Generic[Thing]):
         """Where a name comes from: this package, the package of an entry point, or the running program."""
         if name in self.own_names():
             return "sparsae"
-        return " and ".join(map(_package_of, self._points().get(name, []))) or "this program"
+        return " and ".join(map(_package_of, self._points().get(name, []))) or _PROGRAM
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
@@ -129,6 +130,12 @@ class Names(Generic[Thing]):
 
 class Registry(Names[Entry]):
     """Things that are made from settings of their own, by name."""
+
+    def origin(self, name: str) -> str:
+        """Where a name comes from: this package, the package of an entry point, or the file that registered it."""
+        found = super().origin(name)
+        module = sys.modules.get(self[name].settings.__module__) if found == _PROGRAM else None
+        return Path(module.__file__).name if module is not None and module.__file__ else found
 
     def register(self, name: str, settings: type[Any]) -> Callable[[Built], Built]:
         """A decorator for a class or function that makes the thing from its settings.

@@ -114,10 +114,11 @@ def _table(table: Table) -> str:
 
 def _results(results: Results) -> str:
     look, sparsities, loss = _looks(results), results.asked.sparsities, results.judged_by
+    further = ", under a further match over those there" if any(row.beside for row in results.rows) else ""
     lead = (
         f"{_LOSSES[loss]} A star marks a paired difference with p < 0.05, adjusted by Holm's method over all "
-        "differences but the planned ones, under a further match over those there; nothing is concluded from the "
-        "others. Equivalent tokens: how many times its own tokens the reference would need for the same loss."
+        f"differences but the planned ones{further}; nothing is concluded from the others. Equivalent tokens: how many "
+        "times its own tokens the reference would need for the same loss."
     )
     if any(not row.nnz for row in results.rows):
         lead += " A dense model stands at each sparsity with that sparsity's budget."
