@@ -208,7 +208,7 @@ def test_a_finished_comparison_runs_nothing_again(arguments: list[str], unbroken
 
 def test_the_page_stands_alone_and_tells_what_was_compared(unbroken: Path) -> None:
     page = (unbroken / "report.html").read_text()
-    assert "under a further match" not in page
+    assert "further match over those there" not in page
     for section in ("results", "curves", "topology", "cost", "tuning", "settings", "reading"):
         assert f'<section id="{section}"' in page
     assert "beyond the grid" in page
@@ -361,7 +361,7 @@ def test_a_common_step_count_stands_beside_and_planned_contrasts_are_shown(
     for text in (shown, (out / "table.md").read_text(), (out / "report.html").read_text()):
         assert re.search(warning, re.sub(r"\s+", " ", text))
         assert all(name in text for name in ("gse less dense", "gse@steps"))
-    assert "under a further match" in (out / "report.html").read_text()
+    assert "further match over those there" in (out / "report.html").read_text()
     assert "1 (few)" in (out / "table.md").read_text()
     assert main(["report", str(out)]) == 0
 
