@@ -56,6 +56,7 @@ CASES: dict[str, list[str]] = {
     "train --print-config --json -": ["--print-config", "--json"],
     "train --resume run --preset tiny --steps 3": ["--resume", "--preset"],
     "train --resume run --steps 3": ["run", "--steps 3", "250"],
+    "train --resume run --set training.steps=9": ["leave out --set (another value goes into", "--allow-change KEY"],
     "train --resume run --from run": ["--resume", "--from"],
     "train --best": ["--best", "--from"],
     "train --resume run --best": ["--resume", "--best"],

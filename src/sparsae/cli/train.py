@@ -124,7 +124,8 @@ def train(
             "--dry-run": dry_run or None,
         }
         if given := [name for name, value in options.items() if value not in (None, [])]:
-            raise InputError(f"--resume continues a run with its own settings: leave out {', '.join(given)}")
+            other = " (another value goes into its config.yaml, with --allow-change KEY here)" if settings else ""
+            raise InputError(f"--resume continues a run with its own settings: leave out {', '.join(given)}{other}")
         _resume(resume, steps, json_file, quiet, allowed or ())
         return
     if allowed:
