@@ -119,6 +119,13 @@ def test_rigl_in_longer_runs_is_told_as_it_was() -> None:
             assert f"| {seed} | {tokens} | {rigl:.3f} | {less[seed]:+.3f} | {behind:+.3f} |" in page
     shorter, found = means
     assert f"by {found} in the mean where it was {shorter} with the same seeds" in page
+    rows = json.loads((ROWS / "longer-rates.json").read_text())["rows"]
+    moved, static = (next(row["test_loss"] for row in rows if row["method"] == m) for m in ("sparsae", "static"))
+    assert f"ends at {moved:.3f} (seed 0), {moved - longer['sparsae', 0]:.3f} above itself at 0.015" in page
+    assert f"at {static:.3f}, {longer['static', 0] - static:.3f} below itself" in page
+    gains = (f"{static - longer['sparsae', 0]:.3f}", f"{longer['static', 0] - longer['sparsae', 0]:.3f}")
+    assert "is {} below `static` with that seed in place of {}".format(*gains) in page
+    assert f"and RigL {static - longer['rigl', 0]:.3f} below it" in page
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert f"and only {found} below RigL (two seeds), which catches up" in readme
 
