@@ -24,7 +24,6 @@ from sparsae.registry import RULES
 
 # method, what is set, and the setting that does nothing then with its reason
 IDLE = [
-    ("set", ["data.tokenizer=a.json", "data.tokenizer_vocab=500"], "data.tokenizer_vocab: has no effect: no tokenizer"),
     ("sparsae", ["topology.window=20"], "topology.window: has no effect: random_share is 1"),
     ("sparsae", ["topology.sample_ratio=2.0"], "topology.sample_ratio: has no effect: random_share is 1"),
     ("sparsae", ["topology.window_every=2"], "topology.window_every: has no effect"),

@@ -47,9 +47,9 @@ class DataConfig(Section):
     tokenizer: Text = Field(
         default="train", description="train (byte-level BPE on the text), a tokenizer.json, or a directory"
     )
-    tokenizer_vocab: Annotated[
-        int, Field(ge=257, le=2**22), Idle(lambda data, _: data.tokenizer != "train", "no tokenizer is trained")
-    ] = Field(default=4096, description="entries of a tokenizer trained here")
+    tokenizer_vocab: Annotated[int, Field(ge=257, le=2**22)] = Field(
+        default=4096, description="entries of a tokenizer trained here"
+    )
     cache: Text | None = Field(
         default=None, description="where prepared data is kept; null: $SPARSAE_CACHE or ~/.cache/sparsae"
     )
