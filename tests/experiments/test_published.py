@@ -199,3 +199,13 @@ def test_the_others_at_rates_of_their_own_are_told_as_they_were() -> None:
     methods = {method for method, _ in shown}
     assert shown == {key: f"{loss:.3f}" for key, loss in found.items() if key[0] in methods}
     assert methods == {"gse", "granet", "gmp"}
+    best = {method: min(loss for (name, _), loss in found.items() if name == method) for method in methods}
+    static, moved = losses("static", 0.95)[0], losses("sparsae", 0.95)[0]
+    above = {method: f"{loss - static:.3f}" for method, loss in best.items()}
+    assert f"level with `static` ({above['gse']} above it) and {best['gse'] - moved:.3f} above `sparsae`" in section
+    assert f"`granet` ends {above['granet']} above `static`, `gmp` {above['gmp']}:" in section
+    steps = {row["method"]: row["steps"] for row in json.loads((ROWS / "others.json").read_text())["rows"]}
+    fewer = " and ".join(f"{100 * (1 - steps[method] / 2500):.0f}" for method in ("granet", "gmp"))
+    assert f"cost them {fewer} % of the steps" in section
+    assert max(best.values()) < found["dense", 0.015]
+    assert f"`dense`, which makes {steps['dense']}" in section
