@@ -116,3 +116,29 @@ def test_a_compiled_step_is_no_other_optimizers(caplog: pytest.LogCaptureFixture
     )
     steps(model, sparsifier, torch.compile(optimizer.step, backend="eager"), 10)
     assert not told(caplog)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+@pytest.mark.parametrize("own", OWN)
+def test_a_state_that_was_forgotten_is_told(own: str, forgotten: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Of an optimizer that is known to keep one, at the first step after the Sparsifier's was loaded."""
+    model, optimizer, sparsifier = started(OWN[own])
+    steps(model, sparsifier, optimizer.step, 7)
+    again, fresh, resumed = started(OWN[own])
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(sparsifier.state_dict())
+    if not forgotten:
+        fresh.load_state_dict(optimizer.state_dict())  # late, as Lightning does
+    steps(again, resumed, fresh.step, 3)
+    lines = told(caplog)
+    assert len(lines) == (forgotten and own != "sgd")
+    assert all("load the optimizer's state too" in line for line in lines)
+
+
+def test_a_state_of_no_step_needs_none_of_the_optimizers(caplog: pytest.LogCaptureFixture) -> None:
+    model, _, sparsifier = started(OWN["adam"])
+    again, fresh, resumed = started(OWN["adam"])
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(sparsifier.state_dict())
+    steps(again, resumed, fresh.step, 3)
+    assert not told(caplog)

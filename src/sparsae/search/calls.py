@@ -55,6 +55,11 @@ class LoopCalls:
         self._told: set[str] = set()
         # State exists after the first step; but a first step may have been skipped, and state may be made later.
         self._checks_state = True
+        self._is_loaded = False
+
+    def loaded(self) -> None:
+        """After a state of a training that had begun: what the optimizer kept of its steps has to be there, too."""
+        self._is_loaded = True
 
     def before_step(self, due: bool, is_hooked: bool = False) -> None:
         """due: whether an update follows the next optimizer step. is_hooked: whether its hooks make the calls."""
@@ -77,6 +82,16 @@ class LoopCalls:
             if due and self._wants_gradients:
                 raise InputError(f"{advice}; rule '{self._rule.name}' looks at gradients")
             self._tell("gradient", advice)
+        if self._is_loaded:
+            self._is_loaded = False
+            bare = [n for n, values in learning.items() if self._keeps(values) and not _kept(self._optimizer, values)]
+            if bare:
+                self._tell(
+                    "loaded",
+                    f"the Sparsifier continues from a step after the first, and its {type(self._optimizer).__name__} "
+                    f"keeps nothing yet of the values of {bare[0]}: load the optimizer's state too, if it was not left "
+                    "out on purpose",
+                )
         self._before = None
         self._checks_state = self._checks_state or due
 

@@ -361,6 +361,8 @@ class Sparsifier:
         if self._hooks is not None:
             self._hooks.forget()
         self.step = int(state["step"])
+        if self.step:
+            self._calls.loaded()
         self._initial_densities = dict(state["initial_densities"])
         self.search.gradients.groups = layer_groups(
             self._layers, self.config, self._layouts, self._initial_densities, self.search.ends
