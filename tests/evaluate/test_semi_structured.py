@@ -120,6 +120,8 @@ def test_on_cuda_the_layers_have_torchs_own_tensors(run: Path, tmp_path: Path, m
         (("sparsity.unit=3:4",), "more than 2 weights in"),
         (("sparsity.unit=[4, 4]",), "has units of 4x4"),
         (("sparsity.unit=2:4", "model.width=32"), "multiples of 32 and 64"),
+        (("sparsity.sparsity=0.9", "model.width=32"), "more than 2 weights in .*, and has .* multiples of 32 and 64"),
+        (("sparsity.sparsity=0.9", "model.width=30", "model.heads=3"), "has 90 outputs and 30 inputs"),
         (("sparsity.sparsity=0.0",), "this one is dense"),
     ],
 )

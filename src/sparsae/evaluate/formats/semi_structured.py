@@ -128,23 +128,33 @@ def _is_transposed(layer: SparseLinear) -> bool:
 
 
 def _misfit(layer: SparseLinear) -> str | None:
-    """Why a layer cannot be packed; None: it can."""
+    """Why a layer cannot be packed, all of it, since each may want another training; None: it can."""
     if not layer.kind.is_linear:
         return "is no linear layer"
-    sides = layer.out_features, layer.in_features
-    if any(side % multiple for side, multiple in zip(sides, _MULTIPLES, strict=True)):
-        wanted = " and ".join(map(str, _MULTIPLES))
-        return f"has {sides[0]} outputs and {sides[1]} inputs, which have to be multiples of {wanted}"
+    return ", and ".join(filter(None, (_too_full(layer), _odd_sides(layer)))) or None
+
+
+def _too_full(layer: SparseLinear) -> str | None:
     if layer.unit != (1, 1):
         return f"has units of {layer.unit_name}: train with sparsity.unit=2:4"
+    if layer.in_features % _TWO_OF_FOUR.of:
+        return None  # there are no groups of 4 to count
     groups = Groups.of_quota(layer.topology.grid, _TWO_OF_FOUR)
     fuller = int((groups.counts(layer.topology.indices) > groups.most).count_nonzero())
-    if fuller:
-        return (
-            f"has more than 2 weights in {fuller:,} of {groups.count:,} groups of 4: train with sparsity.unit=2:4 (or "
-            "1:4, 2:8, ...)"
-        )
-    return None
+    if not fuller:
+        return None
+    return (
+        f"has more than 2 weights in {fuller:,} of {groups.count:,} groups of 4: train with sparsity.unit=2:4 (or 1:4, "
+        "2:8, ...)"
+    )
+
+
+def _odd_sides(layer: SparseLinear) -> str | None:
+    sides = layer.out_features, layer.in_features
+    if not any(side % multiple for side, multiple in zip(sides, _MULTIPLES, strict=True)):
+        return None
+    wanted = " and ".join(map(str, _MULTIPLES))
+    return f"has {sides[0]} outputs and {sides[1]} inputs, which have to be multiples of {wanted}"
 
 
 def _on_cuda(
