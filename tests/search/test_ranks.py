@@ -123,6 +123,13 @@ def _a_bit_is_caught() -> None:
     assert steps[-1] == 3
 
 
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_group_of_one_rank_is_wrapped_too(section: str, tmp_path: Path) -> None:
+    alone = train(section, 50, teacher=True)
+    with joined(0, 1, str(tmp_path / "store")):
+        assert_same(train(section, 50, teacher=True), alone)
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one_run(tmp_path: Path) -> None:
     on_ranks(_checks, tmp_path)

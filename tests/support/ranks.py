@@ -125,7 +125,7 @@ def train(
     average = Teacher(model, config.teacher, steps) if sharded and teacher else None
     if sharded:
         shard(model, **of_wrapper)
-    elif here.count > 1:
+    elif dist.is_initialized():
         parallel = nn.parallel.DistributedDataParallel(model, **of_wrapper)
     if average is not None:
         shard(average.model, **of_wrapper)

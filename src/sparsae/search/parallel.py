@@ -50,7 +50,7 @@ class DataParallel:
 
     def settle(self) -> None:
         """Before the first step: topologies, equal as they are, do not travel with every forward pass."""
-        if ranks().count == 1 or self._is_settled:
+        if self._is_settled or not _may_be_wrapped():
             return
         self._is_settled = True
         layers = {id(layer) for layer in self._layers.values()}
@@ -61,7 +61,7 @@ class DataParallel:
 
     def follow(self, names: set[str]) -> None:
         """The number of connections of these layers has changed, or may have."""
-        if ranks().count == 1 or not names:
+        if not names or not _may_be_wrapped():
             return
         values = {id(self._layers[name].values) for name in names}
         for wrapper in self._wrappers():
@@ -71,7 +71,7 @@ class DataParallel:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Passes through the wrappers inside are this rank's alone: they wait for no other."""
-        wrappers: list[Any] = self._wrappers() if ranks().count > 1 else []
+        wrappers: list[Any] = self._wrappers() if _may_be_wrapped() else []
         before = [(w, w.require_backward_grad_sync, w.require_forward_param_sync) for w in wrappers]
         for wrapper in wrappers:
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
@@ -116,6 +116,11 @@ class DataParallel:
         wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
         # One that is being made, or was given up half made, has no reducer.
         return [w for w in wrappers if "reducer" in vars(w) and values & set(map(id, w.module.parameters()))]
+
+
+def _may_be_wrapped() -> bool:
+    """Where processes are a group, if only of one: its wrapper has a reducer too."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _digest(layer: SparseLinear) -> bytes:
