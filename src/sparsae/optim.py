@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +19,13 @@ from sparsae.core.shards import local, whole
 from sparsae.errors import InputError
 from sparsae.kernels.availability import absence
 from sparsae.kernels.fused.torch_adamw import update_by_parameter
+from sparsae.nn.arguments import require_arguments
 from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.parameterization import Parameterization, Scale
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 
-# Weights that are updated at once, at most, but for a parameter with more: on a GPU, and on a CPU, whose cache holds
-# them throughout.
+# Weights that are updated at once, but for a parameter with more: on a GPU, and on a CPU, whose cache holds them.
 _TOGETHER, _CACHED = 2**24, 2**15
 
 
@@ -50,10 +51,13 @@ class AdamW(torch.optim.Optimizer):
         per_weight_step: bool = False,
     ) -> None:
         """Raises ValueError for settings outside their ranges."""
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr has shape {tuple(lr.shape)}: a tensor as learning rate has one element")
-        if not lr >= 0 or not eps > 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
+        _require_number("lr", lr, lambda value: value >= 0, "of at least 0")
+        _require_number("eps", eps, lambda value: value > 0, "above 0")
+        _require_number("weight_decay", weight_decay, lambda value: value >= 0, "of at least 0")
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, such as (0.9, 0.999), not {betas!r}")
+        for beta in betas:
+            _require_number("betas", beta, lambda value: 0 <= value < 1, "from 0 to below 1")
         super().__init__(
             params,
             {
@@ -118,7 +122,7 @@ class AdamW(torch.optim.Optimizer):
 
 @torch.no_grad()
 def step_together(optimizers: Iterable[AdamW]) -> None:
-    """One update of every parameter that has a gradient: each optimizer's step without its hooks.
+    """Each optimizer's step without its hooks.
 
     What is elementwise with equal settings is one launch on a GPU, whichever optimizer it is of.
     """
@@ -133,6 +137,14 @@ def step_together(optimizers: Iterable[AdamW]) -> None:
     for kind, own in kinds.items():
         for together in _batches(own):
             _update(kind, together)
+
+
+def _require_number(name: str, value: Any, fits: Callable[[Any], Any], what: str) -> None:
+    """Raises ValueError for no number, or one that does not fit; a tensor with one element counts as one."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: a tensor in its place has one element")
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not fits(value):
+        raise ValueError(f"{name} must be a number {what}, not {value!r}")
 
 
 class _Kind(NamedTuple):
@@ -323,8 +335,11 @@ def parameter_groups(
     each sparse layer is a group. sparse_factor: on the learning rate of sparse values, beside their scales; a weight
     decay that is independent of rates stays.
 
-    Raises ValueError for a parameterization without `lr`, InputError for a role of it that matches no module.
+    Raises ValueError for a parameterization without `lr` and a wrong weight decay, InputError for what is no model, and
+    for a role that matches no module.
     """
+    require_arguments(model=model)
+    _require_number("weight_decay", weight_decay, lambda value: value >= 0, "of at least 0")
     sparse = {id(layer.values) for layer in sparse_layers(model).values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     values = [p for p in parameters if id(p) in sparse]
@@ -353,9 +368,8 @@ def parameter_groups(
             rate = lr.clone() if isinstance(lr, Tensor) else lr
             own = {"params": together, "lr": rate, "lr_scale": 1.0, "eps": eps * scale.epsilon}
             factor = sparse_factor if id(together[0]) in sparse else 1.0
-            decay = group["weight_decay"]
-            if parameterization.config.weight_decay == "independent":
-                decay /= factor
+            is_independent = parameterization.config.weight_decay == "independent"
+            decay = group["weight_decay"] / (factor if is_independent else 1.0)
             scaled.append(group | own | {"base_weight_decay": decay, "rate_factor": factor})
             _rescale(scaled[-1], scale)
     return scaled

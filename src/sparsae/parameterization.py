@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from sparsae.config.parameterization import ParameterizationConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
+from sparsae.nn.arguments import require_arguments
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.names import modules_by_name
 
@@ -57,7 +59,8 @@ class Parameterization:
     everything else that has a matrix). Norms and biases are "vector"s by themselves. tied: the head shares the
     embedding's weight. std: sigma, at the base width.
 
-    Raises InputError for a role that does not exist, and for a tied head with multipliers and no "final_norm".
+    Raises InputError for sizes that are none, for a role that does not exist, and for a tied head with multipliers and
+    no "final_norm".
     """
 
     config: ParameterizationConfig
@@ -68,6 +71,9 @@ class Parameterization:
     std: float = 0.02
 
     def __post_init__(self) -> None:
+        for size in ("width", "blocks"):
+            if not isinstance(value := getattr(self, size), Integral) or value < 1:
+                raise InputError(f"{size}: must be a whole number of at least 1, not {value!r}")
         for glob, role in self.roles.items():
             if role not in get_args(Role):
                 raise InputError(f"role '{role}' of {glob} does not exist: use one of {', '.join(get_args(Role))}")
@@ -158,8 +164,12 @@ def initialize(model: nn.Module, parameterization: Parameterization, seed: int) 
     """Draw the initial weights of a model anew, in place: normal, a layer's active ones for its density.
 
     The final norm starts at its multiplier; other norms and biases stay. Each parameter has a generator of its own by
-    (seed, name). Raises InputError for a glob of a role that matches no module.
+    (seed, name). Raises InputError for a glob of a role that matches no module, and for what is no model or none of its
+    parameterization.
     """
+    require_arguments(model=model, seed=seed)
+    if not isinstance(parameterization, Parameterization):
+        raise InputError(f"parameterization: must be a Parameterization, not {parameterization!r}")
     for name, parameter, role, density in parameterization.parameters(model):
         if role != "vector":
             parameter.copy_(initial_value(name, parameter.shape, role, density, parameterization, seed))

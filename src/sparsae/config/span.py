@@ -52,6 +52,13 @@ def require_span(span: object) -> None:
         raise InputError(wrong)
 
 
+def require_share(**given: object) -> None:
+    """Raises InputError for the first of these that is no number from 0 to 1."""
+    for name, share in given.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise InputError(f"{name}: must be a share of the whole, from 0 to 1 (0.75), not {shown(share)}")
+
+
 def _validated(span: Any) -> Any:
     if wrong := _wrong(span):
         raise ValueError(wrong)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsae.config.span import Horizon, require_span, span_steps
+from sparsae.config.span import Horizon, require_share, require_span, span_steps
 from sparsae.errors import InputError
 
 
@@ -94,7 +94,8 @@ class Periodic(Cadence):
     """Every so many steps, after the share `start` and before the share `stop` of the run, and before its last step.
 
     at_stop: an update may fall on the step at which `stop` is reached. Of a share of the run it is at least ten steps:
-    what has grown has to learn before it is judged, in a short run too. Raises InputError where `every` is no span.
+    what has grown has to learn before it is judged, in a short run too. Raises InputError where `every` is no span, or
+    `start` or `stop` no share.
     """
 
     every: int | str
@@ -104,6 +105,7 @@ class Periodic(Cadence):
 
     def __post_init__(self) -> None:
         require_span(self.every)
+        require_share(start=self.start, stop=self.stop)
 
     def due(self, step: int, horizon: Horizon) -> bool:
         steps = horizon.steps
@@ -122,9 +124,12 @@ class Periodic(Cadence):
 
 @dataclass(frozen=True)
 class Once(Cadence):
-    """After the share `at` of the run, once; then nothing of the way is left."""
+    """After the share `at` of the run, once; then nothing of the way is left. Raises InputError where it is none."""
 
     at: float
+
+    def __post_init__(self) -> None:
+        require_share(at=self.at)
 
     def due(self, step: int, horizon: Horizon) -> bool:
         return step == self._step(horizon)
@@ -146,7 +151,7 @@ class Cubic(Cadence):
         x_t = x_end + (x_start - x_end) (1 - (t - t_0) / (t_1 - t_0))^3          for t_0 <= t <= t_1,
 
     t_0 and t_1 being `start` and `stop` as shares of the steps. It moves every `every` steps from t_0 on, and at t_1.
-    Raises InputError where `every` is no span.
+    Raises InputError where `every` is no span, or `start` or `stop` no share.
     """
 
     start: float
@@ -155,6 +160,7 @@ class Cubic(Cadence):
 
     def __post_init__(self) -> None:
         require_span(self.every)
+        require_share(start=self.start, stop=self.stop)
 
     def due(self, step: int, horizon: Horizon) -> bool:
         """Whether it moves after `step`."""

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ def main() -> None:
     import_files()  # whoever started this process could
     set_up_processor(int(sys.argv[1]))
     # Answers alone may go to the output that is read; whatever libraries print goes beside it.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
 
     def tell(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        with suppress(BrokenPipeError):  # nobody listens any more; the end of the input tells it, too
+            answers.write(json.dumps(answer).encode() + b"\n")
 
     while (line := lines.get()) is not None:
         last = _serve(json.loads(line), tell)
@@ -55,7 +56,8 @@ def _read(lines: queue.SimpleQueue[str | None]) -> None:
 
 
 def _serve(asked: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    jobs, stop = [Job.from_dict(each) for each in asked["jobs"]], StopRequest()
+    # Whoever stops all processes of a group at once, and those who started them pass it on, stops each of them twice.
+    jobs, stop = [Job.from_dict(each) for each in asked["jobs"]], StopRequest(is_patient=True)
     executor: Executor = InOrder(stop) if asked["stack"] is None else Stacked(asked["stack"], stop)
 
     def begun(job: Job) -> None:

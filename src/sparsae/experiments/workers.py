@@ -19,7 +19,7 @@ from sparsae.errors import InputError
 from sparsae.experiments.execution import Executor, Told
 from sparsae.experiments.jobs import Job
 from sparsae.experiments.stacked import by_shape
-from sparsae.train.stopping import StopRequest, handled
+from sparsae.train.stopping import StopRequest, handled, is_impatient
 
 _TICK = 0.2  # seconds between looks at the clock
 
@@ -144,10 +144,18 @@ def _ask_to_stop(processes: Iterator[subprocess.Popen[str]]) -> None:
 def _forwarded(
     processes: Sequence[subprocess.Popen[str]], stopped: threading.Event, stop: StopRequest
 ) -> Iterator[None]:
-    """While inside, a signal to stop, and the end of the time, ask the workers to save; this process waits for them."""
-    over = threading.Event()
+    """While inside, a signal to stop, and the end of the time, ask the workers to save; this process waits for them.
+
+    The first signal again, if it is Ctrl-C or SIGTERM, ends them at once, and raises KeyboardInterrupt.
+    """
+    over, first = threading.Event(), list[int]()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if first and is_impatient(number, first[0]):
+            for process in processes:
+                process.kill()
+            raise KeyboardInterrupt
+        first.append(number)
         stopped.set()
         _ask_to_stop(iter(processes))
 

@@ -54,13 +54,7 @@ def _are_patterns(value: Any) -> bool:
 
 
 def _are_layouts(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(layout, HeadLayout)
-        and layout.axis in ("out", "in")
-        and isinstance(layout.size, Integral)
-        and layout.size >= 1
-        for layout in value.values()
-    )
+    return isinstance(value, Mapping) and all(isinstance(layout, HeadLayout) for layout in value.values())
 
 
 _share = _must_be("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)

@@ -50,7 +50,11 @@ def build_rule(config: RuleConfig, others: Mapping[str, RuleConfig] | None = Non
 
 
 def _built(config: RuleConfig) -> Rule[Any]:
-    rule: Rule[Any] = RULES[config.rule].build(config)
+    from sparsae.rules.parts.rule import Rule
+
+    rule = RULES[config.rule].build(config)
+    if not isinstance(rule, Rule):
+        raise InputError(f"rule '{config.rule}': its registered function must return a Rule, not {rule!r}")
     rule.ramp, rule.ramp_first = config.ramp, config.ramp_first
     if rule.ramp and not rule.ramp_first and not rule.grows:
         raise InputError(

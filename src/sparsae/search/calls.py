@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.complaints import shown
+from sparsae.config.rules import RuleConfig
 from sparsae.config.span import Horizon
+from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.host import on_host
 from sparsae.core.shards import local
 from sparsae.errors import InputError
+from sparsae.nn.arguments import require_arguments
 from sparsae.nn.linear import SparseLinear
 from sparsae.optim import AdamW
 from sparsae.optimizer_state import MOMENTS, parts_of, refuse_unmovable
@@ -181,6 +185,26 @@ def _pairs(before: list[Tensor], after: list[Tensor]) -> list[tuple[Tensor, Tens
     if shapes == others:
         return list(zip(before, after, strict=True))
     return [(torch.zeros_like(own), own) for own in after or before]
+
+
+def require_loop(model: object, optimizer: object, config: object, **functions: object) -> None:
+    """Raises InputError where what a `Sparsifier` is given is not what its place wants. functions: or None."""
+    require_arguments(model=model)
+    if not all(hasattr(optimizer, name) for name in ("param_groups", "state", "step")):
+        raise InputError(f"optimizer: must be one torch optimizer, not {shown(optimizer)}")
+    if isinstance(config, RuleConfig):
+        kind = type(config).__name__
+        raise InputError(
+            f"config: must be a SparsifierConfig, with a rule as its topology, not the rule's own settings: "
+            f"SparsifierConfig(steps=..., topology={kind}(...))"
+        )
+    if not isinstance(config, SparsifierConfig):
+        raise InputError(
+            f"config: must be a SparsifierConfig, such as SparsifierConfig(steps=10_000), not {shown(config)}"
+        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InputError(f"{name}: must be a function, not {shown(function)}")
 
 
 def tell_if_still(rule: Rule[Any], horizon: Horizon) -> None:

@@ -65,6 +65,9 @@ def named(rule: Rule[Any], step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
+            needs = ", ".join(sorted(map(str, rule.needs))) or "nothing"
+            error.add_note(f"what a rule does not declare in its needs is None; '{rule.name}' declares {needs}")
         error.add_note(f"raised by rule '{rule.name}' at the update of step {step}")
         raise
 

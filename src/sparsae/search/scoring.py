@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsae.core.observation import LayerView
 from sparsae.core.shards import whole
+from sparsae.errors import InputError
 from sparsae.nn.linear import SparseLinear
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.score import Score, Trial
@@ -57,7 +58,13 @@ class Passes:
     def _forward(self) -> Tensor:
         self.forwards += 1
         with torch.set_grad_enabled(self._names is not None):
-            return self._loss()
+            loss: object = self._loss()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise InputError(f"score must return the mean cross entropy as a tensor with one element, not {found}")
+        if self._names is not None and not loss.requires_grad:
+            raise InputError("score must return a loss that depends on the model, and without detaching it")
+        return loss
 
 
 class Scoring:

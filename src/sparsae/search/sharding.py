@@ -56,13 +56,17 @@ def gradients_at(values: Sequence[Tensor], model: nn.Module) -> Callable[[Tensor
     return gradients
 
 
-def refuse_unfit_shards(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
-    """Raise InputError where a layer's values are spread over ranks in a way that connections cannot move in."""
+def refuse_unfit_wrapper(model: nn.Module) -> None:
+    """Raise InputError for FSDP's first form, which hides its parameters from an optimizer besides."""
     if any(each.__name__ == "FullyShardedDataParallel" for module in model.modules() for each in type(module).__mro__):
         raise InputError(
             "the model is sharded by FullyShardedDataParallel, in which connections cannot move: use "
             "torch.distributed.fsdp.fully_shard"
         )
+
+
+def refuse_unfit_shards(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
+    """Raise InputError where a layer's values are spread over ranks in a way that connections cannot move in."""
     found = {name: layer.values for name, layer in layers.items() if is_sharded(layer.values)}
     is_of_fsdp = any(True for _ in sharded_modules(model))
     for name, values in found.items():

@@ -1,19 +1,16 @@
 """Dynamic sparsity in anybody's training loop.
 
-    model = sparsify(model, sparsity=0.9)
-    sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10_000))
-    ...
-        loss.backward()
-        sparsifier.before_step()
-        optimizer.step()
-        sparsifier.after_step()
-
-The project's own loop trains through the same object.
+model = sparsify(model, sparsity=0.9)
+sparsifier = Sparsifier(model, optimizer, SparsifierConfig(steps=10_000))
+...
+    loss.backward()
+    sparsifier.before_step()
+    optimizer.step()
+    sparsifier.after_step()
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -40,13 +37,21 @@ from sparsae.rules.parts.rule import Rule
 from sparsae.search.attach import StepHooks
 from sparsae.search.bounds import layer_bounds, layer_ends, layer_groups, tell_if_rigid, whole_heads
 from sparsae.search.burn_in import BurnIn
-from sparsae.search.calls import LoopCalls, refuse_lost, refuse_tied, tell_if_beyond, tell_if_still, trained_layers
+from sparsae.search.calls import (
+    LoopCalls,
+    refuse_lost,
+    refuse_tied,
+    require_loop,
+    tell_if_beyond,
+    tell_if_still,
+    trained_layers,
+)
 from sparsae.search.guests import as_rule, refuse_unfit
 from sparsae.search.parallel import DataParallel
 from sparsae.search.ramp import Ramp
 from sparsae.search.scoring import ScoreFunction, StudyFunction
-from sparsae.search.sharding import in_parts, refuse_unfit_shards
-from sparsae.search.state import digests, refuse_other_state, tell_other_settings
+from sparsae.search.sharding import in_parts, refuse_unfit_shards, refuse_unfit_wrapper
+from sparsae.search.state import digests, refuse_other_state, settings_digest, tell_other_settings
 from sparsae.search.teacher import Teacher
 from sparsae.search.updates import TopologySearch, Update
 
@@ -89,6 +94,7 @@ class Sparsifier:
         parameterization: Parameterization | None = None,
         teacher: Teacher | None = None,
     ) -> None:
+        require_loop(model, optimizer, config, score=score, study=study)
         self.config, self.step = config, 0
         self._hooks: StepHooks | None = None
         self._is_closed = False
@@ -99,7 +105,7 @@ class Sparsifier:
         if not self._layers:
             raise InputError("the model has no sparse layer: call sparsify(model, ...) before Sparsifier")
         self._parallel = DataParallel(model, self._layers)
-        self._parallel.require_same(**{"the settings of Sparsifier": _settings_digest(config)})
+        self._parallel.require_same(**{"the settings of Sparsifier": settings_digest(config)})
         if rule is not None and config.rules:
             raise InputError("rule is for all layers, and so `rules` of the config cannot be beside it: leave one out")
         made = build_rule(config.topology, config.rules) if rule is None else as_rule(rule)
@@ -261,10 +267,12 @@ class Sparsifier:
         self, rule: Rule[Any], config: SparsifierConfig
     ) -> tuple[Rule[Any], Schedule, dict[str, tuple[int, int]]]:
         """The rule as it can serve here, its schedule, and where its layers end. Raises InputError for what cannot."""
-        trained = trained_layers(self._layers, self._optimizer)
-        rule.refuse_layers(self._layers)
         schedule = Schedule.of(config.schedule, rule.moves)
         moves = rule.moves or schedule.moves
+        if moves:
+            refuse_unfit_wrapper(self._model)
+        trained = trained_layers(self._layers, self._optimizer)
+        rule.refuse_layers(self._layers)
         if not trained and moves:
             raise InputError(
                 "every sparse layer is frozen (its values do not require a gradient), so no connection can move: "
@@ -389,7 +397,3 @@ class Sparsifier:
 
 
 _ATTACHED: WeakSet[Sparsifier] = WeakSet()
-
-
-def _settings_digest(config: SparsifierConfig) -> bytes:
-    return hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).digest()

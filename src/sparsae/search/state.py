@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,11 @@ _KEYS = ("step", "rule", "search", "burn_in", "initial_densities", "topologies",
 def digests(layers: Mapping[str, SparseLinear]) -> dict[str, str]:
     """Of the connections of each layer, by its name."""
     return {name: digest(layer.topology.indices).hex() for name, layer in layers.items()}
+
+
+def settings_digest(config: SparsifierConfig) -> bytes:
+    """Of all settings."""
+    return hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).digest()
 
 
 def refuse_other_state(

@@ -24,6 +24,11 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, own)
 
 
+def is_impatient(number: int, first: int | None) -> bool:
+    """Whether a signal is one that ends at once, since it is the first one again."""
+    return number == first and number in (signal.SIGINT, signal.SIGTERM)
+
+
 class StopRequest:
     """Set by the first stop signal, so that the step in progress ends and is saved.
 
@@ -31,9 +36,10 @@ class StopRequest:
     second, while a run saves. Several runs may share one.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """seconds: from now on until it is asked to stop in any case."""
+    def __init__(self, seconds: float | None = None, is_patient: bool = False) -> None:
+        """seconds: from now on until it is asked to stop in any case. is_patient: no signal ends it at once."""
         self.signal: int | None = None
+        self._is_patient = is_patient
         self._end = None if seconds is None else time.monotonic() + seconds
         self._listeners, self._handlers = 0, ExitStack()
 
@@ -60,6 +66,6 @@ class StopRequest:
                 self._handlers.close()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if number == self.signal and number in (signal.SIGINT, signal.SIGTERM):
+        if not self._is_patient and is_impatient(number, self.signal):
             raise KeyboardInterrupt
         self.signal = self.signal or number

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sparsae.config.complaints import shown
+from sparsae.config.span import require_share
 from sparsae.core.cadence import Cadence, decayed
 from sparsae.core.observation import LayerView, Observation
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
-from sparsae.rules.parts.drop import Drop
+from sparsae.rules.parts.drop import Drop, scored
 from sparsae.rules.parts.grow import Grow, with_random
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 
@@ -24,10 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CosineFraction:
-    """f_t = alpha / 2 (1 + cos(pi t / T_end)) (Evci et al., 2020), T_end being the share `stop` of the run; then 0."""
+    """f_t = alpha / 2 (1 + cos(pi t / T_end)) (Evci et al., 2020), T_end being the share `stop` of the run; then 0.
+
+    first: alpha. Raises InputError where one of the two is no share, or `stop` 0.
+    """
 
     first: float
     stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_share(first=self.first, stop=self.stop)
+        if not self.stop:
+            raise InputError("stop: must be above 0")
 
     def at(self, progress: float) -> float:
         """f when the share `progress` of the run has passed."""
@@ -55,6 +65,7 @@ class Exchange(Rule[NoState]):
         scope: Literal["local", "global"] = "local",
         random_share: float = 0.0,
     ) -> None:
+        require_parts(when=when, fraction=fraction, drop=drop, grow=grow)
         if scope == "global" and not grow.needs:
             raise InputError("scope 'global' ranks what all layers could grow by gradients: `grow` looks at none")
         self._name, self.when, self._fraction, self._drop, self._grow = name, when, fraction, drop, grow
@@ -93,7 +104,7 @@ class Exchange(Rule[NoState]):
         drop, grow = {}, {}
         for name, view in views.items():
             if n := min(int(fraction * view.topology.count), self._grow.room(view)):
-                scores = self._drop.scores(view, rng)
+                scores = scored(self._drop, view, rng)
                 growth = self._grow.candidates(view, smallest(scores, n), n, rng)
                 growth = with_random(view, growth, round(self._random_share * n), rng)
                 drop[name], grow[name] = in_layer(view, scores, n, growth)
@@ -111,9 +122,17 @@ class Exchange(Rule[NoState]):
         for name, view in views.items():
             growth = self._grow.candidates(view, view.topology.indices[:0].long(), self._grow.room(view), rng)
             growths[name] = with_random(view, growth, random.get(name, 0), rng)
-        scores = {name: self._drop.scores(view, rng) for name, view in views.items()}
+        scores = {name: scored(self._drop, view, rng) for name, view in views.items()}
         units = over_layers(views, scores, growths, n)
         return {name: drop for name, (drop, _) in units.items()}, {name: grow for name, (_, grow) in units.items()}
+
+
+def require_parts(**given: object) -> None:
+    """Raises InputError for the first of a rule's parts that is not what its place wants."""
+    kinds = {"when": Cadence, "fraction": CosineFraction, "drop": Drop, "grow": Grow}
+    for name, part in given.items():
+        if not isinstance(part, kinds[name]):
+            raise InputError(f"{name}: must be a {kinds[name].__name__}, not {shown(part)}")
 
 
 def candidate(name: str, drop: Mapping[str, Tensor], grow: Mapping[str, Tensor]) -> Candidate:

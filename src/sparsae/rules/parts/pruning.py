@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from sparsae.core.budgets import shrunk
 from sparsae.core.cadence import Cadence
 from sparsae.core.observation import LayerView, Observation
-from sparsae.rules.parts.drop import Drop
-from sparsae.rules.parts.exchange import CosineFraction, candidate
+from sparsae.rules.parts.drop import Drop, scored
+from sparsae.rules.parts.exchange import CosineFraction, candidate, require_parts
 from sparsae.rules.parts.grow import Grow
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 
@@ -41,6 +41,8 @@ class Pruning(Rule[NoState]):
         fraction: CosineFraction | None = None,
         grow: Grow | None = None,
     ) -> None:
+        parts = {"fraction": fraction, "grow": grow}
+        require_parts(when=when, drop=drop, **{name: part for name, part in parts.items() if part is not None})
         self._name, self.when, self._drop, self._scope = name, when, drop, scope
         self._fraction, self._grow = fraction, grow
         self.needs = drop.needs
@@ -71,7 +73,7 @@ class Pruning(Rule[NoState]):
         from sparsae.rules.parts.choose import pruned, regenerated
 
         left = self.when.left(observation.step, observation.horizon)
-        scores = {name: self._drop.scores(view, rng) for name, view in observation.layers.items()}
+        scores = {name: scored(self._drop, view, rng) for name, view in observation.layers.items()}
         losses = pruned_counts(observation, scores, left, self._scope)
         drop, grow = {}, {}
         for name, view in observation.layers.items():
