@@ -24,6 +24,10 @@ class DivergedError(InputError):
         self.step, self.train_flops, self.reason = step, train_flops, reason
 
 
+class TakenError(InputError):
+    """A directory in which nothing new can be made: something is there, or another process works in it."""
+
+
 class RanksError(Exception):
     """Ranks that train one model together are no longer one run: they differ, or one of them has ended."""
 

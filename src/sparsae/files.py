@@ -25,6 +25,10 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.(?:tmp|partial)")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
+# Bytes of a name to which a temporary one can be made: most file systems take 255.
+_LONGEST = 255 - len(f".{'.' + token_hex(8)}.partial")
+
+
 def temporary_name(path: Path, kind: str = "tmp") -> Path:
     """A name beside `path` that is nobody's; `is_temporary` knows it again after a crash."""
     return path.with_name(f".{path.name}.{token_hex(8)}.{kind}")
@@ -176,6 +180,10 @@ def refuse_unwritable(option: str, file: str | None) -> None:
         raise InputError(f"{option}: {file} is a directory; give a file")
     if not folder.is_dir():
         raise InputError(f"{option}: no directory {folder}; give a file in one that exists")
+    if len(os.fsencode(Path(file).name)) > _LONGEST:
+        raise InputError(
+            f"{option}: a name of {len(os.fsencode(Path(file).name))} bytes is too long; give a shorter one"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{option}: no permission to write in {folder}; give a file elsewhere")
 

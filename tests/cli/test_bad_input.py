@@ -53,6 +53,8 @@ CASES: dict[str, list[str]] = {
     "train --out twice.yaml": ["twice.yaml", "is a file"],
     "train --json folder": ["--json", "folder", "directory"],
     "train --json none/out.json": ["--json", "none"],
+    f"train --json {'e' * 240}": ["--json: a name of 240 bytes is too long"],
+    f"evaluate run --json {'é' * 120}": ["--json: a name of 240 bytes is too long"],
     "train --print-config --json -": ["--print-config", "--json"],
     "train --resume run --preset tiny --steps 3": ["--resume", "--preset"],
     "train --resume run --steps 3": ["run", "--steps 3", "250"],

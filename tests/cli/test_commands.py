@@ -18,6 +18,7 @@ from sparsae.cli.experiments import read
 from sparsae.config import Config
 from sparsae.config.load import resolve
 from sparsae.config.text import dump
+from sparsae.errors import TakenError
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.runs.directory import RunDirectory
 from tests.support.records import summary_of
@@ -110,6 +111,26 @@ class TestTrain:
         assert main(["train", "--out", "there", "--json", "summary.json"]) == 130
         assert [name for name, _ in calls] == ["start", "write_report"]
         assert json.loads(Path("summary.json").read_text())["finished"] is False
+
+    def test_a_directory_that_another_process_takes_meanwhile_is_left_to_it(
+        self, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried: list[Path] = []
+
+        def start(config: Config, out: Path, *_: object) -> dict[str, Any]:
+            tried.append(out)
+            if len(tried) < 3:
+                out.mkdir(parents=True)
+                raise TakenError("another process works on this run")
+            return SUMMARY
+
+        calls.replace(monkeypatch, "sparsae.train.run", resume=SUMMARY)
+        monkeypatch.setattr(sys.modules["sparsae.train.run"], "start", start, raising=False)
+        assert main(["train"]) == 0
+        assert tried == [Path(f"runs/demo-sparsae-{n}") for n in (1, 2, 3)]
+        tried.clear()
+        assert main(["train", "--out", "mine"]) == 2
+        assert tried == [Path("mine")]
 
     def test_the_first_free_directory_is_taken(self, calls: Calls, tmp_path: Path) -> None:
         (tmp_path / "runs" / "demo-sparsae-1").mkdir(parents=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,3 +161,57 @@ def test_a_checkpoint_that_cannot_be_removed_at_once_ends_no_run(make: Make, tmp
     assert RunDirectory(run).saved_steps() == [10]
     assert resume(run, quiet=True)["finished"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+def test_a_run_that_is_trained_meanwhile_is_read_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that was replaced between looking and reading; what is gone for good is still told."""
+    run = RunDirectory(finished)
+    (newest,) = run.checkpoints.glob("step-*")
+    first = newest.with_name("step-00000009")
+    whole = checkpoint.load_checkpoint
+
+    def replaced(directory: Path, *groups: str) -> object:
+        if first.exists():
+            first.rename(newest)
+            raise InputError(f"checkpoint {directory} is damaged")
+        return whole(directory, *groups)
+
+    monkeypatch.setattr("sparsae.evaluate.loading.load_checkpoint", replaced)
+    newest.rename(first)
+    monkeypatch.setattr(RunDirectory, "_latest", lambda self, _: self.checkpoint(self.saved_steps()[-1]))
+    assert load_run(finished).step == 12
+    newest.rename(tmp_path / "elsewhere")
+    with pytest.raises((InputError, IndexError)):
+        load_run(finished)
+
+
+def test_a_run_whose_newest_checkpoint_was_lost_is_trained_again_from_the_one_before(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    start(make("training.checkpoint_every=3", "training.keep_checkpoints=3"), run, quiet=True)
+    expected = weights(run)
+    (run / "checkpoints" / "step-00000012" / "state.json").unlink()
+    assert main(["generate", str(run), "--prompt", "item"]) == 2
+    assert "train it again from step 9: --resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
+    assert weights(run) == expected
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_run_that_is_removed_while_it_trains_ends_there(make: Make, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", Trainer.stepping
+
+    def stepping(self: Trainer) -> Any:
+        yield from whole(self)
+        if self.step == 4:
+            shutil.rmtree(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "stepping", stepping)
+        with pytest.raises(InputError, match=r"cannot be written.*No such file"):
+            start(make("training.checkpoint_every=3"), run, quiet=True)
+    assert not run.exists()

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -38,6 +37,7 @@ from sparsae.cli.output import (
     output,
     show_values,
 )
+from sparsae.cli.process import interruptible, open_closed_streams, without_noise
 from sparsae.cli.schema import schema
 from sparsae.cli.tasks import evaluate, finetune
 from sparsae.cli.train import train
@@ -72,7 +72,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Train language models that are sparse from the first step to the last.",
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    rich_markup_mode="rich" if sys.stdout and sys.stdout.isatty() else None,
 )
 app.add_typer(bench, name="bench")
 app.add_typer(check, name="check")
@@ -221,25 +221,13 @@ app.command()(cache)
 app.command()(schema)
 
 
-@contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
-    """What libraries say to those who hold a model, and their progress bars beside ours, are nothing for a terminal."""
-    hints = logging.getLogger("sparsae.nn.summary")
-    before = hints.level
-    hints.setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too, read when they are imported
-    try:
-        yield
-    finally:
-        hints.setLevel(before)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command (of `sys.argv`, unless given); the exit code is 0, 2 after a wrong input, 130 after Ctrl-C.
 
     It is 1 where this is one of several ranks and another one has ended, or they differ.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A text that the terminal's encoding lacks is shown in escapes; standard error does so by itself.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -247,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for argument in given:
             require_utf8("the command line", argument)
         import_files()
-        with _without_noise():
+        with without_noise(), interruptible():
             code = app(args=given, prog_name="sparsae", standalone_mode=False)
     except InputError as error:
         message = str(error)

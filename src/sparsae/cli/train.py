@@ -19,7 +19,7 @@ from sparsae.config.schema import Config
 from sparsae.config.shipped import methods
 from sparsae.config.text import annotated
 from sparsae.core.record import encode
-from sparsae.errors import DivergedError, InputError
+from sparsae.errors import DivergedError, InputError, TakenError
 from sparsae.files import refuse_unwritable
 from sparsae.runs.claim import refuse_occupied
 from sparsae.runs.directory import RunDirectory
@@ -167,8 +167,19 @@ def train(
         if not quiet:
             show_run(result)
         return
-    directory = out or _free_directory(f"{resolved.preset}-{resolved.method}")
-    _start(resolved, directory, source, best, json_file, quiet)
+    if out is not None:
+        _start(resolved, out, source, best, json_file, quiet)
+        return
+    name = f"{resolved.preset}-{resolved.method}"
+    while True:
+        directory = _free_directory(name)
+        try:
+            _start(resolved, directory, source, best, json_file, quiet)
+        except TakenError:  # by another process, since then
+            if launched_ranks() > 1 or not directory.exists():
+                raise
+        else:
+            return
 
 
 def _start(
@@ -235,8 +246,10 @@ def _left_to_write(path: Path, steps: int | None) -> dict[str, Any] | None:
     if steps is not None or (run.sample.is_file() and run.report.is_file()):
         return None
     summary = run.read_summary()
-    is_whole = summary is not None and summary.finished and summary.steps == run.config().training.steps
-    return encode(summary) if is_whole else None
+    planned = run.config().training.steps
+    if summary is None or not summary.finished or summary.steps != planned or run.saved_steps()[-1:] != [planned]:
+        return None
+    return encode(summary)
 
 
 def _refuse_idle(lines: Mapping[str, str]) -> None:

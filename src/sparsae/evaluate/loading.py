@@ -51,10 +51,14 @@ def load_run(path: Path, teacher: bool = False, best: bool = False) -> LoadedRun
     config = run.config()
     if teacher and not config.teacher.enabled:
         raise InputError(f"{path}: this run kept no teacher (teacher.enabled is false): leave out --teacher")
+    return run.steady(lambda: _loaded(run, config, teacher, best))
+
+
+def _loaded(run: RunDirectory, config: Config, teacher: bool, best: bool) -> LoadedRun:
     checkpoint = run.best_checkpoint() if best else run.latest_checkpoint()
     if teacher and config.teacher.start and "teacher.safetensors" not in read_state(checkpoint)["files"]:
         raise InputError(
-            f"{path}: this run's teacher has not begun (teacher.start): train it on, or leave out --teacher"
+            f"{run.path}: this run's teacher has not begun (teacher.start): train it on, or leave out --teacher"
         )
     group = "teacher" if teacher else "model"
     tensors, state = load_checkpoint(checkpoint, group)

@@ -8,6 +8,7 @@ it saves the runs in progress and ends.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -30,6 +31,7 @@ from sparsae.train.stopping import StopRequest
 def main() -> None:
     """Serve until the input ends or a job was stopped."""
     import_files()  # whoever started this process could
+    logging.getLogger("sparsae.nn.summary").setLevel(logging.ERROR)  # hints for those who hold a model
     set_up_processor(int(sys.argv[1]))
     # Answers alone may go to the output that is read; whatever libraries print goes beside it.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)

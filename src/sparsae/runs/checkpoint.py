@@ -78,7 +78,8 @@ def write_whole(
 
 
 def _write(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    temporary.mkdir(parents=True)
+    temporary.parent.mkdir(exist_ok=True)  # and not what is above it: whoever removes a run has ended it
+    temporary.mkdir()
     files = {}
     for group, members in tensors.items():
         path = temporary / f"{group}.safetensors"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsae.config import Config
 from sparsae.config.load import with_absolute_paths
-from sparsae.errors import InputError
+from sparsae.errors import InputError, TakenError
 from sparsae.files import holds_files, is_temporary
 from sparsae.runs import manifest
 from sparsae.runs.directory import RunDirectory
@@ -64,7 +64,7 @@ def claimed(path: Path) -> Iterator[Claim]:
 
 
 def refuse_occupied(path: Path, config: Config | None = None) -> None:
-    """InputError if nothing new can be made at this path: something is there, or it cannot be made.
+    """TakenError if nothing new can be made at this path: something is there, or it cannot be made.
 
     config: of a run that is to begin here. It may take over the directory of a run of the same settings that ended
     before its first checkpoint.
@@ -73,13 +73,13 @@ def refuse_occupied(path: Path, config: Config | None = None) -> None:
         return
     run = RunDirectory(path)
     if not run.begun():
-        raise InputError(f"{path}: is not empty; give a new directory")
+        raise TakenError(f"{path}: is not empty; give a new directory")
     if config is None or run.manifest() is None or run.saved_steps() or run.summary.exists():
-        raise InputError(
+        raise TakenError(
             f"{path}: holds a run already; give a new directory, or continue that run with --resume {path}"
         )
     if run.config() != with_absolute_paths(config):
-        raise InputError(
+        raise TakenError(
             f"{path}: holds a run with other settings, which has no checkpoint yet; give a new directory, or continue "
             f"that run with --resume {path}"
         )

@@ -9,7 +9,7 @@ Needs no torch, so that `sparsae info` and `sparsae report` answer at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -27,6 +27,7 @@ from sparsae.runs.summary import Sample, Summary
 
 CHECKPOINT_FORMAT = 3
 AnyRow = TypeVar("AnyRow", bound=Row)
+Anything = TypeVar("Anything")
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
@@ -108,6 +109,19 @@ class RunDirectory:
         InputError if there is none, it is another run's, or (unless an earlier one will do, to go on from) a later one
         was there that is gone or torn.
         """
+        return self.steady(lambda: self._latest(or_earlier))
+
+    def steady(self, read: Callable[[], Anything]) -> Anything:
+        """What is read of the newest checkpoint, read again where a training that goes on has replaced it meanwhile."""
+        while True:
+            before = self.saved_steps()
+            try:
+                return read()
+            except InputError:
+                if self.saved_steps() == before:
+                    raise
+
+    def _latest(self, or_earlier: bool) -> Path:
         steps = self.saved_steps()
         if not steps:
             raise InputError(f"{self.path}: this run has no checkpoint yet; train it first")

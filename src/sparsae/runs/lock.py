@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sparsae.errors import InputError
+from sparsae.errors import InputError, TakenError
 
 LOCK = ".lock"
 
@@ -19,13 +19,13 @@ LOCK = ".lock"
 def locked(directory: Path, what: str, patience: float = 0.0) -> Iterator[int]:
     """Hold the directory's lock, waiting for it so many seconds; gives the descriptor that holds it.
 
-    Raises InputError where the directory cannot be written or another process keeps the lock; `what` says what that
-    process works on.
+    Raises InputError where the directory cannot be written, TakenError where another process keeps the lock; `what`
+    says what that process works on.
     """
     until = time.monotonic() + patience
     while (lock := _attempt(directory)) is None:
         if time.monotonic() >= until:
-            raise InputError(
+            raise TakenError(
                 f"{directory}: another process works on {what}{_holder(directory)}: wait for it, or stop it"
             )
         time.sleep(0.2)

@@ -190,7 +190,9 @@ def _require_steps(run: RunDirectory, config: Config, steps: int | None) -> None
     if steps is not None and steps < planned:
         raise InputError(f"{run.path}: --steps {steps} is fewer than the {planned} of this run, which can only grow")
     summary = run.read_summary()
-    if summary and summary.finished and summary.steps == planned == (steps or planned):
+    # One whose newest checkpoint was lost is trained again from the one before.
+    is_there = run.saved_steps()[-1:] in ([], [planned])
+    if summary and summary.finished and summary.steps == planned == (steps or planned) and is_there:
         raise InputError(
             f"{run.path}: this run is finished: all {planned} steps are done (train it longer: --steps N with N above "
             f"{planned})"

@@ -73,8 +73,9 @@ def read_source(path: Path, config: Config, best: bool = False) -> Source:
                 raise InputError(
                     f"--from {path}: its {section}.{key} is {shown(value)}, not {shown(ours[key])}: it must be the same"
                 )
-    checkpoint = run.best_checkpoint() if best else run.latest_checkpoint()
+    tensors, state = run.steady(
+        lambda: load_checkpoint(run.best_checkpoint() if best else run.latest_checkpoint(), "model")
+    )
     run.require_tokenizer()
-    tensors, state = load_checkpoint(checkpoint, "model")
     record = {"path": str(path.absolute()), "run": state["run"], "step": state["trainer"]["step"]}
     return Source(tensors["model"], load_tokenizer(run.tokenizer), record)
