@@ -133,6 +133,7 @@ CASES: dict[str, list[str]] = {
     "compare --out x --learning-rates ,": ["error: --learning-rates: give at least one number"],
     "transfer --out x --widths ,": ["error: --widths: give at least one number"],
     "check sparsity run --sparsities ,": ["error: --sparsities: give at least one number"],
+    "sensitivity --out x --method rigl": ["--method: rigl compares no candidates", "sparsae-guided or sparsae-written"],
     "sensitivity --out x --sequences 0": ["error: --sequences: must be at least 1, not 0"],
     "finetune run --data . --task rtee": ["error: --task: no task 'rtee'; did you mean rte?"],
     "finetune run --data . --task rte,rte": ["error: --task: one is given twice"],

@@ -246,10 +246,10 @@ def _left_to_write(path: Path, steps: int | None) -> dict[str, Any] | None:
     if steps is not None or (run.sample.is_file() and run.report.is_file()):
         return None
     summary = run.read_summary()
-    planned = run.config().training.steps
-    if summary is None or not summary.finished or summary.steps != planned or run.saved_steps()[-1:] != [planned]:
+    if summary is None or not summary.finished:
         return None
-    return encode(summary)
+    is_whole = [summary.steps] == [run.config().training.steps] == run.saved_steps()[-1:]
+    return encode(summary) if is_whole else None
 
 
 def _refuse_idle(lines: Mapping[str, str]) -> None:

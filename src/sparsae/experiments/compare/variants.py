@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsae.config.complaints import nearest, shown
+from sparsae.config.load import resolve
 from sparsae.errors import InputError
 
 WRITTEN = "sparsae-written"
@@ -23,6 +24,8 @@ ABLATIONS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "half-random-growth": {"topology": {"random_share": 0.5}},
         "averaged-growth": {"topology": {"random_share": 0.0, "window": 10, "window_every": 2}},
         "no-stop": {"topology": {"stop": 1.0}},
+        "dense-first": {"sparsity": {"density": {"depth": [1.5, 1.0, 0.5]}}},
+        "dense-attention": {"sparsity": {"density": {"attention": 1.6, "mlp": 0.7}}},
         "bump": {"sparsity": {"schedule": {"kind": "bump"}}},
         "teacher": {"teacher": {"enabled": True, "share": 0.25, "start": 0.5}},
     },
@@ -58,7 +61,14 @@ def ablation_variants(method: str, names: Sequence[str] | None = None) -> dict[s
 
 
 def sensitivity_variants(method: str, sequences: Sequence[int], modes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A variant for each size and mode of the micro-batch, whose candidates are also scored on all validation text."""
+    """A variant for each size and mode of the micro-batch, whose candidates are also scored on all validation text.
+
+    Raises InputError for a method whose rule has no micro-batch.
+    """
+    if "micro_batch" not in type(resolve(None, "tiny", method).topology).model_fields:
+        raise InputError(
+            f"--method: {method} compares no candidates on held-out text; one that does is sparsae-guided or {WRITTEN}"
+        )
     return {
         f"{mode}-{count}": {
             "method": method,
