@@ -209,3 +209,71 @@ def test_the_others_at_rates_of_their_own_are_told_as_they_were() -> None:
     assert f"cost them {fewer} % of the steps" in section
     assert max(best.values()) < found["dense", 0.015]
     assert f"`dense`, which makes {steps['dense']}" in section
+
+
+def of_depth(method: str, sparsity: float) -> dict[int, float]:
+    """Test losses by seed, of runs whose first block is denser."""
+    files = ("depth-95", "parts-95", "density-95", "depth-90")
+    rows = [row for name in files for row in json.loads((ROWS / f"{name}.json").read_text())["rows"]]
+    named = {method, f"{method}-depth"}
+    return {row["seed"]: row["test_loss"] for row in rows if row["method"] in named and row["sparsity"] == sparsity}
+
+
+def in_order(losses: dict[int, float], form: str) -> str:
+    return ", ".join(format(losses[seed], form) for seed in sorted(losses)).replace("-", "−")
+
+
+def test_where_density_lies_is_told_as_it_was() -> None:
+    page = PAGE.read_text("utf-8")
+    for sparsity, methods in ((0.95, ("static", "rigl", "sparsae")), (0.9, ("static", "sparsae"))):
+        for method in methods:
+            denser = of_depth(method, sparsity)
+            equal = {seed: losses(method, sparsity)[seed] for seed in denser}
+            assert sorted(denser) == [0, 1, 2]
+            found = paired_difference(denser, equal)
+            assert found is not None
+            cells = (
+                f"{mean(equal.values()):.3f} | {in_order(equal, '.3f')} | {mean(denser.values()):.3f} | "
+                f"{in_order(denser, '.3f')} | {told(found)} | {by_seed(denser, equal)}"
+            )
+            assert f"| {sparsity * 100:.0f} % | `{method}` | {cells} |" in page
+    for reference, sparsities in (("static", (0.95, 0.9)), ("rigl", (0.95,))):
+        cells = []
+        for sparsity in sparsities:
+            pair = of_depth("sparsae", sparsity), of_depth(reference, sparsity)
+            found = paired_difference(*pair)
+            assert found is not None
+            cells += [told(found), by_seed(*pair)]
+        line = " | ".join([*cells, *[""] * (4 - len(cells))]).replace("|  |", "| |")
+        assert f"| `sparsae` less `{reference}` | {line.rstrip()} |" in page
+    gains = [of_depth("sparsae", s)[seed] - losses("sparsae", s)[seed] for s in (0.95, 0.9) for seed in range(3)]
+    assert max(gains) < 0
+    assert f"({-mean(gains):.3f} in the mean of all six)" in page
+    rows = [row for n in ("dense-small", "others") for row in json.loads((ROWS / f"{n}.json").read_text())["rows"]]
+    narrow = {row["seed"]: row["test_loss"] for row in rows if row["method"] == "dense-small"}
+    found = paired_difference(of_depth("sparsae", 0.95), narrow)
+    assert found is not None
+    assert f"{told(found)} ({by_seed(of_depth('sparsae', 0.95), narrow)})" in page
+    assert f"level with that model ({told(found)}, three seeds)" in (ROOT / "README.md").read_text("utf-8")
+    rows = [row for n in ("parts-95", "density-95") for row in json.loads((ROWS / f"{n}.json").read_text())["rows"]]
+    equal = losses("sparsae", 0.95)[0]
+    for name, factors in (
+        ("sparsae-steep", "`depth: [2.0, 0.8, 0.2]`"),
+        ("sparsae-depth-mlp", "`depth: [1.5, 1.0, 0.5], attention: 0.6, mlp: 1.2`"),
+        ("sparsae-attention", "`attention: 1.6, mlp: 0.7`"),
+        ("sparsae-mlp", "`attention: 0.6, mlp: 1.2`"),
+    ):
+        loss = next(row["test_loss"] for row in rows if row["method"] == name)
+        assert f"| {factors} | {loss:.3f} | {loss - equal:+.3f} |".replace("-0", "−0") in page
+
+
+def by_seed(one: dict[int, float], other: dict[int, float]) -> str:
+    return in_order({seed: one[seed] - other[seed] for seed in one}, "+.3f")
+
+
+def test_other_searches_of_longer_runs_are_told_as_they_were() -> None:
+    rows = json.loads((ROWS / "longer-search.json").read_text())["rows"]
+    often, guided = ({r["method"]: r for r in rows}[name] for name in ("updates-200", "guided-half"))
+    page = " ".join(PAGE.read_text("utf-8").split())
+    assert f"(every 0.5 % of the run) at {often['test_loss']:.3f}" in page
+    assert f"costs {often['steps'] - guided['steps']} of the steps) at {guided['test_loss']:.3f}" in page

@@ -36,7 +36,7 @@ WRONG: dict[str, list[Any]] = {
     "include": ["*", [5], 5, [None]],
     "exclude": ["0", ["0", 5], b"0"],
     "sparsify_head": ["no", 1],
-    "heads": [{"0": 5}, {"0": None}, ["0"], {"0": HeadLayout("out", 0)}, {"0": HeadLayout("rows", 4)}],  # type: ignore[arg-type]
+    "heads": [{"0": 5}, {"0": None}, ["0"]],
     "head_min_density": ["a", math.nan, 2],
     "initializer": ["normal", 0.02],
     "optimizer": ["adamw", torch.optim.AdamW],

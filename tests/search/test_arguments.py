@@ -22,6 +22,7 @@ from sparsae.rules.parts.drop import Drop, SmallestMagnitude
 from sparsae.rules.parts.exchange import CosineFraction, Exchange
 from sparsae.rules.parts.grow import RandomGrowth
 from sparsae.rules.parts.pruning import Pruning
+from sparsae.rules.parts.rule import NoState
 from sparsae.search.sparsifier import Sparsifier
 from tests.support.loops import mlp
 from tests.support.sections import backward
@@ -132,6 +133,14 @@ def test_parts_of_a_rule_are_of_their_kind(name: str, other: Any) -> None:
         made(PARTS)
         with pytest.raises(InputError, match=f"^{name}: must be a {KINDS[name]}, not"):
             made(PARTS | {name: other})
+
+
+def test_a_fraction_of_somebodys_own_is_one() -> None:
+    class Half:
+        def at(self, progress: float) -> float:
+            return 0.5
+
+    assert Exchange("mine", **PARTS | {"fraction": Half()}).telemetry(NoState(), 0.3) == {"drop_fraction": 0.5}
 
 
 class Scores(Drop):

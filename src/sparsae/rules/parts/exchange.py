@@ -128,10 +128,14 @@ class Exchange(Rule[NoState]):
 
 
 def require_parts(**given: object) -> None:
-    """Raises InputError for the first of a rule's parts that is not what its place wants."""
+    """Raises InputError for the first of a rule's parts that is not what its place wants.
+
+    A fraction may be anything that has one `at` a share of the run.
+    """
     kinds = {"when": Cadence, "fraction": CosineFraction, "drop": Drop, "grow": Grow}
     for name, part in given.items():
-        if not isinstance(part, kinds[name]):
+        fits = isinstance(part, kinds[name]) or (name == "fraction" and callable(getattr(part, "at", None)))
+        if not fits:
             raise InputError(f"{name}: must be a {kinds[name].__name__}, not {shown(part)}")
 
 
