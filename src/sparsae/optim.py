@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +53,7 @@ class AdamW(torch.optim.Optimizer):
         _require_number("lr", lr, lambda value: value >= 0, "of at least 0")
         _require_number("eps", eps, lambda value: value > 0, "above 0")
         _require_number("weight_decay", weight_decay, lambda value: value >= 0, "of at least 0")
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
+        if not hasattr(betas, "__len__") or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, such as (0.9, 0.999), not {betas!r}")
         for beta in betas:
             _require_number("betas", beta, lambda value: 0 <= value < 1, "from 0 to below 1")
@@ -143,7 +142,7 @@ def _require_number(name: str, value: Any, fits: Callable[[Any], Any], what: str
     """Raises ValueError for no number, or one that does not fit; a tensor with one element counts as one."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: a tensor in its place has one element")
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not fits(value):
+    if isinstance(value, bool | str) or not hasattr(value, "__float__") or not fits(value):
         raise ValueError(f"{name} must be a number {what}, not {value!r}")
 
 

@@ -84,3 +84,20 @@ def test_ctrl_c_while_the_commands_are_imported(
         code = program()
     assert code == 130
     assert capsys.readouterr().err == "sparsae: interrupted\n"
+
+
+def test_forked_processes_end_by_a_signal_as_any() -> None:
+    """`multiprocessing.Pool` ends its own by SIGTERM, and waits for that."""
+    program = """
+import multiprocessing, signal
+from sparsae.cli.process import interruptible
+def handler(_):
+    return str(signal.getsignal(signal.SIGTERM))
+with interruptible():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(set(pool.map(handler, range(4))))
+    print(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.splitlines() == [str({str(signal.SIG_DFL)}), "True"]

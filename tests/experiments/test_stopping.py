@@ -87,6 +87,7 @@ def one_by_one(*numbers: signal.Signals) -> Callable[[Path, subprocess.Popen[byt
         (one_by_one(signal.SIGUSR1, signal.SIGTERM), 130),
         (one_by_one(signal.SIGINT, signal.SIGTERM), 130),
         (one_by_one(signal.SIGXCPU, signal.SIGXCPU), 130),
+        (one_by_one(signal.SIGTERM, signal.SIGTERM), 130),  # as `timeout` does
         (one_by_one(signal.SIGTERM, signal.SIGKILL), -signal.SIGKILL),
         (one_by_one(signal.SIGKILL), -signal.SIGKILL),
         (to_all, 130),
@@ -116,6 +117,7 @@ def test_the_same_signal_twice_ends_at_once_and_says_no_more(number: signal.Sign
     out, log = tmp_path / "out", tmp_path / "log"
     with comparison(out, log) as process:
         process.send_signal(number)
+        time.sleep(0.25)  # at once it would be the same one
         process.send_signal(number)
         assert process.wait(SECONDS) == 130
         assert not workers(out)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsae.config.span import Horizon
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.core.cadence import Cubic, Once, Periodic
 from sparsae.core.heads import HeadLayout
@@ -119,6 +121,13 @@ def test_settings_of_an_optimizer(given: dict[str, Any], message: str) -> None:
     if "weight_decay" in given:
         with pytest.raises(ValueError, match=message):
             parameter_groups(mlp(), **given)
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    assert CosineFraction(np.float32(0.25), stop=np.float32(0.5)).at(0.0) == 0.25
+    assert Periodic(10, stop=np.float32(0.5)).due(10, Horizon(40))
+    (group,) = AdamW(mlp().parameters(), lr=np.array(1e-3), betas=np.array([0.8, 0.9])).param_groups  # type: ignore[arg-type]
+    assert float(group["lr"]) == 1e-3
 
 
 @pytest.mark.parametrize("name", PARTS)

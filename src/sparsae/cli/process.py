@@ -10,7 +10,21 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from sparsae.runs.lock import launched_ranks
 from sparsae.train.stopping import STOP_SIGNALS
+
+_TAKEN: set[int] = set()
+
+
+def _give_back() -> None:
+    with contextlib.suppress(ValueError):
+        while _TAKEN:
+            signal.signal(next(iter(_TAKEN)), signal.SIG_DFL)
+            _TAKEN.pop()
+
+
+# A pool of processes ends its own by SIGTERM, and these are forks.
+os.register_at_fork(after_in_child=_give_back)
 
 
 def open_closed_streams() -> None:
@@ -20,16 +34,19 @@ def open_closed_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - as long as the process
+            os.set_inheritable(stream.fileno(), True)  # a worker's numbers are these
+            setattr(sys, name, stream)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """While inside, every signal to stop that nobody else listens to is a Ctrl-C: what is half made is removed.
 
-    A second one ends at once. Only the main thread may handle signals; elsewhere they stay as they are.
+    A second one ends at once. Only the main thread may handle signals; elsewhere they stay as they are. So do those of
+    one of several ranks, which could not answer while it waits for the others.
     """
-    default = [number for number in STOP_SIGNALS if _is_default(number)]
+    default = [number for number in STOP_SIGNALS if _is_default(number) and launched_ranks() == 1]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for own in default:
@@ -39,12 +56,11 @@ def interruptible() -> Iterator[None]:
     with contextlib.suppress(ValueError):
         for number in default:
             signal.signal(number, interrupt)
+            _TAKEN.add(number)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
-            for number in default:
-                signal.signal(number, signal.SIG_DFL)
+        _give_back()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -55,7 +56,7 @@ def require_span(span: object) -> None:
 def require_share(**given: object) -> None:
     """Raises InputError for the first of these that is no number from 0 to 1."""
     for name, share in given.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= float(share) <= 1:
             raise InputError(f"{name}: must be a share of the whole, from 0 to 1 (0.75), not {shown(share)}")
 
 

@@ -19,7 +19,7 @@ from sparsae.errors import InputError
 from sparsae.experiments.execution import Executor, Told
 from sparsae.experiments.jobs import Job
 from sparsae.experiments.stacked import by_shape
-from sparsae.train.stopping import StopRequest, handled, is_impatient
+from sparsae.train.stopping import FirstSignal, StopRequest, handled
 
 _TICK = 0.2  # seconds between looks at the clock
 
@@ -148,14 +148,14 @@ def _forwarded(
 
     The first signal again, if it is Ctrl-C or SIGTERM, ends them at once, and raises KeyboardInterrupt.
     """
-    over, first = threading.Event(), list[int]()
+    over, first = threading.Event(), list[FirstSignal]()
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if first and is_impatient(number, first[0]):
+        if first and first[0].is_repeated_by(number):
             for process in processes:
                 process.kill()
             raise KeyboardInterrupt
-        first.append(number)
+        first.append(FirstSignal(number))
         stopped.set()
         _ask_to_stop(iter(processes))
 

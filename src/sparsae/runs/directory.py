@@ -117,7 +117,7 @@ class RunDirectory:
             before = self.saved_steps()
             try:
                 return read()
-            except InputError:
+            except (InputError, FileNotFoundError):
                 if self.saved_steps() == before:
                     raise
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
@@ -24,9 +25,21 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, own)
 
 
-def is_impatient(number: int, first: int | None) -> bool:
-    """Whether a signal is one that ends at once, since it is the first one again."""
-    return number == first and number in (signal.SIGINT, signal.SIGTERM)
+# Seconds in which a signal that comes again is the same one: `timeout` sends it to the process, and to its group.
+_AT_ONCE = 0.2
+
+
+@dataclass(frozen=True)
+class FirstSignal:
+    """The signal that asked to stop, and when it came."""
+
+    number: int
+    at: float = field(default_factory=time.monotonic)
+
+    def is_repeated_by(self, number: int) -> bool:
+        """Whether a signal that comes now is the same one again, Ctrl-C or SIGTERM, from somebody who will not wait."""
+        is_polite = number == self.number and number in (signal.SIGINT, signal.SIGTERM)
+        return is_polite and time.monotonic() - self.at > _AT_ONCE
 
 
 class StopRequest:
@@ -38,15 +51,20 @@ class StopRequest:
 
     def __init__(self, seconds: float | None = None, is_patient: bool = False) -> None:
         """seconds: from now on until it is asked to stop in any case. is_patient: no signal ends it at once."""
-        self.signal: int | None = None
+        self._first: FirstSignal | None = None
         self._is_patient = is_patient
         self._end = None if seconds is None else time.monotonic() + seconds
         self._listeners, self._handlers = 0, ExitStack()
 
     @property
+    def signal(self) -> int | None:
+        """The first signal that came."""
+        return None if self._first is None else self._first.number
+
+    @property
     def asked(self) -> bool:
         """Whether to stop."""
-        return self.signal is not None or (self._end is not None and time.monotonic() >= self._end)
+        return self._first is not None or (self._end is not None and time.monotonic() >= self._end)
 
     def ask(self) -> None:
         """Stop, as if the time were over."""
@@ -66,6 +84,7 @@ class StopRequest:
                 self._handlers.close()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_patient and is_impatient(number, self.signal):
+        if self._first is None:
+            self._first = FirstSignal(number)
+        elif not self._is_patient and self._first.is_repeated_by(number):
             raise KeyboardInterrupt
-        self.signal = self.signal or number
