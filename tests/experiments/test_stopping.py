@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsae.experiments.workers import _forwarded
+from sparsae.train.stopping import StopRequest
 from tests.support.runs import write_text
 
 SECONDS = 120
@@ -122,3 +125,36 @@ def test_the_same_signal_twice_ends_at_once_and_says_no_more(number: signal.Sign
         assert process.wait(SECONDS) == 130
         assert not workers(out)
     assert "Traceback" not in log.read_text()
+
+
+class Process:
+    """A worker that never ends by itself, and notes what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def poll(self) -> None:
+        return None
+
+    def send_signal(self, number: int) -> None:
+        self.sent.append(signal.Signals(number).name)
+
+    def kill(self) -> None:
+        self.sent.append("SIGKILL")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_are_killed_by_the_same_signal_later_and_not_at_once(number: signal.Signals) -> None:
+    process = Process()
+
+    def stopped(pause: float) -> None:
+        with _forwarded([process], threading.Event(), StopRequest()):  # type: ignore[list-item]
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+            os.kill(os.getpid(), number)
+
+    stopped(0.0)
+    assert set(process.sent) == {"SIGTERM"}
+    with pytest.raises(KeyboardInterrupt):
+        stopped(0.25)
+    assert process.sent[-1] == "SIGKILL"
