@@ -88,7 +88,9 @@ class AdamW(torch.optim.Optimizer):
             )
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        if per_weight and group.get("ramp") and not group["ramp_first"] and "total" not in state:
+        if not per_weight or not group.get("ramp") or group["ramp_first"]:
+            state.pop("total", None)  # it is counted while it is wanted
+        elif "total" not in state:
             oldest = float(whole(state["step"]).max()) if p.numel() else 0.0
             state["total"] = torch.full((), oldest, dtype=torch.float32, device="cpu")
 
@@ -103,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
         state_dict = state_dict | {"param_groups": [_readable(group) for group in state_dict["param_groups"]]}
         if len(state_dict["param_groups"]) == len(self.param_groups):
             pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-            state_dict["param_groups"] = [{**_settings(own), **given} for own, given in pairs]
+            state_dict["param_groups"] = [{**own, **given} for own, given in pairs]
         super().load_state_dict(state_dict)
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -257,10 +259,6 @@ def _shares_of_rate(kind: _Kind, own: Sequence[_Own], ages: list[Tensor]) -> lis
         if (total := float(each.state["total"])) < kind.ramp:
             share.masked_fill_(age == total, 1.0)  # the first weights
     return shares
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _readable(group: dict[str, Any]) -> dict[str, Any]:

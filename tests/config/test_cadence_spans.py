@@ -50,6 +50,10 @@ def test_of_a_share_of_a_run_at_least_ten_steps_lie_between_updates(span: int | 
     horizon = Horizon(steps)
     due = [step for step in range(1, steps + 1) if Periodic(span).due(step, horizon)]
     assert due == list(range(every, steps, every))
+    assert Periodic(span).interval(horizon) == every
+    pruning, pruned = Cubic(0.0, 1.0, span), sorted({*due, steps - 1})
+    assert [step for step in range(1, steps + 1) if pruning.due(step, horizon)] == pruned
+    assert list(pruning.steps(horizon)) == pruned
 
 
 def test_the_rules_of_a_short_comparison_update_at_the_same_steps() -> None:

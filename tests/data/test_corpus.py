@@ -57,7 +57,7 @@ def test_every_document_is_there_once_and_counted(config):
     assert splits["train"]["documents"] == len(train)
     assert splits["train"]["tokens"] == len(corpus.train) == corpus.train_counts.sum()
     assert corpus.validation_tokens == len(corpus.validation) == splits["validation"]["tokens"]
-    assert corpus.validation_bytes == sum(map(len, validation))
+    assert splits["validation"]["bytes"] == sum(map(len, validation))
     assert corpus.train_counts.tolist() == np.bincount(corpus.train[:], minlength=corpus.vocab_size).tolist()
     assert corpus.manifest["tokenizer_hash"] == corpus.tokenizer.hash
 
@@ -150,7 +150,7 @@ def test_a_validation_source_is_held_out_whole(config, tmp_path):
     other.write_text("Held out, größer.")
     corpus = prepare(config.model_copy(update={"validation_source": str(other)}))
     assert documents_of(corpus.validation, corpus.tokenizer) == ["Held out, größer."]
-    assert corpus.validation_bytes == len("Held out, größer.".encode())
+    assert corpus.manifest["splits"]["validation"]["bytes"] == len("Held out, größer.".encode())
     assert corpus.manifest["splits"]["train"]["documents"] == 30
 
 
@@ -259,7 +259,7 @@ def test_books_with_the_tokenizer_of_gpt2(tmp_path):
     assert [corpus.manifest["splits"][name]["documents"] for name in ("train", "validation")] == [2, 2]
     assert 0.01 < corpus.validation_tokens / (corpus.validation_tokens + len(corpus.train)) < 0.025
     assert corpus.held_out.endswith("% of all: the ends of 2 long documents")
-    assert 3 < corpus.validation_bytes / corpus.validation_tokens < 5
+    assert 3 < corpus.manifest["splits"]["validation"]["bytes"] / corpus.validation_tokens < 5
 
 
 def test_prepared_text_is_a_source_wherever_it_is_carried(config, tmp_path):

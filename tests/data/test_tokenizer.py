@@ -24,7 +24,7 @@ def test_training_is_a_function_of_the_text(trained):
     assert train_tokenizer(iter(TEXTS), 290).hash == trained.hash
     assert train_tokenizer(TEXTS[:1], 290).hash != trained.hash
     assert trained.vocab_size == 290
-    assert trained.eos_id == trained.bos_id == trained.raw.token_to_id(END_OF_TEXT)
+    assert trained.eos_id == trained.raw.token_to_id(END_OF_TEXT)
 
 
 def test_little_text_gives_fewer_entries():
@@ -84,7 +84,7 @@ def test_the_configuration_beside_a_tokenizer_names_the_end(trained, tmp_path):
     settings_file = tmp_path / "tokenizer_config.json"
     settings_file.write_text(json.dumps({"eos_token": {"content": "<stop>"}, "bos_token": None}))
     loaded = load_tokenizer(tmp_path)
-    assert (loaded.eos_id, loaded.bos_id, loaded.vocab_size) == (290, 290, 291)
+    assert (loaded.eos_id, loaded.bos_token, loaded.vocab_size) == (290, loaded.eos_token, 291)
     assert loaded.encode(TEXTS[0]) == trained.encode(TEXTS[0])
     settings_file.write_text("{")
     with pytest.raises(InputError, match=r"tokenizer_config.json: not readable JSON"):
@@ -157,5 +157,5 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_one_line(tmp_path):
 def test_gpt2():
     tokenizer = load_tokenizer(GPT2)
     assert tokenizer.encode("Hello world") == [15496, 995]
-    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (50257, 50256, 50256)
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_token) == (50257, 50256, tokenizer.eos_token)
     assert tokenizer.decode([15496, 995, 50256]) == "Hello world"

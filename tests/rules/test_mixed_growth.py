@@ -16,7 +16,7 @@ from sparsae.core.observation import LayerView, Observation
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.registry import RULES
-from sparsae.rules import build_rule
+from sparsae.rules import RiglConfig, build_rule
 from sparsae.rules.generations import GenerationsConfig
 from sparsae.rules.parts.grow import Growth, largest_gradients, tempered, with_random
 from sparsae.rules.parts.proposers import PROPOSERS, Guidance
@@ -172,3 +172,26 @@ def test_guided_proposals_of_one_generator_agree(proposer: str) -> None:
     swaps = [PROPOSERS[proposer](observation, 40, Guidance(1.0, 1.0, 0.5), generator(3)) for _ in range(2)]
     for name in SHAPES:
         assert torch.equal(swaps[0].grow[name], swaps[1].grow[name])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("inactive", [0, 1, 7])
+def test_no_more_is_drawn_than_is_inactive(inactive: int, share: float) -> None:
+    """Of a nearly dense layer; by the dense gradient what is dropped may return, so that more can grow than that."""
+    rng, units = generator(0, "nearly dense"), 20 * 10
+    topology = Topology.random((20, 10), units - inactive, rng)
+    sample = topology.sample_inactive(inactive, rng)
+    view = LayerView(
+        topology,
+        torch.randn(topology.count, generator=rng),
+        (1, units),
+        sample=sample,
+        sample_gradient=torch.ones(inactive),
+        active_gradient=torch.rand(topology.count, generator=rng),
+    )
+    rule = build_rule(RiglConfig(random_share=share, drop_fraction=0.3))
+    swap = rule.ask(Observation({"a": view}, step=10, steps=100), rule.initial_state(), generator(1))[0].swap
+    empty = topology.indices[:0]
+    dropped, grown = swap.drop.get("a", empty), swap.grow.get("a", empty)
+    assert dropped.numel() == grown.numel() >= min(inactive, round(share * int(0.3 * topology.count)))
+    assert set(grown.tolist()) <= set(sample.tolist())

@@ -12,6 +12,7 @@ import torch
 
 from sparsae.config.load import resolve
 from sparsae.config.rules import AnyRule, MicroBatchConfig
+from sparsae.config.span import Horizon
 from sparsae.config.sparsifier import SparsifierConfig
 from sparsae.config.text import dump
 from sparsae.core.cadence import Periodic
@@ -19,7 +20,16 @@ from sparsae.core.observation import Observation
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError
 from sparsae.nn.linear import sparse_layers
-from sparsae.rules import EvolutionConfig, GmpConfig, MestConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+from sparsae.rules import (
+    EvolutionConfig,
+    GenerationsConfig,
+    GmpConfig,
+    MestConfig,
+    RiglConfig,
+    SetConfig,
+    StaticConfig,
+    build_rule,
+)
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
 from sparsae.rules.parts.several import Several
 from sparsae.search.sparsifier import Sparsifier
@@ -219,3 +229,10 @@ def test_a_wrong_setting_of_one_of_them_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message.replace(".*.*", ".*")) as caught:
             resolve(overrides=[f"rules={rules}"])
         assert "\n" not in str(caught.value)
+
+
+def test_a_ramp_in_updates_is_of_each_rules_own_updates() -> None:
+    """The steps between updates of two rules are no time for a connection to learn: the longest ramp is for all."""
+    ramped = [GenerationsConfig(every=every, ramp="1 update") for every in (100, 101)]
+    rules = {"*.attn.*": build_rule(ramped[0]), "*.mlp.*": build_rule(ramped[1]), "*": build_rule(StaticConfig())}
+    assert Several(rules).ramp_steps(Horizon(1000)) == 101

@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsae.config.span import Horizon
 from sparsae.core.randomness import generator
-from sparsae.rules import StrategyConfig
+from sparsae.rules import DamageConfig, GenerationsConfig, StrategyConfig, build_rule
+from sparsae.rules.parts.evolved import Evolved
 from sparsae.rules.parts.strategy import Gene, Strategy, StrategyState
 
 GENES = (Gene("rate", 0.1, 0.5), Gene("share", 0.0, 1.0), Gene("interval", 1.0, 4.0, whole=True))
@@ -123,3 +125,27 @@ def test_evolution_finds_the_better_region_and_the_placebo_does_not(best: float)
     assert sum(abs(x - best) for x in evolved) / 8 < 0.25
     assert sum(abs(x - best) for x in placebo) / 8 > 0.32
     assert sum(abs(e - best) < abs(p - best) for e, p in zip(evolved, placebo, strict=True)) >= 6
+
+
+def test_gradients_are_averaged_over_the_window_of_the_genome_in_force() -> None:
+    """Of one that looks at gradients; one step is a window like any other."""
+    strategy = StrategyConfig(fitness="progress", genes={"window": (1.0, 8.0)})
+    rule = build_rule(GenerationsConfig(every=100, random_share=0.5, strategy=strategy))
+    assert isinstance(rule, Evolved)
+    for place, steps in ((0.0, 1), (1.0, 8)):
+        begun = rule.initial_state()
+        state = dataclasses.replace(begun, strategy=dataclasses.replace(begun.strategy, genome=(place,)))
+        assert rule.windows(["a"], state)["a"].steps == steps
+
+
+def test_what_evolves_counts_in_the_steps_between_updates_as_they_are() -> None:
+    """At least ten, of a share of a short run: for a ramp in updates, and for measurements every n-th update."""
+    strategy = StrategyConfig(fitness="progress", genes={"ramp": (1.0, 1.5)}, damage=DamageConfig(every=2))
+    rule, horizon = build_rule(GenerationsConfig(every="2%", strategy=strategy)), Horizon(250)
+    state = rule.initial_state()
+    assert isinstance(rule, Evolved)
+    updates = rule.strategy.values(state.strategy)["ramp"]
+    assert rule.ramp_in_force(state, horizon) == round(10 * updates)
+    due = list(rule.updates(horizon))
+    measured = [step for step in due if rule.candidates_scored(["a"], range(step, step + 1), horizon)]
+    assert measured == due[1::2]

@@ -273,3 +273,30 @@ def test_a_loop_of_ones_own_is_told_as_well(sparsity: float, settings: dict[str,
     model = sparsify(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)), sparsity)
     with pytest.raises(InputError, match=says):
         Sparsifier(model, torch.optim.AdamW(model.parameters()), SparsifierConfig(steps=9, **settings))
+
+
+@pytest.mark.parametrize("name", ["gse", "rigl"])
+def test_gradients_that_were_averaged_for_an_update_are_gone_once_density_moves(name: str) -> None:
+    """Between the rule's updates too, so that every state can be loaded: what has grown is no inactive connection."""
+    settings = RULES[name].settings.model_validate({"every": 5, "window": 3})
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        sparsify(model, SPARSITY, seed=1)
+        optimizer = OPTIMIZERS["adamw"](model)
+        restore = ScheduleConfig(kind="restore", every=2)
+        config = SparsifierConfig(steps=STEPS, topology=settings, schedule=restore, sparsity=SPARSITY)
+        return model, optimizer, Sparsifier(model, optimizer, config)
+
+    parts, held = make(), 0
+    for step in range(1, STEPS):
+        run_steps(*parts, 1)
+        state = parts[2].state_dict()
+        held += bool(state["search"]["windows"])
+        again = make()
+        for part, other in zip(parts[:2], again[:2], strict=True):
+            other.load_state_dict(part.state_dict())
+        again[2].load_state_dict(state)
+        assert again[2].step == step
+    assert held

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsae import AdamW, Sparsifier, SparsifierConfig, sparse_layers, sparsify
+from sparsae import AdamW, Sparsifier, SparsifierConfig, parameter_groups, sparse_layers, sparsify
 from sparsae.config.load import resolve
 from sparsae.config.span import Horizon
 from sparsae.errors import InputError
 from sparsae.registry import RULES
-from sparsae.rules import GenerationsConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, build_rule
+from sparsae.rules import GenerationsConfig, GmpConfig, RiglConfig, SetConfig, StaticConfig, StrategyConfig, build_rule
 
 OPTIMIZERS = {
     "sparsae": lambda model: AdamW(model.parameters(), lr=0.05, weight_decay=0.1, per_weight_step=True),
@@ -205,3 +205,93 @@ def test_nothing_moves_or_ages_in_a_step_that_the_optimizer_skipped(name: str) -
     sparsifier.after_step()
     assert torch.equal(layer.values, before)
     assert all(torch.equal(sparsifier._ramp.ages[name], age) for name, age in ages.items())
+
+
+def _moves(parts: tuple[nn.Module, torch.optim.Optimizer, Sparsifier], steps: int) -> list[float]:
+    """How far the first layer's values move in each step, on average."""
+    model, optimizer, sparsifier = parts
+    layer, found = sparse_layers(model)["0"], []
+    for _ in range(steps):
+        model.zero_grad()
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(sparsifier.step))
+        model(x).square().mean().backward()
+        sparsifier.before_step()
+        before = layer.values.detach().clone()
+        optimizer.step()
+        sparsifier.after_step()
+        found.append(float((layer.values.detach() - before).abs().mean()))
+    return found
+
+
+def _ramped(name: str, rule: SetConfig) -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 4)), 0.5, seed=1)
+    optimizer = OPTIMIZERS[name](model)
+    return model, optimizer, Sparsifier(model, optimizer, SparsifierConfig(steps=1000, topology=rule))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_ramp_that_a_later_rule_brings_holds_no_trained_connection_back(name: str, first: bool) -> None:
+    """Nor does one that comes back after a rule without: nothing has moved, so all steps are those of no ramp."""
+    plain = _ramped(name, SetConfig(every=500))
+    expected = _moves(plain, 60)
+    parts = _ramped(name, SetConfig(every=500, ramp=0 if first else 30))
+    found = _moves(parts, 30)
+    parts[2].set_rule(SetConfig(every=500))
+    found += _moves(parts, 10)
+    parts[2].set_rule(SetConfig(every=500, ramp=30, ramp_first=first))
+    found += _moves(parts, 20)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_ramp_goes_on_under_another_rule(name: str) -> None:
+    """What was grown under the rule before is as old as it was."""
+    whole, parts = (_ramped(name, SetConfig(every=20, ramp=40)) for _ in range(2))
+    expected = _moves(whole, 35)
+    found = _moves(parts, 30)
+    parts[2].set_rule(SetConfig(every=20, ramp=40))
+    assert (found + _moves(parts, 5))[:-1] == pytest.approx(expected[:-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_ramp_that_evolves_needs_none_at_first(name: str) -> None:
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 4)), 0.5, seed=1)
+    optimizer = OPTIMIZERS[name](model)
+    strategy = StrategyConfig(fitness="progress", genes={"ramp": (3.0, 4.0)})
+    config = SparsifierConfig(steps=400, topology=GenerationsConfig(every=10, ramp=0, strategy=strategy))
+    sparsifier = Sparsifier(model, optimizer, config, score=lambda step: model(torch.ones(2, 16)).square().mean())
+    parts = model, optimizer, sparsifier
+    _moves(parts, 10)
+    layer, grown = sparse_layers(model)["0"], sparse_layers(model)["0"].values == 0
+    assert bool(grown.any())
+    before = layer.values.detach().clone()
+    _moves(parts, 1)
+    moved = (layer.values.detach() - before).abs()
+    if name != "sgd":  # Adam's first step is at most the rate
+        assert 0 < float(moved[grown].max()) < 0.05 / 25
+    assert bool(sparsifier.state_dict()["ramp"]) == (name != "sparsae")
+
+
+def test_two_sparsifiers_keep_their_ramps_apart() -> None:
+    def parts(together: bool) -> tuple[nn.Module, AdamW]:
+        model = sparsify(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 4)), 0.5, seed=1)
+        both = parameter_groups(model, 0.0) if together else [g for part in model for g in parameter_groups(part, 0.0)]
+        return nn.ModuleList(nn.Sequential(part) for part in model), AdamW(both, lr=0.05)
+
+    def ramps(optimizer: AdamW) -> list[int]:
+        return [group["ramp"] for group in optimizer.param_groups if group["per_weight_step"]]
+
+    model, optimizer = parts(together=False)
+    Sparsifier(model[0], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10, ramp=50)))
+    Sparsifier(model[1], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10)))
+    assert ramps(optimizer) == [50, 0]
+    model, optimizer = parts(together=True)
+    first = Sparsifier(model[0], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10, ramp=50)))
+    with pytest.raises(InputError, match=r"share a group of the optimizer .* ramp over 50 steps, not 0: give them"):
+        Sparsifier(model[1], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10)))
+    assert ramps(optimizer) == [50]
+    Sparsifier(model[1], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10, ramp=50)))
+    first.close()

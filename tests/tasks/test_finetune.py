@@ -100,7 +100,7 @@ def test_the_topology_is_frozen_searched_or_given_up(place: Path, mode: Any, mon
     monkeypatch.setattr(one, "classifier", lambda *given: made.append(build(*given)) or made[0])
     steps: list[None] = []
     outcome = finetune(place / "sparse", data(place), mode, 0, settings(place), lambda: steps.append(None))
-    assert len(steps) == one.step_count(settings(place), data(place))
+    assert len(steps) == one.step_count(settings(place), len(data(place).train))
     (model,) = made
     layers = sparse_layers(model)
     if mode == "dense":

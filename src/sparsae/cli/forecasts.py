@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -43,6 +43,7 @@ def show_run(found: Mapping[str, Any]) -> None:
     show_table("Cost", ("", "here", "dense", "ratio"), costs)
     shown = ("steps", "tokens", "train_flops_per_step", "expected_seconds")
     show_values("Run", {key: found[key] for key in shown})
+    _show_uncounted(found["uncounted"])
 
 
 def _by_part(amount: Any) -> dict[str, Any]:
@@ -71,7 +72,11 @@ def show_experiment(plan: BasePlan, json_file: str | None) -> None:
     show_table("Runs", ["", "sparsity", "runs", "steps", "tokens", "FLOPs each", "time each"], rows)
     total = {key: found[key] for key in ("runs", "train_flops")}
     show_values("Altogether", {**total, "one after another": duration(found["expected_seconds"])})
-    for what in found["uncounted"]:
+    _show_uncounted(found["uncounted"])
+
+
+def _show_uncounted(uncounted: Sequence[str]) -> None:
+    for what in uncounted:
         typer.echo(f"not counted: {what}")
     typer.echo(
         "Times are of the products alone, done densely at this machine's rate: sparse kernels need less, and small "

@@ -7,7 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from sparsae.config.complaints import SettingError
+from sparsae.config.effect import Idle
 from sparsae.config.section import Count, Positive, Section
+
+_STANDARD = Idle(lambda own, _: own.name == "sp", "name is sp: nothing follows the width")
 
 
 class ParameterizationConfig(Section):
@@ -17,10 +20,12 @@ class ParameterizationConfig(Section):
         default="sp",
         description="standard, µP (settings transfer over width) or SµPar (over width and density)",
     )
-    base_width: Count = Field(default=256, description="width at which the settings were tuned (mup, supar)")
-    base_density: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=1.0, description="density at which the settings were tuned (supar)"
+    base_width: Annotated[Count, _STANDARD] = Field(
+        default=256, description="width at which the settings were tuned (mup, supar)"
     )
+    base_density: Annotated[
+        float, Field(gt=0.0, le=1.0), Idle(lambda own, _: own.name != "supar", "name is not supar")
+    ] = Field(default=1.0, description="density at which the settings were tuned (supar)")
     initial_fan_in: Literal["active", "dense"] = Field(
         default="active",
         description="initial variances divided by the layer's density, or as in a dense layer (sp, mup)",
@@ -37,7 +42,9 @@ class ParameterizationConfig(Section):
         default="independent",
         description="a step decays by the schedule's learning rate, or by the layer's own scaled one",
     )
-    scale_epsilon: bool = Field(default=True, description="AdamW's epsilon follows the size of gradients (mup, supar)")
+    scale_epsilon: Annotated[bool, _STANDARD] = Field(
+        default=True, description="AdamW's epsilon follows the size of gradients (mup, supar)"
+    )
     dynamic: bool = Field(
         default=False, description="learning rates and grown weights follow each layer's live density (supar)"
     )

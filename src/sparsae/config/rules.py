@@ -115,6 +115,11 @@ class MicroBatchConfig(Section):
         description="also score candidates on all validation text, to compare; counted apart from training",
     )
 
+    @property
+    def fixed(self) -> int:
+        """How many micro-batches a run has; 0: a new one at each update."""
+        return {"static": 1, "pooled": self.pool, "resampled": 0}[self.mode]
+
 
 def require_order(start: float, stop: float) -> None:
     """For validators. Raises ValueError unless `start` comes before `stop`."""

@@ -315,6 +315,11 @@ class Config(Section):
         return self
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.training.batch_size * self.training.accumulation * self.model.context
+
+    @property
     def initial_sparsity(self) -> float:
         """Sparsity of the untrained model: that of the whole run, but where the rule prunes or density has a bump."""
         start, schedule = self.topology.first_sparsity, self.sparsity.schedule

@@ -73,6 +73,12 @@ class Cadence(ABC):
         """Share of the way from where something is to where it shall be that remains after `step`: of what prunes."""
         return 1.0
 
+    def interval(self, horizon: Horizon) -> int:
+        """Steps between the first two; where there are not two, from the one to the end of the run."""
+        due = self.steps(horizon)
+        first, second = next(due, horizon.steps), next(due, horizon.steps)
+        return max(1, second - first)
+
 
 @dataclass(frozen=True)
 class Never(Cadence):
@@ -85,17 +91,22 @@ class Never(Cadence):
         return iter(())
 
 
-# Steps between updates whose cadence is a share of the run, however short that is.
+# Steps between updates whose cadence is a share of the run, however short that is: what has grown has to learn before
+# it is judged.
 LEAST = 10
+
+
+def _between(every: int | str, horizon: Horizon, least: int = LEAST) -> int:
+    steps = span_steps(every, horizon)
+    return max(least, steps) if isinstance(every, str) else steps
 
 
 @dataclass(frozen=True)
 class Periodic(Cadence):
     """Every so many steps, after the share `start` and before the share `stop` of the run, and before its last step.
 
-    at_stop: an update may fall on the step at which `stop` is reached. Of a share of the run it is at least ten steps:
-    what has grown has to learn before it is judged, in a short run too. Raises InputError where `every` is no span, or
-    `start` or `stop` no share.
+    at_stop: an update may fall on the step at which `stop` is reached. Of a share of the run it is at least ten steps.
+    Raises InputError where `every` is no span, or `start` or `stop` no share.
     """
 
     every: int | str
@@ -111,15 +122,14 @@ class Periodic(Cadence):
         steps = horizon.steps
         last = self.stop * steps
         inside = self.start * steps < step < steps and (step < last or (self.at_stop and step <= last))
-        return step % self._every(horizon) == 0 and inside
+        return step % self.interval(horizon) == 0 and inside
 
     def steps(self, horizon: Horizon) -> Iterator[int]:
-        every = self._every(horizon)
+        every = self.interval(horizon)
         return (step for step in range(every, horizon.steps, every) if self.due(step, horizon))
 
-    def _every(self, horizon: Horizon) -> int:
-        every = span_steps(self.every, horizon)
-        return max(LEAST, every) if isinstance(self.every, str) else every
+    def interval(self, horizon: Horizon) -> int:
+        return _between(self.every, horizon)
 
 
 @dataclass(frozen=True)
@@ -150,13 +160,14 @@ class Cubic(Cadence):
 
         x_t = x_end + (x_start - x_end) (1 - (t - t_0) / (t_1 - t_0))^3          for t_0 <= t <= t_1,
 
-    t_0 and t_1 being `start` and `stop` as shares of the steps. It moves every `every` steps from t_0 on, and at t_1.
-    Raises InputError where `every` is no span, or `start` or `stop` no share.
+    t_0 and t_1 being `start` and `stop` as shares of the steps. It moves every `every` steps from t_0 on (of a share of
+    the run at least `least`), and at t_1. Raises InputError where `every` is no span, or `start` or `stop` no share.
     """
 
     start: float
     stop: float
     every: int | str
+    least: int = LEAST
 
     def __post_init__(self) -> None:
         require_span(self.every)
@@ -165,12 +176,12 @@ class Cubic(Cadence):
     def due(self, step: int, horizon: Horizon) -> bool:
         """Whether it moves after `step`."""
         first, last = self.span(horizon)
-        every = span_steps(self.every, horizon)
+        every = _between(self.every, horizon, self.least)
         return first <= step <= last and ((step - first) % every == 0 or step == last)
 
     def steps(self, horizon: Horizon) -> Iterator[int]:
         first, last = self.span(horizon)
-        yield from (step for step in range(first, last, span_steps(self.every, horizon)) if step)
+        yield from (step for step in range(first, last, _between(self.every, horizon, self.least)) if step)
         yield last
 
     def left(self, step: int, horizon: Horizon) -> float:

@@ -43,7 +43,7 @@ class Schedule:
         full = config.in_full
         with_updates, every = full.every is None and rule_moves, full.every or "1%"
         falls, rises = (
-            None if first is None or last is None else Cubic(first, last, each)
+            None if first is None or last is None else Cubic(first, last, each, least=1)
             for first, last, each in (
                 (full.start, full.stop, 1 if with_updates else every),
                 (full.rise_start, full.rise_stop, every),

@@ -82,11 +82,6 @@ class Corpus:
         read = f"; {self.validation_tokens:,} are read" if self.validation_tokens < validation["tokens"] else ""
         return f"held out: {validation['tokens']:,} tokens, {_percent(share)} of all: {' and '.join(parts)}{read}"
 
-    @property
-    def validation_bytes(self) -> int:
-        """Bytes of UTF-8 of the validation documents."""
-        return int(self.manifest["splits"]["validation"]["bytes"])
-
 
 def _percent(share: float) -> str:
     """With as many places as it takes to tell the share from nothing, and from all."""

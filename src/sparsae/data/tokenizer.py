@@ -56,10 +56,6 @@ class Tokenizer:
         return self._id(self.eos_token)
 
     @property
-    def bos_id(self) -> int:
-        return self._id(self.bos_token)
-
-    @property
     def pad_id(self) -> int:
         return self._id(self.pad_token)
 

@@ -80,7 +80,7 @@ def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
         "vocabulary": f"{loaded.tokenizer.vocab_size:,} entries",
         "sparsity": f"{1 - active / weights:.2%} of the sparse layers{_by_quota(config)}" if layers else "none",
         "method": config.method + (", the average of the trained model (its teacher)" if teacher else ""),
-        "steps": f"{loaded.step:,} of {config.training.steps:,}, of {_tokens(config):,} tokens each",
+        "steps": f"{loaded.step:,} of {config.training.steps:,}, of {config.tokens_per_step:,} tokens each",
         "seed": str(config.seed),
     }
     return (
@@ -106,10 +106,6 @@ def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
 def _by_quota(config: Config) -> str:
     quota = config.sparsity.quota
     return "" if quota is None else f", {quota}: of every {quota.of} weights of a row in turn {quota.active} exist"
-
-
-def _tokens(config: Config) -> int:
-    return config.training.batch_size * config.training.accumulation * config.model.context
 
 
 def _weighed(text: SourceConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsae.config import Config
 from sparsae.experiments.jobs import Job
-from sparsae.experiments.matching import Cost, tokens_per_step
+from sparsae.experiments.matching import Cost
 from sparsae.train.forecast import measured_flops_per_second
 from sparsae.train.machine import require_machine
 
@@ -33,7 +33,7 @@ class Planned:
     def of(cls, what: str, sparsity: float, job: Job, cost: Cost) -> Planned:
         """What is said of one job."""
         steps = job.config.training.steps
-        tokens = steps * tokens_per_step(job.config)
+        tokens = steps * job.config.tokens_per_step
         return cls(what, sparsity, job.config, 1, steps, tokens, job.flops, cost.as_dense(steps))
 
 

@@ -28,11 +28,6 @@ class Budget:
         return Budget(self.match, self.amount * share)
 
 
-def tokens_per_step(config: Config) -> int:
-    """Tokens of an optimizer step."""
-    return config.training.batch_size * config.training.accumulation * config.model.context
-
-
 class Cost:
     """What a run takes in each of the three coins, as a function of its number of steps."""
 
@@ -59,7 +54,7 @@ class Cost:
         """What `steps` steps take of the coin that runs are matched on."""
         if match == "flops":
             return self.flops(steps)
-        return steps * (tokens_per_step(self.config) if match == "tokens" else 1)
+        return steps * (self.config.tokens_per_step if match == "tokens" else 1)
 
     def steps(self, budget: Budget, name: str, advice: str) -> int:
         """The number of steps whose cost is nearest to the budget.

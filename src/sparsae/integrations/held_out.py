@@ -29,17 +29,15 @@ class HeldOutBatches:
         if not len(samples):
             raise InputError("held_out: is empty; give samples that training does not see")
         self._samples, self._collate, self._config, self._seed = samples, collate, config, seed
-        pool = {"static": 1, "pooled": config.pool, "resampled": 0}[config.mode]
-        self._pool = pool
         # What draws samples may augment them: every candidate gets the same tensors, on every rank.
-        self._drawn = lru_cache(maxsize=pool or 1)(self._draw)
+        self._drawn = lru_cache(maxsize=config.fixed or 1)(self._draw)
 
     def at(self, step: int) -> Any:
         """The batch, as `collate` made it."""
-        if not self._pool:
+        if not self._config.fixed:
             return self._drawn(step)
         rng = generator(self._seed, "micro-batch pool", step)
-        return self._drawn(int(torch.randint(self._pool, (), generator=rng, device="cpu")))
+        return self._drawn(int(torch.randint(self._config.fixed, (), generator=rng, device="cpu")))
 
     def _draw(self, index: int) -> Any:
         rng = generator(self._seed, "micro-batch", self._config.mode, index)

@@ -46,19 +46,30 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 
+_NO_RESET = Idle(lambda reset, _: not reset.happens, "probability and boosted_probability are 0: nothing is reset")
+_NO_BOOST = Idle(lambda reset, _: not reset.boosted_probability, "boosted_probability is 0")
+
+
 class ResetConfig(Section):
     """Conditional global resets: a candidate that is a large jump."""
 
     probability: Share = Field(default=0.0, description="p_reset, probability that a candidate is a global reset")
-    reshuffle: Shares = Field(default=(0.05, 0.10), description="share of the connections that a reshuffle exchanges")
-    redraw: Share = Field(
+    reshuffle: Annotated[Shares, _NO_RESET] = Field(
+        default=(0.05, 0.10), description="share of the connections that a reshuffle exchanges"
+    )
+    redraw: Annotated[Share, _NO_RESET] = Field(
         default=0.5, description="probability that a reset is a new Erdos-Renyi topology instead of a reshuffle"
     )
-    patience: Count = Field(
+    patience: Annotated[Count, _NO_BOOST] = Field(
         default=5, description="updates without a better micro-batch perplexity before resets become likelier"
     )
     boosted_probability: Share = Field(default=0.0, description="p_reset while boosted")
-    boosted_updates: Count = Field(default=2, description="updates that a boost lasts")
+    boosted_updates: Annotated[Count, _NO_BOOST] = Field(default=2, description="updates that a boost lasts")
+
+    @property
+    def happens(self) -> bool:
+        """Whether any candidate is ever a reset."""
+        return self.probability > 0 or self.boosted_probability > 0
 
 
 class AdaptationConfig(Section):
@@ -79,6 +90,10 @@ _UNGUIDED = Idle(
 
 
 _NO_SAMPLE = Idle(lambda rule, _: rule.proposer != "guided", "proposer is not guided")
+_ALONE = Idle(
+    lambda rule, _: not rule.compares,
+    "one candidate, which always replaces what there is, is not compared with anything",
+)
 _STEADY = Idle(lambda rule, _: not rule.adaptation.enabled, "adaptation.enabled is false", but=("enabled",))
 
 
@@ -128,11 +143,17 @@ class EvolutionConfig(RuleConfig):
     redraws: Annotated[Count, Idle(lambda rule, _: rule.bounds != "redraw", "bounds is not redraw")] = Field(
         default=20, description="draws before a candidate that keeps leaving the limits is given up (redraw)"
     )
-    proxy: ProxyConfig = ProxyConfig()
-    micro_batch: MicroBatchConfig = MicroBatchConfig()
+    proxy: Annotated[ProxyConfig, _ALONE] = ProxyConfig()
+    micro_batch: Annotated[MicroBatchConfig, _ALONE] = MicroBatchConfig()
     reset: ResetConfig = ResetConfig()
     adaptation: Annotated[AdaptationConfig, _STEADY] = AdaptationConfig()
     burn_in: BurnInConfig = BurnInConfig()
+
+    @property
+    def compares(self) -> bool:
+        """Whether candidates are scored: with the current topology, or among themselves."""
+        alone = self.candidates == 1 and not self.adaptation.enabled
+        return self.selection == "elitist" or not alone or self.reset.happens
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -187,7 +208,7 @@ class Evolution(Rule[EvolutionState]):
         if config.proposer in wanted:
             needs.add(wanted[config.proposer])
             self.window = Window(config.window, config.window_every)
-        if self._compares():
+        if config.compares:
             self.terms = config.proxy.built()
             needs = needs.union(*(term.needs for term in self.terms))
             if needs & {"loss", "candidate_gradient"}:
@@ -301,12 +322,6 @@ class Evolution(Rule[EvolutionState]):
         """p_reset in force: boosted for a few updates after a plateau."""
         reset = self.config.reset
         return reset.boosted_probability if state.boosted_left else reset.probability
-
-    def _compares(self) -> bool:
-        config = self.config
-        alone = config.candidates == 1 and not config.adaptation.enabled
-        resets = config.reset.probability > 0 or config.reset.boosted_probability > 0
-        return config.selection == "elitist" or not alone or resets
 
     def _moves(self, active: int, state: EvolutionState, progress: float) -> int:
         """q, the units that a candidate moves."""

@@ -86,7 +86,7 @@ class GenerationsConfig(RuleConfig):
 def build_generations(config: GenerationsConfig) -> Exchange | Evolved:
     """The rule of fixed numbers, or of ones that evolve."""
     if config.strategy.is_on:
-        return Evolved(config, config.strategy, config.every, _exchange)
+        return Evolved(config, config.strategy, _exchange)
     return _exchange(config)
 
 

@@ -14,10 +14,11 @@ after 80 of 160 on CIFAR, which are the shares here, and after 30 of 100 on Imag
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparsae.config.effect import Idle
 from sparsae.config.rules import RuleConfig, StartSparsity, require_order
 from sparsae.config.section import Share
 from sparsae.config.span import Span
@@ -43,7 +44,9 @@ class GranetConfig(RuleConfig):
         default=0.5,
         description="r, share of a layer's connections dropped and grown elsewhere at first; cosine decay over the run",
     )
-    accumulate: Literal["last", "sum"] = Field(
+    accumulate: Annotated[
+        Literal["last", "sum"], Idle(lambda rule, _: not rule.regeneration, "regeneration is 0: nothing is grown")
+    ] = Field(
         default="last",
         description="dense gradient of the last micro-batch, or their sum, which keeps every layer's in memory",
     )

@@ -87,12 +87,15 @@ class GradientCapture:
         if not self.trained:
             log.warning("every sparse layer is frozen: the update at step %d leaves the topology as it is", step)
             return
-        self._due, self._moved = True, rule.concerns(self.trained, steps, self._horizon) if asks else set()
+        self._due = True
         if asks:
+            self._moved = rule.concerns(self.trained, steps, self._horizon)
             self._probe(rule, state, steps)
+        else:
+            self.gather(rule, state, step)
 
     def gather(self, rule: Rule[Any], state: Any, step: int) -> None:
-        """Before the backward pass of a step that no update follows: probe what is averaged for a later one."""
+        """Before the backward pass of a step that the rule is not asked after: probe what is averaged for later."""
         if self.windows.wanted(rule, state):
             self.trained = trained_layers(self._layers, self._optimizer)
             self._probe(rule, state, range(step, step + 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,31 +31,43 @@ class Ramp:
     """A ramp over `steps` steps (0: none), of the first connections too or of grown ones alone.
 
     ages: of the layers whose optimizer does not count, (count,) int32 of each unit. Raises InputError for an optimizer
-    of theirs that a ramp cannot hold back, or whose weight decay it would.
+    of theirs that a ramp cannot hold back, or whose weight decay it would, and for a group of `AdamW` that another
+    Sparsifier's layers are in, with another ramp.
     """
 
     def __init__(
-        self, steps: int, first: bool, layers: Mapping[str, SparseLinear], optimizer: torch.optim.Optimizer
+        self,
+        steps: int,
+        first: bool,
+        layers: Mapping[str, SparseLinear],
+        optimizer: torch.optim.Optimizer,
+        *,
+        made: int = 0,
+        before: Ramp | None = None,
     ) -> None:
+        """made: the steps that the training has made. before: the ramp whose place this one takes: ages go on."""
         self.steps, self._first, self._layers, self._optimizer = steps, first, layers, optimizer
         self._before: dict[str, tuple[Tensor, Decay] | None] = {}
         counted = {id(p) for group in self._counting() for p in group["params"]}
+        self._refuse_shared()
+        _LIVE.add(self)
         for group in self._counting():
             group["ramp"], group["ramp_first"] = steps, first
         others = {name: layer for name, layer in layers.items() if id(layer.values) not in counted} if steps else {}
-        age = 0 if first else _GROWN
-        self.ages = {
-            name: torch.full((layer.topology.count,), age, dtype=torch.int32, device=layer.values.device)
-            for name, layer in others.items()
+        age = made if first else _GROWN
+        known = {} if before is None else before.ages
+        self.ages: dict[str, Tensor] = {
+            name: known[name] if name in known else _ages(layer, age) for name, layer in others.items()
         }
         # The least of each layer's ages, or less: kept here, since a device would have to be waited for in every step.
-        self._youngest = dict.fromkeys(self.ages, age)
+        youngest = {} if before is None else before._youngest
+        self._youngest: dict[str, int] = {name: youngest.get(name, age) for name in self.ages}
         for layer in others.values():
             refuse_ahead(optimizer, layer.values)
             decay_of(optimizer, layer.values)
 
     def last(self, steps: int) -> None:
-        """From now on over so many steps, of a ramp that there is."""
+        """From now on over so many steps."""
         self.steps = steps
         for group in self._counting():
             group["ramp"] = steps
@@ -111,6 +124,27 @@ class Ramp:
             self._youngest[name] = int(self.ages[name].min()) if self.ages[name].numel() else 0
 
     def _counting(self) -> list[dict[str, Any]]:
-        """The groups whose optimizer counts; looked up each time, since loading an optimizer's state replaces them."""
-        own = (part for part in parts_of(self._optimizer) if isinstance(part, AdamW))
-        return [group for part in own for group in part.param_groups if group["per_weight_step"]]
+        """The groups of these layers whose optimizer counts; loading an optimizer's state replaces them."""
+        own = {id(layer.values) for layer in self._layers.values()}
+        groups = (group for part in parts_of(self._optimizer) if isinstance(part, AdamW) for group in part.param_groups)
+        return [g for g in groups if g["per_weight_step"] and not own.isdisjoint(map(id, g["params"]))]
+
+    def _refuse_shared(self) -> None:
+        own = {id(layer.values) for layer in self._layers.values()}
+        beside = {id(p) for group in self._counting() for p in group["params"]} - own
+        for other in _LIVE:
+            theirs = {id(layer.values) for layer in other._layers.values()}
+            differs = (other.steps, other._first) != (self.steps, self._first)
+            if differs and own.isdisjoint(theirs) and not beside.isdisjoint(theirs):
+                raise InputError(
+                    "another Sparsifier's layers share a group of the optimizer with these, and ramp over "
+                    f"{other.steps} steps, not {self.steps}: give them groups of their own (parameter_groups(part))"
+                )
+
+
+# Of all Sparsifiers, for the sake of those that share an optimizer.
+_LIVE: WeakSet[Ramp] = WeakSet()
+
+
+def _ages(layer: SparseLinear, age: int) -> Tensor:
+    return torch.full((layer.topology.count,), age, dtype=torch.int32, device=layer.values.device)

@@ -205,7 +205,7 @@ class Sparsifier:
         groups = layer_groups(self._layers, config, self._layouts, self._initial_densities, ends)
         self.config = config
         self.search.use(admitted, layer_bounds(self._layers, config, ends), ends, groups, schedule, level)
-        self._begin(admitted)
+        self._begin(admitted, self._ramp)
 
     def attach(
         self, on_update: Callable[[Update], object] | None = None, scaler: torch.amp.GradScaler | None = None
@@ -290,16 +290,16 @@ class Sparsifier:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
         return rule, schedule, ends
 
-    def _begin(self, rule: Rule[Any]) -> None:
+    def _begin(self, rule: Rule[Any], before: Ramp | None = None) -> None:
         """With a rule that was admitted, before the backward pass of the next step."""
         moves = rule.moves or self.search.schedule.moves
         self._calls = LoopCalls(rule, self._layers, self._optimizer, moves)
         self._burn_in = BurnIn(rule.burn_in, self._layers)
-        self._ramp = Ramp(rule.ramp_steps(self.config.horizon), rule.ramp_first, self._layers, self._optimizer)
+        steps, made = self._ramp_steps, self.step
+        self._ramp = Ramp(steps, rule.ramp_first, self._layers, self._optimizer, made=made, before=before)
         tell_if_still(rule, self.config.horizon)
         trained = trained_layers(self._layers, self._optimizer)
         tell_if_rigid(rule, {name: self.search.gradients.groups[name] for name in trained})
-        self._follow_ramp()
         self.search.arm(self.step + 1)
 
     def _before_step(self, scale: Tensor | None, loss_scale: float | None) -> None:
@@ -328,7 +328,7 @@ class Sparsifier:
             self._ramp.follow(update.changes)
             self._follow_density()
         if update is not None:
-            self._follow_ramp()
+            self._ramp.last(self._ramp_steps)
         self.search.arm(self.step + 1)
         return update
 
@@ -376,14 +376,14 @@ class Sparsifier:
             self._layers, self.config, self._layouts, self._initial_densities, self.search.ends
         )
         self._follow_density()
-        self._follow_ramp()
+        self._ramp.last(self._ramp_steps)
         self._parallel.follow(set(self._layers))  # the model's state may have come after its wrapper
         self.search.arm(self.step + 1)
 
-    def _follow_ramp(self) -> None:
-        steps = self.search.rule.ramp_in_force(self.search.state, self.config.horizon)
-        if steps is not None:
-            self._ramp.last(steps)
+    @property
+    def _ramp_steps(self) -> int:
+        moved = self.search.rule.ramp_in_force(self.search.state, self.config.horizon)
+        return self.search.rule.ramp_steps(self.config.horizon) if moved is None else moved
 
     def _follow_density(self) -> None:
         if self._parameterization is not None and self._parameterization.dynamic:

@@ -182,10 +182,11 @@ class GradientWindows:
         return found
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values and tensors, by layer."""
+        """Plain values and tensors, by layer whose connections are still those that were summed for."""
         return {
             name: {key: value for key, value in vars(found).items() if key != "topology"}
             for name, found in self.sums.items()
+            if found.topology is self._layers[name].topology
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:

@@ -37,9 +37,9 @@ _WARM_UP = 0.05  # of the steps
 StepDone = Callable[[], None]
 
 
-def step_count(settings: FinetuneConfig, data: TaskData) -> int:
-    """Optimizer steps of one fine-tuning."""
-    return settings.epochs * math.ceil(len(data.train) / settings.batch_size)
+def step_count(settings: FinetuneConfig, samples: int) -> int:
+    """Optimizer steps of one fine-tuning on so many samples."""
+    return settings.epochs * math.ceil(samples / settings.batch_size)
 
 
 def refuse_without_libraries() -> None:
@@ -126,7 +126,7 @@ def _trainer(
 ) -> Trainer:
     with quiet_import():
         from transformers import PrinterCallback, Trainer, TrainingArguments
-    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+    steps = step_count(settings, len(train))
     arguments = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=settings.epochs,

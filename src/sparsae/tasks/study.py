@@ -96,7 +96,7 @@ def finetune_run(
         raise InputError(f"{out}: cannot be written: {error.strerror}; choose another directory") from None
     with locked(out, "these tasks"):
         left = [job for job in jobs if _ended(job) is None]
-        total, done = sum(step_count(settings, job.data) for job in left), 0
+        total, done = sum(step_count(settings, len(job.data.train)) for job in left), 0
 
         def step_done() -> None:
             nonlocal done

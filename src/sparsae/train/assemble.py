@@ -67,7 +67,7 @@ def trainer_of(
     )
     account = Account(
         RunCosts(model, config, build_rule(config.topology, config.rules).micro_batch),
-        tokens_per_step=training.batch_size * training.accumulation * config.model.context,
+        tokens_per_step=config.tokens_per_step,
         study_tokens=data.validation[:, 1:].numel(),
         peak_flops=peak_flops(training, device),
     )

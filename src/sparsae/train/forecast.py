@@ -33,13 +33,16 @@ from sparsae.train.costs import RunCosts
 from sparsae.train.machine import require_machine
 from sparsae.train.model import choose_device, density_of, initial_bounds, model_of, require_fit
 
+_UNION = "what a union teacher remembers of dropped weights until they have faded, at most all that do not exist"
+
 
 @telling_places
 def forecast(config: Config) -> dict[str, Any]:
     """What a run would be, without data, weights or a directory: layers, operations, bytes and an expected time.
 
     Operations are those of `count_flops`; layers and bytes are those of the start, than which no later moment of a run
-    has more. The time is that of the dense products of all parts at the rate of a short measurement on this machine.
+    has more, but for what a union teacher remembers of dropped weights ("uncounted"). The time is that of the dense
+    products of all parts at the rate of a short measurement on this machine.
     """
     require_machine(config)
     require_fit(config)
@@ -49,7 +52,7 @@ def forecast(config: Config) -> dict[str, Any]:
     rule = build_rule(config.topology, config.rules)
     costs = RunCosts(model, config, rule.micro_batch)
     training = config.training
-    tokens = training.batch_size * training.accumulation * config.model.context
+    tokens = config.tokens_per_step
     weights, nnz = costs.cost.sparse_weights, costs.nnz
     flops, dense = count_flops(config, model)
     units = sum(layer.topology.count for layer in layers.values())
@@ -87,6 +90,7 @@ def forecast(config: Config) -> dict[str, Any]:
         "model_state_bytes": sum(state.values()) + dense_state(others),
         "model_state_bytes_dense_equivalent": dense_state(others + weights),
         "expected_seconds": as_dense(flops, dense, model) / measured_flops_per_second(config),
+        "uncounted": [_UNION] if config.teacher.enabled and config.teacher.storage == "union" else [],
         "steps": training.steps,
         "tokens": training.steps * tokens,
     }

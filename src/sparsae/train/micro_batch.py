@@ -24,8 +24,7 @@ class MicroBatches:
     ) -> None:
         self._tokens, self._context, self._config = tokens, context, config
         self._seed, self._device = seed, device
-        size = {"static": 1, "pooled": config.pool, "resampled": 0}[config.mode]
-        self._pool = [self._draw(index) for index in range(size)]
+        self._pool = [self._draw(index) for index in range(config.fixed)]
         self._latest: tuple[int, Tensor] | None = None
 
     def at(self, step: int) -> Tensor:

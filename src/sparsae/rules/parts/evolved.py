@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sparsae.config.complaints import SettingError, below, within
 from sparsae.config.density import DEPTH, patterns_of
 from sparsae.config.rules import MicroBatchConfig, RuleConfig
-from sparsae.config.span import Horizon, Span, in_updates, span_steps
+from sparsae.config.span import Horizon, in_updates
 from sparsae.core.budgets import density_factors
 from sparsae.core.cadence import LAST_STEP, Window
 from sparsae.core.observation import Observation
@@ -104,11 +104,9 @@ class Evolved(Rule[EvolvedState]):
     their factors (`shift.py`).
     """
 
-    def __init__(
-        self, settings: RuleConfig, config: StrategyConfig, every: Span, build: Callable[[Any], Exchange]
-    ) -> None:
-        """build: the rule of such settings, which the genome fills in. every: steps between updates."""
-        self._settings, self._config, self._every, self._build = settings, config, every, build
+    def __init__(self, settings: RuleConfig, config: StrategyConfig, build: Callable[[Any], Exchange]) -> None:
+        """build: the rule of such settings, which the genome fills in."""
+        self._settings, self._config, self._build = settings, config, build
         genes = genes_of(config, settings) if config.fitness != "none" else ()
         self._numbers = [gene.name for gene in genes if gene.name in type(settings).model_fields and gene.name != RAMP]
         # The first interval is the middle of its range, a gene that is no number of the rule 1.
@@ -147,7 +145,7 @@ class Evolved(Rule[EvolvedState]):
 
     def ramp_in_force(self, state: EvolvedState, horizon: Horizon) -> int | None:
         updates = self.strategy.values(state.strategy).get(RAMP)
-        return None if updates is None else max(1, round(updates * span_steps(self._every, horizon)))
+        return None if updates is None else max(1, round(updates * self.when.interval(horizon)))
 
     def sample(
         self, topologies: Mapping[str, Topology], state: EvolvedState, rng: torch.Generator
@@ -155,8 +153,9 @@ class Evolved(Rule[EvolvedState]):
         return self._inner(state.strategy).sample(topologies, NoState(), rng) if self._moves(state) else {}
 
     def windows(self, layers: Iterable[str], state: EvolvedState) -> dict[str, Window]:
+        inner = self._inner(state.strategy)
         # A genome that looks at no gradient has a window all the same: another one's, on which the forecast counts.
-        rules = (self._inner(state.strategy), *self._extremes)
+        rules = (inner,) if inner.needs & {"gradient_at", "dense_gradient"} else (inner, *self._extremes)
         return dict.fromkeys(layers, next((rule.window for rule in rules if rule.window != LAST_STEP), LAST_STEP))
 
     def growth(self, topologies: Mapping[str, Topology], state: EvolvedState, progress: float) -> dict[str, int]:
@@ -230,7 +229,7 @@ class Evolved(Rule[EvolvedState]):
     def _looks(self, steps: range, horizon: Horizon) -> bool:
         """Whether the update of these steps looks for where dropping is cheap."""
         every = self._config.damage.every
-        return every > 0 and (steps[0] // span_steps(self._every, horizon)) % every == 0
+        return every > 0 and (steps[0] // self.when.interval(horizon)) % every == 0
 
     def _wanted(self, state: EvolvedState, counts: Mapping[str, int], layers: Sequence[str]) -> dict[str, float]:
         """How many units each layer shall have, up to a common factor."""

@@ -106,7 +106,8 @@ class Exchange(Rule[NoState]):
             if n := min(int(fraction * view.topology.count), self._grow.room(view)):
                 scores = scored(self._drop, view, rng)
                 growth = self._grow.candidates(view, smallest(scores, n), n, rng)
-                growth = with_random(view, growth, round(self._random_share * n), rng)
+                empty = view.topology.units - view.topology.count  # growth may have more: what is dropped
+                growth = with_random(view, growth, min(round(self._random_share * n), empty), rng)
                 drop[name], grow[name] = in_layer(view, scores, n, growth)
         return drop, grow
 

@@ -124,9 +124,7 @@ class Rule(ABC, Generic[State]):
         updates = in_updates(self.ramp)
         if updates is None:
             return span_steps(self.ramp, horizon) if self.ramp else 0
-        due = self.updates(horizon)
-        first, second = next(due, horizon.steps), next(due, horizon.steps)
-        return updates * max(1, second - first)
+        return updates * self.when.interval(horizon)
 
     def ramp_in_force(self, state: State, horizon: Horizon) -> int | None:
         """`ramp_steps` of a rule that moves it, as the state has it; None: it stays."""

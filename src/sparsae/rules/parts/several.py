@@ -94,6 +94,10 @@ class Several(Rule[SeveralState]):
         pairs = zip(self.rules.values(), data["states"], strict=True)
         return SeveralState(tuple(rule.state_from_dict(state) for rule, state in pairs))
 
+    def ramp_steps(self, horizon: Horizon) -> int:
+        # One clock for all layers: what a rule has grown is spared at least until that rule's own next update.
+        return max(rule.ramp_steps(horizon) for rule in self.rules.values() if rule.moves or not self.moves)
+
     def ramp_in_force(self, state: SeveralState, horizon: Horizon) -> int | None:
         moved = (rule.ramp_in_force(own, horizon) for rule, own in zip(self.rules.values(), state.states, strict=True))
         return next((steps for steps in moved if steps is not None), None)
