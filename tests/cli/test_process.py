@@ -104,3 +104,27 @@ with interruptible():
     command = [sys.executable, "-W", "ignore", "-c", program]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.splitlines() == [str({str(signal.SIG_DFL)}), "True"]
+
+
+def test_a_signal_that_comes_as_a_process_is_forked_ends_it() -> None:
+    """Before it has its signals back, too: it waits until then. In the parent it is taken once the fork is made."""
+    program = """
+import os, signal, time
+def late():  # these run in the order in which they were registered: this one first
+    os.kill(os.getpid(), signal.SIGTERM)
+os.register_at_fork(after_in_child=late, after_in_parent=late)
+from sparsae.cli.process import interruptible
+with interruptible():
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        time.sleep(5)
+        print("not interrupted")
+    except KeyboardInterrupt:
+        print("interrupted")
+print(os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGTERM)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.splitlines() == ["interrupted", "True"]

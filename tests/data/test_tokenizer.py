@@ -68,7 +68,7 @@ def test_transformers_reads_what_is_saved(trained, tmp_path, monkeypatch):
     trained.save(tmp_path)
     read, wrapped = AutoTokenizer.from_pretrained(tmp_path), trained.to_transformers()
     for other in (read, wrapped):
-        assert (other.eos_token_id, other.bos_token_id, len(other)) == (trained.eos_id, trained.bos_id, 290)
+        assert (other.eos_token_id, other.bos_token_id, len(other)) == (trained.eos_id, trained.eos_id, 290)
         for text in (*TEXTS, "  ünïcode\t\n\n x's"):
             ids = trained.encode(text)
             assert other(text)["input_ids"] == ids

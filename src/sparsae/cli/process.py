@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -23,8 +24,28 @@ def _give_back() -> None:
             _TAKEN.pop()
 
 
-# A pool of processes ends its own by SIGTERM, and these are forks.
-os.register_at_fork(after_in_child=_give_back)
+def _hold_back() -> None:
+    global _mask
+    _mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+
+
+def _let_through() -> None:
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
+    except KeyboardInterrupt:  # nobody would hear of it here: it comes again once the fork is made
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def _let_through_in_child() -> None:
+    _give_back()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
+
+
+_mask: set[int] = set()
+# A pool of processes ends its own by SIGTERM, and these are forks. One that comes before a fork has its signals back
+# waits until then: the handler that the fork was born with would take it, and the fork live on.
+os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_let_through_in_child)
 
 
 def open_closed_streams() -> None:

@@ -143,7 +143,7 @@ class EvolutionConfig(RuleConfig):
     redraws: Annotated[Count, Idle(lambda rule, _: rule.bounds != "redraw", "bounds is not redraw")] = Field(
         default=20, description="draws before a candidate that keeps leaving the limits is given up (redraw)"
     )
-    proxy: Annotated[ProxyConfig, _ALONE] = ProxyConfig()
+    proxy: Annotated[ProxyConfig, dataclasses.replace(_ALONE, but=("terms",))] = ProxyConfig()
     micro_batch: Annotated[MicroBatchConfig, _ALONE] = MicroBatchConfig()
     reset: ResetConfig = ResetConfig()
     adaptation: Annotated[AdaptationConfig, _STEADY] = AdaptationConfig()
