@@ -137,7 +137,7 @@ CASES: dict[str, list[str]] = {
     "sensitivity --out x --sequences 0": ["error: --sequences: must be at least 1, not 0"],
     "finetune run --data . --task rtee": ["error: --task: no task 'rtee'; did you mean rte?"],
     "finetune run --data . --task rte,rte": ["error: --task: one is given twice"],
-    "finetune run --data . --task ,": ["error: --task: must have at least 1 entry, not 0"],
+    "finetune run --data . --task ,": ["error: --task: give at least one name"],
     "compare --methods static --ray auto --out x": ["--ray", "sparsae[ray]"],
     "ablate --ray auto --out x": ["--ray", "sparsae[ray]"],
     "compare --methods static": ["error: --out is missing", "--dry-run"],

@@ -53,6 +53,7 @@ FORECAST = {
     "model_state_bytes": 1680,
     "model_state_bytes_dense_equivalent": 3200,
     "expected_seconds": None,
+    "uncounted": [],
     "steps": 250,
     "tokens": 512_000,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -203,3 +206,26 @@ def test_prepared_text_among_them_names_the_tokenizer_that_all_need(tmp_path: Pa
     corpus = prepare(several.model_copy(update={"tokenizer": f"{ready.directory}/tokenizer"}))
     assert isinstance(corpus.train, Mixture)
     assert corpus.train.parts[0][:].tolist() == ready.train[:].tolist()  # type: ignore[index]
+
+
+def test_a_shared_tokenizer_is_trained_on_each_source_by_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sources whose first documents are longer than their shares, too."""
+
+    for letter in "abc":
+        (tmp_path / f"{letter}.txt").write_text(f"{letter * 4} " * 2000)
+    seen: list[str] = []
+
+    def trained(texts: Iterator[str], *_: object) -> str:
+        seen.extend(texts)
+        raise InputError("seen")
+
+    for module in (sys.modules["sparsae.data.prepare"], sys.modules["sparsae.data.tokenizer"]):
+        monkeypatch.setattr(module, "TRAINING_BYTES", 3000)
+    monkeypatch.setattr("sparsae.data.tokenizer.train_bpe", trained)
+    sources = [{"source": str(tmp_path / f"{letter}.txt"), "weight": n} for letter, n in (("a", 1), ("b", 1), ("c", 2))]
+    with pytest.raises(InputError, match="seen"):
+        prepare(DataConfig(sources=sources, cache=str(tmp_path / "cache")))
+    letters = Counter("".join(seen).replace(" ", ""))
+    assert [round(letters[letter] / 600) for letter in "abc"] == [1, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sparsae.core.record import encode
 from sparsae.experiments.compare.equal_loss import equal_loss, equal_loss_table
 from sparsae.experiments.compare.record import CurvePoint, Measure, Row, Stuck
 from sparsae.experiments.compare.stuck import PATIENCE, stuck_counts, stuck_table
+from sparsae.report.readable import UNKNOWN
 from sparsae.runs.rows import TopologyRow
 from tests.support.records import candidate_row, topology_row
 from tests.support.results import compare_row
@@ -102,6 +104,7 @@ def test_time_to_equal_loss_is_read_from_both_curves() -> None:
     assert fast.train_flops == Measure(own=10, dense=200, ratio=pytest.approx(0.05))
     assert (slow.loss, slow.low) == (5, 0)
     assert slow.steps == Measure(own=20, dense=15, ratio=pytest.approx(20 / 15))
+    assert slow.seconds is not None
     assert slow.seconds.ratio == pytest.approx(2 / 1.5)
     # Seeds are paired, and ratios averaged as ratios are.
     rows += [row("dense", 1, [8, 6, 4], per_step=100), row("fast", 1, [8, 8, 4])]
@@ -158,3 +161,14 @@ def test_connections_that_a_schedule_moved_are_no_candidate() -> None:
     found = stuck_counts([update(i, True, 9.0, 8.0) for i in range(1, 3)] + [topology_row(3, accepted=True)])
     assert found is not None
     assert (found.updates, found.resets) == (3, 0)
+
+
+def test_the_time_of_runs_that_trained_together_is_no_runs_own() -> None:
+    """Neither where both were stacked nor where one was: the column says that it is not known."""
+    rows = [row("dense", 0, [8, 6, 4]), replace(row("fast", 0, [8, 4, 2]), stacked=True)]
+    (entry,) = equal_loss(rows)
+    assert entry.seconds is None
+    assert entry.steps.ratio == pytest.approx(0.5)
+    table = equal_loss_table([entry])
+    assert table is not None
+    assert table.rows[0][-1] == UNKNOWN

@@ -303,3 +303,31 @@ def test_rows_under_a_further_match_win_nothing_and_stop_no_winner() -> None:
     rows = contrasted(2, static=[3.0, 3.0], good=[2.0, 2.0])
     beside = [replace(entry, method="good@steps", beside=True) for entry in rows if entry.method == "good"]
     assert conclusions([*rows, *beside], "test_loss")[0].winner == "good"
+
+
+class TestDiverged:
+    """A method of which a run diverged is neither better nor worse: what is left of it is no fair sample."""
+
+    def of(self, method: str, loss: float, *lost: int) -> list[Row]:
+        return [row(method, n, loss + 0.001 * (n % 2), diverged=n in lost) for n in range(5)]
+
+    def test_neither_side_of_a_difference_may_have_diverged(self) -> None:
+        planned = [("good", "static")]
+        for rows in (
+            [*self.of("static", 3.5), *self.of("good", 3.4, 2, 3)],
+            [*self.of("static", 3.5, 2, 3), *self.of("good", 3.4)],
+        ):
+            entries = {entry.method: entry for entry in summarize(rows, "static", "validation_loss", planned)}
+            assert entries["good"].difference is not None
+            assert entries["good"].difference.n == 3
+            assert entries["good"].verdict == "undecided"
+            (contrast,) = contrasts(rows, "validation_loss", planned)
+            assert contrast.difference is not None
+            assert contrast.verdict == "undecided"
+
+    def test_nothing_is_better_than_every_other_where_one_diverged(self) -> None:
+        rows = [*self.of("static", 3.5), *self.of("good", 3.4)]
+        assert conclusions(rows, "validation_loss")[0].winner == "good"
+        assert conclusions([*rows, *self.of("lost", 3.0, *range(5))], "validation_loss")[0].winner is None
+        beside = [replace(entry, beside=True) for entry in self.of("lost@tokens", 3.0, 0)]
+        assert conclusions([*rows, *beside], "validation_loss")[0].winner == "good"

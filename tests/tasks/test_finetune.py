@@ -254,3 +254,9 @@ def test_a_missing_library_is_named(place: Path, tmp_path: Path, monkeypatch: py
     assert main(command(place, "--task", "sst2", "--out", str(tmp_path / "out"))) == 2
     assert "pip install 'sparsae[tasks]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_diverges_is_no_result(place: Path) -> None:
+    """Losses that are no numbers count: the Trainer would put the mean of those before in their place."""
+    with pytest.raises(InputError, match=r"sst2: training diverged: lower --learning-rate 1e\+30"):
+        finetune(place / "sparse", data(place), "frozen", 0, settings(place, learning_rate=1e30), lambda: None)

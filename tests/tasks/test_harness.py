@@ -12,7 +12,7 @@ from sparsae.cli import main
 from sparsae.errors import InputError
 from sparsae.evaluate.export import export_run
 from sparsae.nn.linear import sparse_layers
-from sparsae.tasks.harness import _known
+from sparsae.tasks.harness import _known, _scores
 from sparsae.train.run import start
 from tests.support.lm_eval import write_tasks
 from tests.support.runs import config_of, write_text
@@ -109,6 +109,7 @@ def test_a_table_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--limit", "3"], ["--limit", "--tasks"]),
         (["--include-path", "x"], ["--include-path", "--tasks"]),
         (["--tasks", "toy_word", "--device", "tpu"], ["--device", "tpu"]),
+        (["--tasks", " , "], ["--tasks", "at least one name"]),
         (["--tasks", "toy_word", "--include-path", "missing"], ["--include-path", "missing"]),
     ],
 )
@@ -150,3 +151,10 @@ def test_data_that_is_gone_is_one_line(place: Path, tmp_path: Path, capsys: pyte
     given = ["evaluate", str(place / "run"), "--include-path", str(tmp_path / "tasks"), "--tasks", "toy_word"]
     assert main([*given, "--json", "-"]) == 2
     assert "the data of toy_word cannot be had" in capsys.readouterr().err
+
+
+def test_questions_of_a_group_are_those_of_its_groups() -> None:
+    groups = {"all": ["some", "one"], "some": ["two", "three"], "one": []}
+    samples = {name: {"effective": n} for name, n in (("one", 1), ("two", 2), ("three", 4))}
+    found = {"group_subtasks": groups, "n-samples": samples, "n-shot": {}}
+    assert {name: _scores(name, {}, found).questions for name in groups} == {"all": 7, "some": 6, "one": 1}

@@ -128,7 +128,7 @@ def compare(
         preset, seeds, sparsities, match, budget, reference, learning_rates, tuning_share, tuning_extensions
     )
     if compared is not None:
-        options["--methods"] = ("methods", names_in(compared))
+        options["--methods"] = ("methods", names_in("--methods", compared))
     if not stack and stack_size != STACK:
         raise InputError("--stack-size is for runs that train together: give --stack too")
     size = stack_size if stack else None
@@ -158,7 +158,7 @@ def ablate(
     json_file: JsonFile = None,
 ) -> None:
     """Take a method apart: itself without one of its parts, or with another in its place."""
-    variants = ablation_variants(method, None if names is None else names_in(names))
+    variants = ablation_variants(method, None if names is None else names_in("--variants", names))
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {
         "ablate": ("kind", "ablation"),
@@ -193,13 +193,14 @@ def sensitivity(
     """How the micro-batch that scores candidates matters: their ranking, acceptance, final loss."""
     if method not in methods():
         raise InputError(f"--method: {unknown_name('method', method, methods())}")
-    for mode in names_in(modes):
+    drawn = names_in("--modes", modes)
+    for mode in drawn:
         if mode not in MODES:
             raise InputError(f"--modes: no mode {shown(mode)}; {nearest(mode, MODES)}")
     counts = [int(count) for count in numbers_in("--sequences", sequences, int)]
     if min(counts) < 1:
         raise InputError(f"--sequences: must be at least 1, not {min(counts)}")
-    variants = sensitivity_variants(method, counts, names_in(modes))
+    variants = sensitivity_variants(method, counts, drawn)
     options = _options(preset, seeds, sparsities, match, budget, None, learning_rates, tuning_share, tuning_extensions)
     options |= {
         "sensitivity": ("kind", "sensitivity"),
@@ -270,7 +271,7 @@ def grid_options(
         "preset": preset,
         "method": method,
         "heads": heads,
-        "parameterizations": if_given(parameterizations, names_in),
+        "parameterizations": if_given(parameterizations, partial(names_in, "--parameterizations")),
         "widths": if_given(widths, partial(numbers_in, "--widths", kind=int)),
         "sparsities": if_given(sparsities, partial(numbers_in, "--sparsities", kind=float)),
         "seeds": if_given(seeds, seeds_in),

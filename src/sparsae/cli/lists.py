@@ -11,17 +11,16 @@ from sparsae.errors import InputError
 G = TypeVar("G")
 
 
-def names_in(text: str) -> list[str]:
-    """The entries of a list with commas between."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def names_in(option: str, text: str, what: str = "name") -> list[str]:
+    """The entries of a list with commas between. Raises InputError for an empty list."""
+    if names := [name.strip() for name in text.split(",") if name.strip()]:
+        return names
+    raise InputError(f"{option}: give at least one {what}, or leave it out")
 
 
 def numbers_in(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
     """The numbers of a list with commas between. Raises InputError for what is none, and for an empty list."""
-    words = names_in(text)
-    if not words:
-        raise InputError(f"{option}: give at least one number, or leave it out")
-    return [_number(option, word, kind) for word in words]
+    return [_number(option, word, kind) for word in names_in(option, text, "number")]
 
 
 def if_given(text: str | None, read: Callable[[str], G]) -> G | None:

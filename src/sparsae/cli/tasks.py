@@ -68,7 +68,7 @@ def evaluate(
 
             scores = ask(
                 run,
-                names_in(tasks),
+                names_in("--tasks", tasks),
                 teacher=teacher,
                 best=best,
                 include=include_path or [],
@@ -146,9 +146,9 @@ def finetune(
     """Fine-tune a run's model on tasks, with several seeds. Started again, it goes on."""
     refuse_unwritable("--json", json_file)
     given = {
-        "names": names_in(task),
+        "names": names_in("--task", task),
         "data": data,
-        "topology": None if topology is None else names_in(topology),
+        "topology": None if topology is None else names_in("--topology", topology),
         "seeds": None if seeds is None else seeds_in(seeds),
         "epochs": epochs,
         "learning_rate": learning_rate,

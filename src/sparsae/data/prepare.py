@@ -27,7 +27,7 @@ from sparsae.data.corpus import (
 )
 from sparsae.data.entry import entry_of, is_whole, make_entry, seal
 from sparsae.data.mixture import Mixture
-from sparsae.data.tokenizer import TRAINING_BYTES, train_tokenizer
+from sparsae.data.tokenizer import TRAINING_BYTES, first_bytes, train_tokenizer
 from sparsae.errors import InputError
 
 
@@ -66,11 +66,16 @@ def _shared_tokenizer(config: DataConfig, alone: Sequence[DataConfig], report: P
         "tokenizer": trained_as(config),
         "sources": [content_of(each) for each in alone],
         "weights": weights,
+        "cut": "each to its share",
     }
 
     def write(unfinished: Path) -> None:
         budgets = [math.ceil(TRAINING_BYTES * weight / sum(weights)) for weight in weights]
-        texts = [training_texts(each, budget, report) for each, budget in zip(alone, budgets, strict=True)]
+        # A source is read by whole documents, which may be longer than its share.
+        texts = [
+            first_bytes(training_texts(each, budget, report), budget)
+            for each, budget in zip(alone, budgets, strict=True)
+        ]
         tokenizer = train_tokenizer(
             chain.from_iterable(texts), config.tokenizer_vocab, lambda: report("tokenizer", TRAINING_BYTES, None)
         )

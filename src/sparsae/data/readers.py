@@ -149,7 +149,7 @@ def streamed_objects(remote: Remote) -> Generator[tuple[str, Any]]:
         raise InputError(
             f"{source}: the Hugging Face Hub cannot be reached; check the network or give a file"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{source}: cannot be read: {_first_line(error)}") from None
 
 

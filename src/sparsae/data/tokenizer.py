@@ -135,7 +135,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, waiting: Callable[[],
     """
     import tokenizers
 
-    made = train_bpe(_first_bytes(texts, TRAINING_BYTES), vocab_size, END_OF_TEXT, waiting)
+    made = train_bpe(first_bytes(texts, TRAINING_BYTES), vocab_size, END_OF_TEXT, waiting)
     return _ready(tokenizers.Tokenizer.from_str(made), END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
 
 
@@ -189,7 +189,8 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
         yield text[start:]
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The texts in pieces, of which the first `limit` bytes of UTF-8 are taken."""
     left = limit
     for text in texts:
         for piece in pieces(text):

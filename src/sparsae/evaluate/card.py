@@ -11,9 +11,9 @@ from sparsae.config.schema import Config
 from sparsae.evaluate.loading import LoadedRun
 from sparsae.families import FAMILIES
 from sparsae.nn.linear import sparse_layers
-from sparsae.runs.rows import ValidationRow
+from sparsae.runs.rows import ValidationRow, perplexity
+from sparsae.runs.summary import Origin
 from sparsae.train.progress import readable_perplexity
-from sparsae.train.validation import perplexity
 
 _CARD = """---
 library_name: transformers
@@ -24,7 +24,7 @@ tags:
 
 # {name}
 
-A {family} language model of {parameters:,} weights. {what}. It was trained from scratch with
+A {family} language model of {parameters:,} weights. {what}. It was trained {from_what} with
 Sparsae {version}. It follows no instructions: it continues text like that which it read.
 
 | | |
@@ -91,6 +91,7 @@ def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
             parameters=sum(parameter.numel() for parameter in loaded.model.parameters()) + weights - active,
             what=sparse if layers else "All of them exist",
             version=__version__,
+            from_what=_began_with(loaded),
             facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
             text="\n".join(map(_weighed, config.data.texts)) if config.data.sources else _named(config.data.source),
             measured=_measured(loaded, teacher),
@@ -101,6 +102,14 @@ def model_card(loaded: LoadedRun, teacher: bool, form: str) -> str:
         ).rstrip()
         + "\n"
     )
+
+
+def _began_with(loaded: LoadedRun) -> str:
+    manifest = loaded.run.manifest()
+    if manifest is None or not manifest.started_from:
+        return "from scratch"
+    source = Origin(**manifest.started_from)
+    return f"from {'another run' if source.run else 'another model'}'s weights ({PurePath(source.path).name})"
 
 
 def _by_quota(config: Config) -> str:

@@ -27,10 +27,10 @@ from sparsae.nn.choice import linear_layers
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.pruning import Prunable, global_zeros, prunable, uniform_zeros
 from sparsae.runs.recognized import is_pretrained
+from sparsae.runs.rows import perplexity
 from sparsae.train.model import choice_of, choose_device
 from sparsae.train.objective import Objective
 from sparsae.train.pretrained import at_best, read_model
-from sparsae.train.validation import perplexity
 
 Allocation = Literal["uniform", "global"]
 ALLOCATIONS: Mapping[Allocation, Callable[[Sequence[Prunable], float], list[int]]] = {

@@ -15,9 +15,9 @@ from torch import Tensor
 from sparsae.data import Progress, prepare, tokenize_text
 from sparsae.errors import InputError
 from sparsae.evaluate.loading import LoadedRun, load_run
+from sparsae.runs.rows import perplexity
 from sparsae.train.held_out import split_held_out
 from sparsae.train.objective import Objective
-from sparsae.train.validation import perplexity
 
 
 def evaluate_run(
@@ -36,10 +36,9 @@ def evaluate_run(
     """
     loaded = load_run(path, teacher, best)
     tokens, text_bytes, documents = held_out_text(loaded, data, progress)
-    total = len(tokens)
-    if max_tokens is not None and total > max_tokens:
-        text_bytes = round(text_bytes * max_tokens / total)
+    if max_tokens is not None and len(tokens) > max_tokens:
         tokens = tokens[:max_tokens]
+        text_bytes, documents = _size(tokens, loaded)
     if len(tokens) < 2:
         raise InputError(f"{data or 'the held-out text'} has {len(tokens)} tokens: nothing to predict")
     nats, count = 0.0, 0
@@ -84,11 +83,15 @@ def held_out_text(
         raise InputError("the run's text has changed since it was trained: name a text with --data")
     # The rest has scored candidates: the topology was chosen on it.
     reported = split_held_out(corpus.validation, loaded.config.model.context)[0][:]
-    size = len(loaded.tokenizer.decode(reported.tolist()).encode())
-    ends = np.flatnonzero(reported == loaded.tokenizer.eos_id)
-    # A document that is cut off by the division counts too.
-    begun = len(ends) == 0 or ends[-1] != len(reported) - 1
-    return reported, size, len(ends) + int(begun)
+    return reported, *_size(reported, loaded)
+
+
+def _size(tokens: npt.NDArray[np.int64], loaded: LoadedRun) -> tuple[int, int]:
+    """Bytes of UTF-8 and documents; one that is cut off counts too."""
+    size = len(loaded.tokenizer.decode(tokens.tolist()).encode())
+    ends = np.flatnonzero(tokens == loaded.tokenizer.eos_id)
+    begun = len(ends) == 0 or ends[-1] != len(tokens) - 1
+    return size, len(ends) + int(begun)
 
 
 def windows(tokens: npt.NDArray[np.int64], context: int, batch: int) -> Iterator[Tensor]:

@@ -126,8 +126,3 @@ def _refuse_other_layers(run: RunDirectory, topologies: Sequence[TopologyRow]) -
 def or_nan(value: float | None) -> float:
     """A number that may be missing, as NaN there: a curve has a gap."""
     return math.nan if value is None else value
-
-
-def perplexity(loss: float) -> float:
-    """Of a loss in nats; infinite where it is too large to be told."""
-    return math.exp(loss) if loss < 700 else math.inf

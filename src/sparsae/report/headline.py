@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from sparsae.report.data import RunData, or_nan, perplexity
+from sparsae.report.data import RunData, or_nan
 from sparsae.report.markup import Tile
 from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent
+from sparsae.runs.rows import perplexity
 
 
 def headline(run: RunData) -> list[Tile]:

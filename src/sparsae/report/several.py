@@ -20,12 +20,12 @@ from sparsae.config.held_out import OF_SEQUENCES, held_out
 from sparsae.config.text import inline
 from sparsae.errors import InputError
 from sparsae.report import markup
-from sparsae.report.data import RunData, or_nan, perplexity, read_run
+from sparsae.report.data import RunData, or_nan, read_run
 from sparsae.report.looks import Look, keys, looks
 from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent
 from sparsae.report.svg import COLOURS, Panel, axes, curve, panel
 from sparsae.runs.directory import RunDirectory, read_state
-from sparsae.runs.rows import TopologyRow, TrainRow
+from sparsae.runs.rows import TopologyRow, TrainRow, perplexity
 
 _MOST = 26  # letters for their texts; looks come round again after 32
 Points = tuple[list[float], list[float]]

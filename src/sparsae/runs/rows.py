@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ __all__ = [
     "TopologyRow",
     "TrainRow",
     "ValidationRow",
+    "perplexity",
     "read_row",
 ]
 
@@ -104,3 +106,8 @@ def read_row(content: Mapping[str, object], origin: str) -> Row:
     if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"{origin}: kind: no row of metrics is {shown(kind)}; {nearest(str(kind), KINDS)}")
     return decode(KINDS[kind], {name: value for name, value in content.items() if name != "kind"}, origin)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

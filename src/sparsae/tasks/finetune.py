@@ -139,6 +139,7 @@ def _trainer(
         bf16=bfloat16,
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would put the mean of the losses before in the place of one that is none
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -175,6 +175,13 @@ def _scores(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> A
         error = values.get(f"{metric}_stderr,{variant}")
         told = metric if variant == "none" else f"{metric}, {variant}"
         metrics[told] = Metric(value=float(value), stderr=float(error) if isinstance(error, int | float) else None)
-    members = found.get("group_subtasks", {}).get(name) or [name]
-    questions = sum(found["n-samples"][task]["effective"] for task in members if task in found["n-samples"])
+    samples = found["n-samples"]
+    members = _members(name, found.get("group_subtasks", {}))
+    questions = sum(samples[task]["effective"] for task in members if task in samples)
     return Answered(metrics=metrics, questions=questions, fewshot=found["n-shot"].get(name))
+
+
+def _members(name: str, groups: Mapping[str, Sequence[str]]) -> set[str]:
+    """The tasks of a group, of its groups too; of a task itself."""
+    inner = groups.get(name)
+    return {name} if not inner else set().union(*(_members(each, groups) for each in inner))

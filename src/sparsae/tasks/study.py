@@ -29,7 +29,7 @@ from sparsae.tasks.record import MeanScore, Outcome, Score, TaskResults, TaskRow
 from sparsae.tasks.settings import FinetuneConfig, TopologyMode
 
 _RESULTS = "results.json"
-_FORMAT = 1  # of what is written; another one does everything again
+_FORMAT = 2  # of what is written; another one does everything again
 
 
 @dataclass(frozen=True)

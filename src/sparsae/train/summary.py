@@ -13,11 +13,11 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import Position
+from sparsae.runs.rows import perplexity
 from sparsae.runs.summary import Divergence, Origin, Summary
 from sparsae.train.loop import Trainer
 from sparsae.train.memory import peak_bytes
 from sparsae.train.progress import readable_perplexity
-from sparsae.train.validation import perplexity
 
 
 def summarize(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsae.config.training import TrainingConfig
-from sparsae.runs.rows import ValidationRow
+from sparsae.runs.rows import ValidationRow, perplexity
 from sparsae.train.account import Account
 from sparsae.train.objective import Objective
 
@@ -73,8 +73,3 @@ class Validation:
         self.loss, self.untrained = (math.nan if (x := state[k]) is None else x for k in ("loss", "untrained"))
         self.teacher_loss = state["teacher_loss"]
         self.best = None if (best := state.get("best")) is None else (best[0], best[1])
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -19,7 +19,8 @@ def equal_loss(rows: Sequence[Row]) -> tuple[EqualLossRow, ...]:
     For each seed the loss is the higher one of the two final validation losses, so that both have it; each gets there
     where its validation curve first does, by linear interpolation. An entry has the mean `loss`, in how many of the
     `seeds` the method ended at least as `low` as dense, and for steps, train_flops and seconds the means of what the
-    method (`own`) and the dense model (`dense`) took, and the geometric mean of their `ratio`.
+    method (`own`) and the dense model (`dense`) took, and the geometric mean of their `ratio`. Where any run
+    was stacked no seconds are told: its time is that of all runs together.
     """
     dense: dict[tuple[float, int], Row] = {}
     named: dict[float, str] = {}
@@ -48,7 +49,7 @@ def equal_loss_table(entries: Sequence[EqualLossRow]) -> Table | None:
                 f"{entry.low} of {entry.seeds}",
                 _cell(entry.steps, lambda x: f"{x:,.0f}"),
                 _cell(entry.train_flops, compact),
-                _cell(entry.seconds, duration),
+                UNKNOWN if entry.seconds is None else _cell(entry.seconds, duration),
             ]
         )
     title = (
@@ -76,6 +77,7 @@ def _of_pairs(pairs: Sequence[tuple[Row, Row]], sparsity: float, method: str, ag
             else None,
         )
 
+    is_stacked = any(row.stacked for pair in pairs for row in pair)
     return EqualLossRow(
         sparsity=sparsity,
         method=method,
@@ -85,7 +87,7 @@ def _of_pairs(pairs: Sequence[tuple[Row, Row]], sparsity: float, method: str, ag
         low=sum(own <= dense for own, dense in ends),
         steps=took(lambda point: point.step),
         train_flops=took(lambda point: point.train_flops),
-        seconds=took(lambda point: point.seconds),
+        seconds=None if is_stacked else took(lambda point: point.seconds or 0.0),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -166,14 +165,14 @@ def tuning_curves(tuning: Sequence[TuningRow], look: Mapping[str, Look], sparsit
             for x, y in curve:
                 if x == last[name].best:
                     ax.plot([x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=COLOURS["ink"])
-        ax.set_xscale("log")
+        ax.set_xscale("log" if values[0] > 0 else "linear")
         ax.set_xticks(values, list(map(in_short, values)))
         ax.xaxis.set_minor_formatter(NullFormatter())
 
     chosen = {name: "its own" if entry.best is None else in_short(entry.best) for name, entry in last.items()}
     text = "; ".join(f"{name} chose {value}" for name, value in chosen.items())
     return panel(
-        f"tuning-{name_of.replace(' ', '-')}-{_suffix(sparsity)}",
+        f"tuning-{setting.replace('.', '-').replace('_', '-')}-{_suffix(sparsity)}",
         f"Trials: {name_of} · {sparsity_text(sparsity)} sparse",
         f"Validation loss of the trials against the {name_of} at {sparsity_text(sparsity)} sparsity: {text}.",
         draw,
@@ -229,10 +228,10 @@ def cost_bars(rows: Sequence[Row], sparsity: float, unit: Literal["FLOPs", "time
 
 
 Movement = Literal["turnover", "distance", "itop"]
-_MOVEMENTS: Mapping[Movement, tuple[str, str, Callable[[TopologyRow, float], float]]] = {
-    "turnover": ("Turnover", "swaps, share of connections", lambda u, nnz: u.swaps / nnz if nnz else math.nan),
-    "distance": ("Distance to the first topology", "share of connections", lambda u, nnz: u.hamming_start),
-    "itop": ("Positions ever active (ITOP rate)", "share of all positions", lambda u, nnz: u.itop_rate),
+_MOVEMENTS: Mapping[Movement, tuple[str, str, Callable[[TopologyRow], float]]] = {
+    "turnover": ("Turnover", "share of connections that are new", lambda u: u.hamming_last),
+    "distance": ("Distance to the first topology", "share of connections", lambda u: u.hamming_start),
+    "itop": ("Positions ever active (ITOP rate)", "share of all positions", lambda u: u.itop_rate),
 }
 
 
@@ -248,8 +247,7 @@ def telemetry(
     for name, run in runs.items():
         rows = run.updates if kind == "turnover" else run.topologies
         if run.updates:
-            nnz = sum(layer.nnz for layer in run.topologies[0].layers.values())
-            lines[name] = ([u.step / max(1, run.last_step) for u in rows], [value(u, nnz) for u in rows])
+            lines[name] = ([u.step / max(1, run.last_step) for u in rows], list(map(value, rows)))
     if not lines:
         return None
 

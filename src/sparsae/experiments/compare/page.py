@@ -60,8 +60,8 @@ def body(results: Results, out: Path) -> str:
         "strategy": ("Strategy", strategy_section(results, {key: run.path for key, run in runs.items()})),
         "cost": ("Cost", _cost(results)),
         "tuning": ("Tuning", _tuning(results)),
-        "settings": ("Settings", _settings(results, runs)),
-        "reading": ("How to read it", _reading(results)),
+        "settings": ("Settings", _settings(runs)),
+        "reading": ("How to read it", _reading()),
     }
     parts = {name: part for name, part in parts.items() if part[1]}
     links = "".join(f'<li><a href="#{name}">{label}</a></li>' for name, (label, _) in parts.items())
@@ -85,10 +85,12 @@ def body(results: Results, out: Path) -> str:
 
 
 def _headline(results: Results) -> list[Tile]:
-    rows, tuning = results.rows, results.tuning
+    tuning, beside = results.tuning, {row.method for row in results.rows if row.beside}
+    rows = list({row.run: row for row in results.rows}.values())  # equal settings are one run
     tiles = []
     for entry in results.conclusions:
-        losses = {e.method: e.loss(results.judged_by) for e in results.summary if e.sparsity == entry.sparsity}
+        mine = (e for e in results.summary if e.sparsity == entry.sparsity and e.method not in beside)
+        losses = {e.method: e.loss(results.judged_by) for e in mine}
         known = {method: interval for method, interval in losses.items() if interval}
         best = min(known, key=lambda method: known[method].mean, default=None)
         lowest = f"lowest mean: {best}, {interval_text(known[best])}" if best else ""
@@ -267,7 +269,7 @@ def _steps(group: TuningRow) -> str:
     return "-".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))) if steps else UNKNOWN
 
 
-def _settings(results: Results, runs: Mapping[tuple[str, float], RunData]) -> str:
+def _settings(runs: Mapping[tuple[str, float], RunData]) -> str:
     if not runs:  # of a page that is written from the numbers alone
         return ""
     flat = {key: dict(_leaves(run.config)) for key, run in runs.items()}
@@ -289,7 +291,7 @@ def _settings(results: Results, runs: Mapping[tuple[str, float], RunData]) -> st
     )  # fmt: skip
 
 
-def _reading(results: Results) -> str:
+def _reading() -> str:
     lead = "What the numbers are, and what they are not."
     entries = [
         "Runs of one seed see the same data in the same order: differences are taken seed by seed.",

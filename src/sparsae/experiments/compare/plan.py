@@ -281,7 +281,6 @@ class ComparisonPlan(BasePlan):
         sparsity: float,
         seed: int,
         point: Point | None = None,
-        steps: int | None = None,
         on_idle: Callable[[Mapping[str, str]], None] | None = None,
     ) -> Config:
         """The settings of one run, at a point of its tuning. Raises InputError for settings that are wrong.
@@ -295,8 +294,6 @@ class ComparisonPlan(BasePlan):
         for setting, value in (point or {}).items():
             key = ("learning_rates",) if setting == LEARNING_RATE else ("grid", setting)
             options[self.place("tuning", *key)] = (setting, value)
-        if steps is not None:
-            options["steps"] = ("training.steps", steps)
         named = variant.partition("@")[0]
         own = self.origin("variants", named, "settings")
         trees = [(self.settings, self.origin("settings")), (chosen.settings, own)]

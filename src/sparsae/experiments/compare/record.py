@@ -20,12 +20,12 @@ Loss = Literal["test_loss", "validation_loss"]
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """A validation of a run, and what the run had spent by then."""
+    """A validation of a run, and what the run had spent by then; no seconds of one that trained with others."""
 
     step: int
     tokens: int
     train_flops: int
-    seconds: float
+    seconds: float | None
     loss: float
 
 
@@ -243,7 +243,7 @@ class EqualLossRow:
     low: int
     steps: Measure
     train_flops: Measure
-    seconds: Measure
+    seconds: Measure | None
 
 
 @dataclass(frozen=True, kw_only=True)

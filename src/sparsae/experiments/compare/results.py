@@ -145,7 +145,7 @@ def _row(plan: ComparisonPlan, out: Path, cell: Cell, together: set[str]) -> Row
         beside=cell.variant not in plan.named_variants,
         base_method=plan.all_variants[cell.variant].method,
         run=cell.job.name,
-        curve=tuple(_point(entry) for entry in metrics if isinstance(entry, ValidationRow)),
+        curve=tuple(_point(entry, is_stacked) for entry in metrics if isinstance(entry, ValidationRow)),
         stuck=stuck_counts(topologies),
         tasks=task_rows(run) if plan.tasks is not None else None,
         ranking=rank_agreement(topologies) if done and done.study_flops else None,
@@ -166,14 +166,16 @@ def _of_a_finished_run(done: Summary | None, config: Config) -> dict[str, Any]:
     }
 
 
-def _point(row: ValidationRow) -> CurvePoint:
-    return CurvePoint(step=row.step, tokens=row.tokens, train_flops=row.train_flops, seconds=row.seconds, loss=row.loss)
+def _point(row: ValidationRow, is_stacked: bool) -> CurvePoint:
+    seconds = None if is_stacked else row.seconds
+    return CurvePoint(step=row.step, tokens=row.tokens, train_flops=row.train_flops, seconds=seconds, loss=row.loss)
 
 
 def _tuning(out: Path, search: Search, together: set[str]) -> TuningRow:
     trials = {key_of(trial.point): trial for trial in search.trials}
     config = next((t.job.config for t in search.trials if t.point == search.found.point), search.trials[0].job.config)
-    edges = [look for look in search.found.looks if look.at_edge]
+    last = {look.setting: look for look in search.found.looks}  # it may have been looked along in several rounds
+    edges = [look for look in last.values() if look.at_edge]
     # Points of equal settings are one run, which is named by the first of them.
     by_run = {trial.job.name: trial for trial in reversed(search.trials)}
     rows = tuple(_trial(out, trial, together) for trial in search.trials if by_run[trial.job.name] is trial)

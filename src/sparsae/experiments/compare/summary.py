@@ -63,7 +63,11 @@ def summarize(
             entries.append(replace(entry, planned=frozenset((entry.method, reference)) in pairs))
     further = {row.method: row.match for row in rows if row.beside}
     entries = _adjusted(entries, [further.get(entry.method) for entry in entries])
-    return tuple(replace(entry, verdict=verdict_of(entry, entry.method == reference)) for entry in entries)
+    unknown = {entry.sparsity for entry in entries if entry.method == reference and entry.diverged}
+    return tuple(
+        replace(entry, verdict=verdict_of(entry, entry.method == reference, entry.sparsity in unknown))
+        for entry in entries
+    )
 
 
 def _adjusted(entries: Sequence[SummaryRow], families: Sequence[str | None]) -> list[SummaryRow]:
@@ -84,10 +88,12 @@ def contrasts(rows: Sequence[Row], loss: Loss, planned: Sequence[tuple[str, str]
     """The planned differences, a less b, at each sparsity, each by its own paired test."""
     found = []
     for sparsity in dict.fromkeys(row.sparsity for row in rows):
-        losses = losses_of([row for row in rows if row.sparsity == sparsity], loss)
+        mine = [row for row in rows if row.sparsity == sparsity]
+        losses, failed = losses_of(mine, loss), diverged(mine)
         for a, b in planned:
             difference = paired_difference(losses.get(a, {}), losses.get(b, {}))
-            verdict: Verdict = "undecided" if difference is None else difference.verdict
+            is_known = difference is not None and failed.isdisjoint((a, b))
+            verdict: Verdict = difference.verdict if difference and is_known else "undecided"
             found.append(Contrast(sparsity=sparsity, a=a, b=b, difference=_paired(difference), verdict=verdict))
     return tuple(found)
 
@@ -102,17 +108,20 @@ def losses_of(rows: Iterable[Row], loss: Loss) -> dict[str, dict[int, float]]:
 
 
 def conclusions(rows: Sequence[Row], loss: Loss) -> tuple[Conclusion, ...]:
-    """For each sparsity the method that is better than every other, or None; one that ever diverged is not.
+    """For each sparsity the method that is better than every other, or None: where any diverged nobody knows.
 
     Rows under a further match are beside the comparison.
     """
     found = []
     for sparsity in dict.fromkeys(row.sparsity for row in rows):
-        mine = [row for row in rows if row.sparsity == sparsity]
-        failed = {row.method for row in mine if row.diverged}
-        best = winner(losses_of((row for row in mine if not row.beside), loss))
-        found.append(Conclusion(sparsity=sparsity, winner=None if best in failed else best))
+        mine = [row for row in rows if row.sparsity == sparsity and not row.beside]
+        found.append(Conclusion(sparsity=sparsity, winner=None if diverged(mine) else winner(losses_of(mine, loss))))
     return tuple(found)
+
+
+def diverged(rows: Iterable[Row]) -> set[str]:
+    """The methods of which a run diverged: those that are left of theirs decide nothing."""
+    return {row.method for row in rows if row.diverged}
 
 
 def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
@@ -130,7 +139,8 @@ def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
     ]
     if edges:
         found.append(
-            f"the best value is at the edge of the grid, which tuning.extensions did not let go on: {', '.join(edges)}"
+            "the best value is at the edge of what was tried, and tuning.extensions or its own bounds did not "
+            f"let tuning go on: {', '.join(edges)}"
         )
     for row in results.rows:
         where = f"{row.method} at sparsity {row.sparsity:g}, seed {row.seed}"
@@ -229,12 +239,12 @@ def _of_one_sparsity(
         )
 
 
-def verdict_of(entry: SummaryRow, is_reference: bool) -> Verdict:
+def verdict_of(entry: SummaryRow, is_reference: bool, reference_diverged: bool = False) -> Verdict:
     """What an entry's difference says. Nothing is decided by the runs that are left where others diverged."""
     p = decisive_p(entry)
     if is_reference:
         return "reference"
-    if entry.difference is None or p is None or p >= 1.0 - CONFIDENCE or entry.diverged:
+    if entry.difference is None or p is None or p >= 1.0 - CONFIDENCE or entry.diverged or reference_diverged:
         return "undecided"
     return "better" if entry.difference.mean < 0 else "worse"
 
