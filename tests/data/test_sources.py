@@ -6,6 +6,7 @@ import lzma
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import pytest
@@ -285,3 +286,15 @@ def test_the_home_of_nobody_is_a_place_that_does_not_exist():
     assert str(cache_root("~nobody-here/x")) == "~nobody-here/x"
     with pytest.raises(InputError, match=r"data\.cache: 'a\\x00b' is no path"):
         cache_root("a\0b")
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError("ended before the marker"), lzma.LZMAError("corrupt"), zlib.error("corrupt"), gzip.BadGzipFile()]
+)
+def test_a_damaged_file_of_a_remote_dataset_is_one_line(monkeypatch, error):
+    def rows():
+        yield {"text": TEXTS[0]}
+        raise error
+
+    fake_datasets(monkeypatch, lambda *_, **__: rows())
+    assert "hf:org/name: cannot be read: " in refusal("hf:org/name", "text")

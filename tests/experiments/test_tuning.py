@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsae.config.load import resolve
 from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.earlier import of_now
 from sparsae.experiments.compare.plan import ComparisonPlan
+from sparsae.experiments.compare.results import Search, Trial, _tuning
 from sparsae.experiments.compare.summary import summarize
 from sparsae.experiments.compare.tuning import Axis, Found, Point, key_of, search
+from sparsae.experiments.jobs import Job
 from sparsae.experiments.plan import parse_plan
 from tests.support.results import compare_row
 
@@ -272,3 +276,19 @@ def test_what_no_version_wrote_is_told_in_one_line(part: dict[str, Any]) -> None
     with pytest.raises(InputError, match=r"^here: .*the file is damaged") as caught:
         of_now({**old, **part}, "here")
     assert "\n" not in str(caught.value)
+
+
+def test_an_edge_is_that_of_the_last_look_along_a_setting(tmp_path: Path) -> None:
+    """Of several rounds: an earlier look, at other settings, says nothing any more, and nothing is told twice."""
+
+    def loss(point: Point) -> float:
+        best = 2.0 if SCALE.setting in point else 3.0  # at the edge in the first round alone
+        return (point.get(RATE.setting, 9.0) - best) ** 2 - 10 * point.get(SCALE.setting, 0.0)
+
+    axes = [Axis(RATE.setting, (1.0, 2.0, 3.0)), Axis(SCALE.setting, (0.1, 0.2, 0.3))]
+    found = search(axes, 2, 0, loss, lambda point: True)
+    config = resolve(None, "demo", "static")
+    trials = [Trial(point, Job(f"tuning/{n}", config, 1)) for n, point in enumerate(found.tried())]
+    row = _tuning(tmp_path, Search("static", 0.9, found, trials), set())
+    assert [look.at_edge for look in found.looks if look.setting == RATE.setting] == [True, False]
+    assert row.edges == (SCALE.setting,)

@@ -116,6 +116,10 @@ def test_a_run_continues_the_best_checkpoint_of_a_trainers_directory(
     command = ["train", "--from", str(trained), "--best", "--out", str(out), "--steps", "1", *short, *data]
     assert main(command) == 0
     assert read_json(out / "summary.json")["started_from"]["path"] == str(trained / "checkpoint-3")
+    assert main(["export", str(out), "--to", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "It was trained from another model's weights (checkpoint-3) with" in card
+    assert "from scratch" not in card
 
 
 def test_of_a_directory_that_no_trainer_wrote_there_is_no_best(tokenizer: Path, tmp_path: Path) -> None:
