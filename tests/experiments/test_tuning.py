@@ -15,13 +15,16 @@ from sparsae.config.load import resolve
 from sparsae.core.record import encode
 from sparsae.errors import InputError
 from sparsae.experiments.compare.earlier import of_now
+from sparsae.experiments.compare.lengths import Jobs
 from sparsae.experiments.compare.plan import ComparisonPlan
 from sparsae.experiments.compare.results import Search, Trial, _tuning
 from sparsae.experiments.compare.summary import summarize
 from sparsae.experiments.compare.tuning import Axis, Found, Point, key_of, search
 from sparsae.experiments.jobs import Job
 from sparsae.experiments.plan import parse_plan
+from sparsae.train.run import start
 from tests.support.results import compare_row
+from tests.support.runs import config_of, write_text
 
 RATE, SCALE = Axis("training.learning_rate", (1.0, 2.0, 4.0)), Axis("parameterization.initial_scale", (1.0, 2.0))
 
@@ -292,3 +295,16 @@ def test_an_edge_is_that_of_the_last_look_along_a_setting(tmp_path: Path) -> Non
     row = _tuning(tmp_path, Search("static", 0.9, found, trials), set())
     assert [look.at_edge for look in found.looks if look.setting == RATE.setting] == [True, False]
     assert row.edges == (SCALE.setting,)
+
+
+def test_a_trial_that_exists_keeps_its_name_whichever_point_asks_for_it_first(tmp_path: Path) -> None:
+    text, out = write_text(tmp_path / "text"), tmp_path / "out"
+    config, other = (config_of(text, tmp_path / "cache", f"training.steps={n}", method="static") for n in (2, 3))
+    start(config, out / "tuning" / "first", quiet=True)
+    (out / "tuning" / "damaged").mkdir()
+    (out / "tuning" / "damaged" / "config.yaml").write_text("neither: [nor")
+    again = Jobs(out)
+    assert again.add(Job("tuning/second", config, 1)).name == "tuning/first"
+    assert again.add(Job("tuning/third", other, 1)).name == "tuning/third"
+    assert Jobs(out).add(Job("runs/second", config, 1)).name == "runs/second"
+    assert Jobs().add(Job("tuning/second", config, 1)).name == "tuning/second"

@@ -40,7 +40,7 @@ class Comparison:
         self._display = Display(quiet)
         self._vocabularies: dict[str, int] = {}  # by the settings of the text, as JSON
         self.lengths = RunLengths(plan, self._vocabulary)
-        self._jobs = Jobs()
+        self._jobs = Jobs(out)
         self._tasks = read_tasks(plan.tasks) if plan.tasks else []
         self._trials: dict[tuple[str, float, Key], Trial] = {}
         require_effect(plan)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 
 from sparsae.config import DataConfig
+from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import LEARNING_RATE, ComparisonPlan, cells, require_effect, require_one_text
 from sparsae.experiments.compare.tuning import Key, Point, key_of
 from sparsae.experiments.forecast import Planned, merged
 from sparsae.experiments.jobs import Job, job_of
 from sparsae.experiments.matching import Budget, Cost, with_steps
+from sparsae.runs.directory import RunDirectory
 from sparsae.train.model import require_fit
 
 # Settings, by how their names begin, that change no operation.
 _COSTLESS = ("training.learning_rate", "training.sparse_learning_rate", "parameterization.")
+TRIALS = "tuning"  # the folder of trials, below the experiment's
 _LONGEST_POINT = 160  # characters; a file system has 255 for the name of a trial's directory
 
 
@@ -52,10 +57,10 @@ class RunLengths:
         """A run of the length that its budget, or a share of it, allows, at a point of its tuning."""
         cost = self.cost(variant, sparsity, point)
         budget, name = self.budget(variant, sparsity).part(share), f"{variant} at sparsity {sparsity:g}"
-        steps = cost.steps(budget, name, self._advice(is_trial=folder == "tuning"))
+        steps = cost.steps(budget, name, self._advice(is_trial=folder == TRIALS))
         config = with_steps(self.plan.config(variant, sparsity, seed, point), steps)
         name = f"{folder}/{variant}-{sparsity:g}-{seed}"
-        if folder == "tuning":
+        if folder == TRIALS:
             names = {LEARNING_RATE: "lr"}
             where = "".join(f"-{names.get(setting, setting)}{value:.9g}" for setting, value in point.items())
             name += where if len(where) <= _LONGEST_POINT else f"-{blake2b(where.encode(), digest_size=16).hexdigest()}"
@@ -92,7 +97,7 @@ class RunLengths:
 
     def trial(self, variant: str, sparsity: float, point: Point) -> Job:
         """A run that tries a point, of the length of all trials."""
-        return self.job(variant, sparsity, self.plan.tuning.seed, "tuning", point, self.trial_share)
+        return self.job(variant, sparsity, self.plan.tuning.seed, TRIALS, point, self.trial_share)
 
     def _advice(self, *, is_trial: bool = False) -> str:
         """Where the length of a run, or of a trial, was given."""
@@ -123,11 +128,29 @@ class RunLengths:
 
 
 class Jobs:
-    """The jobs of an experiment; equal settings are one run, whatever it is called."""
+    """The jobs of an experiment; equal settings are one run, whatever it is called.
 
-    def __init__(self) -> None:
-        self._by_config: dict[str, Job] = {}
+    out: of an experiment that may have been started before. Which of several points that share a trial was looked at
+    first depends on how far tuning had come: a trial that exists keeps its name.
+    """
+
+    def __init__(self, out: Path | None = None) -> None:
+        self._out, self._by_config = out, dict[str, Job]()
 
     def add(self, job: Job) -> Job:
         """The job that has these settings."""
-        return self._by_config.setdefault(job.config.model_dump_json(), job)
+        settings = job.config.model_dump_json()
+        if settings not in self._by_config:
+            name = self._made.get(settings) if job.name.startswith(f"{TRIALS}/") else None
+            self._by_config[settings] = job if name is None else replace(job, name=name)
+        return self._by_config[settings]
+
+    @cached_property
+    def _made(self) -> dict[str, str]:
+        """The trials that an earlier start has begun, by their settings."""
+        found = {}
+        for path in sorted((self._out / TRIALS).glob("*")) if self._out else ():
+            with suppress(InputError):  # a directory that is damaged is told once it is wanted
+                if (run := RunDirectory(path)).begun():
+                    found[run.config().model_dump_json()] = f"{TRIALS}/{path.name}"
+        return found
