@@ -54,6 +54,7 @@ def test_a_comparison_of_the_results_can_be_made_again(file: Path) -> None:
     plan = read_plan(file, {}, [], ComparisonPlan)
     runs = [(variant, sparsity, seed) for seed, sparsity, variant in cells(plan) if seed == plan.seeds[0]]
     assert runs
+    require_effect(plan)
     require_one_text(plan)
     for variant, sparsity, seed in runs:
         plan.config(variant, sparsity, seed)
@@ -64,5 +65,6 @@ def test_a_sweep_of_the_results_can_be_made_again(file: Path) -> None:
     plan = read_plan(file, {}, [], TransferPlan)
     points = [point for point in plan.points() if point.seed == plan.seeds[0]]
     assert points
+    plan.require_effect()
     for point in points:
         plan.config(point)

@@ -45,6 +45,15 @@ def test_it_says_plainly_whether_evolution_beats_its_placebo(
     assert sentences[0].partition("sparsity: ")[2] in strategy_section(results, {})
 
 
+def test_nothing_is_said_of_what_is_left_where_a_run_diverged() -> None:
+    """Neither of evolution's own nor of the other's: the contrasts of the same page say nothing either."""
+    three: list[float | None] = [4.0, 4.1, 4.2]
+    for evolved, placebo in (([*three, None], [4.1, 4.2, 4.31, 4.4]), ([*three, 4.3], [4.1, 4.2, 4.31, None])):
+        ((sentence, difference),) = verdicts(results_of({"sparsae-evolved": evolved, "sparsae-placebo": placebo}))
+        assert sentence == "90 % sparsity: evolution is not shown to beat its placebo: a run diverged."
+        assert difference is None
+
+
 def test_fixed_numbers_are_held_against_it_by_the_loss_that_is_compared() -> None:
     losses: dict[str, list[float | None]] = {
         "sparsae-evolved": [4.0, 4.1, 4.2],

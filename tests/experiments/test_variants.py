@@ -111,8 +111,9 @@ class TestSensitivity:
         assert (batch.mode, batch.sequences, batch.study) == ("pooled", 16, True)
 
     def test_a_method_that_scores_nothing_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["sensitivity", "--method", "static", "--out", str(tmp_path / "out")]) == 2
-        assert "compares no candidates" in capsys.readouterr().err
+        for method in ("static", "sparsae-one"):
+            assert main(["sensitivity", "--method", method, "--out", str(tmp_path / "out")]) == 2
+            assert f"--method: {method} compares no candidates" in capsys.readouterr().err
 
     def test_the_command_ranks_candidates_on_all_validation_text(self, plan: Path, tmp_path: Path) -> None:
         command = ["sensitivity", str(plan), "--sequences", "1,8", "--modes", "resampled", "--seeds", "2"]

@@ -28,6 +28,7 @@ from sparsae.rules import (
     RiglConfig,
     SetConfig,
     StaticConfig,
+    StrategyConfig,
     build_rule,
 )
 from sparsae.rules.parts.rule import Candidate, NoState, Rule
@@ -236,3 +237,7 @@ def test_a_ramp_in_updates_is_of_each_rules_own_updates() -> None:
     ramped = [GenerationsConfig(every=every, ramp="1 update") for every in (100, 101)]
     rules = {"*.attn.*": build_rule(ramped[0]), "*.mlp.*": build_rule(ramped[1]), "*": build_rule(StaticConfig())}
     assert Several(rules).ramp_steps(Horizon(1000)) == 101
+    strategy = StrategyConfig(fitness="progress", genes={"ramp": (1.0, 1.1)})
+    evolving = build_rule(GenerationsConfig(every=10, ramp="1 update", strategy=strategy))
+    both = Several({"*.attn.*": build_rule(SetConfig(every=100, ramp="1 update")), "*": evolving})
+    assert both.ramp_in_force(both.initial_state(), Horizon(1000)) == 100

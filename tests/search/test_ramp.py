@@ -290,8 +290,36 @@ def test_two_sparsifiers_keep_their_ramps_apart() -> None:
     assert ramps(optimizer) == [50, 0]
     model, optimizer = parts(together=True)
     first = Sparsifier(model[0], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10, ramp=50)))
-    with pytest.raises(InputError, match=r"share a group of the optimizer .* ramp over 50 steps, not 0: give them"):
+    with pytest.raises(InputError, match=r"share a group .* another ramp \(50 steps, not 0\): give them"):
         Sparsifier(model[1], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10)))
     assert ramps(optimizer) == [50]
-    Sparsifier(model[1], optimizer, SparsifierConfig(steps=100, topology=SetConfig(every=10, ramp=50)))
+    same = SparsifierConfig(steps=100, topology=SetConfig(every=10, ramp=50))
+    second = Sparsifier(model[1], optimizer, same, score=lambda step: model[1](torch.ones(2, 12)).square().mean())
+    evolving = StrategyConfig(fitness="progress", genes={"ramp": (1.0, 3.0)})
+    for rule in (
+        SetConfig(every=5, ramp=6),
+        SetConfig(every=5, ramp=50, ramp_first=True),
+        GenerationsConfig(every=10, ramp=50, strategy=evolving),
+    ):
+        with pytest.raises(InputError, match="have another ramp"):
+            second.set_rule(rule)
+        assert (second.config, second.search.rule.ramp, ramps(optimizer)) == (same, 50, [50])  # nothing has changed
     first.close()
+    second.set_rule(SetConfig(every=5, ramp=6))
+    assert ramps(optimizer) == [6]
+
+
+@pytest.mark.parametrize("name", ["torch", "sgd"])
+def test_ages_are_handed_over_to_a_ramp_of_the_first_connections_too_or_of_grown_ones_alone(name: str) -> None:
+    parts = _ramped(name, SetConfig(every=20, ramp=400))
+    _moves(parts, 25)
+    young = parts[2].state_dict()["ramp"]["0"] < 20
+    assert 0 < int(young.sum()) < young.numel()
+    parts[2].set_rule(SetConfig(every=20, ramp=400, ramp_first=True))
+    ages = parts[2].state_dict()["ramp"]["0"]
+    assert set(ages[young].tolist()) == {5}
+    assert set(ages[~young].tolist()) == {25}
+    parts[2].set_rule(SetConfig(every=20, ramp=400))
+    ages = parts[2].state_dict()["ramp"]["0"]
+    assert set(ages[young].tolist()) == {5}
+    assert int(ages[~young].min()) > 400

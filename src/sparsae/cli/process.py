@@ -26,13 +26,22 @@ def _give_back() -> None:
 
 def _hold_back() -> None:
     global _mask
-    _mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+    with _once_more():
+        _mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
 
 
 def _let_through() -> None:
-    try:
+    with _once_more():
         signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
-    except KeyboardInterrupt:  # nobody would hear of it here: it comes again once the fork is made
+
+
+@contextlib.contextmanager
+def _once_more() -> Iterator[None]:
+    """An interrupt, of which nobody would hear around a fork, comes again once that is made."""
+    try:
+        yield
+    except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
 

@@ -74,7 +74,7 @@ class Cadence(ABC):
         return 1.0
 
     def interval(self, horizon: Horizon) -> int:
-        """Steps between the first two; where there are not two, from the one to the end of the run."""
+        """Steps between two updates: a period, or what lies between the first two, or from the one to the run's end."""
         due = self.steps(horizon)
         first, second = next(due, horizon.steps), next(due, horizon.steps)
         return max(1, second - first)

@@ -28,7 +28,7 @@ class GmpConfig(RuleConfig):
     """GMP: drops the smallest weights little by little, grows none: gradual magnitude pruning (Zhu & Gupta, 2017)."""
 
     start_sparsity: StartSparsity = Field(default=0.0, description="sparsity of the first model; 0: every connection")
-    every: Span = Field(default=100, description="between prunings: steps, 5%, 1 epoch")
+    every: Span = Field(default=100, description="between prunings: steps, 5% (at least 10 steps), 1 epoch")
     start: Share = Field(default=0.25, description="share of the run at which pruning begins")
     stop: Share = Field(default=0.75, description="share of the run at which sparsity.sparsity is reached")
     scope: Literal["local", "global"] = Field(

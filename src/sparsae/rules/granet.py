@@ -34,7 +34,7 @@ class GranetConfig(RuleConfig):
     """GraNet: prunes the smallest weights little by little, and exchanges some as RigL does (Liu et al., 2021)."""
 
     start_sparsity: StartSparsity = Field(default=0.5, description="sparsity of the first model; 0: every connection")
-    every: Span = Field(default=100, description="between prunings: steps, 5%, 1 epoch")
+    every: Span = Field(default=100, description="between prunings: steps, 5% (at least 10 steps), 1 epoch")
     start: Share = Field(default=0.0, description="share of the run at which pruning begins")
     stop: Share = Field(default=0.5, description="share of the run at which sparsity.sparsity is reached")
     scope: Literal["global", "local"] = Field(

@@ -48,7 +48,7 @@ from sparsae.search.calls import (
 )
 from sparsae.search.guests import as_rule, refuse_unfit
 from sparsae.search.parallel import DataParallel
-from sparsae.search.ramp import Ramp
+from sparsae.search.ramp import Ramp, refuse_ramp
 from sparsae.search.scoring import ScoreFunction, StudyFunction
 from sparsae.search.sharding import in_parts, refuse_unfit_shards, refuse_unfit_wrapper
 from sparsae.search.state import digests, refuse_other_state, settings_digest, tell_other_settings
@@ -250,6 +250,7 @@ class Sparsifier:
         """End the search: hooks and probes are removed, the topology stays as it is. The teacher may still be used."""
         self.detach()
         self.search.close()
+        self._ramp.close()
         self._is_closed = True
 
     def _refuse_closed(self, call: str) -> None:
@@ -285,6 +286,7 @@ class Sparsifier:
             refuse_unfit_shards(self._model, self._layers)
             refuse_tied(self._layers)
             refuse_unsupported(self._optimizer, {name: layer.values for name, layer in trained.items()})
+        refuse_ramp(rule, config.horizon, self._layers, self._optimizer)
         ends = layer_ends(rule, schedule, self._layers, trained, config)
         if rule.initialization == "normal" and self._parameterization is None:
             raise InputError("initialization 'normal' draws as the parameterization does: give Sparsifier one")
@@ -295,8 +297,7 @@ class Sparsifier:
         moves = rule.moves or self.search.schedule.moves
         self._calls = LoopCalls(rule, self._layers, self._optimizer, moves)
         self._burn_in = BurnIn(rule.burn_in, self._layers)
-        steps, made = self._ramp_steps, self.step
-        self._ramp = Ramp(steps, rule.ramp_first, self._layers, self._optimizer, made=made, before=before)
+        self._ramp = Ramp(rule, self._ramp_steps, self._layers, self._optimizer, made=self.step, before=before)
         tell_if_still(rule, self.config.horizon)
         trained = trained_layers(self._layers, self._optimizer)
         tell_if_rigid(rule, {name: self.search.gradients.groups[name] for name in trained})

@@ -37,6 +37,10 @@ _WARM_UP = 0.05  # of the steps
 StepDone = Callable[[], None]
 
 
+class DivergedError(InputError):
+    """A fine-tuning whose loss is no number any more."""
+
+
 def step_count(settings: FinetuneConfig, samples: int) -> int:
     """Optimizer steps of one fine-tuning on so many samples."""
     return settings.epochs * math.ceil(samples / settings.batch_size)
@@ -62,7 +66,7 @@ def finetune(
     """Fine-tune the run's model, its topology in the given mode, and score it on the task's validation examples.
 
     step_done: called after every optimizer step. best: begin with the run's best checkpoint, not its newest. Raises
-    InputError for a run that cannot be read, and where training diverges.
+    InputError for a run that cannot be read, DivergedError where training diverges.
     """
     loaded = load_run(run, best=best)
     device = loaded.device if settings.device is None else choose_device(settings.device, "--device")
@@ -100,7 +104,9 @@ def finetune(
             )
         loss = float(trainer.train().training_loss)
     if not math.isfinite(loss):
-        raise InputError(f"task {data.task.name}: training diverged: lower --learning-rate {settings.learning_rate:g}")
+        raise DivergedError(
+            f"task {data.task.name}: training diverged: lower --learning-rate {settings.learning_rate:g}"
+        )
     return Outcome(
         scores=epochs[-1],
         epochs=tuple(epochs),

@@ -22,6 +22,7 @@ from sparsae.experiments.directory import claimed, require_place
 from sparsae.experiments.execution import Executor, execute
 from sparsae.experiments.jobs import Failure, Job, forget_checkpoints, outcome
 from sparsae.experiments.page import write_page
+from sparsae.tasks.finetune import DivergedError
 from sparsae.tasks.study import read_tasks, require_length
 from sparsae.train.progress import Display
 
@@ -80,7 +81,10 @@ class Comparison:
             for job in {job.name: job for job in compared}.values():
                 if not isinstance(outcome(self.out / job.name), Failure):
                     display.say(f"{job.name}: tasks")
-                    fine_tune(self.out / job.name, job.config, self.plan.tasks, self._tasks, display.stage)
+                    try:
+                        fine_tune(self.out / job.name, job.config, self.plan.tasks, self._tasks, display.stage)
+                    except DivergedError as error:  # the run has no scores, and the others theirs
+                        display.say(f"{job.name}: {error}")
 
     def found(self, variant: str, sparsity: float) -> Found:
         """What the tuning of a variant at a sparsity has found by now."""

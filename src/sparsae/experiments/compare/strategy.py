@@ -14,6 +14,7 @@ from sparsae.runs.rows import TopologyRow
 
 EVOLVED, PLACEBO, FIXED = "sparsae-evolved", "sparsae-placebo", "sparsae"
 _GENE = "gene."
+_WHAT = {PLACEBO: "its placebo", FIXED: "fixed numbers"}
 
 
 def strategy_section(results: Results, runs: Mapping[tuple[str, float], Path]) -> str:
@@ -35,11 +36,15 @@ def strategy_section(results: Results, runs: Mapping[tuple[str, float], Path]) -
 def verdicts(results: Results) -> Iterator[tuple[str, Difference | None]]:
     """For each sparsity what may be said of evolved numbers against the placebo and against fixed ones."""
     for sparsity in dict.fromkeys(row.sparsity for row in results.rows):
-        losses = _losses(results, sparsity)
+        losses, where = _losses(results, sparsity), f"{sparsity_text(sparsity)} sparsity"
+        failed = {row.base_method for row in results.rows if row.sparsity == sparsity and row.diverged}
         for name in (PLACEBO, FIXED):
             if EVOLVED in losses and (name == PLACEBO or name in losses):
                 difference = paired_difference(losses[EVOLVED], losses.get(name, {}))
-                yield f"{sparsity_text(sparsity)} sparsity: {_said(name, difference)}", difference
+                if difference and failed & {EVOLVED, name}:
+                    yield f"{where}: evolution is not shown to beat {_WHAT[name]}: a run diverged.", None
+                else:
+                    yield f"{where}: {_said(name, difference)}", difference
 
 
 def _losses(results: Results, sparsity: float) -> dict[str, dict[int, float]]:
@@ -56,7 +61,7 @@ def _losses(results: Results, sparsity: float) -> dict[str, dict[int, float]]:
 
 
 def _said(other: str, difference: Difference | None) -> str:
-    what = "its placebo" if other == PLACEBO else "fixed numbers"
+    what = _WHAT[other]
     if difference is None:
         return f"nothing says whether evolution beats {what}: no seed has runs of {EVOLVED} and {other} that ended."
     interval = difference.interval

@@ -24,6 +24,7 @@ ABLATIONS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "half-random-growth": {"topology": {"random_share": 0.5}},
         "averaged-growth": {"topology": {"random_share": 0.0, "window": 10, "window_every": 2}},
         "no-stop": {"topology": {"stop": 1.0}},
+        "uniform": {"sparsity": {"budget": "uniform"}},
         "dense-first": {"sparsity": {"density": {"depth": [1.5, 1.0, 0.5]}}},
         "dense-attention": {"sparsity": {"density": {"attention": 1.6, "mlp": 0.7}}},
         "bump": {"sparsity": {"schedule": {"kind": "bump"}}},
@@ -65,7 +66,8 @@ def sensitivity_variants(method: str, sequences: Sequence[int], modes: Sequence[
 
     Raises InputError for a method whose rule has no micro-batch.
     """
-    if "micro_batch" not in type(resolve(None, "tiny", method).topology).model_fields:
+    rule = resolve(None, "tiny", method).topology
+    if "micro_batch" not in type(rule).model_fields or not getattr(rule, "compares", True):
         raise InputError(
             f"--method: {method} compares no candidates on held-out text; one that does is sparsae-guided or {WRITTEN}"
         )

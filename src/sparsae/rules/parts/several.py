@@ -99,8 +99,15 @@ class Several(Rule[SeveralState]):
         return max(rule.ramp_steps(horizon) for rule in self.rules.values() if rule.moves or not self.moves)
 
     def ramp_in_force(self, state: SeveralState, horizon: Horizon) -> int | None:
-        moved = (rule.ramp_in_force(own, horizon) for rule, own in zip(self.rules.values(), state.states, strict=True))
-        return next((steps for steps in moved if steps is not None), None)
+        pairs = list(zip(self.rules.values(), state.states, strict=True))
+        moved = [rule.ramp_in_force(own, horizon) for rule, own in pairs]
+        if all(steps is None for steps in moved):
+            return None
+        return max(
+            rule.ramp_steps(horizon) if steps is None else steps
+            for (rule, _), steps in zip(pairs, moved, strict=True)
+            if rule.moves
+        )
 
     def concerns(self, layers: Iterable[str], steps: range, horizon: Horizon) -> set[str]:
         due = self._due(steps, horizon)
