@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -269,6 +270,70 @@ def test_where_density_lies_is_told_as_it_was() -> None:
 
 def by_seed(one: dict[int, float], other: dict[int, float]) -> str:
     return in_order({seed: one[seed] - other[seed] for seed in one}, "+.3f")
+
+
+DEEPER = ("deeper-95", "deeper-95-more", "deeper-erk")  # six blocks
+OF_ERK = ("budgets-95", "erk-95", "erk-95-depth", "erk-95-rigl")  # three
+
+
+def of_variant(name: str, files: Sequence[str]) -> dict[int, float]:
+    """Test losses by seed, of a variant at 95 %."""
+    rows = [row for file in files for row in json.loads((ROWS / f"{file}.json").read_text())["rows"]]
+    found = {row["seed"]: row["test_loss"] for row in rows if (row["method"], row["sparsity"]) == (name, 0.95)}
+    assert sorted(found) == [0, 1, 2]
+    return found
+
+
+def test_density_in_a_deeper_model_and_under_other_budgets_is_told_as_it_was() -> None:
+    page, gains = PAGE.read_text("utf-8").replace("**", ""), list[float]()
+    for blocks, budget, method, suffix, files in (
+        (6, "uniform", "static", "", DEEPER),
+        (6, "uniform", "sparsae", "", DEEPER),
+        (6, "`erk`", "sparsae", "-erk", DEEPER),
+        (3, "`erk`", "sparsae", "-erk", OF_ERK),
+    ):
+        equal = of_variant(f"{method}{suffix}", files)
+        denser = of_variant(f"{method}{suffix}-depth", files)
+        cells = (
+            f"{mean(equal.values()):.3f} | {in_order(equal, '.3f')} | {mean(denser.values()):.3f} | "
+            f"{in_order(denser, '.3f')} | {cells_of(denser, equal)}"
+        )
+        assert f"| {blocks} | {budget} | `{method}` | {cells} |" in page
+        gains += [denser[seed] - equal[seed] for seed in equal if method == "sparsae"]
+    gains += [of_depth("sparsae", s)[seed] - losses("sparsae", s)[seed] for s in (0.95, 0.9) for seed in range(3)]
+    assert f"with {sum(gain < 0 for gain in gains)} of {len(gains)} pairs of `sparsae`" in page
+    assert f"{-mean(gains):.3f} in the mean. With uniform" in page
+    erk, erk_deep = of_variant("sparsae-erk", OF_ERK), of_variant("sparsae-erk", DEEPER)
+    first, first_deep = of_depth("sparsae", 0.95), of_variant("sparsae-depth", DEEPER)
+    for what, one, other in (
+        ("`sparsae` less `static`, `erk`, 3 blocks", erk, of_variant("static-erk", OF_ERK)),
+        ("`sparsae` less `rigl`, `erk`, 3 blocks", erk, of_variant("rigl-erk", OF_ERK)),
+        ("`sparsae` less `static`, uniform, 6 blocks", of_variant("sparsae", DEEPER), of_variant("static", DEEPER)),
+        (
+            "`sparsae` less `static`, uniform and first block denser, 6 blocks",
+            first_deep,
+            of_variant("static-depth", DEEPER),
+        ),
+        ("`static`, `erk` less uniform, 3 blocks", of_variant("static-erk", OF_ERK), losses("static", 0.95)),
+        ("`rigl`, `erk` less uniform, 3 blocks", of_variant("rigl-erk", OF_ERK), losses("rigl", 0.95)),
+        ("`sparsae`, `erk` less uniform, 3 blocks", erk, losses("sparsae", 0.95)),
+        ("`sparsae`, uniform and first block denser less `erk`, 3 blocks", first, erk),
+        ("`sparsae`, uniform and first block denser less `erk`, 6 blocks", first_deep, erk_deep),
+    ):
+        assert f"| {what} | {cells_of(one, other)} |" in page
+    below = [first[seed] - erk[seed] for seed in erk] + [first_deep[seed] - erk_deep[seed] for seed in erk_deep]
+    assert max(below) < 0
+    assert f"all six seeds of both models, by {-mean(below):.3f} in the mean" in page
+    found = paired_difference(erk, of_variant("static-erk", OF_ERK))
+    assert found is not None
+    assert f"`sparsae` ends {told(found).removeprefix('−')} below a static" in (ROOT / "README.md").read_text("utf-8")
+
+
+def cells_of(one: dict[int, float], other: dict[int, float]) -> str:
+    """The cells of a paired difference."""
+    found = paired_difference(one, other)
+    assert found is not None
+    return f"{told(found)} | {by_seed(one, other)}"
 
 
 def test_other_searches_of_longer_runs_are_told_as_they_were() -> None:
