@@ -138,7 +138,6 @@ EXCEPTIONS = {
     "tasks/study.py": {"score", "made_with"},  # before it is known whether this version wrote the rest
     "tasks/catalogue.py": {"questions", "text"},  # fields of the examples
     "tasks/finetune.py": {"topology"},  # settings
-    "experiments/compare/plan.py": {"steps"},  # settings
     "experiments/grid.py": {"heads"},
     "experiments/kind.py": {"kind"},
     "experiments/registry.py": {"kind"},
