@@ -329,6 +329,22 @@ def test_density_in_a_deeper_model_and_under_other_budgets_is_told_as_it_was() -
     assert f"`sparsae` ends {told(found).removeprefix('−')} below a static" in (ROOT / "README.md").read_text("utf-8")
 
 
+def test_a_denser_first_block_does_not_last() -> None:
+    rows = json.loads((ROWS / "longer-density.json").read_text())["rows"]
+    denser, erk = ({row["method"]: row["test_loss"] for row in rows}[f"sparsae-{name}"] for name in ("depth", "erk"))
+    long = json.loads((ROWS / "longer-95.json").read_text())["rows"]
+    uniform = next(row["test_loss"] for row in long if (row["method"], row["seed"]) == ("sparsae", 0))
+    gained = losses("sparsae", 0.95)[0] - of_depth("sparsae", 0.95)[0]
+    page = " ".join(PAGE.read_text("utf-8").split())
+    assert f"denser first block ends at {denser:.3f}, with `erk` at {erk:.3f}, and with uniform densities at" in page
+    assert f"with uniform densities at {uniform:.3f} (" in page
+    assert (
+        f"what had gained {gained:.3f} with that seed after 5.1 million tokens then loses {denser - uniform:.3f}"
+        in page
+    )
+    assert f"(one seed: {denser - uniform:.3f} worse)" in (ROOT / "README.md").read_text("utf-8")
+
+
 def cells_of(one: dict[int, float], other: dict[int, float]) -> str:
     """The cells of a paired difference."""
     found = paired_difference(one, other)
