@@ -56,3 +56,9 @@ def test_settings_are_the_same_wherever_they_were_given(tmp_path: Path) -> None:
     assert here == there
     assert "given" not in here.model_dump()
     assert here.given.origins != there.given.origins
+
+
+@pytest.mark.parametrize(("method", "counted"), [("sparsae-written", False), ("sparsae-guided", True), ("set", True)])
+def test_a_forecast_names_what_it_does_not_count(method: str, counted: bool) -> None:
+    """A union teacher remembers dropped weights, so that a later moment may have more bytes than the first."""
+    assert bool(forecast(resolve(method=method))["uncounted"]) is not counted

@@ -12,6 +12,7 @@ from sparsae.cli import main
 from sparsae.experiments.compare import tasks
 from sparsae.experiments.compare.record import Row
 from sparsae.experiments.compare.tasks import summarize_tasks, tasks_table
+from sparsae.tasks.finetune import DivergedError
 from sparsae.tasks.record import Score, TaskScores
 from tests.support.results import compare_results, compare_row
 from tests.support.runs import write_text
@@ -135,3 +136,24 @@ def test_means_are_over_runs_and_over_tasks() -> None:
     assert table.columns[3:] == ["RTE", "SST2", "mean"]
     assert table.rows[0][-1] == "70.0 ± 0.0"
     assert list(table.rows[-1]) == ["majority class", "", "", "50.0", "50.0", "50.0"]
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_that_diverges_leaves_the_others_their_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tasks.finetune_run
+
+    def diverging(run: Path, *given: Any, **named: Any) -> Any:
+        if run.name.startswith("static"):
+            raise DivergedError("task sst2: training diverged: lower --learning-rate 1")
+        return whole(run, *given, **named)
+
+    monkeypatch.setattr(tasks, "finetune_run", diverging)
+    assert main(command(tmp_path)) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {entry["method"] for entry in found["tasks"]} == {"dense"}
+    assert {(row["method"], bool(row["tasks"])) for row in found["rows"]} == {("dense", True), ("static", False)}
+    shown = capsys.readouterr()
+    assert "training diverged" in shown.out + shown.err
+    assert (tmp_path / "out" / "report.html").is_file()
