@@ -100,6 +100,7 @@ performance: $(VENV)/.installed
 	$(BIN)/sparsae bench step --sparsity 0.9,0.95 --decode 64 --threads 2 --json $(RESULTS)/step-threads.json
 	$(BIN)/sparsae bench step --sparsity 0.9,0.95 --threads 1 --no-stock --set training.mlp_keeps=bfloat16 --json $(RESULTS)/step-kept.json
 	$(BIN)/sparsae bench topology --threads 1 --widths 512,1024,2048,4096,8192,16384 --json $(RESULTS)/topology.json
+	$(BIN)/python benchmarks/attention.py $(RESULTS)/attention.json
 	$(BIN)/python benchmarks/performance.py
 
 # The pages of the results in docs/results, which keeps their numbers alone.

@@ -1,7 +1,8 @@
-"""Tables and plots of docs/performance.md from the JSON files of `sparsae bench`: `python benchmarks/performance.py`.
+"""Tables and plots of docs/performance.md from JSON files of measurements: `python benchmarks/performance.py`.
 
-Reads docs/results/performance/*.json and writes each table between its markers on the page, each plot into docs/images;
-a file that is not there leaves them as they are. `make performance` measures everything first.
+Reads docs/results/performance/*.json, of `sparsae bench` and of attention.py beside this, and what mlp.py measured;
+writes each table between its markers on the page and each plot into docs/images; a file that is not there leaves them
+as they are. `make performance` measures everything first, but for the MLPs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,53 @@ def scaling(rows: Sequence[Row]) -> str:
     return markdown(columns, [mean for mean in kernels.means(rows) if "scaling" in mean])
 
 
+def attention(rows: Sequence[Row]) -> str:
+    """A line for each shape, of its two passes: times as fast as torch's, GFLOP/s with backward."""
+    lines = []
+    for forward, both in zip(rows[::2], rows[1::2], strict=True):
+        shared = f" ({both['groups']} of keys)" if both["groups"] < both["heads"] else ""
+        shape = f"{both['batch']} x {both['heads']}{shared} x {both['tokens']:,} x {both['size']}"
+        lines.append({**both, "shape": shape, "forward": forward["torch_cpu_ratio"]})
+    columns = [
+        Column("batch x heads x tokens x size", "shape"),
+        Column("forward", "forward", ".2f"),
+        Column("with backward", "torch_cpu_ratio", ".2f"),
+        Column("GFLOP/s", "ours_gflops", ".0f"),
+        Column("torch's", "torch_gflops", ".0f"),
+        Column("kept probabilities", "kept_gflops", ".0f"),
+    ]
+    return markdown(columns, lines)
+
+
+CASES_KEPT = ((False, 0.1), (False, 0.05), (True, 0.1), (True, 0.05))  # gated, density
+# bytes a token, layer and hidden feature of GPT-2's MLP and of a gated one, and what gradients are like
+KEPT = {
+    "nothing": (0, 0, "exact (the default)"),
+    "bfloat16": (2, 4, "off by 0.0005 (input, up) and 0.002 (down) of their norms"),
+    "float32": (4, 8, "the same bits as with `nothing`"),
+}
+
+
+def kept(rows: Sequence[Row]) -> str:
+    """A line for each thing to keep of a hidden layer: times as fast as computing it again, MLPs 512 wide."""
+    seconds = {
+        (row["keeps"], row["gated"], row["density"]): row["cpu_seconds"]
+        for row in rows
+        if row["pass"] == kernels.BOTH and row["unit"] == "1x1" and row["width"] == 512
+    }
+    lines = []
+    for keeps, (plain, gated, gradients) in KEPT.items():
+        size = f"{plain} ({gated} where gated)" if plain else "0"
+        line: Row = {"keeps": f"`{keeps}`", "bytes": size, "gradients": gradients}
+        for case in CASES_KEPT:
+            line[str(case)] = seconds["nothing", *case] / seconds[keeps, *case]
+        lines.append(line)
+    titles = [f"{'gated' if gated else 'GPT-2'}, {100 * (1 - density):.0f} %" for gated, density in CASES_KEPT]
+    ratios = [Column(title, str(case), ".2f") for title, case in zip(titles, CASES_KEPT, strict=True)]
+    first = [Column("`mlp_keeps`", "keeps"), Column("bytes a token, layer and hidden feature", "bytes")]
+    return markdown([*first, *ratios, Column("gradients", "gradients")], lines)
+
+
 # marker on the page: (file, from its rows to a table)
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "roofline": ("roofline", lambda rows: markdown(roofline.COLUMNS, rows)),
@@ -53,6 +101,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "step-threads": ("step-threads", lambda rows: markdown(step.COLUMNS, rows)),
     "step-kept": ("step-kept", lambda rows: markdown(step.COLUMNS, rows)),
     "step-xeon": ("step-xeon", lambda rows: markdown(step.COLUMNS, [row for row in rows if row["what"] in WHOLE])),
+    "attention": ("attention", attention),
+    "kept": ("../kernels/mlp-avx512", kept),
     "topology": ("topology", lambda rows: markdown(topology.COLUMNS, rows)),
     "slopes": ("topology", lambda rows: markdown(topology.SLOPES, topology.slopes(rows))),
 }

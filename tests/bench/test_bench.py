@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -273,58 +272,6 @@ def test_wrong_options_are_one_line(
 def test_markdown_has_a_dash_where_nothing_was_measured() -> None:
     columns = [Column("name", "name"), Column("half", lambda row: row["n"] / 2, ".1f"), Column("peak", "peak")]
     assert markdown(columns, [{"name": "a", "n": 3}]).splitlines()[-1] == "| a | 1.5 | - |"
-
-
-def test_the_tables_of_the_performance_page_are_those_of_its_files() -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / "performance.py"))
-    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    assert script["filled"](page, ROOT / "docs" / "results" / "performance") == page
-
-
-def rows_of(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((ROOT / f"docs/results/performance/{name}.json").read_text("utf-8"))
-    return found
-
-
-def test_the_readme_tells_of_the_steps_of_the_performance_pages_files() -> None:
-    rows = [(name, row) for name in ("step", "step-threads", "step-xeon") for row in rows_of(name)]
-    steps = {(name, row["sparsity"], row["threads"]): row for name, row in rows if row["what"] == "step"}
-
-    def ratios(name: str, sparsity: float, *keys: str, threads: int = 1) -> list[str]:
-        return [f"{steps[name, sparsity, threads][key]:.1f}" for key in keys]
-
-    text = (ROOT / "README.md").read_text("utf-8")
-    claims = " ".join(text[text.index("A whole training step of a 25M GPT") :].split())
-    both = ("ratio", "stock_ratio")
-    here, beside = ratios("step", 0.9, *both)
-    assert f"on one Zen 4 core, handles {here} times" in claims
-    assert f"and {beside} times those of transformers" in claims
-    assert "; {} and {} times at 95 %".format(*ratios("step", 0.95, *both)) in claims
-    xeon = [*ratios("step-xeon", 0.9, *both), *ratios("step-xeon", 0.95, *both)]
-    assert "it is {} and {} times at 90 %, {} and {} at 95 %".format(*xeon) in claims
-    files = ("step-threads", "step-xeon")
-    two = [ratios(name, sparsity, "ratio", threads=2)[0] for sparsity in (0.9, 0.95) for name in files]
-    assert "with two cores {} times dense (Zen 4) and {} (Xeon) at 90 %, {} and {} at 95 %".format(*two) in claims
-    decoded = [row["ratio"] for _, row in rows if row["what"] == "decode"]
-    assert f"decoded {min(decoded):.1f} to {max(decoded):.0f} times as fast" in claims
-    updates = [row["steps"] for _, row in rows if row["what"] == "update"]
-    assert f"takes as long as {min(updates):.1f} to {max(updates):.1f} of a step" in claims
-
-
-def test_what_keeping_the_hidden_layer_gains_is_told_as_it_was_measured() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    kept, nothing, xeon = (
-        [row for row in rows_of(name) if row["what"] == "step"] for name in ("step-kept", "step", "step-xeon-kept")
-    )
-    ratios = " and ".join(f"{row['ratio']:.2f}" for row in kept)
-    assert f"the steps at 90 and 95 % are {ratios} times as fast as dense ones" in page
-    pairs = list(zip(kept, nothing, strict=True))
-    more = " and ".join(f"{(a['peak_bytes'] - b['peak_bytes']) / 1e6:.0f}" for a, b in pairs)
-    assert f"{more} MB more at the peak" in page
-    gains = sorted(a["ratio"] / b["ratio"] - 1 for a, b in pairs)
-    assert f"gains [{100 * gains[0]:.0f} to {100 * gains[1]:.0f} % on dense steps]" in page
-    told = " and ".join(f"{row['ratio']:.2f}" for row in xeon)
-    assert f"[{told}](results/performance/step-xeon-kept.json)" in page
 
 
 def test_the_script_for_gpus_knows_its_parts() -> None:

@@ -13,11 +13,21 @@ import torch
 from sparsae.core.randomness import generator
 from sparsae.core.topology import Topology
 from sparsae.kernels.backend import Layout
-from sparsae.kernels.cpu.breakeven import MLP, MLP_BLOCKS, MLP_TOKENS, fusing_pays, highest_density, pays
+from sparsae.kernels.cpu.breakeven import (
+    ATTENTION,
+    ATTENTION_SIZE,
+    MLP,
+    MLP_BLOCKS,
+    MLP_TOKENS,
+    fusing_pays,
+    highest_density,
+    pays,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs/results/kernels"
-MLP_SCRIPT = str(RESULTS.parents[2] / "benchmarks" / "mlp.py")
+MLP_SCRIPT = RESULTS.parents[2] / "benchmarks" / "mlp.py"
 MEASURED, MEASURED_MLPS = sorted(RESULTS.glob("thresholds-*.json")), sorted(RESULTS.glob("mlp-*.json"))
+MEASURED_ATTENTION = sorted((RESULTS.parent / "performance").glob("attention*.json"))
 
 
 @pytest.mark.parametrize("file", MEASURED, ids=lambda file: file.stem)
@@ -63,8 +73,33 @@ def test_no_measured_mlp_is_slower_at_once_below_its_limit(file: Path) -> None:
     assert {(row["gated"], row["keeps"] == "nothing", row["unit"]) for row in below} == kinds
 
 
+def test_no_measured_attention_is_slower_than_torchs_where_it_is_taken() -> None:
+    rows = [row for file in MEASURED_ATTENTION for row in json.loads(file.read_text())]
+    taken = [row for row in rows if row["tokens"] >= ATTENTION[row["isa"]] and row["size"] <= ATTENTION_SIZE]
+    assert min(row["torch_cpu_ratio"] for row in taken) > 1
+    for isa, least in ATTENTION.items():
+        sizes = {(row["tokens"], row["size"]) for row in taken if row["isa"] == isa}
+        assert least == min(tokens for tokens, _ in sizes)
+        assert max(size for _, size in sizes) == ATTENTION_SIZE
+
+
+def test_the_script_measures_attention_that_is_the_same_three_ways() -> None:
+    script = runpy.run_path(str(MLP_SCRIPT.with_name("attention.py")))
+    case = (2, 4, 2, 70, 8)
+    q, k, v = (torch.randn(2, heads, 70, 8, generator=generator(0, "attention")) for heads in (4, 2, 2))
+    outputs = [way(q, k, v) for way in script["WAYS"].values()]
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=0, atol=1e-5)
+    forward, both = script["rows"]((case,), rounds=1)
+    assert (forward["pass"], both["pass"]) == ("forward", "forward+backward")
+    for row in (forward, both):
+        flops = (4 if row is forward else 12) * 2 * 4 * (70 * 71 / 2) * 8
+        assert row["ours_gflops"] == pytest.approx(flops / row["ours_cpu_seconds"] / 1e9)
+        assert row["torch_cpu_ratio"] == row["torch_cpu_seconds"] / row["ours_cpu_seconds"]
+
+
 def test_both_instruction_sets_were_measured() -> None:
-    assert len(MEASURED) == len(MEASURED_MLPS) == 2
+    assert len(MEASURED) == len(MEASURED_MLPS) == len(MEASURED_ATTENTION) == 2
 
 
 @pytest.mark.parametrize("unit", [(1, 1), (4, 4)])
@@ -89,13 +124,13 @@ def test_an_mlp_is_computed_layer_by_layer_above_its_limit_unless_no_backward_fo
 def test_the_page_has_the_tables_of_the_measured_mlps() -> None:
     rows = {file.stem.removeprefix("mlp-"): json.loads(file.read_text()) for file in MEASURED_MLPS}
     page = (RESULTS.parent / "kernels.md").read_text("utf-8")
-    script = runpy.run_path(MLP_SCRIPT)
+    script = runpy.run_path(str(MLP_SCRIPT))
     assert script["table"](rows) in page
     assert script["token_table"](rows) in page
 
 
 def test_the_measurement_of_mlps_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = runpy.run_path(MLP_SCRIPT)
+    script = runpy.run_path(str(MLP_SCRIPT))
     names = script["main"].__globals__
     monkeypatch.setitem(names, "SIZES", ((True, 64, 128),))
     monkeypatch.setitem(names, "DENSITIES", {(1, 1): (0.1,)})
