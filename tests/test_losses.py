@@ -281,3 +281,49 @@ def test_a_teacher_teaches_no_more_tokens_than_there_are() -> None:
     for parts in (chunked(problem, 0.5, 3), whole(problem, 0.5)):
         assert float(parts.distillation) == 0.0
         assert float(parts.total.detach()) == float(parts.cross_entropy)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_gradients_in_float16_survive_the_number_of_tokens(alpha: float) -> None:
+    """A GradScaler multiplies what backward gives: what a forward pass had rounded to 0 stays 0."""
+    p = Problem(tokens=1024, width=16, vocab=2048, dtype=torch.float32)
+    for head in (p.head, p.teacher_head):
+        head.weight.data.mul_(0.1)
+    exact = p.gradients(whole(p, alpha))
+    with torch.autocast("cpu", torch.float16):
+        found = chunked(p, alpha, chunk=256)
+    for got, right in zip(p.gradients(found, scale=2.0**16), exact, strict=True):
+        assert float((got / 2.0**16 - right).norm() / right.norm()) < 2e-3
+    half = Problem(tokens=64, dtype=torch.float16)
+    wide = Problem(tokens=64, dtype=torch.float32)
+    pairs = zip(half.gradients(chunked(half, alpha, 7)), wide.gradients(chunked(wide, alpha, 7)), strict=True)
+    assert all(float((a.float() - b).norm() / b.norm()) < 5e-3 for a, b in pairs)
+
+
+def test_targets_are_as_many_as_tokens() -> None:
+    p = Problem(tokens=8)
+    for targets in (torch.zeros(12, dtype=torch.int64), p.targets[:4], p.targets[None]):
+        with pytest.raises(ValueError, match=r"targets \(.*\) for hidden states \(8, 6\)"):
+            language_model_loss(p.hidden, p.head, targets, chunk=4)
+    with pytest.raises(ValueError, match=r"targets \(8,\) for hidden states \(1, 8, 6\)"):
+        language_model_loss(p.hidden[None], p.head, p.targets)
+    with pytest.raises(ValueError, match="chunk must be at least 1 token, not 0"):
+        language_model_loss(p.hidden, p.head, p.targets, chunk=0)
+
+
+def test_a_class_that_neither_model_has_costs_nothing() -> None:
+    p = Problem(dtype=torch.float32)
+    p.targets.clamp_(max=9)
+    without = Problem(vocab=10, dtype=torch.float32)
+    for head, smaller in ((p.head, without.head), (p.teacher_head, without.teacher_head)):
+        head.bias.data[10] = -torch.inf
+        smaller.weight.data, smaller.bias.data = head.weight.data[:10].clone(), head.bias.data[:10].clone()
+    without.targets, without.hidden, without.teacher_hidden = p.targets, p.hidden, p.teacher_hidden
+    right = whole(without, 0.5)
+    expected = torch.autograd.grad(right.total, p.hidden)[0]
+    for parts in (chunked(p, 0.5, 7), whole(p, 0.5)):
+        torch.testing.assert_close(parts.distillation, right.distillation)
+        torch.testing.assert_close(torch.autograd.grad(parts.total, p.hidden)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = chunked(p, 0.5, 7)
+    torch.testing.assert_close(rounded.distillation, right.distillation, rtol=0.1, atol=0.01)

@@ -359,3 +359,17 @@ def test_torchs_fused_kernel_updates_the_same(seed: int, together: bool, betas: 
     for p, q in zip(ours, theirs, strict=True):
         assert mine.state[p]["step"] == other.state[q]["step"]
         torch.testing.assert_close(mine.state[p]["exp_avg_sq"], other.state[q]["exp_avg_sq"], rtol=1e-5, atol=1e-8)
+
+
+def test_a_group_may_have_a_ramp_without_more() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = AdamW([{"params": [p], "ramp": 10}], per_weight_step=True)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["step"], torch.ones(4, dtype=torch.int32))
+    assert float(optimizer.state[p]["total"]) == 1.0
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"real parameters: give it torch\.view_as_real"):
+        AdamW([nn.Parameter(torch.tensor([1 + 1j]))])

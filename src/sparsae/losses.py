@@ -48,10 +48,15 @@ def language_model_loss(
     Softmaxes are in float32 or wider. Targets equal to `ignore_index` count in neither mean; None: all count, and a GPU
     is not waited for to count them. `teacher_hidden_TD` may
     have fewer rows than `hidden_TD`: the tokens beyond are not taught. Without gradients enabled none are computed;
-    without `head_gradient`, none of the head's parameters. Raises ValueError where alpha > 0 and the teacher is
-    incomplete or has more tokens, or where no target counts, and IndexError where one that counts is no class; on a
-    GPU, which is not waited for, the loss is NaN or torch's own assertion fails.
+    without `head_gradient`, none of the head's parameters. Raises ValueError for another number of targets than of
+    tokens, where alpha > 0 and the teacher is incomplete or has more tokens, or where no target counts, and IndexError
+    where one that counts is no class; on a GPU, which is not waited for, the loss is NaN or torch's own assertion
+    fails.
     """
+    if hidden_TD.dim() != 2 or targets_T.shape != hidden_TD.shape[:1]:
+        raise ValueError(f"targets {tuple(targets_T.shape)} for hidden states {tuple(hidden_TD.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, not {chunk}")
     if alpha > 0 and (teacher_hidden_TD is None or teacher_head is None):
         raise ValueError("alpha > 0 needs teacher_hidden_TD and teacher_head")
     if teacher_hidden_TD is not None and teacher_hidden_TD.shape[0] > hidden_TD.shape[0]:
@@ -110,7 +115,12 @@ def summed_divergence(student_logits: Tensor, teacher_logits: Tensor, counted: T
     """
     taught = _wide(teacher_logits.detach().flatten(0, -2))[counted]
     learning = _wide(student_logits.flatten(0, -2))[: counted.shape[0]][counted]
-    return F.kl_div(learning.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True)
+    return _divergences(learning.log_softmax(-1), taught.log_softmax(-1)).sum()
+
+
+def _divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """q (log q - log p) of every class, 0 where q is: also of a class that neither has."""
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).masked_fill(log_q == -torch.inf, 0.0)
 
 
 class _Inputs(NamedTuple):
@@ -139,13 +149,18 @@ class _ChunkedLoss(torch.autograd.Function):
             taught = inputs.targets[: inputs.teacher_hidden.shape[0]]
             rarer = counted / max(1, _counted(inputs, taught))
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need and inputs.differentiate]
+        # Float16 has no room for a gradient that is divided by all tokens before a GradScaler multiplies it: there,
+        # backward divides.
+        divisor, waits = counted, 1.0
+        if _in_float16(hidden_TD, parameters):
+            divisor, waits = _OF_FLOAT16, _OF_FLOAT16 / counted
         sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
         grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
         for start in range(0, hidden_TD.shape[0], inputs.chunk):
             rows = slice(start, start + inputs.chunk)
             with torch.set_grad_enabled(bool(wanted)):
                 hidden = hidden_TD[rows].detach().requires_grad_(0 in wanted)
-                weights = LossWeights(1 / counted, inputs.alpha * rarer / counted)
+                weights = LossWeights(1 / divisor, inputs.alpha * rarer / divisor)
                 cross_entropy, divergence, root, slope = _chunk_loss(inputs, hidden, rows, weights)
                 if wanted:
                     leaves = [(hidden, *parameters)[i] for i in wanted]
@@ -156,7 +171,7 @@ class _ChunkedLoss(torch.autograd.Function):
                             (target[rows] if i == 0 else target).add_(grad)
             sums += torch.stack([cross_entropy.detach(), divergence.detach()])
         ctx.save_for_backward(*[grad for grad in grads if grad is not None])
-        ctx.wanted, ctx.slots = wanted, 1 + len(parameters)
+        ctx.wanted, ctx.slots, ctx.waits = wanted, 1 + len(parameters), waits
         cross_entropy, divergence = (sums / counted).unbind()
         divergence = divergence * rarer
         ctx.mark_non_differentiable(cross_entropy, divergence)
@@ -166,9 +181,23 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * ctx.slots
+        if ctx.waits != 1:
+            scale = scale * ctx.waits
         for i, grad in zip(ctx.wanted, ctx.saved_tensors, strict=True):
             found[i] = grad * scale
         return (None, *found)
+
+
+# A power of two: the head's gradient is a sum over a chunk of tokens, which has to stay below 65,504.
+_OF_FLOAT16 = 16
+
+
+def _in_float16(hidden: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether logits and their gradient are of float16, by the tensors' own dtype or by autocast's."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) == torch.float16
+    return any(tensor.dtype == torch.float16 for tensor in (hidden, *parameters))
 
 
 def _counted(inputs: _Inputs, targets: Tensor) -> int:
@@ -224,7 +253,7 @@ def _sums(
     if teacher_logits is None:
         return cross_entropy, torch.zeros_like(cross_entropy)
     taught, log_q = teacher_logits.shape[0], _wide(teacher_logits).log_softmax(-1)
-    divergence = F.kl_div(log_p[:taught], log_q, reduction="none", log_target=True).sum(-1)
+    divergence = _divergences(log_p[:taught], log_q).sum(-1)
     if ignore_index is not None:
         divergence = divergence * (targets[:taught] != ignore_index)
     return cross_entropy, divergence.sum()

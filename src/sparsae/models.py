@@ -125,6 +125,17 @@ def transformers_config(config: ModelConfig, vocab_size: int, eos_id: int) -> An
     return _blaming(config, make)
 
 
+def dropouts(config: ModelConfig) -> dict[str, float]:
+    """The probabilities above 0 with which a model drops what goes through it in training, by the settings' names."""
+    made, settings = transformers_config(config, config.vocab_size or 1, 0).to_dict(), FAMILIES[config.family].settings
+    found = {}
+    for name, value in made.items():
+        # GPT-2's summary is no part of a language model.
+        if "drop" in name and not name.startswith("summary_") and isinstance(value, int | float) and value > 0:
+            found[f"model.{settings.get(name, f'transformers.{name}')}"] = float(value)
+    return found
+
+
 def further_entries(family: Family) -> frozenset[str]:
     """The entries of a family's configuration in transformers that shape its model and no other setting makes."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig

@@ -49,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         per_weight_step: bool = False,
     ) -> None:
-        """Raises ValueError for settings outside their ranges."""
+        """Raises ValueError for settings outside their ranges, and for complex parameters."""
         _require_number("lr", lr, lambda value: value >= 0, "of at least 0")
         _require_number("eps", eps, lambda value: value > 0, "above 0")
         _require_number("weight_decay", weight_decay, lambda value: value >= 0, "of at least 0")
@@ -59,13 +59,7 @@ class AdamW(torch.optim.Optimizer):
             _require_number("betas", beta, lambda value: 0 <= value < 1, "from 0 to below 1")
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "per_weight_step": per_weight_step,
-            },
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "per_weight_step": per_weight_step},
         )
 
     @torch.no_grad()
@@ -78,6 +72,12 @@ class AdamW(torch.optim.Optimizer):
         step_together([self])
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. Raises ValueError for complex parameters."""
+        super().add_param_group(param_group)
+        if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            raise ValueError("sparsae.AdamW takes real parameters: give it torch.view_as_real of complex ones")
+
     def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
         state, per_weight = self.state[p], group["per_weight_step"]
         if not state:
@@ -88,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
             )
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        if not per_weight or not group.get("ramp") or group["ramp_first"]:
+        if not per_weight or not group.get("ramp") or group.get("ramp_first"):
             state.pop("total", None)  # it is counted while it is wanted
         elif "total" not in state:
             oldest = float(whole(state["step"]).max()) if p.numel() else 0.0
@@ -160,7 +160,7 @@ class _Kind(NamedTuple):
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> _Kind:
         ramp = group.get("ramp") or 0 if group["per_weight_step"] else 0
-        first = bool(ramp and group["ramp_first"])
+        first = bool(ramp and group.get("ramp_first"))
         return cls(tuple(group["betas"]), group["eps"], group["per_weight_step"], ramp, first)
 
 
@@ -180,7 +180,7 @@ def _update(kind: _Kind, own: Sequence[_Own]) -> None:
     grads = [local(each.p.grad) for each in own if each.p.grad is not None]
     steps, averages, squares = ([local(each.state[key]) for each in own] for key in STATE)
     parameters = [local(each.p) for each in own]
-    if _fits_one_launch(kind, parameters, grads):
+    if _fits_one_launch(kind, [*parameters, *grads, *averages, *squares], steps):
         _in_one_launch(kind, own, parameters, grads, averages, squares, steps)
         return
     torch._foreach_add_(steps, 1)
@@ -208,10 +208,11 @@ def _update(kind: _Kind, own: Sequence[_Own]) -> None:
     torch._foreach_addcdiv_(parameters, averages, denominators, [-each.lr for each in own])
 
 
-def _fits_one_launch(kind: _Kind, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether a GPU's fused kernels can update them: float32, each in one piece."""
-    fit = all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in (*parameters, *grads))
-    return fit and not (kind.per_weight and absence())
+def _fits_one_launch(kind: _Kind, tensors: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
+    """Whether a GPU's fused kernels can update them: float32, each in one piece, as are steps by weight, of int32."""
+    if not all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
+        return False
+    return not kind.per_weight or not (absence() or any(s.dtype != torch.int32 or not s.is_contiguous() for s in steps))
 
 
 def _in_one_launch(

@@ -5,8 +5,8 @@ over the sides of a block (factored second moments). What has no side that could
 stays. An optimizer with anything else (preconditioners, histories over all parameters, buffers of its own) is refused,
 before anything has changed.
 
-What is new starts from zeros, as a new parameter's moments do; but a copy of the weights (slow, averaged or first ones)
-starts from the new weight.
+What is new starts from zeros, as a new parameter's moments do, or from what the optimizer's settings say (`_STARTS`);
+but a copy of the weights (slow, averaged or first ones) starts from the new weight.
 
 A parameter can also be succeeded by another: by the values of a layer that becomes sparse, or by the weight of one that
 becomes dense. The successor stands in the old one's place in the groups, and of the state it takes over what has a
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsae.core.quantized import floats_of, is_quantized, quantized_as
 from sparsae.core.shards import is_sharded, local, spread, whole
 from sparsae.core.topology import remap
 from sparsae.errors import InputError
@@ -53,6 +54,8 @@ _WEIGHT_COPIES = {
     *("z", "ax", "p0", "x0", "x_k", "old_p", "prev_param", "param_buffer", "shadow", "ema", "backup_params"),
     *("slow_params", "slow_param", "slow_buffer", "lookahead_params", "lookahead_slow_buff"),
 }
+# What does not start from zeros, by the setting of the parameter's group that says from what (Rprop's, Adagrad's).
+_STARTS = {"step_size": "lr", "sum": "initial_accumulator_value"}
 _MOVED, _CONVERTED = "connections that move", "layers that become sparse or dense"
 _ANEW = "leave out `optimizer`, and make a new one afterwards"
 _INSTEAD = "use one with a number or a row of a block for each weight (AdamW, SGD, Adafactor), or rule 'static'"
@@ -68,6 +71,7 @@ class _Entry:
     state: MutableMapping[str, Any]
     key: str
     tensor: Any
+    start: float = 0.0
 
     def refusal(self, why: str) -> InputError:
         return _refusal(self.owner, f"its '{self.key}' of {self.layer} {why}")
@@ -85,7 +89,7 @@ def refuse_unmovable(optimizer: Optimizer, values: Values) -> None:
     for entry in _moving(optimizer, values):
         if entry.key in MOMENTS | _WEIGHT_COPIES or "grad" in entry.key:
             continue
-        own, floats = values[entry.layer].detach(), _floats(entry.tensor)
+        own, floats = values[entry.layer].detach(), floats_of(entry.tensor)
         if floats.shape == own.shape and floats.is_floating_point() and _resembles(whole(floats), whole(own)):
             raise entry.refusal(
                 "looks like a copy of the weights under a name that is not known for one: "
@@ -106,12 +110,14 @@ def follow(optimizer: Optimizer, values: Values, changes: Mapping[str, tuple[Ten
     def move(layer: str) -> None:
         source, new_values = changes[layer]
         for entry in entries.get(layer, ()):
-            before = whole(_floats(entry.tensor))
+            before = whole(floats_of(entry.tensor))
             after = remap(before, source.to(before.device))
+            new = (source < 0).to(after.device)
+            if entry.start:
+                after[new] = entry.start
             if entry.key in _WEIGHT_COPIES:
-                new = (source < 0).to(after.device)
                 after[new] = whole(new_values).to(after.device, after.dtype)[new]
-            entry.state[entry.key] = spread(_like(entry.tensor, after), entry.tensor)
+            entry.state[entry.key] = spread(quantized_as(entry.tensor, after), entry.tensor)
 
     return move
 
@@ -159,7 +165,7 @@ def succession(optimizer: Optimizer, successors: Mapping[str, Successor]) -> Cal
             # Membership first: a defaultdict would make an entry.
             states = [part.state[old] for old in successor.old if old in part.state]
             if states and id(states[0]) not in carried:
-                carried[id(states[0])] = _carried(type(part).__name__, name, successor, states)
+                carried[id(states[0])] = _carried(part, name, successor, states)
     gradients = {
         name: s.carry([torch.zeros_like(old) if old.grad is None else old.grad for old in s.old])
         for name, s in successors.items()
@@ -190,16 +196,23 @@ def _require_groups(parts: list[Optimizer], olds: Values, successors: Mapping[st
             raise InputError(f"the parts of {name} are in different groups of the optimizer; {_ANEW}")
 
 
-def _carried(owner: str, name: str, successor: Successor, states: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _carried(
+    part: Optimizer, name: str, successor: Successor, states: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """The states of the new parameters; of what is no number for each weight, each has the first old one's."""
     first, *others = states
     if len(states) < len(successor.old) or any(other.keys() != first.keys() for other in others):
-        raise _refusal(owner, f"it does not keep the same of all parts of {name}; {_ANEW}", _CONVERTED)
+        why = f"it does not keep the same of all parts of {name}; {_ANEW}"
+        raise _refusal(type(part).__name__, why, _CONVERTED)
     after: list[dict[str, Any]] = [{} for _ in successor.new]
     for key, value in first.items():
         new = [value, *(copy.deepcopy(value) for _ in successor.new[1:])]
         if not _is_plain(value) and value.shape == successor.old[0].shape:
-            new = [_like(value, tensor) for tensor in successor.carry([_floats(state[key]) for state in states])]
+            tensors = successor.carry([floats_of(state[key]) for state in states])
+            if start := _start(part, successor.old[0], key):
+                there = successor.carry([torch.ones_like(old) for old in successor.old])
+                tensors = [torch.where(one > 0, tensor, start) for tensor, one in zip(tensors, there, strict=True)]
+            new = [quantized_as(value, tensor) for tensor in tensors]
         for state, own in zip(after, new, strict=True):
             state[key] = own
     return after
@@ -233,7 +246,7 @@ def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
         state = part.state.get(parameter, {})
         for key in ("exp_avg", "momentum_buffer"):
             if isinstance(state.get(key), Tensor):
-                return _floats(state[key])
+                return floats_of(state[key])
     return None
 
 
@@ -331,7 +344,15 @@ def _entries(optimizer: Optimizer, values: Values) -> Iterator[_Entry]:
             seen.add(id(state))
             for key, value in state.items():
                 if not _is_plain(value):
-                    yield _Entry(type(part).__name__, name, state, key, value)
+                    yield _Entry(type(part).__name__, name, state, key, value, _start(part, parameter, key))
+
+
+def _start(part: Optimizer, parameter: Tensor, key: str) -> float:
+    """What a new weight's entry under this key starts from."""
+    if key not in _STARTS:
+        return 0.0
+    groups = (group for group in part.param_groups if any(own is parameter for own in group["params"]))
+    return float(next(groups, {}).get(_STARTS[key], 0.0))
 
 
 def _is_plain(value: Any) -> bool:
@@ -366,33 +387,10 @@ def _reduces(shape: tuple[int, ...], block: tuple[int, ...]) -> bool:
     return kept or _reduces(shape, block[1:])
 
 
-def _floats(tensor: Tensor) -> Tensor:
-    """The tensor itself, or of a quantized one its float form."""
-    return tensor.dequantize() if _is_quantized(tensor) else tensor.detach()
-
-
 def _is_ordinary(thing: Any) -> bool:
     """Whether it is a tensor whose numbers can be moved."""
     own = local(thing) if is_sharded(thing) else thing
-    return type(own) in (Tensor, nn.Parameter) or (isinstance(thing, Tensor) and _is_quantized(thing))
-
-
-def _is_quantized(tensor: Tensor) -> bool:
-    """Whether it is one of torchao's: blocks of few bits, with a scale for each."""
-    return hasattr(tensor, "block_size") and hasattr(type(tensor), "zeros")
-
-
-def _like(quantized: Tensor, floats: Tensor) -> Tensor:
-    """As torchao keeps it: in the blocks of `quantized` where they divide it, else as it is."""
-    if not _is_quantized(quantized):
-        return floats
-    kind: Any = type(quantized)
-    size: int = quantized.block_size  # type: ignore[attr-defined]
-    if not floats.numel() or floats.numel() % size:
-        return floats.to(quantized.dtype)
-    signed = [quantized.signed] if hasattr(quantized, "signed") else []
-    made: Tensor = kind.zeros(floats.shape, *signed, size, floats.device, dtype=quantized.dtype)
-    return made.copy_(floats)
+    return type(own) in (Tensor, nn.Parameter) or (isinstance(thing, Tensor) and is_quantized(thing))
 
 
 def _resembles(state: Tensor, values: Tensor) -> bool:

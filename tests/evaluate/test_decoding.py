@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from sparsae.core.randomness import generator
-from sparsae.evaluate.decoding import Decoder, FastDecoder, ModelDecoder, open_decoder
+from sparsae.evaluate.decoding import Blocks, Decoder, FastDecoder, ModelDecoder, _token_block, open_decoder
+from sparsae.families import FAMILIES
 from sparsae.kernels.cpu import native
+from sparsae.kernels.registry import BACKENDS
 from sparsae.nn.sparsify import sparsify
 
 IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -152,6 +155,51 @@ def test_what_it_does_not_know_goes_through_the_model() -> None:
     listened = prepared("gpt2", 0.5)
     listened.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
     assert isinstance(open_decoder(listened, 24), ModelDecoder)
+
+
+@pytest.mark.parametrize("widths", [(32, 2048), (2048, 32)])
+def test_blocks_with_mlps_of_other_widths_are_decoded_too(widths: tuple[int, int]) -> None:
+    model = gpt2()
+    for block, width in zip(model.get_submodule("transformer.h").children(), widths, strict=True):
+        block.mlp = GPT2MLP(width, model.config)
+    sparsify(model, 0.9, budget="uniform").eval().requires_grad_(False)
+    fast, tokens = open_decoder(model, 24), [5, 3, 8, 1]
+    assert isinstance(fast, FastDecoder)
+    torch.testing.assert_close(decoded(fast, tokens, 1), decoded(ModelDecoder(model), tokens, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native.absence() is not None, reason="the native kernels were not compiled")
+def test_a_weight_that_does_not_fit_the_others_is_no_weight_of_a_block() -> None:
+    model = prepared("gpt2", 0.9)
+    blocks = Blocks(model, FAMILIES["gpt2"], 24)
+    cache = torch.zeros(2, 2, 1, 4, 24, 8)
+    given = [_token_block(module, blocks.family, 1.0) for module in blocks.modules]
+    assert given[0] is not None
+    wrong = given[0]._replace(down=given[0].up)
+    with pytest.raises(ValueError, match="a weight is 128x32 where 32x128 fits"):
+        BACKENDS["cpu"].token_blocks([wrong], blocks.shape(24), cache)
+
+
+class Tripled(nn.Embedding):
+    """An embedding with a forward pass of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(input)
+
+
+class Halved(GPT2Attention):
+    """Likewise, of all that attention gives."""
+
+    def forward(self, *args: Any, **others: Any) -> Any:
+        y, *rest = super().forward(*args, **others)
+        return (y / 2, *rest)
+
+
+def test_a_model_with_a_part_of_somebody_elses_goes_its_own_way() -> None:
+    for place, of in (("transformer.wte", Tripled), ("transformer.h.1.attn", Halved)):
+        model = prepared("gpt2", 0.9)
+        model.get_submodule(place).__class__ = of
+        assert isinstance(open_decoder(model, 24), ModelDecoder)
 
 
 def test_results_do_not_share_memory() -> None:

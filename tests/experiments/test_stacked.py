@@ -225,6 +225,10 @@ def test_memory_that_runs_out_in_the_middle_is_one_line_and_nothing_saved_is_los
     ("options", "said"),
     [
         (["--stack", "model.dropout=0.1"], "model.dropout is 0.1"),
+        (
+            ["--stack", "model.family=llama", "model.transformers={attention_dropout: 0.1}"],
+            "model.transformers.attention_dropout is 0.1",
+        ),
         (["--stack", "--ray", "local"], "leave out --ray"),
         (["--stack-size", "3"], "give --stack too"),
         (["--minutes", "0"], "--minutes: must be above 0"),

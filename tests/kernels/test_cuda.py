@@ -264,6 +264,16 @@ def test_losses_of_rows_and_their_gradient(
 
 
 @in_interpreter
+def test_targets_may_lie_apart() -> None:
+    from sparsae.kernels.fused.loss import losses_and_gradient
+
+    rng = generator(0, "apart")
+    logits, targets = torch.randn(6, 10, generator=rng), torch.randint(0, 10, (6, 2), generator=rng)
+    found = [losses_and_gradient(logits, t, None, -100, 1.0, 0.0, True) for t in (targets[:, 0], targets[:, 0].clone())]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+
+
+@in_interpreter
 @pytest.mark.parametrize(("target", "ignore_index"), [(20, None), (-1, None), (-1, -100), (-100, None)])
 def test_the_loss_of_a_target_that_is_no_class_is_no_number(target: int, ignore_index: int | None) -> None:
     from sparsae.kernels.fused.loss import losses_and_gradient

@@ -242,6 +242,28 @@ def test_gradients_of_a_replaced_topology_are_refused() -> None:
     model(x).sum().backward()
 
 
+def test_gradients_of_a_dense_weight_whose_topology_was_replaced_are_refused() -> None:
+    layer = sparse_layers(net(1))["0"]
+    loss = (layer.weight * torch.randn(48, 24)).sum()
+    layer.set_topology(Topology.random((48, 24), layer.topology.count, generator(9)), layer.values.data.clone())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    layer.weight.sum().backward()
+    assert torch.equal(layer.values.grad, torch.ones_like(layer.values))
+
+
+@pytest.mark.parametrize("dense_weight", [False, True])
+def test_gradients_of_a_topology_that_was_tried_are_refused_afterwards(dense_weight: bool) -> None:
+    model, x = net(1), torch.randn(5, 24)
+    layer = sparse_layers(model)["0"]
+    other = Topology.random((48, 24), layer.topology.count, generator(9))
+    with layer.trying(other, torch.randn(other.count)):
+        losses = [(layer.weight if dense_weight else model(x)).square().sum() for _ in range(2)]
+        losses[0].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[1].backward()
+
+
 def test_trying_a_topology_leaves_an_old_loss_alone() -> None:
     model, x = net(1), torch.randn(5, 24)
     layer = sparse_layers(model)["0"]

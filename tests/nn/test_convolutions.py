@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from sparsae import AdamW, Sparsifier, SparsifierConfig, densify, sparse_layers, sparsify, summary
 from sparsae.core.budgets import relative_density
+from sparsae.core.randomness import generator
 from sparsae.errors import InputError
+from sparsae.nn.pruning import prunable
 from sparsae.rules.rigl import RiglConfig
 from sparsae.rules.set import SetConfig
 from tests.support.masked_twin import require_equal
@@ -83,6 +85,21 @@ def test_an_optimizer_follows_a_convolution_both_ways() -> None:
     densify(model, optimizer=adam)
     assert adam.param_groups[0]["params"] == [model[0].weight, model[0].bias]
     assert torch.equal(adam.state[model[0].weight]["exp_avg"], moment * mask)
+
+
+def test_masks_and_pruning_take_a_convolution_whose_channels_lie_last() -> None:
+    model, same = convolution(), convolution()
+    model.to(memory_format=torch.channels_last)
+    mask = torch.rand(6, 4, 3, 3, generator=generator(0, "mask")) < 0.5
+    for each in (model, same):
+        sparsify(each, start={"0": mask})
+    assert torch.equal(sparse_layers(model)["0"].values, sparse_layers(same)["0"].values)
+    pruned = convolution().to(memory_format=torch.channels_last)
+    weight = pruned.get_parameter("0.weight")
+    before = weight.detach().clone()
+    prunable({"0": pruned.get_submodule("0")})[0].prune(100)
+    assert int((weight == 0).sum()) == 100
+    assert torch.equal(weight, before * (weight != 0))
 
 
 def test_channels_that_do_not_fit_are_named() -> None:

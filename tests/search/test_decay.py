@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 # Added to the gradient, a part of the step; or none at all.
 IN_THE_GRADIENT = {
     *("Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "RMSprop, all", "Rprop", "SGD"),
-    *("SGD, momentum", "Adam8bit", "Lion, L2", "SM3"),
+    *("Adagrad, not from zero", "SGD, momentum", "Adam8bit", "Lion, L2", "SM3"),
 }
 # Their weights are computed from copies.
 AHEAD = {"Lookahead", "ScheduleFreeAdamW", "ScheduleFreeSGD", "MADGRAD", "Ranger21"}

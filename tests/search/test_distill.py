@@ -185,3 +185,22 @@ def test_a_teacher_computes_with_its_own_weights_whatever_the_students_forward_i
         InputError, match=r"whose own forward was replaced by the function .*lambda.*, which computes with"
     ):
         Teacher(model, TeacherConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_parameters_of_16_bits_have_no_average(dtype: torch.dtype, start: float) -> None:
+    model = small_model().to(dtype)
+    with pytest.raises(
+        InputError, match=rf"cannot average .*: .* rounding of {str(dtype).removeprefix('torch.')}; keep"
+    ):
+        Teacher(model, TeacherConfig(start=start), steps=10)
+    assert Teacher(model.requires_grad_(False), TeacherConfig()).begun
+
+
+def test_a_parameter_of_integers_is_left_as_it_is() -> None:
+    model = small_model()
+    model.places = nn.Parameter(torch.arange(4), requires_grad=False)
+    teacher = Teacher(model, TeacherConfig(beta=0.5, ramp=False))
+    teacher.update(model, 0)
+    assert torch.equal(teacher.model.get_parameter("places"), torch.arange(4))

@@ -61,6 +61,7 @@ VARIANTS: dict[str, Make] = {
     "AdamW, foreach": of("torch.optim", "AdamW", lr=0.01, foreach=True),
     "AdamW, a tensor as rate": of("torch.optim", "AdamW", lr=torch.tensor(0.01)),
     "SGD, momentum": of("torch.optim", "SGD", lr=0.01, momentum=0.9),
+    "Adagrad, not from zero": of("torch.optim", "Adagrad", lr=0.01, initial_accumulator_value=0.5),
     "RMSprop, all": of("torch.optim", "RMSprop", lr=0.01, momentum=0.5, centered=True),
     "transformers Adafactor": of("transformers.optimization", "Adafactor", lr=0.01, relative_step=False, beta1=0.9),
     "transformers Adafactor, relative": of("transformers.optimization", "Adafactor"),
@@ -91,3 +92,5 @@ WEIGHT_COPIES = {"z", "ax", "p0", "x0", "slow_params", "lookahead_params"}
 UNITS = {"weights": (1, 1), "blocks": (4, 4)}
 # What torchao may be off by where it quantizes again: half a step of its code, of the largest in a block.
 STEPS = {"AdamW8bit": 1 / 64, "AdamW4bit": 1 / 4, "AdamWFp8": 1 / 16}
+# What a new weight's entry starts from, where it is not zero.
+STARTS = {("Rprop", "step_size"): 0.01, ("Adagrad, not from zero", "sum"): 0.5}

@@ -146,6 +146,19 @@ def test_another_seed_is_another_run(small: Callable[..., Config], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    "dropout", [["model.dropout=0.5"], ["model.family=llama", "model.transformers={attention_dropout: 0.5}"]]
+)
+def test_a_seed_fixes_what_dropout_drops(small: Callable[..., Config], tmp_path: Path, dropout: list[str]) -> None:
+    losses = []
+    for name in ("a", "b"):
+        torch.manual_seed(len(losses))
+        losses.append(start(small(*dropout), tmp_path / name, quiet=True)["validation_loss"])
+    assert losses[0] == losses[1]
+    whole = start(small(dropout[0].replace("dropout=0.5", "dropout=0")), tmp_path / "whole", quiet=True)
+    assert whole["validation_loss"] != losses[0]
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["model.family=llama", "model.tie_embeddings=false", "sparsity.sparsify_head=true"],

@@ -295,8 +295,13 @@ def _is_evaluated(model: nn.Module) -> bool:
     return not any(hooked(module) for module in model.modules())
 
 
+_OWN = frozenset({"sparsae", "torch", "transformers"})
+
+
 def _is_plain(model: Any, family: Family) -> bool:
-    """Whether a model's own pass is the one that the facts of its family tell."""
+    """Whether a model's own pass is the one that the facts of its family tell, and no module is anybody else's."""
+    if not all(type(module).__module__.partition(".")[0] in _OWN for module in model.modules()):
+        return False
     if type(model).__name__ != family.model_class or any(
         getattr(model.config, name, value) != value for name, value in family.plain.items()
     ):

@@ -9,6 +9,7 @@ from sparsae.config import Config
 from sparsae.errors import InputError
 from sparsae.experiments.execution import Executor, Told
 from sparsae.experiments.jobs import Job, running
+from sparsae.models import dropouts
 from sparsae.stack.drive import together
 from sparsae.train.passes import Passes
 from sparsae.train.stopping import StopRequest
@@ -63,10 +64,10 @@ def by_shape(jobs: Sequence[Job]) -> list[Job]:
 
 def refuse(job: Job) -> None:
     """Raise InputError for a run that cannot be stacked: with dropout, which torch draws for one model."""
-    dropout = job.config.model.dropout
-    if dropout:
+    if found := dropouts(job.config.model):
+        name = next(iter(found))
         raise InputError(
-            f"{job.name}: model.dropout is {dropout:g}, which runs that train together cannot have: set it to 0, or "
+            f"{job.name}: {name} is {found[name]:g}, which runs that train together cannot have: set it to 0, or "
             "leave out --stack"
         )
 

@@ -81,8 +81,19 @@ class DensePlace:
 
     @property
     def matrix(self) -> Tensor:
-        """(out, in), a view of the weight, which has to be contiguous."""
-        weight = parameter_of(self.module, self.weight).data
+        """(out, in), a view of the weight, which becomes contiguous where it is not."""
+        parameter = parameter_of(self.module, self.weight)
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+        return self._split(parameter.data)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrix."""
+        weight = parameter_of(self.module, self.weight)
+        return self._split(torch.empty(weight.shape, dtype=weight.dtype, device="meta")).shape
+
+    def _split(self, weight: Tensor) -> Tensor:
         return KINDS.of(self.module).split(self.weight, weight)[self.part]
 
 

@@ -165,10 +165,12 @@ class SparseLinear(nn.Module):
         held = self.values.data.clone() if is_sharded(self.values) else self.values.data
         before = self.prepare(), held
         indices = topology.view("copy", lambda t: [t.indices.clone()])[0]
-        self._install(self._structured(indices, topology), values)
+        tried = self._structured(indices, topology)
+        self._install(tried, values)
         try:
             yield
         finally:
+            tried.structures[0].fill_(-1)
             self._install(*before)
 
     def _install(self, prepared: Prepared, values: Tensor) -> None:
@@ -292,7 +294,8 @@ class SparseLinear(nn.Module):
         blocks = units.view(columns, rows, b_out, b_in).permute(1, 2, 0, 3)
         weight_OI = blocks.reshape(self.out_features, self.in_features)
         if weight_OI.requires_grad and not is_traced() and not transformed():
-            weight_OI.register_hook(lambda gradient_OI: _answer(prepared, gradient_OI))
+            version = prepared.structures[0]._version
+            weight_OI.register_hook(lambda gradient_OI: _answer(prepared, version, gradient_OI))
         return weight_OI
 
     def _known(self, indices: Tensor) -> Topology:
@@ -382,8 +385,13 @@ def _as_read(values: Tensor, backend: str) -> Tensor:
     return values if BACKENDS[backend].casts else in_autocast(values)
 
 
-def _answer(prepared: Prepared, gradient_OI: Tensor) -> None:
-    """Give an open probe the gradient of a dense weight that somebody computed with, as dY^T X with X = 1."""
+def _answer(prepared: Prepared, version: int, gradient_OI: Tensor) -> None:
+    """Give an open probe the gradient of a dense weight that somebody computed with, as dY^T X with X = 1.
+
+    Raises RuntimeError, as autograd does for the operator, where the topology was replaced since.
+    """
+    if prepared.structures[0]._version != version:
+        raise RuntimeError("the topology of a sparse layer was modified by an inplace operation since its forward pass")
     if (probe := open_probe(prepared.structures[0])) is not None:
         identity_II = torch.eye(gradient_OI.shape[1], dtype=gradient_OI.dtype, device=gradient_OI.device)
         probe.add(BACKENDS["reference"], prepared.layout, gradient_OI.T.contiguous(), identity_II)

@@ -100,11 +100,9 @@ def _masked(
         # The mask of a module's only layer is as its weight lies, any other's as the layer's matrix.
         if not place.part and mask.shape == getattr(place.module, place.weight).shape:
             mask = described.split(place.weight, mask.contiguous())[""]
-        if mask.shape != place.matrix.shape:
-            raise InputError(
-                f"start: the mask of {name} has shape {tuple(mask.shape)}, not {tuple(place.matrix.shape)}"
-            )
-        active[name] = mask.to(place.matrix.device)
+        if mask.shape != place.shape:
+            raise InputError(f"start: the mask of {name} has shape {tuple(mask.shape)}, not {tuple(place.shape)}")
+        active[name] = mask.to(getattr(place.module, place.weight).device)
     targets = {name: module for name, module in able.items() if any(places[n][0] == name for n in active)}
     for name in dense_places(targets):
         if name not in active:

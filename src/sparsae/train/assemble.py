@@ -10,7 +10,7 @@ from torch import nn
 from sparsae.config.schema import Config
 from sparsae.config.sparsifier import TOLD, SparsifierConfig
 from sparsae.data.batches import Batches
-from sparsae.models import parameterized
+from sparsae.models import dropouts, parameterized
 from sparsae.nn.linear import sparse_layers
 from sparsae.observers import Observer
 from sparsae.optim import AdamW, parameter_groups
@@ -63,7 +63,7 @@ def trainer_of(
     training = config.training
     teacher = Teacher(model, config.teacher, training.steps) if config.teacher.enabled else None
     objective = Objective(
-        model, training, device, teacher=teacher, dropout_seed=config.seed if config.model.dropout else None
+        model, training, device, teacher=teacher, dropout_seed=config.seed if dropouts(config.model) else None
     )
     account = Account(
         RunCosts(model, config, build_rule(config.topology, config.rules).micro_batch),

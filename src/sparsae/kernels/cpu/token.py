@@ -18,11 +18,11 @@ class Blocks:
     """Called with x (1, width) and a position, it returns what the last block gives, the same buffer every time.
 
     cache: (layer, 2, 1, kv head, position, head size), keys and values, which it reads up to the position and writes
-    there.
+    there. Raises ValueError for a weight that does not fit the shape, or the other weights of its block.
     """
 
     def __init__(self, blocks: Sequence[TokenBlock], shape: TokenShape, cache: Tensor) -> None:
-        hidden = blocks[0].up.layout.shape[0]
+        hidden = max(block.up.layout.shape[0] for block in blocks)
         queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
         sizes = {
             "x": shape.width, "normed": shape.width, "added": shape.width, "projected": queries + 2 * keys,
@@ -60,7 +60,14 @@ class Blocks:
         buffers = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
         size = self._buffers["x"].element_size()
 
+        hidden = block.up.layout.shape[0]
+        widths = {name: buffer.numel() for name, buffer in self._buffers.items()} | {"hidden": hidden, "gate": hidden}
+
         def problem(weight: Weight, x: str, y: str, start: int = 0) -> library.Problem:
+            out_features, in_features = weight.layout.shape
+            end = next((after for after in starts if after > start), widths[y]) if y == "projected" else widths[y]
+            if (out_features, in_features) != (end - start, widths[x]):
+                raise ValueError(f"a weight is {out_features}x{in_features} where {end - start}x{widths[x]} fits")
             product = Product(weight.values, weight.layout, index_of(weight.layout), weight.bias)
             self._keeps.append(product)
             made = product.problem

@@ -35,7 +35,7 @@ def losses_and_gradient(
     taught = 0 if teacher_logits is None else teacher_logits.shape[0]
     if tokens:
         _rows[(tokens,)](
-            *(logits, logits if teacher_logits is None else teacher_logits, targets, sums),
+            *(logits, logits if teacher_logits is None else teacher_logits, targets.contiguous(), sums),
             *(logits if found is None else found, vocabulary, tokens, taught),
             *(torch.iinfo(torch.int32).min if ignore_index is None else ignore_index, ce_weight, kl_weight),
             TEACHES=taught > 0,

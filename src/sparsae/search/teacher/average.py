@@ -31,11 +31,13 @@ class Teacher:
     def __init__(self, student: nn.Module, config: TeacherConfig, steps: int | None = None) -> None:
         """Begins as a copy of the student; sparse layers share the student's index tensors until they diverge.
 
-        steps: of the whole training. Raises InputError where `config.start` is a share of steps that are not known, and
-        for a student that `fully_shard` has sharded already: call it on `model` as on the student, after this.
+        steps: of the whole training. Raises InputError where `config.start` is a share of steps that are not known, for
+        parameters of 16 bits, and for a student that `fully_shard` has sharded already: call it on `model` as on the
+        student, after this.
         """
         if config.start and steps is None:
             raise InputError(f"teacher.start {config.start:g} is a share of the steps: give Teacher(..., steps=N)")
+        _require_width(student)
         self.config = config
         self.layers: dict[str, Storage] = {}
         self.since = 0
@@ -117,7 +119,7 @@ class Teacher:
         owned = {id(layer.values) for layer in sparse.values()}
         shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
         teacher_parameters = dict(self.model.named_parameters())
-        alike = [(teacher_parameters[name].data, p.data) for name, p in shared]
+        alike = [(teacher_parameters[name].data, p.data) for name, p in shared if p.is_floating_point()]
         for name, layer in sparse.items():
             if (pair := self.layers[name].average(layer, beta)) is not None:
                 alike.append(pair)
@@ -177,6 +179,17 @@ class Teacher:
 def _unsynchronized(student: nn.Module) -> nn.Module:
     """A model without the wrapper that averages gradients over ranks: a teacher has none."""
     return student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+
+
+def _require_width(student: nn.Module) -> None:
+    """Raise InputError where an average in the parameters' dtype would lose steps of 1 - beta to rounding."""
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"a teacher cannot average {name}: its small steps do not survive the rounding of {dtype}; keep "
+                "parameters in float32, and train in 16 bits by autocast"
+            )
 
 
 def _copy_sharing_indices(student: nn.Module) -> nn.Module:
