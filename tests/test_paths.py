@@ -11,7 +11,7 @@ from sparsae.data.entry import cache_root
 from sparsae.data.sources import documents
 from sparsae.data.tokenizer import load_tokenizer
 from sparsae.errors import InputError
-from sparsae.files import expanded
+from sparsae.files import expanded, refuse_unwritable
 
 
 def test_only_a_variable_in_braces_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +44,25 @@ def test_one_that_is_not_set_is_told(value: str | None, monkeypatch: pytest.Monk
     with pytest.raises(InputError) as refused:
         list(documents("${BOOKS}/a.txt"))
     assert str(refused.value) == "${BOOKS}/a.txt: the environment has no BOOKS; set it: export BOOKS=DIRECTORY"
+
+
+def test_a_relative_pattern_is_found_below_a_directory_with_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "proj[1]" / "books"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("some text")
+    monkeypatch.chdir(folder.parent)
+    for source, found in (("books/*.txt", ["some text"]), ("books", ["some text"]), ("books/a.txt", ["some text"])):
+        absolute = with_absolute_paths(resolve(overrides=[f"data.source={source}"])).data.source
+        assert Path(absolute).is_absolute()
+        assert list(documents(absolute)) == found
+
+
+def test_a_device_is_written_to_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) == "/dev/null")
+    refuse_unwritable("--json", "/dev/null")
+    with pytest.raises(InputError, match=f"no permission to write in {tmp_path}"):
+        refuse_unwritable("--json", str(tmp_path / "rows.json"))
+    with pytest.raises(InputError, match="no permission to write to /dev/zero"):
+        refuse_unwritable("--json", "/dev/zero")

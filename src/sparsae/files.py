@@ -184,7 +184,10 @@ def refuse_unwritable(option: str, file: str | None) -> None:
         raise InputError(
             f"{option}: a name of {len(os.fsencode(Path(file).name))} bytes is too long; give a shorter one"
         )
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if Path(file).exists() and not Path(file).is_file():
+        if not os.access(file, os.W_OK):  # a device or a pipe, which is written to as it is
+            raise InputError(f"{option}: no permission to write to {file}; give a file elsewhere")
+    elif not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{option}: no permission to write in {folder}; give a file elsewhere")
 
 

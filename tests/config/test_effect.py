@@ -55,6 +55,11 @@ IDLE = [
     ("dense", ["sparsity.budget=uniform"], "sparsity.budget: has no effect: a dense model"),
     ("dense-small", ["training.sparse_learning_rate=0.01"], "training.sparse_learning_rate: has no effect"),
     ("dense-small", ["sparsity.schedule.kind=bump"], "sparsity.schedule.kind: has no effect: a dense model"),
+    ("set", ["data.tokenizer=a.json", "data.tokenizer_vocab=300"], "data.tokenizer_vocab: has no effect: data.tok"),
+    ("set", ["parameterization.weight_decay=coupled"], "parameterization.weight_decay: has no effect: name is sp"),
+    ("set", ["tracking.project=mine"], "tracking.project: has no effect: no tracker is on"),
+    ("set", ["tracking.tensorboard=true", "tracking.project=mine"], "tracking.project: has no effect"),
+    ("set", ["teacher.enabled=true", "teacher.alpha=0", "teacher.share=0.5"], "teacher.share: has no effect: teacher"),
     ("set", ["data.validation_source=a.txt", "data.validation_share=0.1"], "data.validation_share: has no effect"),
 ]  # fmt: skip
 

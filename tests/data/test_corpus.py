@@ -1,5 +1,6 @@
 """Prepared once, found again, never half-written."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -122,19 +123,23 @@ def test_an_interrupted_preparation_leaves_nothing(config):
 
 
 def test_what_was_left_by_a_kill_is_removed_after_a_day(config):
-    dead, young, held = (Path(config.cache, f"unfinished-{name}") for name in ("dead", "young", "held"))
-    for path in (dead, young, held):
+    key = "0123456789abcdef" * 2
+    names = (f"{key[:24]}-17-{key[:8]}", f"{key[:24]}-{key[:8]}", f"{key[:24]}-17-{key[:8]}-damaged")
+    dead, young, held = (Path(config.cache, f"unfinished-{name}") for name in names)
+    foreign = Path(config.cache, "unfinished-thesis")
+    for path in (dead, young, held, foreign):
         path.mkdir(parents=True)
     lock = os.open(held, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     an_hour_ago = time.time() - 3600
-    for path in (dead, held):
+    for path in (dead, held, foreign):
         os.utime(path, (an_hour_ago, an_hour_ago))
     prepare(config)
     os.close(lock)
     assert not dead.exists()
     assert young.exists()
     assert held.exists()
+    assert foreign.exists()
 
 
 def test_preparations_at_once_agree(config):
@@ -273,9 +278,38 @@ def test_prepared_text_is_a_source_wherever_it_is_carried(config, tmp_path):
     same = prepare(DataConfig(source=str(carried), tokenizer=str(carried / "tokenizer")))
     assert same.digest == corpus.digest
     train_tokenizer(["other words"], 300).save(tmp_path / "other")
-    for key, value in {"tokenizer": str(tmp_path / "other"), "validation_source": "y.txt", "max_documents": 3}.items():
+    wrong = {"tokenizer": str(tmp_path / "other"), "validation_source": "y.txt", "max_documents": 3}
+    for key, value in {**wrong, "validation_share": 0.4, "text_field": "body"}.items():
         with pytest.raises(InputError, match="is prepared text"):
             prepare(DataConfig(source=str(carried), **{key: value}))
     (carried / "train-00000.bin").write_bytes(b"")
     with pytest.raises(InputError, match="damaged"):
         prepare(DataConfig(source=str(carried)))
+
+
+def test_a_collection_with_a_manifest_of_its_own_is_text(config):
+    Path(config.source, "manifest.json").write_text('{"name": "a collection"}')
+    assert len(prepare(config).train) > 100
+
+
+def test_a_tokenizer_that_is_gone_is_a_runs_own(config, tmp_path):
+    corpus = prepare(config)
+    for name in ("named", "own"):
+        corpus.tokenizer.save(tmp_path / name)
+    named = config.model_copy(update={"tokenizer": str(tmp_path / "named")})
+    before = prepare(named, own=tmp_path / "nothing")
+    shutil.rmtree(tmp_path / "named")
+    with pytest.raises(InputError, match="no such tokenizer"):
+        prepare(named)
+    after = prepare(named, own=tmp_path / "own")
+    assert (after.digest, after.directory) == (before.digest, before.directory)
+
+
+def test_a_full_directory_of_temporary_files_is_named(config, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sparsae.data.bpe.TemporaryFile", full)
+    with pytest.raises(InputError, match="cannot be written there: No space left on device; set TMPDIR"):
+        prepare(config)
+    assert entries(config) == []

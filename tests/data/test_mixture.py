@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -229,3 +230,19 @@ def test_a_shared_tokenizer_is_trained_on_each_source_by_its_share(
         prepare(DataConfig(sources=sources, cache=str(tmp_path / "cache")))
     letters = Counter("".join(seen).replace(" ", ""))
     assert [round(letters[letter] / 600) for letter in "abc"] == [1, 1, 2]
+
+
+def test_the_held_out_text_has_its_field_and_each_source_its_own(tmp_path: Path) -> None:
+    for name, field in (("a", "text"), ("b", "content"), ("held-out", "text")):
+        rows = [json.dumps({field: f"{name} {i}: some words about {i * 7} things. " * 20}) for i in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    common = {"tokenizer_vocab": 300, "cache": str(tmp_path / "cache")}
+    sources = [{"source": str(tmp_path / "a.jsonl")}, {"source": str(tmp_path / "b.jsonl"), "text_field": "content"}]
+    config = DataConfig.model_validate(
+        {"sources": sources, "validation_source": str(tmp_path / "held-out.jsonl"), **common}
+    )
+    corpus = prepare(config)
+    text = corpus.tokenizer.decode(corpus.validation[:].tolist())
+    assert text.count("held-out") == 30 * 20
+    read = corpus.tokenizer.decode(np.concatenate([part[:] for part in corpus.train.parts]).tolist())  # type: ignore[union-attr]
+    assert read.count("a 3: ") == read.count("b 3: ") == 20

@@ -77,6 +77,14 @@ def test_zstandard_of_several_frames(tmp_path):
     assert "damaged" in refusal(write(source, b"not zstandard"))
 
 
+def test_zstandard_of_a_window_that_is_too_large_is_told(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    wide = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    source = write(tmp_path / "a.jsonl.zst", packer.compress(lines(TEXTS)) + packer.flush())
+    assert "its window is larger than 128 MiB: pack it again with at most zstd --long=27" in refusal(source)
+
+
 def test_parquet_is_read_by_column(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -170,6 +178,16 @@ def test_directories_and_globs_are_sorted_and_take_what_is_readable(tmp_path):
     assert list(documents(str(tmp_path / "**/*.md"))) == ["deep/c.md"]
     assert expected_documents(str(tmp_path / "*.txt"), 1) == 1
     assert expected_documents(str(tmp_path)) is None
+
+
+def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
+    for name in ("text/a.txt", "real/b.txt", "text/deep/c.txt"):
+        write(tmp_path / name, name)
+    (tmp_path / "text/more").symlink_to(tmp_path / "real")
+    (tmp_path / "real/back").symlink_to(tmp_path / "text")  # a loop
+    (tmp_path / "text/same").symlink_to(tmp_path / "text/deep")
+    assert sorted(documents(str(tmp_path / "text"))) == ["real/b.txt", "text/a.txt", "text/deep/c.txt"]
+    assert list(documents(str(tmp_path / "text/deep/**/**/*.txt"))) == ["text/deep/c.txt"]
 
 
 def test_the_fingerprint_follows_the_content(tmp_path):

@@ -139,6 +139,20 @@ def test_forms_that_there_are_not(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_new_directory_and_what_is_an_export_already_are_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_run(run, tmp_path / "compact", form="compact")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for to in (".", "", str(tmp_path / "empty")):
+        assert main(["export", str(run), "--to", to]) == 2
+        assert "is no new directory; name one" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "compact"), "--to", "out"]) == 2
+    assert "is an export already" in capsys.readouterr().err
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
 @pytest.mark.slow
 def test_another_runtime_computes_the_same_logits(run: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

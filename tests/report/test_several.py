@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from sparsae.cli import main
 from sparsae.report.data import read_run
 from sparsae.report.figure_files import write_figures
 from sparsae.report.page import render, write_report
-from sparsae.report.several import comparable, read_runs
+from sparsae.report.several import body, comparable, read_runs
 from sparsae.report.svg import STAND_INS, collected
 from sparsae.train.run import start
 from tests.report.test_page import Page
@@ -145,3 +146,24 @@ def test_places_of_a_page_and_its_figures_are_looked_at_first(
         assert main(["report", *both, *options]) == 2
         assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_sparsity_near_all_is_not_told_as_all(runs: Path) -> None:
+    data = read_run(runs / "one" / "run")
+    sparsity = data.config.sparsity.model_copy(update={"sparsity": 0.9995})
+    nearly = replace(data, config=data.config.model_copy(update={"sparsity": sparsity}))
+    for page in (render(nearly), body({"a": nearly, "b": nearly})):
+        assert "99.95 %" in page
+        assert ">100 %" not in page
+        assert "· 100 % sparse" not in page
+
+
+def test_a_figure_that_cannot_be_written_is_named(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["report", str(runs / "one" / "run"), "--figures", str(tmp_path / "figures")]) == 2
+    assert re.search(rf"{tmp_path}/figures/\S+: cannot be written: No space left", capsys.readouterr().err)

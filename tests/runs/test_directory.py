@@ -4,7 +4,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from sparsae.config.load import resolve
 from sparsae.errors import InputError
 from sparsae.files import sealed, to_json, write_atomically
 from sparsae.runs.claim import claimed, refuse_occupied
-from sparsae.runs.directory import CHECKPOINT_FORMAT, RunDirectory, describe
+from sparsae.runs.directory import CHECKPOINT_FORMAT, RunDirectory, describe, read_state
 from sparsae.runs.manifest import Manifest
 from sparsae.runs.metrics import MetricsWriter
 from sparsae.runs.rows import Row
@@ -221,3 +224,37 @@ class TestDescribe:
         run.summary.write_text(content)
         with pytest.raises(InputError, match=r"summary\.json.*damaged"):
             describe(run.path)
+
+
+class TestWhileItTrains:
+    """The newest checkpoint is replaced between a look at the directory and a look at the file."""
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda run: run.newest_state()["trainer"]["step"],
+            lambda run: run.best_step(),
+            lambda run: run.read_metrics(Row) == [] and 7,
+            lambda run: run.latest_checkpoint() == run.checkpoint(7) and 7,
+        ],
+    )
+    def test_what_is_read_is_of_the_next_one(
+        self, run: RunDirectory, read: Callable[[RunDirectory], int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = resolve(run.config_file)
+        kept = own.model_copy(update={"training": own.training.model_copy(update={"keep_best": True})})
+        monkeypatch.setattr(RunDirectory, "config", lambda _: kept)
+        run.metrics.touch()
+        save_checkpoint(run, 3)
+        asked = []
+
+        def replaced(checkpoint: Path) -> dict[str, Any]:
+            if not asked:
+                shutil.rmtree(save_checkpoint(run, 7).with_name("step-00000003"))
+            asked.append(checkpoint)
+            state = read_state(checkpoint)
+            return {**state, "trainer": {**state["trainer"], "validation": {"best": [7, 1.0]}}}
+
+        monkeypatch.setattr("sparsae.runs.directory.read_state", replaced)
+        assert read(run) == 7
+        assert asked[0] == run.checkpoint(3)

@@ -10,6 +10,7 @@ import pytest
 from sparsae.cli import main
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
+from sparsae.evaluate.perplexity import evaluate_run
 from sparsae.files import read_json
 from sparsae.runs.directory import RunDirectory
 from sparsae.train.run import resume, start
@@ -119,8 +120,9 @@ class TestFrom:
             start(config, tmp_path / "broken", quiet=True, source=finished)
         monkeypatch.undo()
         assert RunDirectory(tmp_path / "broken").saved_steps() == [step]
-        shutil.rmtree(finished / "checkpoints")
+        shutil.rmtree(finished)
         resume(tmp_path / "broken", quiet=True)
+        assert evaluate_run(tmp_path / "broken")["tokens"]
         assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
     @pytest.mark.parametrize(

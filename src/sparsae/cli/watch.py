@@ -44,10 +44,8 @@ def watch(
             goes_on = is_locked(directory.path)
             data = _read(run, waiting=goes_on)
             if page and data is not None and (not goes_on or time.monotonic() - written >= _PAGE):
-                from sparsae.report.page import write_report
-
-                write_report(run)
                 written = time.monotonic()
+                _write(run, waiting=goes_on)
             line = _line(data, goes_on)
             if console.is_terminal:
                 live.update(_view(run, data, line), refresh=True)
@@ -57,6 +55,17 @@ def watch(
             if not goes_on:
                 return
             time.sleep(every)
+
+
+def _write(run: Path, waiting: bool) -> None:
+    """The report; again a little later where a run that goes on was caught between two states."""
+    from sparsae.report.page import write_report
+
+    try:
+        write_report(run)
+    except InputError:
+        if not waiting:
+            raise
 
 
 def _read(run: Path, waiting: bool) -> RunData | None:

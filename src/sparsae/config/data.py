@@ -47,9 +47,9 @@ class DataConfig(Section):
     tokenizer: Text = Field(
         default="train", description="train (byte-level BPE on the text), a tokenizer.json, or a directory"
     )
-    tokenizer_vocab: Annotated[int, Field(ge=257, le=2**22)] = Field(
-        default=4096, description="entries of a tokenizer trained here"
-    )
+    tokenizer_vocab: Annotated[
+        int, Field(ge=257, le=2**22), Idle(lambda data, _: data.tokenizer != "train", "data.tokenizer names one")
+    ] = Field(default=4096, description="entries of a tokenizer trained here")
     cache: Text | None = Field(
         default=None, description="where prepared data is kept; null: $SPARSAE_CACHE or ~/.cache/sparsae"
     )
@@ -63,6 +63,12 @@ class DataConfig(Section):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise SettingError(f"sources has {twice} twice: give it once, with the sum of the weights", "sources")
         return self
+
+    @property
+    def training_field(self) -> str:
+        """The field of the text to train on, of one source alone; the held-out text's is `text_field`."""
+        own = self.sources[0].text_field if len(self.sources) == 1 else None
+        return own or self.text_field
 
     @property
     def texts(self) -> tuple[SourceConfig, ...]:

@@ -7,6 +7,7 @@ section names it, and starts anew where another is named; a term's is found unde
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,7 +144,10 @@ def _absolute(path: str, key: str) -> str:
     folder = expanded(folder)
     if prefix and not os.path.isdir(folder.partition(":")[0]):
         return path
-    absolute = prefix + os.path.abspath(folder)
+    # Of a pattern the place is none: a directory's own name may have brackets.
+    is_pattern = glob.has_magic(folder) and not os.path.exists(folder)
+    place = glob.escape(os.getcwd()) if is_pattern else os.getcwd()
+    absolute = prefix + os.path.normpath(os.path.join(place, folder))
     require_utf8(key, absolute)
     return absolute
 

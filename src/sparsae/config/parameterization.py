@@ -38,7 +38,7 @@ class ParameterizationConfig(Section):
     )
     embedding_multiplier: Positive = Field(default=1.0, description="factor on the embeddings")
     output_multiplier: Positive = Field(default=1.0, description="factor on the logits, beside the width's own")
-    weight_decay: Literal["independent", "coupled"] = Field(
+    weight_decay: Annotated[Literal["independent", "coupled"], _STANDARD] = Field(
         default="independent",
         description="a step decays by the schedule's learning rate, or by the layer's own scaled one",
     )

@@ -214,7 +214,10 @@ class SparsityConfig(Section):
 class TrackingConfig(Section):
     """Trackers beside metrics.jsonl; each needs its extra installed."""
 
-    project: Text = Field(default="sparsae", description="project name given to the trackers")
+    project: Annotated[
+        Text,
+        Idle(lambda own, _: not (own.trackio or own.wandb or own.observers), "no tracker is on that has projects"),
+    ] = Field(default="sparsae", description="project name given to the trackers")
     tensorboard: bool = Field(default=False, description="write TensorBoard events into the run directory")
     trackio: bool = Field(default=False, description="log to trackio")
     wandb: bool = Field(default=False, description="log to Weights & Biases (WANDB_MODE=offline works)")

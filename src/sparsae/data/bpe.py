@@ -11,9 +11,12 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from subprocess import PIPE
 from tempfile import TemporaryFile
+from typing import IO
 
 LONGEST_WORD = 256
 """Bytes after which a word is cut. Merges are found word by word, in time that grows with a word's length squared."""
@@ -29,24 +32,41 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end: str, waiting: Callable
     order = json.dumps({"vocab_size": vocab_size, "end": end}).encode()
     # -P: the modules beside this one must not be taken for libraries of the same name.
     command = [sys.executable, "-P", __file__]
-    with TemporaryFile() as given:  # no pipe: what of it is left at a time-out, `communicate` would never write
-        given.write(b"\n".join([order, *(json.dumps(text).encode() for text in texts)]))
-        given.seek(0)
-        with subprocess.Popen(command, stdin=given, stdout=PIPE, stderr=PIPE) as process:
-            try:
-                while True:
-                    try:
-                        made, complaint = process.communicate(timeout=_TICK)
-                        break
-                    except subprocess.TimeoutExpired:
-                        waiting()
-            finally:
-                process.kill()
-                process.wait()  # which leaving the block does not after Ctrl-C
+    with (
+        _written([order, *(json.dumps(text).encode() for text in texts)]) as given,
+        subprocess.Popen(command, stdin=given, stdout=PIPE, stderr=PIPE) as process,
+    ):
+        try:
+            while True:
+                try:
+                    made, complaint = process.communicate(timeout=_TICK)
+                    break
+                except subprocess.TimeoutExpired:
+                    waiting()
+        finally:
+            process.kill()
+            process.wait()  # which leaving the block does not after Ctrl-C
     if process.returncode:
         reason = complaint.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         raise RuntimeError(f"training the tokenizer failed: {reason[0]}")
     return made.decode()
+
+
+@contextmanager
+def _written(lines: Iterable[bytes]) -> Iterator[IO[bytes]]:
+    """A file to read them from; no pipe: what of it is left at a time-out, `communicate` would never write."""
+    from sparsae.errors import InputError
+
+    with ExitStack() as opened:
+        try:
+            given = opened.enter_context(TemporaryFile())
+            given.write(b"\n".join(lines))
+            given.seek(0)
+        except OSError as error:
+            place = tempfile.tempdir or "the directory of temporary files"
+            what = f"{place}: the text for the tokenizer cannot be written there: {error.strerror}"
+            raise InputError(f"{what}; set TMPDIR to a directory with room") from None
+        yield given
 
 
 def _train(texts: Iterable[str], vocab_size: int, end: str) -> str:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from sparsae.config.data import DataConfig
-from sparsae.data.entry import entry_of, make_entry, read_whole, seal
+from sparsae.data.entry import MANIFEST, entry_of, make_entry, read_whole, seal
 from sparsae.data.mixture import Mixture
 from sparsae.data.shards import ShardWriter, TokenSequence, map_shards, token_dtype
 from sparsae.data.sources import documents, expected_documents, fingerprint
@@ -129,18 +129,25 @@ def open_corpus(directory: Path) -> Corpus | None:
 
 def is_prepared(source: str) -> bool:
     """Whether a source is a directory of prepared text, such as `prepare` leaves in the cache, and not text."""
-    return (Path(expanded(source)) / "manifest.json").is_file()
+    manifest = Path(expanded(source)) / MANIFEST
+    try:
+        # Other collections of text have manifests, too.
+        return manifest.is_file() and b'"made_from"' in manifest.read_bytes()
+    except OSError:
+        return False
 
 
 def _as_prepared(config: DataConfig) -> Corpus:
     found = open_corpus(Path(expanded(config.source)))
     if found is None:
         raise InputError(f"{config.source}: prepared text that is damaged, or of another version: prepare it again")
-    is_other = config.tokenizer != "train" and load_tokenizer(config.tokenizer).hash != found.tokenizer.hash
-    if is_other or config.validation_source is not None or config.max_documents is not None:
+    wrong = config.tokenizer != "train" and load_tokenizer(config.tokenizer).hash != found.tokenizer.hash
+    for name in ("validation_source", "validation_share", "text_field", "max_documents"):
+        wrong |= getattr(config, name) != DataConfig.model_fields[name].default
+    if wrong or config.training_field != config.text_field:
         raise InputError(
             f"{config.source}: is prepared text, with its tokenizer and its held-out part: leave out data.tokenizer, "
-            "data.validation_source and data.max_documents"
+            "data.validation_source, data.validation_share, data.text_field and data.max_documents"
         )
     return found
 
@@ -192,7 +199,8 @@ def content_of(config: DataConfig) -> dict[str, Any]:
     return {
         "source": fingerprint(config.source),
         "validation": config.validation_share if held_out is None else fingerprint(held_out),
-        "text_field": config.text_field,
+        "text_field": config.training_field,
+        **({} if held_out is None or config.training_field == config.text_field else {"its_field": config.text_field}),
         "max_documents": config.max_documents,
     }
 
@@ -243,7 +251,7 @@ def _write_entry(
 
 
 def _split_texts(config: DataConfig, report: Progress) -> Iterator[Part]:
-    texts = documents(config.source, config.text_field, config.max_documents)
+    texts = documents(config.source, config.training_field, config.max_documents)
     if config.validation_source is None:
         return split_documents(texts, config.validation_share, lambda size: report("read", size, None))
     held_out = documents(config.validation_source, config.text_field, config.max_documents)

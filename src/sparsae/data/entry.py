@@ -27,6 +27,7 @@ from sparsae.files import expanded, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 _NAME = re.compile("[0-9a-f]{24}")
+_UNFINISHED = re.compile(rf"unfinished-{_NAME.pattern}-(\d+-)?[0-9a-f]{{8}}(-damaged)?")
 _YOUNG, _ABANDONED = 60.0, 24 * 3600.0  # seconds
 
 
@@ -148,9 +149,9 @@ def publish(unfinished: Path, directory: Path, is_sound: Callable[[Path], bool])
 
 
 def remove_abandoned(root: Path) -> None:
-    """Remove what preparations that were killed have left behind."""
+    """Remove what preparations that were killed have left behind; what has another name is nobody's of theirs."""
     for path in root.glob("unfinished-*"):
-        if _is_abandoned(path):
+        if _UNFINISHED.fullmatch(path.name) and _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

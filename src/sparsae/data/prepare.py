@@ -7,6 +7,7 @@ no text is tokenized again.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,23 +30,22 @@ from sparsae.data.entry import entry_of, is_whole, make_entry, seal
 from sparsae.data.mixture import Mixture
 from sparsae.data.tokenizer import TRAINING_BYTES, first_bytes, train_tokenizer
 from sparsae.errors import InputError
+from sparsae.files import expanded
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> Corpus:
+def prepare(config: DataConfig, progress: Progress | None = None, own: Path | None = None) -> Corpus:
     """The corpus that `config` describes, from the cache or made now.
 
-    `max_documents` holds for each source. A source that is prepared text is taken as it is. Raises InputError for a
-    source or a tokenizer that cannot be read, for too little text, for a cache that cannot be written, and for prepared
-    text beside settings that would prepare it otherwise.
+    own: a run's tokenizer, for one that `config` names and that is there no more. `max_documents` holds for each
+    source. A source that is prepared text is taken as it is. Raises InputError for a source or a tokenizer that cannot
+    be read, for too little text, for a cache that cannot be written, and for prepared text beside settings that would
+    prepare it otherwise.
     """
+    if own is not None and config.tokenizer != "train" and not os.path.exists(expanded(config.tokenizer)):
+        config = config.model_copy(update={"tokenizer": str(own)})
     if not config.sources:
         return prepare_source(config, progress)
-    alone = [
-        config.model_copy(
-            update={"source": each.source, "sources": [], "text_field": each.text_field or config.text_field}
-        )
-        for each in config.sources
-    ]
+    alone = [config.model_copy(update={"source": each.source, "sources": [each]}) for each in config.sources]
     tokenizer = config.tokenizer
     if tokenizer == "train":
         tokenizer = str(_shared_tokenizer(config, alone, progress or silent))

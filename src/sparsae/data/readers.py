@@ -194,6 +194,10 @@ def _zstandard_chunks(path: Path) -> Generator[bytes]:
                 try:
                     yield frame.decompress(chunk)
                 except zstandard.ZstdError as error:
+                    if "memory" in str(error):
+                        raise InputError(
+                            f"{path}: its window is larger than 128 MiB: pack it again with at most zstd --long=27"
+                        ) from None
                     raise InputError(f"{path}: damaged compressed file: {error}") from None
                 chunk = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsae.errors import InputError
 from sparsae.evaluate.card import model_card
 from sparsae.evaluate.formats import compact, semi_structured
-from sparsae.evaluate.formats.compact import write_compact
+from sparsae.evaluate.formats.compact import is_compact, write_compact
 from sparsae.evaluate.formats.onnx import require_onnx, write_onnx
 from sparsae.evaluate.formats.semi_structured import write_semi_structured
 from sparsae.evaluate.loading import LoadedRun, load_run
@@ -61,8 +61,12 @@ def export_run(
         raise InputError(f"--precision: must be {' or '.join(precisions)}, not {precision}")
     if form == "onnx":
         require_onnx()
+    if to.absolute() == Path.cwd() or not to.name:
+        raise InputError(f"--to: {to} is no new directory; name one")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to}: is there already; name a new directory")
+    if is_compact(path):
+        raise InputError(f"{path}: is an export already, which knows its run no more: give the run that it was made of")
     loaded = load_run(path, teacher, best)
     with _new(to) as partial:
         if form == "compact":

@@ -61,7 +61,7 @@ def write_sample(path: Path) -> None:
     tracking = loaded.config.tracking
     prompt = tracking.sample_prompt
     if prompt is None:
-        held_out = prepare(loaded.config.data).validation[:_LOOKED_AT]
+        held_out = prepare(loaded.config.data, own=loaded.run.tokenizer).validation[:_LOOKED_AT]
         prompt = loaded.tokenizer.decode(_start(held_out, loaded.tokenizer.eos_id, loaded.config.model.context // 2))
     text = continue_text(loaded, prompt, tracking.sample_tokens)
     taught = None

@@ -78,7 +78,7 @@ def held_out_text(
             vocab_size=loaded.config.model.vocab_size,
             progress=progress,
         )
-    corpus = prepare(loaded.config.data, progress)
+    corpus = prepare(loaded.config.data, progress, loaded.run.tokenizer)
     if corpus.digest != loaded.corpus:
         raise InputError("the run's text has changed since it was trained: name a text with --data")
     # The rest has scored candidates: the topology was chosen on it.

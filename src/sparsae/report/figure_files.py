@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from sparsae.files import temporary_name
+from sparsae.files import named, temporary_name
 from sparsae.report.svg import COLOURS, STAND_INS, Key, Panel, looking
 
 _DASHES: Final = {"line": "-", "dash": "--", "dot": ":"}
@@ -100,8 +100,9 @@ def _pdf(figure: Figure, panel: Panel) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     temporary = temporary_name(path)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with named(path):
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from sparsae.report import figures as draw
 from sparsae.report import maps, markup
 from sparsae.report.data import RunData, or_nan
 from sparsae.report.headline import facts, headline
-from sparsae.report.readable import UNKNOWN, compact, count, duration, in_bytes, percent, short_names
+from sparsae.report.readable import UNKNOWN, compact, count, duration, in_bytes, percent, short_names, sparsity_text
 from sparsae.report.state import state
 from sparsae.report.svg import Key
 from sparsae.runs.rows import TopologyRow
@@ -23,7 +23,7 @@ from sparsae.search.rows import LayerRow
 def title(run: RunData) -> str:
     """Preset, method and, where the method's name does not say it, sparsity."""
     config, sparsity = run.config, run.config.sparsity.sparsity
-    kind = f"{percent(sparsity)} sparse" if sparsity else "dense"
+    kind = f"{sparsity_text(sparsity)} sparse" if sparsity else "dense"
     if sparsity and config.sparsity.quota is not None:
         kind = f"{config.sparsity.quota} sparse"
     return " · ".join((config.preset, config.method, *([] if config.method.startswith(kind) else [kind])))

@@ -22,9 +22,9 @@ from sparsae.errors import InputError
 from sparsae.report import markup
 from sparsae.report.data import RunData, or_nan, read_run
 from sparsae.report.looks import Look, keys, looks
-from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent
+from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent, sparsity_text
 from sparsae.report.svg import COLOURS, Panel, axes, curve, panel
-from sparsae.runs.directory import RunDirectory, read_state
+from sparsae.runs.directory import RunDirectory
 from sparsae.runs.rows import TopologyRow, TrainRow, perplexity
 
 _MOST = 26  # letters for their texts; looks come round again after 32
@@ -95,12 +95,8 @@ def comparable(runs: Mapping[str, RunData]) -> list[dict[str, RunData]]:
 
 def _held_out(run: RunData) -> tuple[object, ...] | None:
     """What its validation and test read: text and tokenizer (by their digest), and which sequences; None: not known."""
-    directory = RunDirectory(run.path)
-    steps = directory.saved_steps()
-    if not steps:
-        return None
-    corpus = read_state(directory.checkpoint(steps[-1]))["corpus"]
-    return corpus, *held_out(run.config, OF_SEQUENCES).values()
+    state = RunDirectory(run.path).newest_state()
+    return None if state is None else (state["corpus"], *held_out(run.config, OF_SEQUENCES).values())
 
 
 def _remarks(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]]) -> list[str]:
@@ -130,7 +126,7 @@ def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
     entries: dict[str, Callable[[str, RunData], str]] = {
         "method": lambda _, run: run.config.method,
         "preset": lambda _, run: run.config.preset,
-        "sparsity": lambda _, run: percent(run.config.sparsity.sparsity),
+        "sparsity": lambda _, run: sparsity_text(run.config.sparsity.sparsity),
         "seed": lambda _, run: str(run.config.seed),
         "steps": lambda _, run: f"{count(run.last_step)} of {count(run.config.training.steps)}",
         "tokens": lambda _, run: compact(run.train[-1].tokens) if run.train else UNKNOWN,

@@ -149,10 +149,18 @@ class RunDirectory:
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint; None where the run keeps none, or has none yet."""
-        if not self.config().training.keep_best or not (steps := self.saved_steps()):
-            return None
-        best = read_state(self.checkpoint(steps[-1]))["trainer"].get("validation", {}).get("best")
+        state = self.newest_state() if self.config().training.keep_best else None
+        best = state["trainer"].get("validation", {}).get("best") if state else None
         return None if best is None else int(best[0])
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """The state.json of the newest checkpoint; None where there is none. Raises InputError as `read_state` does."""
+
+        def read() -> dict[str, Any] | None:
+            steps = self.saved_steps()
+            return read_state(self.checkpoint(steps[-1])) if steps else None
+
+        return self.steady(read)
 
     def _known_steps(self) -> list[int]:
         """Steps that have, or by the summary had, a checkpoint, whole or not."""
@@ -195,10 +203,13 @@ class RunDirectory:
         if summary := self.read_summary():
             self.require_metrics(summary.metrics, whole=True)
         elif self.saved_steps():
-            checkpoint = self.latest_checkpoint(or_earlier=True)
-            self.require_metrics(metrics_position(checkpoint, read_state(checkpoint)))
+            self.require_metrics(self.steady(self._saved_position))
         found: Iterator[Any] = read_rows(self.metrics, (kind, *more)) if self.metrics.exists() else iter(())
         return list(found)
+
+    def _saved_position(self) -> Position:
+        checkpoint = self._latest(or_earlier=True)
+        return metrics_position(checkpoint, read_state(checkpoint))
 
     def _write(self, file: Path, value: Mapping[str, Any]) -> None:
         manifest = self.manifest()

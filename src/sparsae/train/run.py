@@ -168,7 +168,7 @@ def resuming(
                 set_up_processor(saved.state["threads"])
         elif manifest is not None and (manifest.started_from or manifest.extensions):
             raise InputError(f"{path}: this run's checkpoint is missing: restore it, or start a new run")
-        parts = _prepare(config, display)
+        parts = _prepare(config, display, own=run.tokenizer if saved else None)
         if saved is None:
             manifest = Manifest(config)
             if here.is_first:
@@ -199,7 +199,9 @@ def _require_steps(run: RunDirectory, config: Config, steps: int | None) -> None
         )
 
 
-def _prepare(config: Config, display: Display, source: Source | Pretrained | None = None) -> _Parts:
+def _prepare(
+    config: Config, display: Display, source: Source | Pretrained | None = None, own: Path | None = None
+) -> _Parts:
     require_machine(config)
     set_up_processor(config.training.threads)
     device = choose_device(config.training.device)
@@ -207,7 +209,7 @@ def _prepare(config: Config, display: Display, source: Source | Pretrained | Non
     here = ranks()
     if not here.is_first:
         here.wait()  # for the cache
-    corpus = prepare(config.data, display.stage)
+    corpus = prepare(config.data, display.stage, own)
     if here.is_first:
         here.wait()
     here.require_same({"the texts of data.source": corpus.digest.encode()})
