@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from sparsae.experiments.statistics import Difference, holm, paired_difference
 
@@ -74,6 +75,41 @@ def test_a_static_topology_of_that_width_is_told_as_it_was() -> None:
     static, above = zip(*((found["static", n], found["static", n] - found["sparsae", n]) for n in (0, 1)), strict=True)
     told = "ends at {:.3f} and {:.3f} (seeds 0 and 1), {:.3f} and {:.3f} above `sparsae`".format(*static, *above)
     assert told in (folder.parent / "bytes.md").read_text("utf-8")
+
+
+def test_bytes_after_four_times_the_training_are_told_as_they_were() -> None:
+    folder = ROOT / "docs" / "results" / "bytes"
+
+    def row_of(number: int, method: str, seed: int = 0) -> dict[str, Any]:
+        rows = json.loads((folder / f"results-{number}.json").read_text())["rows"]
+        return next(row for row in rows if (row["method"], row["seed"]) == (method, seed))
+
+    wide, narrow = row_of(17, "sparsae"), row_of(4, "dense-small-8")
+    assert wide["budget"] == narrow["budget"]
+    page = " ".join((folder.parent / "bytes.md").read_text("utf-8").split())
+    shorter = row_of(1, "dense-small-8")["test_loss"] - row_of(15, "sparsae")["test_loss"]
+    assert f"which was {shorter:.3f} below the narrow dense model with this seed" in page
+    assert f"ends at {wide['test_loss']:.3f} after as many FLOPs ({wide['steps']:,} steps)" in page
+    assert f"{abs(wide['test_loss'] - narrow['test_loss']):.3f} between them" in page
+
+
+def test_runs_at_98_percent_are_told_as_they_were() -> None:
+    found: dict[str, dict[int, float]] = {}
+    for row in json.loads((ROWS / "six-98.json").read_text())["rows"]:
+        found.setdefault(row["method"], {})[row["seed"]] = row["test_loss"]
+    page = PAGE.read_text("utf-8").split("## At 98 %")[1].split("\n## ")[0].replace("**", "", 2)
+    for one, other in (("sparsae", "rigl"), ("sparsae", "static"), ("rigl", "static")):
+        line = f"| `{one}` less `{other}` | {cells_of(found[one], found[other])} |"
+        assert line in page
+        difference = paired_difference(found[one], found[other])
+        assert difference is not None
+        assert difference.p is not None
+        p = page.split(line)[1].split("|")[0].strip()
+        assert float(p) == round(difference.p, len(p) - 2)
+    means = (f"{mean(found[method].values()):.3f}" for method in ("sparsae", "static", "rigl"))
+    assert "Means are {} (`sparsae`), {} (`static`) and {} (`rigl`)".format(*means) in page
+    below = cells_of(found["sparsae"], found["rigl"]).split(" |")[0].removeprefix("−")
+    assert f"at 98 % {below} below RigL, and level" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_longer_runs_are_told_as_they_were() -> None:
