@@ -179,3 +179,19 @@ def test_too_few_backward_passes_are_told() -> None:
     model(_batch(0)).square().mean().backward()
     with pytest.raises(InputError, match=r"fewer than the 3 backward passes of SparsifierConfig\.accumulation"):
         sparsifier.before_step()
+
+
+def test_many_small_passes_in_half_precision_add_up() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(WIDTH, HIDDEN)), 0.9, seed=0)
+    layer, x = sparse_layers(model)["0"], torch.randn(4, WIDTH, generator=generator(1, "x"))
+    units = layer.topology.sample_inactive(20, generator(0, "units"))
+    found = {}
+    for passes in (1, 600):
+        probe = SampledGradients(layer.prepare().structures[0], units, layer.values, lambda _: True)
+        for _ in range(passes):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x).sum().backward()
+        probe.close()
+        assert probe.gradient is not None
+        found[passes] = probe.gradient.float()
+    torch.testing.assert_close(found[600], 600 * found[1], rtol=1e-5, atol=1e-5)

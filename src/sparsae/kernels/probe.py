@@ -95,7 +95,8 @@ class Probe(ABC):
 class SampledGradients(Probe):
     """The gradients at given units, or at those that the first backward pass draws, summed over the passes.
 
-    gradient: (n,) or (n, b_out, b_in) in the dtype of the products. `over_ranks` makes it that of all ranks.
+    gradient: (n,) or (n, b_out, b_in) in the dtype of the products, of several passes in float32 or wider. `over_ranks`
+    makes it that of all ranks.
     """
 
     def __init__(
@@ -120,7 +121,10 @@ class SampledGradients(Probe):
         gradient = backend.sddmm(dy_TO, x_TI, wanted)
         self.positions = self.units.numel()
         self.tokens += x_TI.shape[0]
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        if self.gradient is not None:
+            # Half precision would round away what many small passes add.
+            gradient = self.gradient.to(torch.promote_types(gradient.dtype, torch.float32)) + gradient
+        self.gradient = gradient
 
     def or_zeros(self) -> Tensor:
         """The gradient in the dtype of the values, at least float32; zeros where no pass has come by."""
