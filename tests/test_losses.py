@@ -327,3 +327,28 @@ def test_a_class_that_neither_model_has_costs_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = chunked(p, 0.5, 7)
     torch.testing.assert_close(rounded.distillation, right.distillation, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("chunk", [1024, 65536])
+def test_the_heads_gradient_in_float16_overflows_no_sooner_for_many_tokens(chunk: int) -> None:
+    """One feature of 60 at each of 16,384 tokens, all of one class."""
+    p = Problem(tokens=16384, width=4, vocab=8, dtype=torch.float32)
+    p.hidden.data[:, 0] = 60.0
+    p.head.weight.data[:, 0] = 0.0
+    p.targets.fill_(1)
+    exact = p.gradients(language_model_loss(p.hidden, p.head, p.targets))
+    half = Problem(tokens=16384, width=4, vocab=8, dtype=torch.float16)
+    half.hidden.data, half.targets = p.hidden.data.half(), p.targets
+    half.head.weight.data, half.head.bias.data = p.head.weight.data.half(), p.head.bias.data.half()
+    found = half.gradients(language_model_loss(half.hidden, half.head, half.targets, chunk=chunk))
+    assert all(grad.dtype == torch.float16 for grad in found)
+    assert float((found[1].float() - exact[1]).norm() / exact[1].norm()) < 5e-3
+
+
+def test_hidden_states_of_float16_keep_their_gradients_in_another_autocast() -> None:
+    p = Problem(tokens=4096, width=8, vocab=64, dtype=torch.float32)
+    exact = p.gradients(language_model_loss(p.hidden, p.head, p.targets))[0]
+    p.hidden = p.hidden.detach().half().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = p.gradients(language_model_loss(p.hidden, p.head, p.targets), scale=2.0**16)[0]
+    assert float((found.float() / 2.0**16 - exact).norm() / exact.norm()) < 0.02

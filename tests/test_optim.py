@@ -373,3 +373,7 @@ def test_a_group_may_have_a_ramp_without_more() -> None:
 def test_complex_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"real parameters: give it torch\.view_as_real"):
         AdamW([nn.Parameter(torch.tensor([1 + 1j]))])
+    optimizer = AdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match="real parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.tensor([1j]))]})
+    assert len(optimizer.param_groups) == 1

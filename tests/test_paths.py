@@ -57,6 +57,8 @@ def test_a_relative_pattern_is_found_below_a_directory_with_brackets(
         absolute = with_absolute_paths(resolve(overrides=[f"data.source={source}"])).data.source
         assert Path(absolute).is_absolute()
         assert list(documents(absolute)) == found
+    data = with_absolute_paths(resolve(overrides=["data.cache='cache[2]'"])).data
+    assert data.cache == str(folder.parent / "cache[2]")
 
 
 def test_a_device_is_written_to_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,9 +153,12 @@ class _ChunkedLoss(torch.autograd.Function):
         # backward divides.
         divisor, waits = counted, 1.0
         if _in_float16(hidden_TD, parameters):
-            divisor, waits = _OF_FLOAT16, _OF_FLOAT16 / counted
+            divisor = max(1, min(inputs.chunk, hidden_TD.shape[0]) // _ROWS_OF_FLOAT16)
+            waits = divisor / counted
         sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
         grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
+        if waits != 1:  # many chunks add up to what float16 does not hold
+            grads[1:] = [None if grad is None else grad.float() for grad in grads[1:]]
         for start in range(0, hidden_TD.shape[0], inputs.chunk):
             rows = slice(start, start + inputs.chunk)
             with torch.set_grad_enabled(bool(wanted)):
@@ -172,6 +175,7 @@ class _ChunkedLoss(torch.autograd.Function):
             sums += torch.stack([cross_entropy.detach(), divergence.detach()])
         ctx.save_for_backward(*[grad for grad in grads if grad is not None])
         ctx.wanted, ctx.slots, ctx.waits = wanted, 1 + len(parameters), waits
+        ctx.dtypes = [hidden_TD.dtype, *(p.dtype for p in parameters)]
         cross_entropy, divergence = (sums / counted).unbind()
         divergence = divergence * rarer
         ctx.mark_non_differentiable(cross_entropy, divergence)
@@ -184,20 +188,19 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.waits != 1:
             scale = scale * ctx.waits
         for i, grad in zip(ctx.wanted, ctx.saved_tensors, strict=True):
-            found[i] = grad * scale
+            found[i] = (grad * scale).to(ctx.dtypes[i])
         return (None, *found)
 
 
-# A power of two: the head's gradient is a sum over a chunk of tokens, which has to stay below 65,504.
-_OF_FLOAT16 = 16
+# Of a chunk, to one that its sums are divided by: the head's gradient is one, and has to stay below 65,504.
+_ROWS_OF_FLOAT16 = 64
 
 
 def _in_float16(hidden: Tensor, parameters: tuple[Tensor, ...]) -> bool:
     """Whether logits and their gradient are of float16, by the tensors' own dtype or by autocast's."""
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind) == torch.float16
-    return any(tensor.dtype == torch.float16 for tensor in (hidden, *parameters))
+    in_autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return in_autocast or any(tensor.dtype == torch.float16 for tensor in (hidden, *parameters))
 
 
 def _counted(inputs: _Inputs, targets: Tensor) -> int:

@@ -130,8 +130,9 @@ def dropouts(config: ModelConfig) -> dict[str, float]:
     made, settings = transformers_config(config, config.vocab_size or 1, 0).to_dict(), FAMILIES[config.family].settings
     found = {}
     for name, value in made.items():
-        # GPT-2's summary is no part of a language model.
-        if "drop" in name and not name.startswith("summary_") and isinstance(value, int | float) and value > 0:
+        if "drop" not in name or any(fnmatchcase(name, glob) for glob in _NOT_TO_SET):
+            continue
+        if isinstance(value, int | float) and value > 0:
             found[f"model.{settings.get(name, f'transformers.{name}')}"] = float(value)
     return found
 

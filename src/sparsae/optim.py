@@ -76,6 +76,7 @@ class AdamW(torch.optim.Optimizer):
         """As in torch. Raises ValueError for complex parameters."""
         super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            del self.param_groups[-1]
             raise ValueError("sparsae.AdamW takes real parameters: give it torch.view_as_real of complex ones")
 
     def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:

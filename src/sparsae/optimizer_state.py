@@ -54,8 +54,14 @@ _WEIGHT_COPIES = {
     *("z", "ax", "p0", "x0", "x_k", "old_p", "prev_param", "param_buffer", "shadow", "ema", "backup_params"),
     *("slow_params", "slow_param", "slow_buffer", "lookahead_params", "lookahead_slow_buff"),
 }
-# What does not start from zeros, by the setting of the parameter's group that says from what (Rprop's, Adagrad's).
-_STARTS = {"step_size": "lr", "sum": "initial_accumulator_value"}
+# What does not start from zeros: the setting of the parameter's group that says from what (Rprop's, Adagrad's,
+# Yogi's), or a number (Adai's).
+_STARTS: dict[str, str | float] = {
+    "step_size": "lr",
+    "sum": "initial_accumulator_value",
+    "beta1_prod": 1.0,
+    **dict.fromkeys(("exp_avg", "exp_avg_sq"), "initial_accumulator"),
+}
 _MOVED, _CONVERTED = "connections that move", "layers that become sparse or dense"
 _ANEW = "leave out `optimizer`, and make a new one afterwards"
 _INSTEAD = "use one with a number or a row of a block for each weight (AdamW, SGD, Adafactor), or rule 'static'"
@@ -240,16 +246,6 @@ def _replace(part: Optimizer, successor: Successor, carried: Mapping[int, list[d
             part.state[new] = state
 
 
-def average_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """The average gradient that an optimizer keeps of a parameter; None if it keeps none."""
-    for part in parts_of(optimizer):
-        state = part.state.get(parameter, {})
-        for key in ("exp_avg", "momentum_buffer"):
-            if isinstance(state.get(key), Tensor):
-                return floats_of(state[key])
-    return None
-
-
 def _refuse_own_tensors(optimizer: Optimizer, values: Values, what: str = _MOVED) -> None:
     """Raise InputError where a tensor that could hold a layer's state lies where nothing says whose it is.
 
@@ -349,10 +345,13 @@ def _entries(optimizer: Optimizer, values: Values) -> Iterator[_Entry]:
 
 def _start(part: Optimizer, parameter: Tensor, key: str) -> float:
     """What a new weight's entry under this key starts from."""
-    if key not in _STARTS:
+    start = _STARTS.get(key, 0.0)
+    if not isinstance(start, str):
+        return start
+    if all(start not in group for group in part.param_groups):
         return 0.0
     groups = (group for group in part.param_groups if any(own is parameter for own in group["params"]))
-    return float(next(groups, {}).get(_STARTS[key], 0.0))
+    return float(next(groups, {}).get(start, 0.0))
 
 
 def _is_plain(value: Any) -> bool:

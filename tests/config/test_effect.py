@@ -59,7 +59,6 @@ IDLE = [
     ("set", ["parameterization.weight_decay=coupled"], "parameterization.weight_decay: has no effect: name is sp"),
     ("set", ["tracking.project=mine"], "tracking.project: has no effect: no tracker is on"),
     ("set", ["tracking.tensorboard=true", "tracking.project=mine"], "tracking.project: has no effect"),
-    ("set", ["teacher.enabled=true", "teacher.alpha=0", "teacher.share=0.5"], "teacher.share: has no effect: teacher"),
     ("set", ["data.validation_source=a.txt", "data.validation_share=0.1"], "data.validation_share: has no effect"),
 ]  # fmt: skip
 
@@ -173,6 +172,17 @@ def test_keys_of_a_plan_without_effect(tree: dict[str, Any], key: str) -> None:
 def test_further_matches_with_rows_and_whole_plans_are_taken() -> None:
     plan = parse_plan({"methods": ["static", "set"], "also": ["steps", "tokens"]}, "plan.yaml", ComparisonPlan)
     assert parse_plan(plan.model_dump(mode="json"), "plan.yaml", ComparisonPlan) == plan
+
+
+def test_a_runs_own_file_is_taken_with_what_came_of_another_run(tmp_path: Path) -> None:
+    settings = "data: {tokenizer: a/tokenizer, tokenizer_vocab: 300}\nparameterization: {weight_decay: coupled}\n"
+    (tmp_path / "config.yaml").write_text(settings)
+    told = list[str]()
+    resolve(tmp_path / "config.yaml", on_idle=told.extend)
+    assert told == ["data.tokenizer_vocab", "parameterization.weight_decay"]
+    (tmp_path / "manifest.json").write_text("{}")
+    resolve(tmp_path / "config.yaml", on_idle=told.extend)
+    assert len(told) == 2
 
 
 def test_every_declaration_names_settings_and_says_why() -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from sparsae.config.data import DataConfig
 from sparsae.data import corpus as corpora
 from sparsae.data import prepare
-from sparsae.data.corpus import _percent, open_corpus, tokenize_text
+from sparsae.data.corpus import _percent, open_corpus, refuse_unread, tokenize_text
 from sparsae.data.entry import cache_root
 from sparsae.data.tokenizer import train_tokenizer
 from sparsae.errors import InputError
@@ -279,7 +279,12 @@ def test_prepared_text_is_a_source_wherever_it_is_carried(config, tmp_path):
     assert same.digest == corpus.digest
     train_tokenizer(["other words"], 300).save(tmp_path / "other")
     wrong = {"tokenizer": str(tmp_path / "other"), "validation_source": "y.txt", "max_documents": 3}
-    for key, value in {**wrong, "validation_share": 0.4, "text_field": "body"}.items():
+    for key, value in {"validation_share": 0.4, "text_field": "body"}.items():
+        unread = DataConfig(source=str(carried), **{key: value})
+        assert prepare(unread).digest == corpus.digest  # of a run that has it already
+        with pytest.raises(InputError, match=f"is prepared text, of which data.{key} changes nothing: leave it out"):
+            refuse_unread(unread)
+    for key, value in wrong.items():
         with pytest.raises(InputError, match="is prepared text"):
             prepare(DataConfig(source=str(carried), **{key: value}))
     (carried / "train-00000.bin").write_bytes(b"")

@@ -200,6 +200,11 @@ def test_a_model_with_a_part_of_somebody_elses_goes_its_own_way() -> None:
         model = prepared("gpt2", 0.9)
         model.get_submodule(place).__class__ = of
         assert isinstance(open_decoder(model, 24), ModelDecoder)
+    for place, part in (("transformer.h.0.ln_1", nn.Identity()), ("transformer.h.1", nn.Identity())):
+        model = prepared("gpt2", 0.9)
+        parent, _, name = place.rpartition(".")
+        setattr(model.get_submodule(parent), name, part)
+        assert isinstance(open_decoder(model, 24), ModelDecoder)
 
 
 def test_results_do_not_share_memory() -> None:

@@ -117,6 +117,16 @@ def test_a_second_round_looks_along_the_first_axis_again() -> None:
     assert coupled(twice.point) < coupled(once.point)
 
 
+def test_a_later_round_compares_with_what_an_earlier_one_found_beyond_the_grid() -> None:
+    losses = {(8.0, 1.0): 2.0, (2.0, 1.0): 2.2, (8.0, None): 2.5}
+
+    def loss(point: Point) -> float:
+        return losses.get((point[RATE.setting], point.get(SCALE.setting)), 3.0 + 1 / point[RATE.setting])
+
+    found, _ = run([RATE, SCALE], loss, rounds=2)
+    assert found.point == {RATE.setting: 8.0, SCALE.setting: 1.0}
+
+
 @given(st.floats(-8, 8), st.floats(-3, 3), st.integers(0, 6), st.integers(1, 3))
 def test_the_end_is_the_best_that_was_tried_and_no_look_passes_its_bounds(
     rate: float, scale: float, extensions: int, rounds: int

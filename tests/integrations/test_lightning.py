@@ -102,6 +102,21 @@ def test_validation_ends_the_warm_up(tmp_path: Path) -> None:
     assert state["first_loss"] > 0
 
 
+def test_a_metric_that_nobody_logs_ends_no_warm_up_in_silence(tmp_path: Path) -> None:
+    teacher = TeacherConfig(warmup="validation", warmup_improvement=0.01)
+    callback = SparsaeCallback(module="net", topology=SetConfig(every=6), teacher=teacher, monitor="other")
+    with pytest.raises(InputError, match=r"no metric other was logged.*\(there are: .*val_loss.*\): name one"):
+        fit(tmp_path, callback, Classifier(), validation=points())
+
+
+def test_a_trainer_that_has_ended_does_not_go_on_without_a_checkpoint(tmp_path: Path) -> None:
+    module, callback = Classifier(), SparsaeCallback(module="net", topology=SetConfig(every=6))
+    trainer = fit(tmp_path, callback, module, max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(InputError, match=r"has made \d+ steps, whose schedules have ended: go on by fit"):
+        trainer.fit(module, trainer.train_dataloader)
+
+
 def test_the_part_that_was_named_is_searched(tmp_path: Path) -> None:
     callback = SparsaeCallback(module="net")
     fit(tmp_path, callback, Classifier(), max_epochs=1)

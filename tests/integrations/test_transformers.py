@@ -19,6 +19,7 @@ from sparsae.integrations.transformers import SparsaeCallback, SparsaeTrainer
 from sparsae.losses import distillation_loss
 from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
+from sparsae.optimizer_state import parts_of
 from sparsae.rules import EvolutionConfig, GmpConfig, RiglConfig, SetConfig
 from tests.support.hf import Counting, gpt2, trainer
 
@@ -145,6 +146,29 @@ def test_the_best_model_is_loaded_across_a_change_of_topology(tmp_path: Path) ->
     assert same(trains.model.state_dict(), model)
     assert same(callback.sparsifier.state_dict(), sparsifier)
     assert callback.rows[-1]["step"] > 4  # the page is of the whole training
+    # Moments of the last connections are none of the best ones'.
+    values = [layer.values for layer in sparse_layers(trains.model).values()]
+    assert not any(own in part.state for part in parts_of(trains.optimizer) for own in values)
+    assert any(part.state for part in parts_of(trains.optimizer))
+
+
+WAITS = TeacherConfig(warmup="validation", warmup_improvement=1e-6)
+
+
+def test_a_warm_up_that_no_validation_can_end_is_told(tmp_path: Path) -> None:
+    def trains(callback: SparsaeCallback, **more: Any) -> None:
+        every = {"eval_steps": 2, "eval_strategy": "steps"} if more else {}
+        trainer(tmp_path, callback, kind=SparsaeTrainer, **every, **more).train()
+
+    rule = SetConfig(every=3)
+    with pytest.raises(InputError, match="warmup is validation, and nothing is evaluated: set eval_strategy, or"):
+        trains(SparsaeCallback(topology=rule, teacher=WAITS))
+    several = {"a": Counting(8, 500), "b": Counting(8, 600)}
+    with pytest.raises(InputError, match=r"no evaluation has eval_loss.*are: eval_a_loss, eval_b_loss\): name one"):
+        trains(SparsaeCallback(topology=rule, teacher=WAITS), eval_dataset=several)
+    named = SparsaeCallback(topology=rule, teacher=WAITS, monitor="eval_b_loss")
+    trains(named, eval_dataset=several)
+    assert named._companion._warm_up.over_by_validation
 
 
 class Scaled(SparsaeTrainer):

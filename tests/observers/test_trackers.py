@@ -12,7 +12,9 @@ import pytest
 from sparsae.config import Config
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
+from sparsae.observers import OBSERVERS, Standing
 from sparsae.train.run import start
+from tests.support.records import train_row
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -54,6 +56,21 @@ def test_tensorboard_gets_the_numbers(setting: str, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/cross_entropy")] == [2, 4]
+
+
+def test_tensorboard_shows_no_step_twice_of_a_run_that_was_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    observer = OBSERVERS["tensorboard"](tmp_path)
+    for first, steps in ((0, range(1, 10)), (5, range(6, 13))):
+        observer.begin(Standing(step=first, steps=12))
+        for step in steps:
+            observer.observe(train_row(step=step))
+        observer.end()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/cross_entropy")] == list(range(1, 13))
 
 
 @pytest.mark.parametrize(("name", "places"), [("trackio", set()), ("wandb", {"dir"})])

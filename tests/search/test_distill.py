@@ -195,12 +195,16 @@ def test_parameters_of_16_bits_have_no_average(dtype: torch.dtype, start: float)
         InputError, match=rf"cannot average .*: .* rounding of {str(dtype).removeprefix('torch.')}; keep"
     ):
         Teacher(model, TeacherConfig(start=start), steps=10)
+    assert Teacher(model, TeacherConfig(beta=0.5)).begun
     assert Teacher(model.requires_grad_(False), TeacherConfig()).begun
 
 
-def test_a_parameter_of_integers_is_left_as_it_is() -> None:
+def test_integers_are_left_as_they_are_and_complex_numbers_averaged() -> None:
     model = small_model()
     model.places = nn.Parameter(torch.arange(4), requires_grad=False)
+    model.waves = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     teacher = Teacher(model, TeacherConfig(beta=0.5, ramp=False))
+    model.waves.data.fill_(3j)
     teacher.update(model, 0)
     assert torch.equal(teacher.model.get_parameter("places"), torch.arange(4))
+    assert torch.equal(teacher.model.get_parameter("waves"), torch.full((2,), 0.5 + 1.5j))

@@ -115,6 +115,26 @@ def test_the_topology_is_frozen_searched_or_given_up(place: Path, mode: Any, mon
     assert (outcome.swaps > 0) is (mode == "searched")
 
 
+def test_what_is_searched_keeps_the_runs_rules_and_bounds_whatever_the_layers_are_called(
+    place: Path, tmp_path: Path
+) -> None:
+    rules = "{'transformer.h.0.mlp.*': {rule: set, every: 2}, lm_head: {rule: static}}"
+    bounds = ["sparsity.fan_in=[0.8,1.25]", "sparsity.head_min_density=0.05", "sparsity.sparsify_head=true"]
+    more = ["model.tie_embeddings=false", "training.steps=4", "model.context=32", "sparsity.sparsity=0.6"]
+    config = config_of(place / "text", place / "cache", f"rules={rules}", *bounds, *more, method="set")
+    start(config, tmp_path / "run", quiet=True)
+    for name in ("sst2", "copa"):
+        task = read_task(TASKS[name], str(place / "data"))
+        model = one.classifier(load_run(tmp_path / "run"), task.task, 0)
+        found = one._search(config, model)
+        assert found["fan_in"] == (0.8, 1.25)
+        assert found["heads"].keys() < sparse_layers(model).keys()
+        few = settings(place, names=[name], epochs=2, max_examples=12)
+        outcome = finetune(tmp_path / "run", task, "searched", 0, few, lambda: None)
+        assert outcome.rule == "set"
+        assert list(found["rules"]) == ["model." * (name == "copa") + "transformer.h.0.mlp.*"]
+
+
 def test_fine_tuning_begins_with_the_best_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 _LARGEST_FILE = 1_000_000  # bytes; a longer one is somebody's corpus
 _DEFAULT = Config()
+_PATTERNS = ("data.source", "data.validation_source", "data.sources")
 
 
 def has_sparsity(method: str) -> bool:
@@ -116,8 +117,10 @@ def resolve(
         layers.add(_nested(key.split("."), value), option)
     config = layers.config(counted_by)
     if on_idle is not None:
-        # A file may be that of a run with another method, whose settings are not all of use.
-        is_other = bool(own_method and own_method != config.method)
+        # A run's own file has what an earlier version took, and what came of another run; and that of a run with
+        # another method settings of which not all are of use.
+        is_runs = file is not None and (file.parent / "manifest.json").is_file()
+        is_other = is_runs or bool(own_method and own_method != config.method)
         on_idle(layers.idle(config, str(file) if is_other else None))
     return config
 
@@ -145,8 +148,8 @@ def _absolute(path: str, key: str) -> str:
     if prefix and not os.path.isdir(folder.partition(":")[0]):
         return path
     # Of a pattern the place is none: a directory's own name may have brackets.
-    is_pattern = glob.has_magic(folder) and not os.path.exists(folder)
-    place = glob.escape(os.getcwd()) if is_pattern else os.getcwd()
+    may_be_pattern = key in _PATTERNS and not prefix and not os.path.exists(folder)
+    place = glob.escape(os.getcwd()) if may_be_pattern and glob.has_magic(folder) else os.getcwd()
     absolute = prefix + os.path.normpath(os.path.join(place, folder))
     require_utf8(key, absolute)
     return absolute

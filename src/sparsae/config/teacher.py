@@ -10,8 +10,6 @@ from sparsae.config.complaints import SettingError
 from sparsae.config.effect import Idle
 from sparsae.config.section import Count, NonNegative, Positive, Section, Share
 
-_UNTAUGHT = Idle(lambda teacher, _: not teacher.alpha, "teacher.alpha is 0: nothing is taught")
-
 
 class TeacherConfig(Section):
     """Self-distillation from an average of the student: loss = CE + alpha KL(teacher || student)."""
@@ -27,15 +25,15 @@ class TeacherConfig(Section):
         NonNegative,
         Idle(lambda teacher, _: teacher.storage != "union", "only a union teacher has dropped weights that fade"),
     ] = Field(default=1e-8, description="a dropped weight leaves a union teacher once its magnitude is below this")
-    warmup: Annotated[Literal["fraction", "validation"], _UNTAUGHT] = Field(
+    warmup: Literal["fraction", "validation"] = Field(
         default="fraction",
         description="no KL until a share of the steps has passed, or until validation improves past a threshold",
     )
     warmup_fraction: Annotated[
-        Share, _UNTAUGHT, Idle(lambda teacher, _: teacher.warmup != "fraction", "teacher.warmup is validation")
+        Share, Idle(lambda teacher, _: teacher.warmup != "fraction", "teacher.warmup is validation")
     ] = Field(default=0.25, description="share of the steps without KL (fraction)")
     warmup_improvement: Annotated[
-        Positive, _UNTAUGHT, Idle(lambda teacher, _: teacher.warmup != "validation", "teacher.warmup is fraction")
+        Positive, Idle(lambda teacher, _: teacher.warmup != "validation", "teacher.warmup is fraction")
     ] = Field(default=0.5, description="nats under the untrained validation loss that end the warm-up (validation)")
     ramp: bool = Field(
         default=True, description="let the decay grow with the teacher's steps t: min(beta, (1 + t) / (10 + t))"
@@ -44,10 +42,10 @@ class TeacherConfig(Section):
         default=0.0,
         description="share of the steps before the teacher, which begins there as a copy of the student; no KL before",
     )
-    share: Annotated[float, Field(gt=0.0, le=1.0), _UNTAUGHT] = Field(
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0, description="share of the sequences that are taught; the teacher reads no others"
     )
-    every: Annotated[Count, _UNTAUGHT] = Field(default=1, description="taught at every n-th step only")
+    every: Count = Field(default=1, description="taught at every n-th step only")
     grown: Literal["zero", "student"] = Field(
         default="zero",
         description="a connection that the student grows begins in the teacher at 0 or what a union teacher remembers "

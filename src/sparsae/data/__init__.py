@@ -1,7 +1,7 @@
 """From text to batches: sources, tokenizer, prepared shards, windows."""
 
 from sparsae.data.batches import Batches, evenly_spaced, left_over
-from sparsae.data.corpus import Corpus, Progress, tokenize_text
+from sparsae.data.corpus import Corpus, Progress, refuse_unread, tokenize_text
 from sparsae.data.mixture import Mixture
 from sparsae.data.prepare import prepare
 from sparsae.data.sources import documents
@@ -19,6 +19,7 @@ __all__ = [
     "left_over",
     "load_tokenizer",
     "prepare",
+    "refuse_unread",
     "tokenize_text",
     "unigram_perplexity",
 ]

@@ -141,15 +141,21 @@ def _as_prepared(config: DataConfig) -> Corpus:
     found = open_corpus(Path(expanded(config.source)))
     if found is None:
         raise InputError(f"{config.source}: prepared text that is damaged, or of another version: prepare it again")
-    wrong = config.tokenizer != "train" and load_tokenizer(config.tokenizer).hash != found.tokenizer.hash
-    for name in ("validation_source", "validation_share", "text_field", "max_documents"):
-        wrong |= getattr(config, name) != DataConfig.model_fields[name].default
-    if wrong or config.training_field != config.text_field:
+    is_other = config.tokenizer != "train" and load_tokenizer(config.tokenizer).hash != found.tokenizer.hash
+    if is_other or config.validation_source is not None or config.max_documents is not None:
         raise InputError(
             f"{config.source}: is prepared text, with its tokenizer and its held-out part: leave out data.tokenizer, "
-            "data.validation_source, data.validation_share, data.text_field and data.max_documents"
+            "data.validation_source and data.max_documents"
         )
     return found
+
+
+def refuse_unread(config: DataConfig) -> None:
+    """Raise InputError for settings of how text is read, where all of it is prepared text."""
+    names = ("validation_share", "text_field")
+    given = [f"data.{name}" for name in names if getattr(config, name) != DataConfig.model_fields[name].default]
+    if given and not config.sources and is_prepared(config.source):
+        raise InputError(f"{config.source}: is prepared text, of which {given[0]} changes nothing: leave it out")
 
 
 def tokenize_text(

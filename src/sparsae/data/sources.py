@@ -47,10 +47,10 @@ def documents(source: str, text_field: str = "text", max_documents: int | None =
 
     `source` is `stdlib`; a file, a directory or a glob of .txt, .py, .md (a file is a document), .jsonl[.xz|.gz|.zst]
     (a line is a document) and .parquet (a row is a document); or `hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]`, where a
-    folder in the Hub's form may stand for its name. A directory is read with its subdirectories, those that links lead
-    to as well, hidden ones and files of other suffixes aside; a plain file of more than 16 MiB is several documents,
-    cut where lines end. `text_field` names the field or column with the text of lines and rows; null there is no
-    document. Raises InputError, at once for what does not exist and when it is reached for what cannot be read.
+    folder in the Hub's form may stand for its name. A directory is read with its subdirectories; hidden ones, links to
+    directories (which a glob follows) and files of other suffixes are not. A plain file of more than 16 MiB is several
+    documents, cut where lines end. `text_field` names the field or column with the text of lines and rows; null there
+    is no document. Raises InputError, at once for what does not exist and when it is reached for what cannot be read.
     """
     opened = open_source(source)
     return islice((text for text in _texts(opened, text_field) if text and not text.isspace()), max_documents)
@@ -100,7 +100,7 @@ def open_source(source: str) -> Opened:
             raise InputError(f"{source}: unknown suffix; readable are {_listed(SUFFIXES)}")
         files = [path]
     elif source and os.path.isdir(path):
-        files = _readable(_walk(path, set(), through_links=True))
+        files = _readable(_walk(path, set()))
         if not files:
             raise InputError(f"{source}: no file in this directory ends in {_listed(SUFFIXES)}")
     elif glob.has_magic(source):
@@ -160,20 +160,14 @@ def _remote(source: str) -> Opened:
     return Opened(source, folder, tuple(file.absolute() for file in files), remote)
 
 
-def _walk(root: Path, without: set[str], through_links: bool = False) -> Iterator[Path]:
-    """Every file under `root`, hidden names and the directories named in `without` left out; no directory twice."""
+def _walk(root: Path, without: set[str]) -> Iterator[Path]:
+    """Every file under `root`, hidden names, links to directories and those named in `without` left out."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=through_links):
-        place = os.path.realpath(folder)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if name not in without and not name.startswith("."))
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 

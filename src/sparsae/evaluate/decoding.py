@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,10 @@ def open_decoder(model: nn.Module, context: int) -> Decoder:
     context: the longest sequence, in tokens.
     """
     family = FAMILIES.of(model)
-    if family is not None and _is_evaluated(model) and _is_plain(model, family):
-        return FastDecoder(model, Blocks(model, family, context), context)
+    # A part may have been replaced by another of torch's, which has not what its family's has.
+    with suppress(AttributeError, ValueError):
+        if family is not None and _is_evaluated(model) and _is_plain(model, family):
+            return FastDecoder(model, Blocks(model, family, context), context)
     return ModelDecoder(model)
 
 
@@ -298,9 +301,14 @@ def _is_evaluated(model: nn.Module) -> bool:
 _OWN = frozenset({"sparsae", "torch", "transformers"})
 
 
+def _package(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
 def _is_plain(model: Any, family: Family) -> bool:
     """Whether a model's own pass is the one that the facts of its family tell, and no module is anybody else's."""
-    if not all(type(module).__module__.partition(".")[0] in _OWN for module in model.modules()):
+    known = {*_OWN, _package(model)}
+    if not all(_package(module) in known for module in model.modules()):
         return False
     if type(model).__name__ != family.model_class or any(
         getattr(model.config, name, value) != value for name, value in family.plain.items()

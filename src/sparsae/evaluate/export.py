@@ -61,7 +61,7 @@ def export_run(
         raise InputError(f"--precision: must be {' or '.join(precisions)}, not {precision}")
     if form == "onnx":
         require_onnx()
-    if to.absolute() == Path.cwd() or not to.name:
+    if to.resolve() == Path.cwd().resolve() or not to.name:
         raise InputError(f"--to: {to} is no new directory; name one")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to}: is there already; name a new directory")

@@ -125,6 +125,15 @@ class Companion:
         self._is_heard = False
         self._divergence, self._taught = 0.0, 0
 
+    @property
+    def waits_for_validation(self) -> bool:
+        """Whether the teacher's warm-up is one that a validation loss has still to end."""
+        teacher = self._config.teacher
+        return (
+            bool(teacher.enabled and teacher.alpha and teacher.warmup == "validation")
+            and not self._warm_up.over_by_validation
+        )
+
     def end(self) -> None:
         """Let go of the optimizer; the Sparsifier may still be looked at."""
         if self._sparsifier is not None:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import default_collate
 
+from sparsae.core.ranks import ranks
 from sparsae.errors import InputError
 from sparsae.integrations.companion import Circumstances, CompanionCallback, refuse_dense
 from sparsae.integrations.held_out import Collate
@@ -87,6 +88,11 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._companion.load_state_dict(loaded)
+        elif trainer.global_step and trainer.ckpt_path is None:
+            raise InputError(
+                f"SparsaeCallback: this Trainer has made {trainer.global_step} steps, whose schedules have ended: go "
+                "on by fit(..., ckpt_path=...) with more steps, or begin with a new Trainer"
+            )
         elif trainer.global_step:
             raise InputError(
                 f"{trainer.ckpt_path} was written without SparsaeCallback: begin a new training with its weights"
@@ -105,8 +111,15 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation loss may end the teacher's warm-up."""
         loss = trainer.callback_metrics.get(self._monitor)
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._companion.validated(None if loss is None else float(loss))
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self._companion.waits_for_validation and not any(ranks().gather(loss is not None, "metrics")):
+            named = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise InputError(
+                f"no metric {self._monitor} was logged, which ends the teacher's warm-up (there are: {named}): name "
+                "one as SparsaeCallback(monitor=...), or let teacher.warmup be fraction"
+            )
+        self._companion.validated(None if loss is None else float(loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The page of the topology."""

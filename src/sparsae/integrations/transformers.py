@@ -25,9 +25,12 @@ from sparsae.errors import InputError
 from sparsae.integrations import checkpoint
 from sparsae.integrations.companion import Circumstances, CompanionCallback, LossFunction, logits_of, refuse_dense
 from sparsae.integrations.held_out import Collate
+from sparsae.nn.linear import sparse_layers
+from sparsae.optimizer_state import parts_of
 
 log = logging.getLogger(__name__)
 
+_FRACTION = "let teacher.warmup be fraction"
 _TEACH = "use SparsaeTrainer (or SparsaeMixin before your Trainer's class), or add the callback's distillation(...)"
 
 
@@ -51,11 +54,20 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
     """
 
     def __init__(
-        self, *, collate: Collate = default_data_collator, loss: LossFunction | None = None, **search: Any
+        self,
+        *,
+        collate: Collate = default_data_collator,
+        loss: LossFunction | None = None,
+        monitor: str = "eval_loss",
+        **search: Any,
     ) -> None:
-        """Arguments as `CompanionCallback` has them. loss: None: what the model itself returns as `loss`."""
+        """Arguments as `CompanionCallback` has them. loss: None: what the model itself returns as `loss`.
+
+        monitor: the metric of an evaluation that ends the teacher's warm-up, if validation does.
+        """
         super().__init__(collate=collate, loss=_loss_of if loss is None else loss, **search)
         self.resumed: Path | None = None
+        self._monitor, self._evaluated = monitor, set[str]()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """Raises InputError for a dense model, and for what cannot train one whose connections move."""
@@ -74,7 +86,10 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
-        """With model and optimizer as they are now, loaded from a checkpoint or not."""
+        """With model and optimizer as they are now, loaded from a checkpoint or not.
+
+        Raises InputError for a teacher whose warm-up validation ends, where there is none.
+        """
         from accelerate.utils import send_to_device  # which every Trainer wants
 
         model, optimizer, loader = around["model"], around["optimizer"], around["train_dataloader"]
@@ -92,7 +107,11 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
                 move=lambda batch: send_to_device(batch, args.device),
             ),
         )
-        self._model = model
+        self._model, self._evaluated = model, set[str]()
+        if args.eval_strategy == "no" and self._companion.waits_for_validation:
+            raise InputError(
+                f"teacher.warmup is validation, and nothing is evaluated: set eval_strategy, or {_FRACTION}"
+            )
         if state.global_step:
             folder = self.resumed or _checkpoint(args, state.global_step)
             if self.resumed is None and not folder.is_dir():
@@ -107,10 +126,19 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
         self._companion.stepped(_TEACH)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
-        """The validation loss may end the teacher's warm-up."""
-        loss = (around.get("metrics") or {}).get("eval_loss")
-        if self._companion.records:
-            self._companion.validated(None if loss is None else float(loss))
+        """The validation loss may end the teacher's warm-up. Raises InputError where no evaluation has it."""
+        metrics = around.get("metrics") or {}
+        loss, again = metrics.get(self._monitor), metrics.keys() <= self._evaluated
+        self._evaluated |= metrics.keys()
+        if not self._companion.records:
+            return
+        if loss is None and again and self._monitor not in self._evaluated and self._companion.waits_for_validation:
+            losses = ", ".join(sorted(name for name in self._evaluated if name.endswith("_loss"))) or "none"
+            raise InputError(
+                f"no evaluation has {self._monitor}, which ends the teacher's warm-up (losses are: {losses}): name one "
+                f"as SparsaeCallback(monitor=...), or {_FRACTION}"
+            )
+        self._companion.validated(None if loss is None else float(loss))
 
     def on_log(
         self,
@@ -134,7 +162,9 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
             return
         checkpoint.save(self._companion, self._model, _checkpoint(args, state.global_step))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
+    ) -> None:
         """The page of the topology; and the state that belongs to the best model, where the Trainer has loaded it."""
         if args.should_save:
             self._companion.write_page(Path(str(args.output_dir)), f"Topology of {type(self._model).__name__}")
@@ -143,6 +173,10 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
             records = self._companion.records
             checkpoint.load(self._companion, self._model, Path(best))
             self._companion.records = records
+            # Which the Trainer has not loaded: it is that of the last connections.
+            for part in parts_of(around["optimizer"]):
+                for layer in sparse_layers(self._model).values():
+                    part.state.pop(layer.values, None)
         self._companion.end()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from sparsae.observers import OBSERVERS, Observer
+from sparsae.observers import OBSERVERS, Observer, Standing
 from sparsae.observers.parts.tracking import numbers_of, package
 from sparsae.runs.rows import Row
 
@@ -14,7 +15,13 @@ class TensorBoard(Observer):
     """Writes the folder `tensorboard` of a run."""
 
     def __init__(self, run: Path) -> None:
-        self._writer = package("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+        self._make = package("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._folder = str(run / "tensorboard")
+        self._writer: Any = None
+
+    def begin(self, standing: Standing) -> None:
+        """What was written of steps after a checkpoint, which are made once more, is shown no more."""
+        self._writer = self._make(self._folder, purge_step=standing.step + 1 if standing.step else None)
 
     @classmethod
     def require(cls) -> None:
@@ -23,9 +30,11 @@ class TensorBoard(Observer):
 
     def observe(self, row: Row) -> None:
         """See `Observer`."""
+        assert self._writer is not None
         for name, number in numbers_of(row).items():
             self._writer.add_scalar(name, number, row.step)
 
     def end(self) -> None:
         """See `Observer`."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -16,13 +16,14 @@ from sparsae.config.span import Horizon
 from sparsae.core.groups import Groups
 from sparsae.core.heads import HeadLayout
 from sparsae.core.observation import LayerView, Observation
+from sparsae.core.quantized import floats_of
 from sparsae.core.randomness import generator
 from sparsae.core.ranks import ranks
 from sparsae.core.schedule import CONSTANT, Schedule, counts_at
 from sparsae.core.swap import Swap
 from sparsae.errors import InputError, require_state
 from sparsae.nn.linear import SparseLinear
-from sparsae.optimizer_state import average_gradient
+from sparsae.optimizer_state import parts_of
 from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.rules.parts.scheduled import on_schedule
 from sparsae.score import Score
@@ -345,7 +346,7 @@ class TopologySearch:
         """
         if "moments" not in self.rule.needs:
             return {}
-        found = {name: average_gradient(self._optimizer, layer.values) for name, layer in self._layers.items()}
+        found = {name: _average_gradient(self._optimizer, layer.values) for name, layer in self._layers.items()}
         if all(moment is None for moment in found.values()):
             terms = " and ".join(term.name for term in self.rule.terms if "moments" in term.needs)
             wanted = f"{terms} (topology.proxy.terms)" if terms else f"rule '{self.rule.name}'"
@@ -365,3 +366,13 @@ class TopologySearch:
 def _race(candidates: Sequence[Candidate]) -> list[int | None]:
     """The current topology (None) and the candidates that were not rejected."""
     return [None, *(i for i, candidate in enumerate(candidates) if candidate.rejected is None)]
+
+
+def _average_gradient(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """The average gradient that an optimizer keeps of a parameter; None if it keeps none."""
+    for part in parts_of(optimizer):
+        state = part.state.get(parameter, {})
+        for key in ("exp_avg", "momentum_buffer"):
+            if isinstance(state.get(key), Tensor):
+                return floats_of(state[key])
+    return None

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ from sparsae.nn.linear import sparse_layers
 from sparsae.nn.sparsify import densify
 from sparsae.optim import AdamW, parameter_groups
 from sparsae.rules import build_rule
-from sparsae.tasks.classifier import classifier, predict
+from sparsae.tasks.classifier import ChoiceModel, classifier, predict
 from sparsae.tasks.data import TaskData
 from sparsae.tasks.encoding import Collator, Encoded, encode
 from sparsae.tasks.metrics import EXTRA, all_scores
 from sparsae.tasks.record import Outcome
 from sparsae.tasks.settings import FinetuneConfig, TopologyMode
-from sparsae.train.model import choose_device
+from sparsae.train.model import choose_device, head_layouts
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -89,7 +90,7 @@ def finetune(
         return all_scores(data, {name: predict(model, part, collator, 64, bfloat16) for name, part in encoded.items()})
 
     swaps = list[int]()
-    rule = _rule(loaded.config) if mode == "searched" else None
+    rule = _search(loaded.config, model) if mode == "searched" else None
     began = time.monotonic()
     epochs = list[dict[str, float]]()
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,9 +158,25 @@ def _trainer(
     return trainer
 
 
-def _rule(config: Config) -> dict[str, Any]:
-    """The run's own rule, where that moves connections without pruning or scores; else the default one."""
+def _search(config: Config, model: nn.Module) -> dict[str, Any]:
+    """The run's own rule within the run's own bounds, where it moves connections without pruning or scores.
+
+    Else the default rule within them. Layers of a model that chooses have a name before their own.
+    """
+    prefix = "model." if isinstance(model, ChoiceModel) else ""
+    names, sparsity = [name.removeprefix(prefix) for name in sparse_layers(model)], config.sparsity
+    low, high = sparsity.density_bounds
+    bounds = {
+        "min_density": low,
+        "max_density": high,
+        "head_min_density": sparsity.head_min_density,
+        "fan_in": sparsity.fan_in,
+        "fan_out": sparsity.fan_out,
+        "heads": {prefix + name: layout for name, layout in head_layouts(names, config).items()},
+    }
     rule = build_rule(config.topology, config.rules)
-    if rule.moves and not rule.prunes and not rule.terms:
-        return {"topology": config.topology, "rules": config.rules}
-    return {"topology": default_rule()}
+    if not rule.moves or rule.prunes or rule.terms:
+        return {"topology": default_rule(), **bounds}
+    # A head that was sparse is there no more.
+    own = {p: each for p, each in config.rules.items() if any(fnmatchcase(name, p) for name in names)}
+    return {"topology": config.topology, "rules": {prefix + p: each for p, each in own.items()}, **bounds}

@@ -17,7 +17,7 @@ from sparsae.config.load import resolve, with_absolute_paths
 from sparsae.config.schema import Config
 from sparsae.core.ranks import ranks
 from sparsae.core.record import encode
-from sparsae.data import Corpus, prepare, unigram_perplexity
+from sparsae.data import Corpus, prepare, refuse_unread, unigram_perplexity
 from sparsae.errors import DivergedError, InputError
 from sparsae.kernels.processor import set_up_processor
 from sparsae.observers import OBSERVERS, Observer
@@ -109,15 +109,19 @@ def starting(
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     config = with_absolute_paths(config)
     taken: Source | Pretrained | None = None
-    if source is not None:
+    own: Path | None = None
+    if source is None:
+        refuse_unread(config.data)
+    else:
         pretrained = is_pretrained(source)
+        own = None if pretrained else RunDirectory.open(source).tokenizer
         taken = read_pretrained(source, config) if pretrained else read_source(source, config, best)
     with _entered(out) as claim:
         if claim:
             refuse_occupied(out, config)
         run, display = RunDirectory(out), Display(quiet or not here.is_first)
         try:
-            parts = _prepare(config, display, taken)
+            parts = _prepare(config, display, taken, own)
             manifest = Manifest(config, started_from=taken.record if taken else None)
             if here.is_first:
                 manifest = _begin(run, manifest, parts)

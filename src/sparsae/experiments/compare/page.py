@@ -232,6 +232,13 @@ def _cost(results: Results) -> str:
     return markup.section("cost", "Cost by part", lead, markup.figures(panels))
 
 
+def _where(group: TuningRow) -> str:
+    """Where the best value lies in what was tried."""
+    if all(trial.diverged for trial in group.trials):
+        return "nowhere: every trial diverged"
+    return f"at the edge: {', '.join(group.edges)}" if group.edges else "inside"
+
+
 def _tuning(results: Results) -> str:
     if not results.tuning:
         return ""
@@ -247,7 +254,7 @@ def _tuning(results: Results) -> str:
             in_short(group.learning_rate),
             ", ".join(f"{name} {in_short(v)}" for name, v in group.settings.items() if name != LEARNING_RATE) or "-",
             ", ".join(in_short(value) for entry in group.looks for value in entry.added) or "-",
-            f"at the edge: {', '.join(group.edges)}" if group.edges else "inside",
+            _where(group),
         ]
         for group in tuning
     ]

@@ -175,10 +175,11 @@ def _tuning(out: Path, search: Search, together: set[str]) -> TuningRow:
     trials = {key_of(trial.point): trial for trial in search.trials}
     config = next((t.job.config for t in search.trials if t.point == search.found.point), search.trials[0].job.config)
     last = {look.setting: look for look in search.found.looks}  # it may have been looked along in several rounds
-    edges = [look for look in last.values() if look.at_edge]
     # Points of equal settings are one run, which is named by the first of them.
     by_run = {trial.job.name: trial for trial in reversed(search.trials)}
     rows = tuple(_trial(out, trial, together) for trial in search.trials if by_run[trial.job.name] is trial)
+    # Where every trial diverged none is the best.
+    edges = [look for look in last.values() if look.at_edge and not all(row.diverged for row in rows)]
     return TuningRow(
         method=search.variant,
         sparsity=search.sparsity,

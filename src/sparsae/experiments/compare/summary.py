@@ -132,6 +132,11 @@ def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
             "the losses compared are those of validation, the text on which learning rates were tuned: not every run "
             "has a test loss (set training.validation_sequences lower, or begin the comparison anew)"
         )
+    found += [
+        f"{group.method} at {group.sparsity:g}: every trial of its tuning diverged: no value is the best"
+        for group in results.tuning
+        if group.trials and all(trial.diverged for trial in group.trials)
+    ]
     edges = [
         f"{group.method} at {group.sparsity:g} ({setting.rpartition('.')[2]} {group.settings[setting]:g})"
         for group in results.tuning

@@ -83,7 +83,9 @@ def search(
     point: Point = {}
     looks: list[Look] = []
     for axis in list(axes) * rounds:
-        look = Look(axis.setting, {k: v for k, v in point.items() if k != axis.setting}, list(axis.values))
+        # A later round has what an earlier one found beyond the grid.
+        values = sorted({*axis.values, *(v for k, v in point.items() if k == axis.setting)})
+        look = Look(axis.setting, {k: v for k, v in point.items() if k != axis.setting}, values)
         looks.append(look)
         for wanted in _along(look, axis.range, extensions, loss, allowed):
             return Found(point, looks, wanted)

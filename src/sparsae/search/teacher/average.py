@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsae.config.teacher import TeacherConfig
 from sparsae.core.shards import local, lying_as, to_save
@@ -37,7 +37,7 @@ class Teacher:
         """
         if config.start and steps is None:
             raise InputError(f"teacher.start {config.start:g} is a share of the steps: give Teacher(..., steps=N)")
-        _require_width(student)
+        _require_width(student, config.beta)
         self.config = config
         self.layers: dict[str, Storage] = {}
         self.since = 0
@@ -119,7 +119,7 @@ class Teacher:
         owned = {id(layer.values) for layer in sparse.values()}
         shared = [(name, p) for name, p in student.named_parameters() if id(p) not in owned]
         teacher_parameters = dict(self.model.named_parameters())
-        alike = [(teacher_parameters[name].data, p.data) for name, p in shared if p.is_floating_point()]
+        alike = [(teacher_parameters[name].data, p.data) for name, p in shared if _is_number(p)]
         for name, layer in sparse.items():
             if (pair := self.layers[name].average(layer, beta)) is not None:
                 alike.append(pair)
@@ -181,10 +181,14 @@ def _unsynchronized(student: nn.Module) -> nn.Module:
     return student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
 
 
-def _require_width(student: nn.Module) -> None:
+def _is_number(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _require_width(student: nn.Module, beta: float) -> None:
     """Raise InputError where an average in the parameters' dtype would lose steps of 1 - beta to rounding."""
     for name, parameter in student.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        if parameter.requires_grad and _is_number(parameter) and 1 - beta < 16 * torch.finfo(parameter.dtype).eps:
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise InputError(
                 f"a teacher cannot average {name}: its small steps do not survive the rounding of {dtype}; keep "
