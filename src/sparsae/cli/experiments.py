@@ -51,7 +51,7 @@ BudgetOf = Annotated[
     float | None, typer.Option(metavar="F", help="So much of it; else what the reference takes for training.steps.")
 ]
 Reference = Annotated[
-    str | None, typer.Option(metavar="NAME", help="What the others are held against.  (default: static, else the first)")
+    str | None, typer.Option(metavar="NAME", help="What others are held against.  (default: static, else the first)")
 ]
 Rates = Annotated[
     str | None,

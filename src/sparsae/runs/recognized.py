@@ -51,7 +51,7 @@ def what_is(path: Path) -> str:
     if found := _one_of(path):
         return found
     if LOCK in names:
-        return "nothing of a run is written there yet: one is being set up, or was killed at that: try again soon, or begin it again"
+        return "nothing of a run is written there yet: one is being set up, or was killed at that: wait, or begin anew"
     more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
     return f"it has no config.yaml, but {entries[0].name}{more}: give the directory that train wrote (--out)"
 
