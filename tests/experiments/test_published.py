@@ -24,6 +24,13 @@ PLANNED = [("sparsae", "rigl"), ("sparsae", "static")]
 CONTRASTS = [*PLANNED, ("rigl", "static"), ("sparsae", "set"), ("set", "static")]
 
 
+def between(one: dict[int, float], other: dict[int, float]) -> Difference:
+    """The paired difference over the seeds that both have."""
+    found = paired_difference(one, other)
+    assert found is not None
+    return found
+
+
 def losses(method: str, sparsity: float) -> dict[int, float]:
     """Test losses by seed."""
     rows = [row for name in FILES[method] for row in json.loads((ROWS / f"{name}.json").read_text())["rows"]]
@@ -48,8 +55,7 @@ def of_bytes(*files: tuple[int, str]) -> dict[int, float]:
 def test_the_table_of_a_less_wide_model_is_that_of_its_rows() -> None:
     wide = of_bytes((7, "sparsae-0.016-4"), (8, "sparsae"), (9, "sparsae"))
     narrow = of_bytes((1, "dense-small-8"), (3, "dense-small-8"), (12, "dense-small"), (13, "dense-small"))
-    found = paired_difference(wide, narrow)
-    assert found is not None
+    found = between(wide, narrow)
     lower = of_bytes((14, "sparsae"), (15, "sparsae"))
     page = (ROOT / "docs" / "results" / "bytes.md").read_text("utf-8").replace("−", "-")
     for name, losses in (
@@ -61,10 +67,9 @@ def test_the_table_of_a_less_wide_model_is_that_of_its_rows() -> None:
         row = " | ".join(f"{value:.3f}" for value in (*(losses[seed] for seed in range(6)), *spread))
         assert f"| {name} | {row} |" in page
     for name, each in (("difference", wide), ("its difference", lower)):
-        between = paired_difference(each, narrow)
-        assert between is not None
+        apart = between(each, narrow)
         pairs = " | ".join(f"{each[seed] - narrow[seed]:+.3f}" for seed in range(6))
-        assert f"| {name} | {pairs} | {told(between).replace('−', '-')} | |" in page
+        assert f"| {name} | {pairs} | {told(apart).replace('−', '-')} | |" in page
     assert f"level with it ({told(found).lstrip('−')} below it, six seeds)" in (ROOT / "README.md").read_text("utf-8")
 
 
@@ -101,8 +106,7 @@ def test_runs_at_98_percent_are_told_as_they_were() -> None:
     for one, other in (("sparsae", "rigl"), ("sparsae", "static"), ("rigl", "static")):
         line = f"| `{one}` less `{other}` | {cells_of(found[one], found[other])} |"
         assert line in page
-        difference = paired_difference(found[one], found[other])
-        assert difference is not None
+        difference = between(found[one], found[other])
         assert difference.p is not None
         p = page.split(line)[1].split("|")[0].strip()
         assert float(p) == round(difference.p, len(p) - 2)
@@ -128,9 +132,7 @@ def test_longer_runs_are_told_as_they_were() -> None:
     length = {
         longer: [{s: rows[s, longer, m] for s in range(3)} for m in ("sparsae", "static")] for longer in (False, True)
     }
-    shorter, found = (paired_difference(*length[longer]) for longer in (False, True))
-    assert shorter is not None
-    assert found is not None
+    shorter, found = (between(*length[longer]) for longer in (False, True))
     assert found.p is not None
     below = told(found).lstrip("−")
     assert f"every seed again, by {below} in the mean (p = {found.p:.2f})" in page
@@ -141,21 +143,24 @@ def test_longer_runs_are_told_as_they_were() -> None:
 def test_rigl_in_longer_runs_is_told_as_it_was() -> None:
     longer = {
         (row["method"], row["seed"]): row["test_loss"]
-        for name in ("longer-95", "longer-rigl")
+        for name in ("longer-95", "longer-rigl", "longer-rigl-2")
         for row in json.loads((ROWS / f"{name}.json").read_text())["rows"]
     }
-    page, means = PAGE.read_text("utf-8").replace("−", "-").replace("*", ""), []
+    page, found = PAGE.read_text("utf-8").replace("−", "-").replace("*", ""), list[Difference]()
     for tokens in ("5.1M", "28.0M"):
         of = {method: losses(method, 0.95) for method in ("rigl", "static", "sparsae")}
-        if tokens == "28.0M":
-            of = {method: {seed: longer[method, seed] for seed in (0, 1)} for method in of}
-        less = [of["sparsae"][seed] - of["rigl"][seed] for seed in (0, 1)]
-        means.append(f"{-mean(less):.3f}")
-        for seed in (0, 1):
+        of = {m: {s: each[s] if tokens == "5.1M" else longer[m, s] for s in range(3)} for m, each in of.items()}
+        for seed in range(3):
             rigl, behind = of["rigl"][seed], of["rigl"][seed] - of["static"][seed]
-            assert f"| {seed} | {tokens} | {rigl:.3f} | {less[seed]:+.3f} | {behind:+.3f} |" in page
-    shorter, found = means
-    assert f"by {found} in the mean where it was {shorter} with the same seeds" in page
+            less = of["sparsae"][seed] - rigl
+            assert f"| {seed} | {tokens} | {rigl:.3f} | {less:+.3f} | {behind:+.3f} |" in page
+        found += [between(of["sparsae"], of["rigl"]), between(of["rigl"], of["static"])]
+    shorter, _, below, level = found
+    assert below.p is not None
+    words = " ".join(page.split())
+    assert f"by {told(below).lstrip('−')} in the mean, which does not exclude zero (p = {below.p:.2f})" in words
+    assert f"where it was {told(shorter).lstrip('−')} with the same seeds" in words
+    assert f"level with it or ahead ({told(level).replace('−', '-')})" in words
     rows = json.loads((ROWS / "longer-rates.json").read_text())["rows"]
     moved, static = (next(row["test_loss"] for row in rows if row["method"] == m) for m in ("sparsae", "static"))
     assert f"ends at {moved:.3f} (seed 0), {moved - longer['sparsae', 0]:.3f} above itself at 0.015" in page
@@ -164,13 +169,11 @@ def test_rigl_in_longer_runs_is_told_as_it_was() -> None:
     assert "is {} below `static` with that seed in place of {}".format(*gains) in page
     assert f"and RigL {static - longer['rigl', 0]:.3f} below it" in page
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert f"and only {found} below RigL (two seeds), which catches up" in readme
+    assert f"and only {told(below).lstrip('−')} below RigL (three seeds), which catches up" in readme
 
 
 def difference(method: str, reference: str, sparsity: float) -> Difference:
-    found = paired_difference(losses(method, sparsity), losses(reference, sparsity))
-    assert found is not None
-    return found
+    return between(losses(method, sparsity), losses(reference, sparsity))
 
 
 def told(found: Difference) -> str:
@@ -267,8 +270,7 @@ def test_where_density_lies_is_told_as_it_was() -> None:
             denser = of_depth(method, sparsity)
             equal = {seed: losses(method, sparsity)[seed] for seed in denser}
             assert sorted(denser) == [0, 1, 2]
-            found = paired_difference(denser, equal)
-            assert found is not None
+            found = between(denser, equal)
             cells = (
                 f"{mean(equal.values()):.3f} | {in_order(equal, '.3f')} | {mean(denser.values()):.3f} | "
                 f"{in_order(denser, '.3f')} | {told(found)} | {by_seed(denser, equal)}"
@@ -278,8 +280,7 @@ def test_where_density_lies_is_told_as_it_was() -> None:
         cells = []
         for sparsity in sparsities:
             pair = of_depth("sparsae", sparsity), of_depth(reference, sparsity)
-            found = paired_difference(*pair)
-            assert found is not None
+            found = between(*pair)
             cells += [told(found), by_seed(*pair)]
         line = " | ".join([*cells, *[""] * (4 - len(cells))]).replace("|  |", "| |")
         assert f"| `sparsae` less `{reference}` | {line.rstrip()} |" in page
@@ -288,8 +289,7 @@ def test_where_density_lies_is_told_as_it_was() -> None:
     assert f"({-mean(gains):.3f} in the mean of all six)" in page
     rows = [row for n in ("dense-small", "others") for row in json.loads((ROWS / f"{n}.json").read_text())["rows"]]
     narrow = {row["seed"]: row["test_loss"] for row in rows if row["method"] == "dense-small"}
-    found = paired_difference(of_depth("sparsae", 0.95), narrow)
-    assert found is not None
+    found = between(of_depth("sparsae", 0.95), narrow)
     assert f"{told(found)} ({by_seed(of_depth('sparsae', 0.95), narrow)})" in page
     assert f"level with that model ({told(found)}, three seeds)" in (ROOT / "README.md").read_text("utf-8")
     rows = [row for n in ("parts-95", "density-95") for row in json.loads((ROWS / f"{n}.json").read_text())["rows"]]
@@ -360,8 +360,7 @@ def test_density_in_a_deeper_model_and_under_other_budgets_is_told_as_it_was() -
     below = [first[seed] - erk[seed] for seed in erk] + [first_deep[seed] - erk_deep[seed] for seed in erk_deep]
     assert max(below) < 0
     assert f"all six seeds of both models, by {-mean(below):.3f} in the mean" in page
-    found = paired_difference(erk, of_variant("static-erk", OF_ERK))
-    assert found is not None
+    found = between(erk, of_variant("static-erk", OF_ERK))
     assert f"`sparsae` ends {told(found).removeprefix('−')} below a static" in (ROOT / "README.md").read_text("utf-8")
 
 
@@ -383,8 +382,7 @@ def test_a_denser_first_block_does_not_last() -> None:
 
 def cells_of(one: dict[int, float], other: dict[int, float]) -> str:
     """The cells of a paired difference."""
-    found = paired_difference(one, other)
-    assert found is not None
+    found = between(one, other)
     return f"{told(found)} | {by_seed(one, other)}"
 
 
