@@ -158,7 +158,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(2, dtype=_wide(hidden_TD[:0]).dtype, device=hidden_TD.device)
         grads = [torch.zeros_like(t) if i in wanted else None for i, t in enumerate((hidden_TD, *parameters))]
         if waits != 1:  # many chunks add up to what float16 does not hold
-            grads[1:] = [None if grad is None else grad.float() for grad in grads[1:]]
+            grads[1:] = [None if grad is None else _wide(grad) for grad in grads[1:]]
         for start in range(0, hidden_TD.shape[0], inputs.chunk):
             rows = slice(start, start + inputs.chunk)
             with torch.set_grad_enabled(bool(wanted)):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from sparsae.core.randomness import generator
@@ -205,6 +205,25 @@ def test_a_model_with_a_part_of_somebody_elses_goes_its_own_way() -> None:
         parent, _, name = place.rpartition(".")
         setattr(model.get_submodule(parent), name, part)
         assert isinstance(open_decoder(model, 24), ModelDecoder)
+
+
+class Own(GPT2LMHeadModel):
+    """A class of somebody else's that computes as what it inherits from."""
+
+
+class Doubled(GPT2LMHeadModel):
+    """And one that does not."""
+
+    def forward(self, *args: Any, **others: Any) -> Any:
+        return super().forward(*args, **others)
+
+
+@pytest.mark.parametrize(("kind", "decoder"), [(Own, FastDecoder), (Doubled, ModelDecoder)])
+def test_a_class_of_somebody_elses_is_known_by_its_forward_pass(kind: type[nn.Module], decoder: type[Decoder]) -> None:
+    model = prepared("gpt2", 0.9)
+    kind.__name__ = "GPT2LMHeadModel"
+    model.__class__ = kind
+    assert isinstance(open_decoder(model, 24), decoder)
 
 
 def test_results_do_not_share_memory() -> None:

@@ -102,18 +102,28 @@ def test_validation_ends_the_warm_up(tmp_path: Path) -> None:
     assert state["first_loss"] > 0
 
 
-def test_a_metric_that_nobody_logs_ends_no_warm_up_in_silence(tmp_path: Path) -> None:
+def test_a_metric_that_nobody_logs_ends_no_warm_up_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     teacher = TeacherConfig(warmup="validation", warmup_improvement=0.01)
-    callback = SparsaeCallback(module="net", topology=SetConfig(every=6), teacher=teacher, monitor="other")
-    with pytest.raises(InputError, match=r"no metric other was logged.*\(there are: .*val_loss.*\): name one"):
-        fit(tmp_path, callback, Classifier(), validation=points())
+
+    def told(monitor: str, **more: Any) -> list[str]:
+        caplog.clear()
+        callback = SparsaeCallback(module="net", topology=SetConfig(every=6), teacher=teacher, monitor=monitor)
+        fit(tmp_path, callback, Classifier(), validation=points(), **more)
+        return [each.getMessage() for each in caplog.records if "warm-up" in each.getMessage()]
+
+    assert told("val_loss") == []
+    (line,) = told("other")
+    assert line.startswith("other, which ends the teacher's warm-up: no validation has it (there are: ")
+    assert "val_loss" in line
+    (line,) = told("val_loss", limit_val_batches=0)
+    assert "nothing is validated" in line
 
 
 def test_a_trainer_that_has_ended_does_not_go_on_without_a_checkpoint(tmp_path: Path) -> None:
     module, callback = Classifier(), SparsaeCallback(module="net", topology=SetConfig(every=6))
     trainer = fit(tmp_path, callback, module, max_epochs=1)
     trainer.fit_loop.max_epochs = 2
-    with pytest.raises(InputError, match=r"has made \d+ steps, whose schedules have ended: go on by fit"):
+    with pytest.raises(InputError, match=r"has made \d+ steps, and its schedules with it: go on by fit"):
         trainer.fit(module, trainer.train_dataloader)
 
 

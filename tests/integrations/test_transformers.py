@@ -155,20 +155,26 @@ def test_the_best_model_is_loaded_across_a_change_of_topology(tmp_path: Path) ->
 WAITS = TeacherConfig(warmup="validation", warmup_improvement=1e-6)
 
 
-def test_a_warm_up_that_no_validation_can_end_is_told(tmp_path: Path) -> None:
-    def trains(callback: SparsaeCallback, **more: Any) -> None:
-        every = {"eval_steps": 2, "eval_strategy": "steps"} if more else {}
-        trainer(tmp_path, callback, kind=SparsaeTrainer, **every, **more).train()
-
-    rule = SetConfig(every=3)
-    with pytest.raises(InputError, match="warmup is validation, and nothing is evaluated: set eval_strategy, or"):
-        trains(SparsaeCallback(topology=rule, teacher=WAITS))
+def test_a_warm_up_that_no_validation_can_end_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     several = {"a": Counting(8, 500), "b": Counting(8, 600)}
-    with pytest.raises(InputError, match=r"no evaluation has eval_loss.*are: eval_a_loss, eval_b_loss\): name one"):
-        trains(SparsaeCallback(topology=rule, teacher=WAITS), eval_dataset=several)
-    named = SparsaeCallback(topology=rule, teacher=WAITS, monitor="eval_b_loss")
-    trains(named, eval_dataset=several)
-    assert named._companion._warm_up.over_by_validation
+
+    def told(monitor: str = "eval_loss", teacher: TeacherConfig = WAITS, **more: Any) -> tuple[list[str], bool]:
+        caplog.clear()
+        callback = SparsaeCallback(topology=SetConfig(every=3), teacher=teacher, monitor=monitor)
+        every = {"eval_steps": 2, "eval_strategy": "steps"} if "eval_dataset" in more else {}
+        trainer(tmp_path, callback, kind=SparsaeTrainer, **every, **more).train()
+        lines = [each.getMessage() for each in caplog.records if "warm-up" in each.getMessage()]
+        return lines, callback._companion._warm_up.over_by_validation
+
+    assert told() == (
+        ["eval_loss, which ends the teacher's warm-up: nothing is evaluated (eval_strategy); name one as monitor, or "
+         "let teacher.warmup be fraction"], False,
+    )  # fmt: skip
+    lines, _ = told(eval_dataset=several)
+    assert len(lines) == 1
+    assert "no evaluation has it (there are: eval_a_loss, " in lines[0]
+    assert told("eval_b_loss", eval_dataset=several) == ([], True)
+    assert told(teacher=TEACHER) == ([], False)
 
 
 class Scaled(SparsaeTrainer):

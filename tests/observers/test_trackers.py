@@ -63,7 +63,7 @@ def test_tensorboard_shows_no_step_twice_of_a_run_that_was_resumed(tmp_path: Pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     observer = OBSERVERS["tensorboard"](tmp_path)
-    for first, steps in ((0, range(1, 10)), (5, range(6, 13))):
+    for first, steps in ((0, range(1, 4)), (0, range(1, 10)), (5, range(6, 13))):
         observer.begin(Standing(step=first, steps=12))
         for step in steps:
             observer.observe(train_row(step=step))

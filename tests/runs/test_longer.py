@@ -120,6 +120,8 @@ class TestFrom:
             start(config, tmp_path / "broken", quiet=True, source=finished)
         monkeypatch.undo()
         assert RunDirectory(tmp_path / "broken").saved_steps() == [step]
+        with pytest.raises(InputError, match="no such tokenizer"):
+            start(make("data.tokenizer=/nowhere/typo"), tmp_path / "typo", quiet=True, source=finished)
         shutil.rmtree(finished)
         resume(tmp_path / "broken", quiet=True)
         assert evaluate_run(tmp_path / "broken")["tokens"]

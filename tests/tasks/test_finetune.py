@@ -135,6 +135,22 @@ def test_what_is_searched_keeps_the_runs_rules_and_bounds_whatever_the_layers_ar
         assert list(found["rules"]) == ["model." * (name == "copa") + "transformer.h.0.mlp.*"]
 
 
+def test_a_rule_of_the_head_alone_is_none_of_what_is_searched(place: Path, tmp_path: Path) -> None:
+    more = ["sparsity.sparsify_head=true", "model.tie_embeddings=false", "training.steps=2", "model.context=32"]
+    common = place / "text", place / "cache", *more
+    for method, rules, expected in (
+        ("static", "{lm_head: {rule: set}}", "generations"),  # nothing else moves: the default rule
+        ("set", "{'transformer.*': {rule: rigl}}", "rigl"),  # which the head alone had is gone with it
+    ):
+        config = config_of(*common, f"rules={rules}", method=method)
+        start(config, tmp_path / method, quiet=True)
+        task = read_task(TASKS["sst2"], str(place / "data"))
+        found = one._search(config, one.classifier(load_run(tmp_path / method), task.task, 0))
+        assert found["topology"].rule == expected
+        few = settings(place, epochs=1, max_examples=64)
+        assert finetune(tmp_path / method, task, "searched", 0, few, lambda: None).rule == expected
+
+
 def test_fine_tuning_begins_with_the_best_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

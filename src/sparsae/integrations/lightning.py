@@ -8,6 +8,7 @@ A callback cannot change a loss: `training_step` adds what the teacher has to sa
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from sparsae.integrations.held_out import Collate
 from sparsae.nn.linear import sparse_layers
 
 # Strategies that split parameters.
+log = logging.getLogger(__name__)
+
 _SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
@@ -46,6 +49,7 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
         super().__init__(collate=collate, **search)
         self._part, self._monitor = module, monitor
         self._loaded: dict[str, Any] | None = None
+        self._missed = 0
 
     @classmethod
     def of(cls, trainer: Trainer) -> SparsaeCallback:
@@ -85,18 +89,21 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
                 precision=trainer.precision_plugin.forward_context,
             ),
         )
+        self._missed = 0
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._companion.load_state_dict(loaded)
         elif trainer.global_step and trainer.ckpt_path is None:
             raise InputError(
-                f"SparsaeCallback: this Trainer has made {trainer.global_step} steps, whose schedules have ended: go "
-                "on by fit(..., ckpt_path=...) with more steps, or begin with a new Trainer"
+                f"SparsaeCallback: this Trainer has made {trainer.global_step} steps, and its schedules with it: go "
+                "on by fit(..., ckpt_path=...), with more steps where all are made, or begin with a new Trainer"
             )
         elif trainer.global_step:
             raise InputError(
                 f"{trainer.ckpt_path} was written without SparsaeCallback: begin a new training with its weights"
             )
+        if self._companion.waits_for_validation and not getattr(trainer, "enable_validation", True):
+            _warn(self._monitor, "nothing is validated")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,11 +121,11 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self._companion.waits_for_validation and not any(ranks().gather(loss is not None, "metrics")):
-            named = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise InputError(
-                f"no metric {self._monitor} was logged, which ends the teacher's warm-up (there are: {named}): name "
-                "one as SparsaeCallback(monitor=...), or let teacher.warmup be fraction"
-            )
+            # A metric of whole epochs is there from the second validation on.
+            self._missed += 1
+            if self._missed == 2:
+                named = ", ".join(sorted(trainer.callback_metrics)) or "none"
+                _warn(self._monitor, f"no validation has it (there are: {named})")
         self._companion.validated(None if loss is None else float(loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,6 +152,11 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
             return module.get_submodule(self._part)
         except AttributeError:
             raise InputError(f"SparsaeCallback: {type(module).__name__} has no module '{self._part}'") from None
+
+
+def _warn(monitor: str, why: str) -> None:
+    what = "%s, which ends the teacher's warm-up: %s; name one as monitor, or let teacher.warmup be fraction"
+    log.warning(what, monitor, why)
 
 
 def _optimizer_of(trainer: Trainer, model: nn.Module) -> torch.optim.Optimizer:

@@ -30,7 +30,6 @@ from sparsae.optimizer_state import parts_of
 
 log = logging.getLogger(__name__)
 
-_FRACTION = "let teacher.warmup be fraction"
 _TEACH = "use SparsaeTrainer (or SparsaeMixin before your Trainer's class), or add the callback's distillation(...)"
 
 
@@ -67,7 +66,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
         """
         super().__init__(collate=collate, loss=_loss_of if loss is None else loss, **search)
         self.resumed: Path | None = None
-        self._monitor, self._evaluated = monitor, set[str]()
+        self._monitor, self._evaluated, self._warned = monitor, set[str](), False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """Raises InputError for a dense model, and for what cannot train one whose connections move."""
@@ -86,10 +85,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any
     ) -> None:
-        """With model and optimizer as they are now, loaded from a checkpoint or not.
-
-        Raises InputError for a teacher whose warm-up validation ends, where there is none.
-        """
+        """With model and optimizer as they are now, loaded from a checkpoint or not."""
         from accelerate.utils import send_to_device  # which every Trainer wants
 
         model, optimizer, loader = around["model"], around["optimizer"], around["train_dataloader"]
@@ -107,11 +103,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
                 move=lambda batch: send_to_device(batch, args.device),
             ),
         )
-        self._model, self._evaluated = model, set[str]()
-        if args.eval_strategy == "no" and self._companion.waits_for_validation:
-            raise InputError(
-                f"teacher.warmup is validation, and nothing is evaluated: set eval_strategy, or {_FRACTION}"
-            )
+        self._model, self._evaluated, self._warned = model, set[str](), False
         if state.global_step:
             folder = self.resumed or _checkpoint(args, state.global_step)
             if self.resumed is None and not folder.is_dir():
@@ -120,25 +112,30 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
                     "output_dir, or with SparsaeTrainer"
                 )
             checkpoint.load(self._companion, model, folder)
+        if args.eval_strategy == "no":
+            self._warn("nothing is evaluated (eval_strategy)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises InputError for a teacher that nobody listens to."""
         self._companion.stepped(_TEACH)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
-        """The validation loss may end the teacher's warm-up. Raises InputError where no evaluation has it."""
+        """The validation loss may end the teacher's warm-up; one that no evaluation has is told, once."""
         metrics = around.get("metrics") or {}
-        loss, again = metrics.get(self._monitor), metrics.keys() <= self._evaluated
-        self._evaluated |= metrics.keys()
         if not self._companion.records:
             return
-        if loss is None and again and self._monitor not in self._evaluated and self._companion.waits_for_validation:
-            losses = ", ".join(sorted(name for name in self._evaluated if name.endswith("_loss"))) or "none"
-            raise InputError(
-                f"no evaluation has {self._monitor}, which ends the teacher's warm-up (losses are: {losses}): name one "
-                f"as SparsaeCallback(monitor=...), or {_FRACTION}"
-            )
+        loss, own = metrics.get(self._monitor), {name for name in metrics if name.startswith("eval_")}
+        again = bool(own) and own <= self._evaluated
+        self._evaluated |= own
+        if again and loss is None and self._monitor not in self._evaluated:
+            self._warn(f"no evaluation has it (there are: {', '.join(sorted(self._evaluated))})")
         self._companion.validated(None if loss is None else float(loss))
+
+    def _warn(self, why: str) -> None:
+        if self._companion.waits_for_validation and not self._warned:
+            self._warned = True
+            what = "%s, which ends the teacher's warm-up: %s; name one as monitor, or let teacher.warmup be fraction"
+            log.warning(what, self._monitor, why)
 
     def on_log(
         self,

@@ -21,7 +21,7 @@ class TensorBoard(Observer):
 
     def begin(self, standing: Standing) -> None:
         """What was written of steps after a checkpoint, which are made once more, is shown no more."""
-        self._writer = self._make(self._folder, purge_step=standing.step + 1 if standing.step else None)
+        self._writer = self._make(self._folder, purge_step=standing.step + 1 if standing.step else 0)
 
     @classmethod
     def require(cls) -> None:

@@ -174,9 +174,11 @@ def _search(config: Config, model: nn.Module) -> dict[str, Any]:
         "fan_out": sparsity.fan_out,
         "heads": {prefix + name: layout for name, layout in head_layouts(names, config).items()},
     }
-    rule = build_rule(config.topology, config.rules)
+    # A head that was sparse is there no more, and so may be the rule of its own, or that of all others.
+    own = {p: each for p, each in config.rules.items() if any(fnmatchcase(name, p) for name in names)}
+    is_base = any(not any(fnmatchcase(name, p) for p in own) for name in names)
+    topology = config.topology if is_base else own.pop(list(own)[-1])
+    rule = build_rule(topology, own)
     if not rule.moves or rule.prunes or rule.terms:
         return {"topology": default_rule(), **bounds}
-    # A head that was sparse is there no more.
-    own = {p: each for p, each in config.rules.items() if any(fnmatchcase(name, p) for name in names)}
-    return {"topology": config.topology, "rules": {prefix + p: each for p, each in own.items()}, **bounds}
+    return {"topology": topology, "rules": {prefix + p: each for p, each in own.items()}, **bounds}

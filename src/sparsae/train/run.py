@@ -114,7 +114,8 @@ def starting(
         refuse_unread(config.data)
     else:
         pretrained = is_pretrained(source)
-        own = None if pretrained else RunDirectory.open(source).tokenizer
+        if not pretrained and RunDirectory.open(source).config().data.tokenizer == config.data.tokenizer:
+            own = RunDirectory(source).tokenizer
         taken = read_pretrained(source, config) if pretrained else read_source(source, config, best)
     with _entered(out) as claim:
         if claim:

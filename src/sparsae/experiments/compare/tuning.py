@@ -83,15 +83,18 @@ def search(
     point: Point = {}
     looks: list[Look] = []
     for axis in list(axes) * rounds:
-        # A later round has what an earlier one found beyond the grid.
-        values = sorted({*axis.values, *(v for k, v in point.items() if k == axis.setting)})
-        look = Look(axis.setting, {k: v for k, v in point.items() if k != axis.setting}, values)
+        earlier = next((look for look in reversed(looks) if look.setting == axis.setting), None)
+        look = Look(axis.setting, {k: v for k, v in point.items() if k != axis.setting}, list(axis.values))
         looks.append(look)
         for wanted in _along(look, axis.range, extensions, loss, allowed):
             return Found(point, looks, wanted)
         before = loss(look.around)
         if look.best is not None and before is not None and before < _known(loss, look.point(look.best)):
             look.best, look.at_edge = None, False
+        if earlier is not None and _known(loss, point) < min(_known(loss, each) for each in look.points()):
+            # What an earlier round found beyond the grid, which this one may not reach.
+            look.best, look.at_edge = None, earlier.at_edge
+            continue
         point = look.around if look.best is None else look.point(look.best)
     return Found(point, looks, ())
 

@@ -188,11 +188,12 @@ def _is_number(parameter: Tensor) -> bool:
 def _require_width(student: nn.Module, beta: float) -> None:
     """Raise InputError where an average in the parameters' dtype would lose steps of 1 - beta to rounding."""
     for name, parameter in student.named_parameters():
-        if parameter.requires_grad and _is_number(parameter) and 1 - beta < 16 * torch.finfo(parameter.dtype).eps:
+        is_narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+        if parameter.requires_grad and is_narrow and 1 - beta < 16 * torch.finfo(parameter.dtype).eps:
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise InputError(
                 f"a teacher cannot average {name}: its small steps do not survive the rounding of {dtype}; keep "
-                "parameters in float32, and train in 16 bits by autocast"
+                "parameters in float32 and train in 16 bits by autocast, or lower teacher.beta"
             )
 
 
