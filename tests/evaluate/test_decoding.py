@@ -147,6 +147,7 @@ def test_what_it_does_not_know_goes_through_the_model() -> None:
     for model in (gpt2(scale_attn_by_inverse_layer_idx=True), gpt2().bfloat16()):
         assert isinstance(open_decoder(model.eval(), 24), ModelDecoder)
     assert isinstance(open_decoder(gpt2().train(), 24), ModelDecoder)
+    assert isinstance(open_decoder(gpt2().eval().transformer, 24), ModelDecoder)  # of no head
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert isinstance(open_decoder(llama(rope_parameters=dynamic).eval(), 24), ModelDecoder)
     wrapped = prepared("gpt2", 0.0)

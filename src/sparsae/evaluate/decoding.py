@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +45,8 @@ def open_decoder(model: nn.Module, context: int) -> Decoder:
     context: the longest sequence, in tokens.
     """
     family = FAMILIES.of(model)
-    # A part may have been replaced by another of torch's, which has not what its family's has.
-    with suppress(AttributeError, ValueError):
-        if family is not None and _is_evaluated(model) and _is_plain(model, family):
-            return FastDecoder(model, Blocks(model, family, context), context)
+    if family is not None and _is_evaluated(model) and _is_plain(model, family):
+        return FastDecoder(model, Blocks(model, family, context), context)
     return ModelDecoder(model)
 
 
@@ -304,15 +301,22 @@ _OWN = frozenset({"sparsae", "torch", "transformers"})
 
 def _is_plain(model: Any, family: Family) -> bool:
     """Whether a model's own pass is the one that the facts of its family tell, and no module is anybody else's."""
-    if not all(type(module).forward.__module__.partition(".")[0] in _OWN for module in model.modules()):
-        return False
     if type(model).__name__ != family.model_class or any(
         getattr(model.config, name, value) != value for name, value in family.plain.items()
     ):
+        return False
+    if not all(type(module).forward.__module__.partition(".")[0] in _OWN for module in model.modules()):
+        return False
+    # A part may have been replaced by another of torch's.
+    blocks, parts = list(model.get_submodule(family.blocks)), (family.attention, family.mlp, *family.norms)
+    if not all(hasattr(block, part) for block in blocks for part in parts):
+        return False
+    norms = [model.get_submodule(family.final_norm), *(getattr(b, name) for b in blocks for name in family.norms)]
+    if not all(isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon") for norm in norms):
         return False
     # The frequencies of other kinds of rotary positions depend on the length of the sequence.
     fixed = ("default", "linear", "yarn", "llama3")
     if family.positions is None and model.base_model.rotary_emb.rope_type not in fixed:
         return False
-    mlps = (getattr(block, family.mlp) for block in model.get_submodule(family.blocks))
+    mlps = (getattr(block, family.mlp) for block in blocks)
     return all(type(mlp).__name__ in (family.mlp_class, FusedMLP.__name__) for mlp in mlps)
