@@ -7,7 +7,13 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from sparsae.bench.kernels import BOTH, means
+from sparsae.core.randomness import generator
+from sparsae.kernels.cpu import native
+from sparsae.nn.linear import sparse_layers
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +96,18 @@ def test_what_keeping_the_hidden_layer_gains_is_told_as_it_was_measured() -> Non
     assert f"gains [{100 * gains[0]:.0f} to {100 * gains[1]:.0f} % on dense steps]" in page
     told = " and ".join(f"{row['ratio']:.2f}" for row in xeon)
     assert f"[{told}](results/performance/step-xeon-kept.json)" in page
+
+
+@pytest.mark.skipif(native.absence() is not None, reason="the native kernels were not compiled")
+@pytest.mark.parametrize(("gated", "hidden"), [(False, 2048), (True, 1376)])
+def test_gradients_of_a_rounded_hidden_layer_are_as_far_off_as_the_page_says(gated: bool, hidden: int) -> None:
+    off = runpy.run_path(str(ROOT / "benchmarks" / "performance.py"))["OFF"][gated]
+    mlp = runpy.run_path(str(ROOT / "benchmarks" / "mlp.py"))["mlp_of"](gated, 512, hidden, 0.1, (1, 1))
+    x, dy = (torch.randn(256, 512, generator=generator(0, name)) for name in ("x", "dy"))
+    found = []
+    for mlp.keeps in ("bfloat16", "nothing"):
+        at = x.clone().requires_grad_()
+        values = [layer.values for layer in sparse_layers(mlp).values()]
+        found.append(torch.autograd.grad(mlp(at), [at, *values], dy))
+    *into, down = (float((rounded - exact).norm() / exact.norm()) for rounded, exact in zip(*found, strict=True))
+    assert (max(into), down) == pytest.approx(off, rel=0.15)

@@ -5,6 +5,7 @@ The callbacks of all trainers are this, and the trainer's own hooks around it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from sparsae.search.guests import as_rule
 from sparsae.search.sparsifier import Sparsifier
 from sparsae.search.teacher import WarmUp
 from sparsae.search.updates import Update
+
+log = logging.getLogger(__name__)
 
 # The mean loss, a scalar, of a model on a batch.
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -122,7 +125,7 @@ class Companion:
         self._warm_up = WarmUp(config.teacher, config.steps)
         self.records = [self._sparsifier.search.initial_row()]
         self._passed = (0, 0)  # a step, and how many of its passes the teacher was asked for
-        self._is_heard = False
+        self._is_heard = self._is_warned = False
         self._divergence, self._taught = 0.0, 0
 
     @property
@@ -133,6 +136,13 @@ class Companion:
             bool(teacher.enabled and teacher.alpha and teacher.warmup == "validation")
             and not self._warm_up.over_by_validation
         )
+
+    def warn_of(self, monitor: str, why: str) -> None:
+        """Say, once in a training, that no validation ends the warm-up which waits for one."""
+        if self.waits_for_validation and not self._is_warned:
+            self._is_warned = True
+            what = "%s, which ends the teacher's warm-up: %s; name one as monitor, or let teacher.warmup be fraction"
+            log.warning(what, monitor, why)
 
     def end(self) -> None:
         """Let go of the optimizer; the Sparsifier may still be looked at."""

@@ -8,7 +8,6 @@ A callback cannot change a loss: `training_step` adds what the teacher has to sa
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from sparsae.integrations.held_out import Collate
 from sparsae.nn.linear import sparse_layers
 
 # Strategies that split parameters.
-log = logging.getLogger(__name__)
-
 _SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
@@ -102,8 +99,8 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
             raise InputError(
                 f"{trainer.ckpt_path} was written without SparsaeCallback: begin a new training with its weights"
             )
-        if self._companion.waits_for_validation and not getattr(trainer, "enable_validation", True):
-            _warn(self._monitor, "nothing is validated")
+        if not trainer.enable_validation:
+            self._companion.warn_of(self._monitor, "nothing is validated")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -123,9 +120,9 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
         if self._companion.waits_for_validation and not any(ranks().gather(loss is not None, "metrics")):
             # A metric of whole epochs is there from the second validation on.
             self._missed += 1
-            if self._missed == 2:
+            if self._missed > 1:
                 named = ", ".join(sorted(trainer.callback_metrics)) or "none"
-                _warn(self._monitor, f"no validation has it (there are: {named})")
+                self._companion.warn_of(self._monitor, f"no validation has it (there are: {named})")
         self._companion.validated(None if loss is None else float(loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,11 +149,6 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
             return module.get_submodule(self._part)
         except AttributeError:
             raise InputError(f"SparsaeCallback: {type(module).__name__} has no module '{self._part}'") from None
-
-
-def _warn(monitor: str, why: str) -> None:
-    what = "%s, which ends the teacher's warm-up: %s; name one as monitor, or let teacher.warmup be fraction"
-    log.warning(what, monitor, why)
 
 
 def _optimizer_of(trainer: Trainer, model: nn.Module) -> torch.optim.Optimizer:

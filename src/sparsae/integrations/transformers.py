@@ -66,7 +66,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
         """
         super().__init__(collate=collate, loss=_loss_of if loss is None else loss, **search)
         self.resumed: Path | None = None
-        self._monitor, self._evaluated, self._warned = monitor, set[str](), False
+        self._monitor, self._evaluated = monitor, set[str]()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **around: Any) -> None:
         """Raises InputError for a dense model, and for what cannot train one whose connections move."""
@@ -103,7 +103,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
                 move=lambda batch: send_to_device(batch, args.device),
             ),
         )
-        self._model, self._evaluated, self._warned = model, set[str](), False
+        self._model, self._evaluated = model, set[str]()
         if state.global_step:
             folder = self.resumed or _checkpoint(args, state.global_step)
             if self.resumed is None and not folder.is_dir():
@@ -113,7 +113,7 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
                 )
             checkpoint.load(self._companion, model, folder)
         if args.eval_strategy == "no":
-            self._warn("nothing is evaluated (eval_strategy)")
+            self._companion.warn_of(self._monitor, "nothing is evaluated (eval_strategy)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raises InputError for a teacher that nobody listens to."""
@@ -128,14 +128,9 @@ class SparsaeCallback(CompanionCallback, TrainerCallback):
         again = bool(own) and own <= self._evaluated
         self._evaluated |= own
         if again and loss is None and self._monitor not in self._evaluated:
-            self._warn(f"no evaluation has it (there are: {', '.join(sorted(self._evaluated))})")
+            there = ", ".join(sorted(self._evaluated))
+            self._companion.warn_of(self._monitor, f"no evaluation has it (there are: {there})")
         self._companion.validated(None if loss is None else float(loss))
-
-    def _warn(self, why: str) -> None:
-        if self._companion.waits_for_validation and not self._warned:
-            self._warned = True
-            what = "%s, which ends the teacher's warm-up: %s; name one as monitor, or let teacher.warmup be fraction"
-            log.warning(what, self._monitor, why)
 
     def on_log(
         self,
