@@ -244,27 +244,20 @@ def test_killed_workers_save_and_the_results_are_the_same(arguments: list[str], 
 
 
 def test_a_run_that_diverges_is_a_trial_that_failed(settings: list[str], tmp_path: Path) -> None:
-    plan = [
-        "compare",
-        "--methods",
-        "static",
-        "--seeds",
-        "1",
-        "--learning-rates",
-        "1e-3,1e30",
-        "--out",
-        str(tmp_path / "o"),
-        "--tuning-extensions",
-        "0",
-    ]
-    assert main([*plan, *settings, "training.clip=null"]) == 0
-    found = results(tmp_path / "o")
-    trials = {trial["learning_rate"]: trial for trial in found["tuning"][0]["trials"]}
-    good, bad = trials[1e-3], trials[1e30]
-    assert (good["diverged"], bad["diverged"]) == (False, True)
-    assert bad["train_flops"] > 0
-    assert found["rows"][0]["learning_rate"] == 1e-3
-    assert found["conclusions"] == [{"sparsity": 0.9, "winner": None}]
+    plan = ["compare", "--methods", "static", "--seeds", "1", "--tuning-extensions", "0", "--learning-rates"]
+    for name, rates in (("one", "1e-3,1e30"), ("all", "1e29,1e30")):
+        out = tmp_path / name
+        assert main([*plan, rates, "--out", str(out), *settings, "training.clip=null"]) == 0
+        found, page = results(out), (out / "report.html").read_text("utf-8")
+        bad = [trial for trial in found["tuning"][0]["trials"] if trial["diverged"]]
+        assert len(bad) == (1 if name == "one" else 2)
+        assert all(trial["train_flops"] > 0 for trial in bad)
+        assert found["conclusions"] == [{"sparsity": 0.9, "winner": None}]
+        # Where all failed no value is the best, at an edge or inside.
+        assert ("nowhere: every trial diverged" in page) is (name == "all")
+        assert ("every trial of its tuning diverged" in page) is (name == "all")
+        assert found["tuning"][0]["edges"] == ([] if name == "all" else ["training.learning_rate"])
+        assert (found["rows"][0]["learning_rate"] == 1e-3) is (name == "one")
 
 
 WRONG = {

@@ -234,7 +234,7 @@ def _cost(results: Results) -> str:
 
 def _where(group: TuningRow) -> str:
     """Where the best value lies in what was tried."""
-    if group.trials and all(trial.diverged for trial in group.trials):
+    if group.has_failed:
         return "nowhere: every trial diverged"
     return f"at the edge: {', '.join(group.edges)}" if group.edges else "inside"
 

@@ -140,6 +140,11 @@ class TuningRow:
     looks: tuple[Look, ...]
     trials: tuple[TrialRow, ...]
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether every trial diverged, so that no value is the best."""
+        return bool(self.trials) and all(trial.diverged for trial in self.trials)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankingRow:

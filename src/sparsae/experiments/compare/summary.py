@@ -135,7 +135,7 @@ def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
     found += [
         f"{group.method} at {group.sparsity:g}: every trial of its tuning diverged: no value is the best"
         for group in results.tuning
-        if group.trials and all(trial.diverged for trial in group.trials)
+        if group.has_failed
     ]
     edges = [
         f"{group.method} at {group.sparsity:g} ({setting.rpartition('.')[2]} {group.settings[setting]:g})"
