@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsae.bench.clock import geometric_mean, interleaved
+from sparsae.bench.clock import interleaved
 from sparsae.bench.kernels import layer_of, means
 from sparsae.bench.rivals import RIVALS
 from sparsae.bench.rows import Column, markdown
@@ -160,7 +160,6 @@ def test_means_are_geometric_and_scaling_is_against_the_fewest_threads() -> None
     assert "scaling" not in one
     assert two["scaling"] == pytest.approx(2.0)
     assert two["dense_scaling"] == pytest.approx(2.0)
-    assert geometric_mean([1.0, 100.0]) == pytest.approx(10.0)
 
 
 def test_topology_updates_by_their_parts(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sparsae.config import Config
 from sparsae.config.load import resolve
 from sparsae.errors import InputError
 from sparsae.observers import OBSERVERS, Standing
-from sparsae.train.run import start
+from sparsae.train.run import resume, start
 from tests.support.records import train_row
 
 
@@ -73,18 +73,36 @@ def test_tensorboard_shows_no_step_twice_of_a_run_that_was_resumed(tmp_path: Pat
     assert [event.step for event in events.Scalars("train/cross_entropy")] == list(range(1, 13))
 
 
-@pytest.mark.parametrize(("name", "places"), [("trackio", set()), ("wandb", {"dir"})])
+@pytest.mark.parametrize(("name", "own"), [("trackio", set()), ("wandb", {"dir", "id"})])
 def test_a_tracker_gets_settings_and_numbers_and_its_end(
-    name: str, places: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, own: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Client(name)
     monkeypatch.setitem(sys.modules, name, client)
     start(config(tmp_path, f"tracking.{name}=true", f"tracking.observers=[{name}]"), tmp_path / "run", quiet=True)
-    assert set(client.begun) == {"project", "name", "config"} | places
-    assert (client.begun["project"], client.begun["name"]) == ("sparsae", "run")
+    assert set(client.begun) == {"project", "name", "config", "resume"} | own
+    assert client.begun["project"] == "sparsae"
+    assert client.begun["name"].startswith("run")
     assert client.begun["config"]["training"]["steps"] == 4
     assert [step for step, numbers in client.rows if "train/cross_entropy" in numbers] == [2, 4]
     assert client.finished == 1
+
+
+@pytest.mark.parametrize(("name", "key"), [("trackio", "name"), ("wandb", "id")])
+def test_a_tracker_knows_a_run_that_is_resumed_from_another_of_its_name(
+    name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, found = Client(name), []
+    monkeypatch.setitem(sys.modules, name, client)
+    for folder in ("here", "there"):
+        run = tmp_path / folder / "run"
+        run.parent.mkdir()
+        start(config(tmp_path, f"tracking.{name}=true"), run, quiet=True)
+        found.append(client.begun[key])
+        resume(run, steps=8, quiet=True)
+        assert client.begun[key] == found[-1]
+        assert client.begun["resume"] == "allow"
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb", "tensorboard"])

@@ -6,10 +6,9 @@ so that the time is that of the work, not of the handing over, which a compiled 
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,8 +101,3 @@ def using_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         set_up_processor(before)
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    """exp of the mean logarithm."""
-    return math.exp(statistics.fmean(map(math.log, ratios)))

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor, nn
 
-from sparsae.bench.clock import CPU, Phases, Timing, geometric_mean, interleaved, using_threads
+from sparsae.bench.clock import CPU, Phases, Timing, interleaved, using_threads
 from sparsae.bench.rivals import RIVALS
 from sparsae.bench.roofline import limits
 from sparsae.bench.rows import Column, Row, device_name, groups

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from itertools import cycle
+from statistics import geometric_mean
 
 import numpy as np
 from matplotlib import rc_context
@@ -14,7 +15,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from sparsae.bench.clock import geometric_mean
 from sparsae.bench.rows import Row, groups
 
 _STYLE = {

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsae.observers import OBSERVERS, Observer
-from sparsae.observers.parts.tracking import numbers_of, package, started
+from sparsae.observers.parts.tracking import identity_of, numbers_of, package, started
 from sparsae.runs.rows import Row
 
 
 @OBSERVERS.register("trackio")
 class Trackio(Observer):
-    """Logs to trackio."""
+    """Logs to trackio, where a run that is resumed goes on as the same one."""
 
     def __init__(self, run: Path) -> None:
-        self._tracker = started("trackio", run)
+        # It knows a run by its name, which those of other folders may have too.
+        self._tracker = started("trackio", run, name=f"{run.name}-{identity_of(run)[:8]}")
 
     @classmethod
     def require(cls) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsae.observers import OBSERVERS, Observer
-from sparsae.observers.parts.tracking import numbers_of, package, started
+from sparsae.observers.parts.tracking import identity_of, numbers_of, package, started
 from sparsae.runs.rows import Row
 
 
 @OBSERVERS.register("wandb")
 class WeightsAndBiases(Observer):
-    """Logs to Weights & Biases; WANDB_MODE=offline works."""
+    """Logs to Weights & Biases, where a run that is resumed goes on as the same one; WANDB_MODE=offline works."""
 
     def __init__(self, run: Path) -> None:
-        self._tracker = started("wandb", run, dir=str(run))
+        self._tracker = started("wandb", run, dir=str(run), id=identity_of(run))
 
     @classmethod
     def require(cls) -> None:

@@ -19,9 +19,7 @@ def slope(points: Iterable[tuple[float, float]]) -> float | None:
     logs = [(math.log(x), math.log(y)) for x, y in points]
     if len({x for x, _ in logs}) < 2:
         return None
-    x_mean, y_mean = (math.fsum(values) / len(logs) for values in zip(*logs, strict=True))
-    squares = math.fsum((x - x_mean) ** 2 for x, _ in logs)
-    return math.fsum((x - x_mean) * (y - y_mean) for x, y in logs) / squares
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
 def wanted(axis: Axis, quantity: str, layer: str) -> float:
@@ -119,13 +117,9 @@ def _points(
             Point(
                 width=width,
                 sparsity=sparsity,
-                density=_geometric_mean([scale.density for scale in mine]),
-                scale=_geometric_mean([scale.scale for scale in mine]),
+                density=statistics.geometric_mean([scale.density for scale in mine]),
+                scale=statistics.geometric_mean([scale.scale for scale in mine]),
             ),
         )
         for (parameterization, width, sparsity, layer, quantity, step), mine in groups.items()
     ]
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values))

@@ -23,15 +23,26 @@ def package(module: str, extra: str) -> ModuleType:
         ) from None
 
 
-def started(name: str, run: Path, **places: str) -> ModuleType:
-    """trackio or W&B, which have the same calls, with the run's settings. Raises InputError where it cannot start."""
-    tracker, config = package(name, name), RunDirectory(run).config()
+def identity_of(run: Path) -> str:
+    """What no other run has, 32 hexadecimal digits: a run that is resumed has it still, and another of its name not."""
+    manifest = RunDirectory(run).manifest()
+    assert manifest is not None
+    return manifest.run
+
+
+def started(module: str, run: Path, **own: str) -> ModuleType:
+    """trackio or W&B, which have the same calls, with the run's settings. Raises InputError where it cannot start.
+
+    own: its arguments beside project, name and config; one of them may be the name.
+    """
+    tracker, config = package(module, module), RunDirectory(run).config()
+    given = {"name": run.name, **own}
     failures: tuple[type[Exception], ...] = (OSError, RuntimeError, *_own_errors(tracker))
     try:
-        tracker.init(project=config.tracking.project, name=run.name, config=config.model_dump(mode="json"), **places)
+        tracker.init(project=config.tracking.project, config=config.model_dump(mode="json"), resume="allow", **given)
     except failures as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"tracking.{name} cannot start: {reason}") from None
+        raise InputError(f"tracking.{module} cannot start: {reason}") from None
     return tracker
 
 
