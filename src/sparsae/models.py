@@ -276,13 +276,15 @@ def scale_attention(model: nn.Module, parameterization: Parameterization) -> Non
 
 @torch.no_grad()
 def fold_attention_scale(model: nn.Module) -> None:
-    """Move the scale of attention into the queries of a model, in place: the same function at 1 / sqrt(d_head).
+    """Move the scale of attention into the queries, in place: the same function at the scale of its configuration.
 
     What a configuration of transformers cannot say, its weights can: anything that loads them computes the same.
     """
     family = _family_of(model)
-    for attention in attention_modules(model):
-        standard = attention.head_dim**-0.5
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    for attention, made in zip(attention_modules(model), attention_modules(fresh), strict=True):
+        standard = getattr(made, "scaling", made.head_dim**-0.5)
         factor = getattr(attention, "scaling", standard) / standard
         if factor == 1.0:
             continue

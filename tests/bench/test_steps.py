@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsae.bench import parts, state
+from sparsae.bench import parts, state, step
 from sparsae.bench.memory import held
 from sparsae.bench.runtimes import Decoding
-from sparsae.bench.step import trainer
 from sparsae.bench.stock import Stock
 from sparsae.cli import main
+from sparsae.config import Config
 from sparsae.config.load import resolve
 from sparsae.evaluate.decoding import open_decoder
 from sparsae.train.model import model_of
 from tests.support.bench import MODEL_OPTIONS, run
+
+SETTINGS = [option for option in MODEL_OPTIONS if option != "--set"]
 
 
 def test_steps_dense_beside_sparse(tmp_path: Path) -> None:
@@ -47,14 +49,14 @@ def test_steps_dense_beside_sparse(tmp_path: Path) -> None:
 def test_the_stock_model_is_the_dense_one_in_the_hands_of_transformers_and_torch() -> None:
     overrides = ["model.layers=2", "model.width=32", "model.heads=2", "model.context=8", "training.accumulation=2"]
     config = resolve(None, "demo", "dense", [*overrides, "training.learning_rate=0.01", "training.batch_size=3"])
-    stock, ours = Stock(config), trainer(config)
+    stock, ours = Stock(config), step.trainer(config)
     assert sum(p.numel() for p in stock.model.parameters()) == sum(p.numel() for p in ours.model.parameters())
     assert stock.model.config._attn_implementation == "sdpa"
     ours.model.load_state_dict(stock.model.state_dict())
     losses = []
-    for step in range(3):
+    for number in range(3):
         expected = sum(float(ours.objective.loss(batch, 0.0, 0).total.detach()) for batch in stock.tokens_ABT) / 2
-        losses.append(stock.step(counts=step > 0))
+        losses.append(stock.step(counts=number > 0))
         assert losses[-1] == pytest.approx(expected, rel=1e-5)
         ours.model.load_state_dict(stock.model.state_dict())
     assert losses[2] < losses[0]
@@ -137,3 +139,41 @@ def test_what_training_holds_is_said_by_parts(tmp_path: Path, monkeypatch: pytes
     nnz = sparse["weights"] - (dense["weights"] - 12 * 32**2)
     assert dense["indices_bytes"] == 0 < 4 * nnz <= sparse["indices_bytes"]
     assert sparse["state_ratio"] == pytest.approx(sparse["state_bytes"] / dense["state_bytes"])
+
+
+def test_a_teacher_teaches_in_the_steps_that_are_timed() -> None:
+    settings = [*SETTINGS, "teacher.enabled=true", "teacher.alpha=0.5"]
+    (config,) = step.Steps("demo", "sparsae", settings, [0.9], ["auto"], 2, 0, 1, False, teacher=True).configs()
+    loop = step.trainer(config)
+    for _ in range(2):
+        loop.train_step()
+    assert loop.account.flops.parts["teacher"] > 0
+
+
+def test_the_dense_twin_has_nothing_of_what_is_sparse() -> None:
+    more = ["sparsity.schedule.kind=bump", "rules={'*mlp*': {rule: set}}", "sparsity.budget=uniform"]
+    twin = step.dense_twin(resolve(None, "demo", "static", [*SETTINGS, *more]))
+    assert Config.model_validate_json(twin.model_dump_json()) == twin  # which another process reads
+    step.trainer(twin).train_step()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "gmp"], "method gmp begins with sparsity 0, not 0.9, and what is measured are first steps"),
+        (["--set", "sparsity.schedule.kind=bump"], "begins with sparsity 0.8, not 0.9"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["step", "memory"])
+def test_first_steps_of_another_sparsity_are_not_measured(
+    kind: str, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", kind, "--preset", "demo", *options, *MODEL_OPTIONS]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_other_programs_decode_no_further_than_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "step", "--preset", "demo", "--decode", "40", "--runtimes", "onnxruntime", *MODEL_OPTIONS]
+    pytest.importorskip("onnxruntime")
+    assert main(command) == 2
+    assert "--decode: 40 tokens and the first do not fit model.context" in capsys.readouterr().err

@@ -125,6 +125,14 @@ def test_a_unit_that_does_not_divide_is_refused() -> None:
         Topology.random((10, 8), 1, generator(0), (4, 4))
 
 
+@pytest.mark.parametrize("unit", [-1, 64, 2**32 + 3, 2**40])
+def test_what_is_no_unit_is_not_active(unit: int) -> None:
+    topology = Topology.from_indices((8, 8), torch.tensor([0, 3, 63]))
+    assert topology.contains(torch.tensor([unit, 3])).tolist() == [False, True]
+    with pytest.raises(ValueError, match="active"):
+        topology.positions(torch.tensor([3, unit]))
+
+
 def test_impossible_swaps_are_refused() -> None:
     topology = Topology.from_indices((3, 3), torch.tensor([0, 4]))
     empty = topology.indices[:0]

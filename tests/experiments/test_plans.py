@@ -9,11 +9,13 @@ from textwrap import dedent
 import pytest
 
 from sparsae.config.text import read_yaml
+from sparsae.errors import InputError
 from sparsae.experiments.compare.plan import ComparisonPlan, cells, require_effect, require_one_text
 from sparsae.experiments.jobs import job_of
 from sparsae.experiments.plan import parse_plan, read_plan
 from sparsae.experiments.stacked import refuse
 from sparsae.experiments.transfer.plan import TransferPlan
+from sparsae.experiments.transfer.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
 READY = sorted((ROOT / "benchmarks" / "plans").glob("*.yaml"))
@@ -68,3 +70,20 @@ def test_a_sweep_of_the_results_can_be_made_again(file: Path) -> None:
     plan.require_effect()
     for point in points:
         plan.config(point)
+
+
+def sweep(sparsities: list[float], more: str) -> Sweep:
+    settings = read_yaml(f"{{model: {{width: 128, heads: 2}}, {more}}}", "here")
+    plan = {"kind": "transfer", "method": "rigl", "widths": [128], "sparsities": sparsities, "settings": settings}
+    return Sweep(parse_plan({**plan, "learning_rates": [1e-3, 2e-3]}, "here", TransferPlan), lambda _: 512)
+
+
+@pytest.mark.parametrize(
+    "more", ["topology: {every: 2}", "rules: {'*mlp*': {rule: set}}", "sparsity: {schedule: {kind: bump}}"]
+)
+def test_settings_of_connections_are_of_the_sparse_runs_of_a_grid_and_of_nothing_where_there_are_none(
+    more: str,
+) -> None:
+    sweep([0.0, 0.5], more)
+    with pytest.raises(InputError, match="has no effect: every run is dense"):
+        sweep([0.0], more)

@@ -180,7 +180,7 @@ def test_a_method_that_moved_nothing_is_named_once() -> None:
     rows += [row("rigl", n, 3.2, **idle) for n in range(2)] + [row("gse", 0, 0.0, diverged=True)]
     rows += [row("mest", n, 3.3, **{**idle, "updates": 4}) for n in range(2)]
     assert warnings(compare_results(rows), {}) == [
-        "gse at sparsity 0.9, seed 0: diverged",
+        "gse at sparsity 0.9: diverged (seed 0)",
         "rigl at sparsity 0.9: no topology update in 40 steps, so it was static (train longer, or set "
         "topology.every or the plan's cadence lower)",
         "mest at sparsity 0.9: 4 topology updates in 40 steps, too few to call it a moving topology (train "

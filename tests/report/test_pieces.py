@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from sparsae.core.intervals import Interval
 from sparsae.report.looks import looks
 from sparsae.report.markup import figures, paragraph, section
-from sparsae.report.readable import compact, count, decimal, duration, percent, short_names, tick
-from sparsae.report.svg import POINTS, curve, thinned
+from sparsae.report.readable import compact, count, decimal, duration, percent, short_names, ticks
+from sparsae.report.svg import POINTS, curve, logarithmic, numbered, thinned
+from sparsae.report.tables import Table, interval_text
 
 NAN = math.nan
 
@@ -27,7 +29,6 @@ NAN = math.nan
         (compact(-0.00052), "−0.00052"),
         (compact(2e-7), "2e-7".replace("-", "−")),
         (compact(NAN, "B"), "–"),
-        (tick(1_500), "1.5k"),
         (decimal(4238.134), "4,238"),
         (decimal(86.654), "86.65"),
         (decimal(0.0), "0.000"),
@@ -46,6 +47,69 @@ NAN = math.nan
 )
 def test_numbers_in_words(written: str, expected: str) -> None:
     assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.0, 500.0, 1_000.0, 1_500.0], ["0", "500", "1k", "1.5k"]),
+        ([5.25, 5.275, 5.3], ["5.250", "5.275", "5.300"]),
+        ([1e6, 1.0005e6, 1.001e6], ["1M", "1.0005M", "1.001M"]),
+        ([-0.0002, -0.0001, 0.0], ["−0.0002", "−0.0001", "0"]),
+        ([1e-9, 2e-9], ["1e−9", "2e−9"]),
+        ([], []),
+        ([7.0], ["7"]),
+    ],
+)
+def test_labels_of_an_axis(values: list[float], labels: list[str]) -> None:
+    assert ticks(values) == labels
+
+
+@given(st.integers(-10_000, 10_000), st.integers(1, 8), st.integers(-7, 9), st.sampled_from([1, 2, 2.5, 5]))
+def test_labels_of_an_axis_are_the_numbers_where_they_stand(first: int, count: int, power: int, step: float) -> None:
+    values = [(first + n) * step * 10.0**power for n in range(count + 1)]
+    labels = [label.replace("−", "-") for label in ticks(values)]
+    units = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+    read = [float(label.rstrip("".join(units))) * units.get(label[-1], 1.0) for label in labels]
+    assert read == pytest.approx(values, abs=0.011 * step * 10.0**power)
+    assert len(set(labels)) == len(labels)
+
+
+def test_differences_have_their_sign_and_shares_are_percentages() -> None:
+    assert ticks([-0.01, 0.0, 0.01], signed=True) == ["−0.01", "0", "+0.01"]
+    axis = Figure().add_subplot().yaxis
+    numbered(axis, percent=True)
+    assert axis.get_major_formatter().format_ticks([0.2, 0.2025, 0.205]) == ["20.00%", "20.25%", "20.50%"]
+
+
+@pytest.mark.parametrize(("low", "high", "at_least"), [(0.09, 0.3, 2), (1.0, 99.0, 3), (1e-6, 1e3, 3)])
+def test_a_logarithmic_axis_has_more_than_one_label(low: float, high: float, at_least: int) -> None:
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    logarithmic(axes.yaxis)
+    assert sum(low <= place <= high for place in axes.yaxis.get_majorticklocs()) >= at_least
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "text"),
+    [
+        (3.45123, 0.01234, "3.4512 ± 0.0123"),
+        (-0.00021, 0.00004, "−0.000210 ± 0.000040"),
+        (0.0, 0.0, "0.0000 ± 0.0000"),
+        (2.0, 1e-12, "2.00000000 ± 0.00000000"),
+    ],
+)
+def test_an_interval_has_digits_enough_for_itself(mean: float, half: float, text: str) -> None:
+    assert interval_text(Interval(3, mean, mean - half, mean + half)) == text
+
+
+def test_latex_gets_no_character_that_it_would_print_as_another() -> None:
+    table = Table("p < 0.05, ≥ 2 × λ", ["a|b", "c"], [["α → β", "< 0.001"]])
+    latex = table.latex()
+    assert latex.isascii()
+    assert r"p $<$ 0.05, $\geq$ 2 $\times$ $\lambda$" in latex
+    assert r"a$\vert$b" in latex
 
 
 def test_names_lose_what_they_share_and_stay_apart() -> None:

@@ -56,12 +56,12 @@ def test_runs_lie_over_each_other_and_side_by_side(runs: Path, tmp_path: Path) -
         if plot.startswith("Validation loss")
     )
     assert sum(plot.startswith("Validation loss") for plot in page.plots) == 3
-    assert "not comparable" not in "".join(page.text.values())
+    assert "cannot be compared" not in "".join(page.text.values())
 
 
 def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) -> None:
     page = told([runs / "one" / "run", runs / "short"], tmp_path / "page.html")
-    assert "Losses are not comparable: of short, validation or test read another" in page.text[""]
+    assert "Losses cannot be compared, those of short with those of run: validation or test read" in page.text[""]
     assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["A", "B"]
     for plot in page.plots:
         if plot.startswith("Validation loss"):
@@ -78,6 +78,7 @@ def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) 
     assert [list(group) for group in comparable(unknown)] == [["run"], ["bare"]]
     page = told([runs / "short", tmp_path / "bare"], tmp_path / "page.html")
     assert "no checkpoint tells what validation read" in page.text[""]
+    assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["A", "unknown"]
 
 
 @pytest.mark.parametrize(

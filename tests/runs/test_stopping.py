@@ -46,7 +46,7 @@ class TestDivergence:
         assert known["diverged"]["step"] == known["steps"] == last["step"]
         assert known["diverged"]["reason"] == last["reason"]
         page = write_report(run).read_text()
-        assert f"diverged at step {last['step']}" in page
+        assert f"diverged after step {last['step']}" in page
         assert main(["info", str(run)]) == 0
         assert "diverged.step" in capsys.readouterr().out
 
@@ -135,7 +135,7 @@ class TestSkipped:
         settings = ("training.checkpoint_every=3", "training.skip_limit=2", "training.validate_every=100")
         with (
             not_finite("loss", {2, 3, 5, 6, 7, 8, 9}),
-            pytest.raises(DivergedError, match="the loss is nan at step 6") as told,
+            pytest.raises(DivergedError, match="the loss is nan after step 6") as told,
         ):
             start(make(*settings), run, quiet=True)
         assert told.value.step == 6

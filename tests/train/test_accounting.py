@@ -187,14 +187,13 @@ def test_estimated_bytes_are_those_of_live_tensors(unit: tuple[int, int]) -> Non
     units = sum(layer.topology.count for layer in layers.values())
     nnz = sum(layer.topology.nnz for layer in layers.values())
     live = state_bytes(layers, optimizer, None)
-    assert estimated_state_bytes(units, nnz) == {name: live.get(name, 0) for name in live}
+    assert estimated_state_bytes(nnz, 2 * 4 * units) == {name: live.get(name, 0) for name in live}
 
 
 def test_at_ninety_percent_the_state_is_a_sixth_of_a_dense_models() -> None:
-    parts = estimated_state_bytes(100, 100, teacher_weights=100)
+    parts = estimated_state_bytes(100, 800, teacher_weights=100)
     assert parts["teacher"] == 400
     assert sum(parts.values()) / dense_state_bytes(1000, teacher=True) == pytest.approx(0.16)
-    without = estimated_state_bytes(100, 100)
+    without = estimated_state_bytes(100, 800)
     assert without["teacher"] == 0
     assert sum(without.values()) / dense_state_bytes(1000, teacher=False) == pytest.approx(0.175)
-    assert estimated_state_bytes(100, 1600, index_bytes=8)["indices"] == 1600

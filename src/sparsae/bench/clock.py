@@ -41,18 +41,17 @@ def interleaved(
     contenders: Sequence[Phases],
     rounds: int,
     threads: int,
-    warm_up: int = 1,
     device: torch.device = CPU,
 ) -> list[Timing]:
-    """The timing of each contender, all taking turns, after `warm_up` rounds that do not count."""
+    """The timing of each contender, all taking turns, after a round that does not count."""
     cpu_clock = time.thread_time if threads == 1 else time.process_time
     walls: list[list[list[float]]] = [[] for _ in contenders]
     cpus: list[list[float]] = [[] for _ in contenders]
-    for round_ in range(warm_up + rounds):
+    for round_ in range(1 + rounds):
         for phases, wall, cpu in zip(contenders, walls, cpus, strict=True):
             cpu_start = cpu_clock()
             seconds = _on_gpu(phases, device) if device.type == "cuda" else _on_cpu(phases)
-            if round_ >= warm_up:
+            if round_:
                 wall.append(seconds)
                 cpu.append(cpu_clock() - cpu_start)
     return [

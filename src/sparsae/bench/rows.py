@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, Self
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 # What the JSON files hold: strings and numbers by name; None where something could not be measured.
 Row = dict[str, Any]
@@ -71,20 +69,6 @@ class Sheet:
     def _line(self, cells: Sequence[str], style: str | None = None) -> None:
         padded = (cell.rjust(column.width) for cell, column in zip(cells, self._columns, strict=True))
         self._console.print("  ".join(padded), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def show(console: Console, title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
-    """Rows that are all there: a rich table on a terminal, aligned lines elsewhere."""
-    if not console.is_terminal:
-        with Sheet(console, title, columns, 1) as sheet:
-            sheet.add(rows)
-        return
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column.title, justify="right")
-    for row in rows:
-        table.add_row(*(Text(column.cell(row)) for column in columns))
-    console.print(table)
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from sparsae.bench.clock import CPU
 from sparsae.bench.rows import Column, Row, device_name
-from sparsae.bench.step import configuration, dense_twin, in_a_process
+from sparsae.bench.step import configuration, dense_twin, in_a_process, require_one_density
 from sparsae.config.schema import Config
 from sparsae.train.model import require_fit
 
@@ -50,6 +50,7 @@ class States:
     def __post_init__(self) -> None:
         for config in self._configs():
             require_fit(config)
+            require_one_density(config)
 
     def __len__(self) -> int:
         return 1 + len(self.sparsities)

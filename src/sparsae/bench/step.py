@@ -24,7 +24,7 @@ from sparsae.bench.rows import Column, Row, device_name
 from sparsae.bench.runtimes import Decoding, require_runtimes
 from sparsae.bench.stock import Stock
 from sparsae.config.load import resolve
-from sparsae.config.schema import Config
+from sparsae.config.schema import Config, SparsityConfig
 from sparsae.core.randomness import generator
 from sparsae.errors import InputError
 from sparsae.evaluate.generation import next_tokens
@@ -156,6 +156,12 @@ class Steps:
             if config.sparsity.sparsity == 0:
                 raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
             require_fit(config)
+            require_one_density(config)
+            if self.runtimes and self.decode + 1 >= config.model.context:
+                raise InputError(
+                    f"--decode: {self.decode} tokens and the first do not fit model.context {config.model.context}, "
+                    "beyond which --runtimes do not decode: give fewer"
+                )
             unit = config.sparsity.block
             for backend in self.backends:
                 one = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -168,8 +174,9 @@ class Steps:
         """The sparse configuration of each sparsity, with updates where the rule has any."""
         for sparsity in self.sparsities:
             config = configuration(self.preset, self.method, self.settings, sparsity, self.device)
-            if not self.teacher:
-                config = _with(config, "teacher", enabled=False)
+            # One that there is teaches from the first step on.
+            taught = {"start": 0.0, "warmup": "fraction", "warmup_fraction": 0.0}
+            config = _with(config, "teacher", **(taught if self.teacher else {"enabled": False}))
             # Long enough that the last update counted is within the part of the run that has updates.
             config = _with(config, "training", steps=20 * (self.steps + 2))
             if hasattr(config.topology, "every"):
@@ -289,6 +296,16 @@ def configuration(preset: str, method: str, settings: Sequence[str], sparsity: f
     return _with(config, "training", device=str(device))
 
 
+def require_one_density(config: Config) -> None:
+    """Raises InputError where the steps that are measured, a run's first, have another sparsity than its last."""
+    first, last = config.initial_sparsity, config.sparsity.sparsity
+    if first != last:
+        raise InputError(
+            f"method {config.method} begins with sparsity {first:g}, not {last:g}, and what is measured are first "
+            "steps: take a method that keeps its sparsity, and no sparsity.schedule"
+        )
+
+
 def _timed(other: Decoding, tokens: int) -> float:
     """Seconds of a token, after one that is not counted."""
     made = other.logits()
@@ -301,8 +318,8 @@ def _timed(other: Decoding, tokens: int) -> float:
 
 def dense_twin(config: Config) -> Config:
     """The same model with every connection, trained in the same way."""
-    dense = _with(config, "sparsity", sparsity=0.0, min_density=None, max_density=None, head_min_density=0.0)
-    return dense.model_copy(update={"topology": StaticConfig(), "method": "dense"})
+    nothing = {"sparsity": SparsityConfig(sparsity=0.0), "topology": StaticConfig(), "rules": {}, "method": "dense"}
+    return config.model_copy(update=nothing)
 
 
 def trainer(config: Config) -> Trainer:

@@ -67,12 +67,15 @@ class _Commands(TyperGroup):
             raise
 
 
+_on_terminal = bool(sys.stdout and sys.stdout.isatty())
 app = typer.Typer(
     name="sparsae",
     cls=_Commands,
     help="Train language models that are sparse from the first step to the last.",
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout and sys.stdout.isatty() else None,
+    rich_markup_mode="rich" if _on_terminal else None,
+    # In a pipe nothing tells how wide lines may be, and at 80 characters the commands' own sentences are cut off.
+    context_settings=None if _on_terminal else {"terminal_width": 132},
 )
 app.add_typer(bench, name="bench")
 app.add_typer(check, name="check")

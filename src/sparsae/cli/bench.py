@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import typer
 
+from sparsae.cli.output import show_table
 from sparsae.config.shipped import methods, presets
 from sparsae.errors import InputError
 from sparsae.files import refuse_unwritable, to_json, write_atomically
@@ -88,7 +89,6 @@ def kernels(
     _require_places(json_file, plot_file)
     from sparsae.bench import kernels as module
     from sparsae.bench import plots
-    from sparsae.bench.rows import show
 
     names = _several("--backends", backends, ",".join(module.CONTENDERS[1:]), str)
     measured = module.Kernels(layers, counts, shares, blocks, elements, cores, names, rounds, _device(device))
@@ -96,7 +96,7 @@ def kernels(
     for line in measured.left_out():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     rows = _measure(console, "Layers beside F.linear", module.COLUMNS, measured, json_file)
-    show(console, "Geometric means over the layers", module.MEANS, module.means(rows))
+    _show(console, "Geometric means over the layers", module.MEANS, module.means(rows), names=7)
     _write(rows, json_file, plot_file, plots.kernels)
 
 
@@ -203,13 +203,12 @@ def topology(
     _require_places(json_file, plot_file)
     from sparsae.bench import plots
     from sparsae.bench import topology as module
-    from sparsae.bench.rows import show
 
     kinds = _several("--updates", updates, ",".join(module.UPDATES), str)
     measured = module.Updates(sizes, shares, block, kinds, backend, tokens, moved, rounds, threads or _torch_threads())
     console = _console(json_file)
     rows = _measure(console, "Topology updates, ms by part", module.COLUMNS, measured, json_file)
-    show(console, "Growth of the time with nnz (1: linear)", module.SLOPES, module.slopes(rows))
+    _show(console, "Growth of the time with nnz (1: linear)", module.SLOPES, module.slopes(rows), names=5)
     _write(rows, json_file, plot_file, plots.topology)
 
 
@@ -245,6 +244,12 @@ def _measure(
                 with Path(str(json_file)).open("a", encoding="utf-8") as file:
                     file.writelines(to_json(row) + "\n" for row in case)
     return rows
+
+
+def _show(console: Console, title: str, columns: Sequence[Column], rows: Sequence[Row], names: int) -> None:
+    """Rows that are all there; names: of how many columns a row is called by."""
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    show_table(title, [column.title for column in columns], cells, names, console.file)
 
 
 def _adds(json_file: str | None) -> bool:

@@ -6,12 +6,15 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsae.files import to_json, write_atomically
 from sparsae.report.readable import duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
@@ -62,28 +65,60 @@ def readable(value: object) -> str:
     return str(value)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], names: int = 1) -> None:
-    """A rich table on a terminal, aligned plain lines elsewhere."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], names: int = 1, file: IO[str] | None = None
+) -> None:
+    """A rich table on a terminal, aligned plain lines elsewhere; file: standard output where it is None.
 
-        table = Table(title=title, show_header=any(columns), title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index >= names and any(columns) else "left")
-        for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
+    Nothing is cut: on a terminal that is too narrow for a header's columns each row is a record of several lines.
+    """
+    file, cells = file or sys.stdout, [[str(cell) for cell in row] for row in rows]
     lines = ([list(columns)] if any(columns) else []) + cells
     widths = [max((len(line[index]) for line in lines), default=0) for index in range(len(columns))]
+    if file.isatty():
+        from rich.console import Console
+
+        console = Console(file=file)
+        if any(columns) and sum(widths) + 3 * len(widths) + 1 > console.width:
+            console.print(title, style="bold", markup=False, highlight=False)
+            for text in _records(columns, cells, names, console.width):
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(_rich(title, columns, cells, names))
+        return
     numeric = any(columns)  # every table with a header has numbers after the columns of names
-    typer.echo(title)
+    typer.echo(title, file)
     for line in lines:
         padded = [
             cell.rjust(width) if index >= names and numeric else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        typer.echo(("  " + "  ".join(padded)).rstrip())
+        typer.echo(("  " + "  ".join(padded)).rstrip(), file)
+
+
+def _rich(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], names: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, show_header=any(columns), title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = index >= names and any(columns)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _records(columns: Sequence[str], cells: Sequence[Sequence[str]], names: int, width: int) -> Iterator[str]:
+    """Each row as its names, and below them its numbers, each behind its column's heading, as many on a line as fit."""
+    for row in cells:
+        yield " · ".join(cell for cell in row[:names] if cell)
+        line = " "
+        for column, cell in zip(columns[names:], row[names:], strict=True):
+            part = f" {column} {cell}" if line == " " else f" · {column} {cell}"
+            if line != " " and len(line) + len(part) > width:
+                yield line
+                line, part = " ", f" {column} {cell}"
+            line += part
+        if line != " ":
+            yield line

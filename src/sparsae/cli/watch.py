@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sparsae.report.data import RunData
+    from sparsae.runs.rows import TrainRow
 
 _BARS = "▁▂▃▄▅▆▇█"
+_LATE = 20  # rows that tell how long a step takes
 _PAGE = 30.0  # seconds between two pages
 
 
@@ -89,10 +92,8 @@ def _line(data: RunData | None, goes_on: bool) -> str:
     if data.train:
         row = data.train[-1]
         parts += [f"loss {decimal(row.cross_entropy, 4)}", f"{compact(row.tokens_per_second)} tokens/s"]
-        per_step = row.tokens / row.step if row.step else math.nan
-        left = (steps - row.step) * per_step / row.tokens_per_second if row.tokens_per_second > 0 else math.nan
-        if goes_on and math.isfinite(left):
-            parts.append(f"{duration(left)} left")
+        if goes_on:
+            parts.append(f"{duration((steps - row.step) * _pace(data.train))} left")
     if data.validation:
         parts.append(f"validation {decimal(data.validation[-1].loss, 4)}")
     if data.updates:
@@ -104,6 +105,14 @@ def _line(data: RunData | None, goes_on: bool) -> str:
             ended = "diverged" if totals.diverged else "finished" if totals.finished else "stopped"
         parts.append(ended)
     return ", ".join(parts)
+
+
+def _pace(rows: Sequence[TrainRow]) -> float:
+    """Seconds a step of late, validations and updates of the topology included."""
+    first, last = rows[max(0, len(rows) - _LATE)], rows[-1]
+    if first is last:
+        return last.seconds / last.step
+    return (last.seconds - first.seconds) / (last.step - first.step)
 
 
 def _view(run: Path, data: RunData | None, line: str) -> RenderableType:

@@ -45,9 +45,9 @@ def narrowed(config: Config) -> Config:
 
     It is no wider than the given one, whose active parameters at its sparsity are meant.
     Layers, heads and context stay; the width is a multiple of twice the heads (of the heads where it was no such
-    multiple before), unless heads have a size of their own, which shrinks with it. The MLP's width shrinks too, and
-    then takes up what that rounding left, in eights where it is 64 or more. Settings whose sparsity is 0 are narrow
-    already.
+    multiple before), unless heads have a size of their own, which shrinks with it, and need not divide it. The MLP's
+    width shrinks too, and then takes up what that rounding left, in eights where it is 64 or more. Settings whose
+    sparsity is 0 are narrow already.
 
     Raises InputError where even one pair of features a head has more parameters than are wanted.
     """
@@ -55,7 +55,8 @@ def narrowed(config: Config) -> Config:
         return config
     model, vocabulary = config.model, _vocabulary(config)
     target = count_parameters(model, vocabulary, config.sparsity)
-    heads = model.heads if model.head_size is None else 1  # heads of a size of their own divide no width
+    divides = model.head_size is None or FAMILIES[model.family].divides_width
+    heads = model.heads if divides else 1
     step = heads * (2 if model.width % (2 * heads) == 0 else 1)
     candidates = [_of_width(model, width) for width in range(step, model.width + 1, step)]
     best = min(candidates, key=lambda narrow: abs(count_parameters(narrow, vocabulary) - target))

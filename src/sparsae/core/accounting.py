@@ -99,17 +99,16 @@ def dense_state_bytes(weights: int, *, teacher: bool) -> int:
     return (20 if teacher else 16) * weights
 
 
-def estimated_state_bytes(units: int, nnz: int, *, teacher_weights: int = 0, index_bytes: int = 4) -> dict[str, int]:
+def estimated_state_bytes(nnz: int, index_bytes: int, *, teacher_weights: int = 0) -> dict[str, int]:
     """Bytes of float32 model state of sparse layers before any update, by part.
 
-    units, nnz: active units and weights; teacher_weights: what a teacher keeps. The optimizer is AdamW with a step
-    count a weight. Indices exist twice, for state dicts and for the kernels; a teacher over the student's own topology
-    shares both.
+    nnz: active weights; index_bytes: of all that says where they are, which a teacher over the student's own topology
+    shares; teacher_weights: what a teacher keeps. The optimizer is AdamW with a step count a weight.
     """
     return {
         "values": 4 * nnz,
         "gradients": 4 * nnz,
         "optimizer": 12 * nnz,
-        "indices": 2 * index_bytes * units,
+        "indices": index_bytes,
         "teacher": 4 * teacher_weights,
     }

@@ -22,8 +22,8 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A new generator on `device`, seeded with `derive_seed(seed, *purpose)`."""
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A new generator on the CPU, seeded with `derive_seed(seed, *purpose)`."""
     import torch
 
-    return torch.Generator(device=device).manual_seed(derive_seed(seed, *purpose))
+    return torch.Generator(device="cpu").manual_seed(derive_seed(seed, *purpose))

@@ -75,12 +75,12 @@ class Ranks:
         parts = self._gathered(torch.tensor(list(filled), dtype=torch.uint8, device=self._device), purpose)
         return [json.loads(bytes(part.tolist())) for part in parts]
 
-    def gather_bytes(self, value: bytes, purpose: str = "agreement") -> list[bytes]:
+    def gather_bytes(self, value: bytes) -> list[bytes]:
         """Those of all ranks, in their order, where all have as many."""
         if self.count == 1:
             return [value]
         own = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self._device)
-        return [bytes(part.tolist()) for part in self._gathered(own, purpose)]
+        return [bytes(part.tolist()) for part in self._gathered(own, "agreement")]
 
     def from_first(self, value: Any) -> Any:
         """The value of the first rank, as `gather` has it."""

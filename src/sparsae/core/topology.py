@@ -112,19 +112,21 @@ class Topology:
 
     def positions(self, units: Tensor) -> Tensor:
         """Where the given active units stand in `indices`; ValueError for a unit that is not active."""
-        units = units.to(self.indices.dtype)
-        found = search(self.indices, units)
-        if units.numel() and not (self.count and torch.equal(self.indices[found.clamp(max=self.count - 1)], units)):
+        found = search(self.indices, self._narrow(units))
+        if units.numel() and not (self.count and (self.indices[found.clamp(max=self.count - 1)] == units).all()):
             raise ValueError("not every given unit is active")
         return found
 
     def contains(self, units: Tensor) -> Tensor:
         """(n,) bool: which of the given flat unit numbers are active."""
-        units = units.to(self.indices.dtype)
         if not self.count:
             return torch.zeros_like(units, dtype=torch.bool)
-        found = search(self.indices, units).clamp_(max=self.count - 1)
+        found = search(self.indices, self._narrow(units)).clamp_(max=self.count - 1)
         return self.indices[found] == units
+
+    def _narrow(self, units: Tensor) -> Tensor:
+        """Numbers of units in the type of `indices`; of what is no unit's number, that of one."""
+        return units.clamp(0, max(0, self.units - 1)).to(self.indices.dtype)
 
     def sample_inactive(self, n: int, rng: torch.Generator) -> Tensor:
         """n inactive units, drawn uniformly without replacement, sorted.

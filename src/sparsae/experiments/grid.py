@@ -5,7 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -46,6 +46,10 @@ SAID: Mapping[str, str] = {
 }
 
 
+# What says nothing of a model whose connections all exist: left out there.
+OF_SPARSE = ("topology", "rules", "sparsity.schedule")
+
+
 @dataclass(frozen=True)
 class Base:
     """What all runs of a grid have in common.
@@ -76,8 +80,7 @@ class Base:
         if sparsity > 0:
             told[self.place("sparsities")] = ("sparsity.sparsity", sparsity)
         else:
-            # The rule's settings say nothing of a model whose connections all exist.
-            method, trees = "dense", [({k: v for k, v in tree.items() if k != "topology"}, at) for tree, at in trees]
+            method, trees = "dense", [(_without(tree, OF_SPARSE), at) for tree, at in trees]
         for key, value in self._of_width(width).items():
             told[f"{self.place('widths')}: {width}: {key}"] = (f"model.{key}", value)
         return resolve(
@@ -116,6 +119,18 @@ class Base:
                 f"width {base}: give widths that keep it whole, or constant heads"
             )
         return value * width // base
+
+
+def _without(tree: Tree, settings: Iterable[str]) -> Tree:
+    """A copy of a tree that says nothing of these settings."""
+    found = dict(tree)
+    for setting in settings:
+        key, _, rest = setting.partition(".")
+        if not rest:
+            found.pop(key, None)
+        elif isinstance(found.get(key), dict):
+            found[key] = _without(found[key], [rest])
+    return found
 
 
 class GridPlan(BasePlan):
@@ -162,6 +177,11 @@ class GridPlan(BasePlan):
 
     def require_effect(self) -> None:
         """Raise InputError for settings that have no effect in any run."""
+        if not any(self.sparsities):
+            for setting in OF_SPARSE:
+                if given(self.settings, setting):
+                    where = self.place("settings", *setting.split("."))
+                    raise InputError(f"{where}: has no effect: every run is dense ({self.place('sparsities')})")
         found: list[Mapping[str, str]] = []
         base = replace(self.base(), on_idle=found.append)
         for name in self.parameterizations:

@@ -38,6 +38,7 @@ class Family:
     output: the one after it. head_norms: the norms of a head's queries and keys, if it has any.
     up, gate, down, activation: in the MLP; without a gate, it is down(activation(up(x))). mlp_class: its class.
     mlp_ratio, mlp_multiple: its hidden width where none is set, in terms of the model's, and what that is rounded to.
+    divides_width: whether the heads have to divide the width though they have a size of their own.
     biases: whether layers and norms have biases. small_residuals: whether transformers starts the projections into
     the residual stream smaller than other layers.
 
@@ -70,6 +71,7 @@ class Family:
     mlp_multiple: int = 1
 
     norms: tuple[str, ...]
+    divides_width: bool = False
     biases: bool = False
     small_residuals: bool = False
 
@@ -83,6 +85,8 @@ class Family:
             if name not in has and getattr(model, name) != setting.default:
                 default = "null" if setting.default is None else setting.default
                 raise ValueError(f"family {model.family} has no {name}: it must be {default}")
+        if self.divides_width and model.width % model.heads:
+            raise ValueError(f"width {model.width} is not a multiple of heads {model.heads}")
         if self.positions is None and self.head_size(model) % 2:
             size = f"width {model.width} / heads {model.heads}" if model.head_size is None else "head_size"
             raise ValueError(f"{size} must be even for rotary positions, not {self.head_size(model)}")

@@ -31,6 +31,7 @@ FAMILIES.register(
         activation="act_fn",
         mlp_ratio=Fraction(8, 3),
         mlp_multiple=64,
+        divides_width=True,
         norms=("input_layernorm", "post_attention_layernorm"),
         model_class="LlamaForCausalLM",
     ),

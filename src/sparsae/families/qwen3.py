@@ -9,6 +9,7 @@ FAMILIES.register(
     replace(
         FAMILIES["llama"],
         title="Qwen3",
+        divides_width=False,
         model_type="qwen3",
         head_norms=("q_norm", "k_norm"),
         mlp_class="Qwen3MLP",

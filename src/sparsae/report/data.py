@@ -65,6 +65,16 @@ class RunData:
         return self.summary if self.summary is not None and self.summary.steps >= self.last_step else None
 
     @property
+    def reached(self) -> Summary | TrainRow | None:
+        """Whichever tells how far training came and at what cost: the totals, or the last row before there are any."""
+        return self.totals or (self.train[-1] if self.train else None)
+
+    @property
+    def steps(self) -> int:
+        """Steps that were made."""
+        return self.totals.steps if self.totals else self.last_step
+
+    @property
     def untrained_loss(self) -> float:
         """Validation loss before the first step, in nats; NaN if it was not measured."""
         return next((row.loss for row in self.validation if row.step == 0), math.nan)

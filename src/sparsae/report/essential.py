@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from sparsae import __version__
 from sparsae.core.record import encode
@@ -16,7 +15,7 @@ from sparsae.files import to_json, write_atomically
 from sparsae.report import markup
 from sparsae.report.page import document
 from sparsae.report.readable import compact, count, decimal, percent
-from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, panel
+from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, numbered, panel
 from sparsae.report.tables import Table
 
 _LOOKS = {"uniform": Key("uniform over layers", "accent"), "global": Key("global", "warm", "dash")}
@@ -113,7 +112,7 @@ def essential_curve(found: Essential, near: bool = False) -> Panel | None:
             xs, ys = zip(*points, strict=True)
             curve(ax, xs, ys, key.colour, linestyle="--" if key.mark == "dash" else "-")
         ax.axhline(limit, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent(share).replace(" ", "")))
+        numbered(ax.xaxis, percent=True)
         if near:
             ax.set_ylim(min(loss for points in lines.values() for _, loss in points), highest)
 
@@ -126,4 +125,5 @@ def essential_curve(found: Essential, near: bool = False) -> Panel | None:
 
 
 def _rise(loss: float, found: Essential) -> str:
-    return f"{(loss / found.unpruned_loss - 1) * 100:+.2f} %".replace("-", "−")
+    rise = round((loss / found.unpruned_loss - 1) * 100, 2) + 0.0  # a zero has no minus
+    return f"{rise:+.2f} %".replace("-", "−")

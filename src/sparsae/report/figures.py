@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from sparsae.registry import TERMS
 from sparsae.report.data import RunData, or_nan
-from sparsae.report.readable import compact, decimal, percent, tick
-from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, panel
+from sparsae.report.readable import compact, decimal
+from sparsae.report.svg import COLOURS, Key, Panel, axes, curve, logarithmic, numbered, panel
 from sparsae.runs.rows import TopologyRow, TrainRow
 from sparsae.search.rows import CandidateRow
 
@@ -22,6 +22,7 @@ _MARKERS = (("o", "○"), ("^", "△"), ("s", "□"), ("D", "◇"), ("v", "▽")
 _SHOWN_UPDATES = 200
 _SHOWN_CANDIDATES = 500
 _SHOWN_SPANS = 150
+_TRIVIAL = {"at the start": "at the start", "unigram": "of frequencies alone (unigram)"}
 _PART_NAMES = {"dense_gradients": "growth gradients"}
 
 
@@ -65,7 +66,7 @@ def loss(run: RunData, against: Literal["step", "train_flops"]) -> Panel | None:
             )
 
     described = [f"{key.label} from {_ends(y)}" for key, (_, y) in curves.items()]
-    described += [f"{name} model {decimal(value, 3)}" for name, value in lines.items()]
+    described += [f"a model {_TRIVIAL[name]} {decimal(value, 3)}" for name, value in lines.items()]
     unit = "training FLOPs" if against == "train_flops" else "steps"
     return panel(
         f"loss-{against.replace('_', '-')}",
@@ -93,7 +94,7 @@ def training_curve(
         curve(ax, x, y, "accent", linewidth=1.2)
         if positive and max(v for v in y if v > 0) > 30 * min(v for v in y if v > 0):
             ax.set_yscale("log")
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+            logarithmic(ax.yaxis)
         elif min(v for v in y if math.isfinite(v)) >= 0:
             _from_zero(ax, y)
         ax.set_xlim(0, max(run.last_step, 1))
@@ -109,7 +110,7 @@ def training_curve(
 
     label = "burn-in" if every == 1 else f"burn-in, 1 in {every} shown"
     keys = [Key(label, "warm", "band")] if spans else []
-    shaded = f" There were {len(spans)} burn-in periods, which are shaded." if spans else ""
+    shaded = f" Burn-in is shaded ({len(spans)} periods)." if len(spans) > 1 else " Burn-in is shaded." if spans else ""
     return panel(name, title, f"{title} against steps: from {_ends(y)}.{shaded}", draw, keys)
 
 
@@ -126,7 +127,7 @@ def scores(run: RunData) -> Panel | None:
     marker = {proposer: _MARKERS[i % len(_MARKERS)] for i, proposer in enumerate(proposers)}
 
     def draw(figure: Figure) -> None:
-        scale = f", logarithmic beyond ±{tick(threshold)}" if threshold else ""
+        scale = f", logarithmic beyond ±{compact(threshold)}" if threshold else ""
         ax = axes(figure, f"score less the current topology's{scale}", left=0.58)
         for proposer in proposers:
             for taken in (False, True):
@@ -158,7 +159,7 @@ def scores(run: RunData) -> Panel | None:
         ax.margins(y=0.12)
         if threshold:
             ax.set_yscale("symlog", linthresh=threshold)
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+            numbered(ax.yaxis)
 
     keys = [Key("accepted", "accent", "●"), Key("not taken", "muted", "○")]
     if any(c.rejected is not None for u in shown for c in u.candidates):
@@ -172,7 +173,8 @@ def scores(run: RunData) -> Panel | None:
         "scores",
         "Candidates against the current topology",
         f"Score of each candidate less that of the current topology, for {len(scored)} updates{thinned}. "
-        f"In {better} of them the best candidate scored below the current topology; {accepted} updates were accepted.",
+        f"In {better} of them the best candidate scored below the current topology; {accepted} of {len(run.updates)} "
+        "updates were accepted.",
         draw,
         keys,
     )
@@ -245,12 +247,15 @@ def by_update(
             curve(ax, x, y, key.colour, linestyle={"dash": "--", "dot": ":"}.get(key.mark, "-"), **style)
         _from_zero(ax, [v for y in values.values() for v in y])
         if unit.startswith("share"):
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
+            numbered(ax.yaxis, percent=True)
         if all(v == round(v) for y in values.values() for v in y if math.isfinite(v)):
             ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_xlim(0, max(run.last_step, 1))
 
-    text = "; ".join(f"{key.label} from {_ends(y)}" for key, y in values.items())
+    text = "; ".join(
+        f"{key.label} up to {compact(max(y))}" if shape == "stems" else f"{key.label} from {_ends(y)}"
+        for key, y in values.items()
+    )
     return panel(name, title, f"{title} ({unit}) by update: {text}.", draw, list(values) if len(values) > 1 else [])
 
 

@@ -13,37 +13,49 @@ from sparsae.runs.rows import perplexity
 
 def headline(run: RunData) -> list[Tile]:
     """What came out, and what it cost."""
-    totals = run.totals
+    totals, reached = run.totals, run.reached
     validated = run.validation[-1] if run.validation else None
-    trained = run.train[-1] if run.train else None
     references = {"unigram": run.unigram_loss, "at the start": run.untrained_loss}
     against = [f"{name} {decimal(perplexity(loss))}" for name, loss in references.items() if math.isfinite(loss)]
     teacher = or_nan(validated.teacher_loss) if validated else math.nan
-    nnz = trained.nnz if trained else sum(layer.nnz for layer in run.last_layers.values()) or math.nan
-    flops = trained.train_flops if trained else math.nan
+    nnz = reached.nnz if reached else sum(layer.nnz for layer in run.last_layers.values()) or math.nan
+    flops = reached.train_flops if reached else math.nan
     state = totals.state_bytes_sparse_layers if totals else math.nan
     dense_state = totals.state_bytes_sparse_layers_dense_equivalent if totals else math.nan
-    pace = totals.tokens_per_second if totals else trained.tokens_per_second if trained else None
-    return [
+    earlier = f"after step {count(validated.step)}" if validated and validated.step != run.steps else ""
+    tested = or_nan(totals.test_loss) if totals else math.nan
+    tiles = [
         Tile(
             "Validation perplexity",
             decimal(perplexity(validated.loss)) if validated else UNKNOWN,
-            [", ".join(against), f"teacher {decimal(perplexity(teacher))}" if math.isfinite(teacher) else ""],
+            [
+                earlier,
+                f"test {decimal(perplexity(tested))}" if math.isfinite(tested) else "",
+                ", ".join(against),
+                f"teacher {decimal(perplexity(teacher))}" if math.isfinite(teacher) else "",
+            ],
         ),
-        Tile("Active connections", count(nnz), [_against_target(nnz, totals.nnz_target if totals else math.nan)]),
         _ratio_tile("Training FLOPs", flops, totals.train_flops_dense_equivalent if totals else math.nan, compact),
-        _ratio_tile("State of sparse layers", state, dense_state, in_bytes),
-        Tile("Tokens per second", count(or_nan(pace)), _arithmetic(run)),
+        Tile("Tokens per second", count(or_nan(reached.tokens_per_second) if reached else math.nan), _arithmetic(run)),
+    ]
+    if not run.layers:
+        return tiles
+    target = _against_target(nnz, totals.nnz_target if totals else math.nan)
+    return [
+        tiles[0],
+        Tile("Active connections", count(nnz), [target]),
+        tiles[1],
+        _ratio_tile("State of sparse layers, at most", state, dense_state, in_bytes),
+        tiles[2],
         _updates_tile(run),
     ]
 
 
 def _arithmetic(run: RunData) -> list[str]:
     """Tokens read, counted operations a second, and which share of the peak they are."""
-    if not run.train:
+    if (pace := run.reached) is None:
         return []
-    pace = run.totals or run.train[-1]
-    said = [f"{compact(run.train[-1].tokens)} tokens"]
+    said = [f"{compact(pace.tokens)} tokens"]
     if pace.flops_per_second is not None:
         said.append(f"{compact(pace.flops_per_second, 'FLOP')} a second")
     if pace.mfu is not None:
@@ -61,7 +73,7 @@ def _updates_tile(run: RunData) -> Tile:
 
 
 def _ratio_tile(label: str, value: float, dense: float, written: Callable[[float], str]) -> Tile:
-    if not math.isfinite(dense) or not dense:
+    if not math.isfinite(value) or not math.isfinite(dense) or not dense:
         return Tile(label, written(value))
     return Tile(label, written(value), [f"{value / dense:.3f} of dense, {written(dense)}"])
 
@@ -74,7 +86,7 @@ def _against_target(nnz: float, target: float) -> str:
 
 def facts(run: RunData) -> list[tuple[str, str]]:
     """Of the model, the machine and the time."""
-    totals, steps = run.totals, ("Steps", count(run.last_step))
+    totals, steps = run.totals, ("Steps", count(run.steps))
     if totals is None:
         return [steps]
     return [

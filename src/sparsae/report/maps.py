@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparsae.report.data import RunData
-from sparsae.report.readable import compact, percent, short_names, tick
-from sparsae.report.svg import COLOURS, Array, Panel, panel
+from sparsae.report.readable import compact, percent, short_names
+from sparsae.report.svg import COLOURS, Array, Panel, numbered, panel
 from sparsae.search.rows import LayerRow
 
 _COLUMNS: Final = 160  # of a map of few rows
@@ -129,7 +128,8 @@ def _map(
         left, right, bottom = 0.12 + 0.068 * max(len(label) for *_, label in labels), 0.12, 0.42
         box = (left / width, bottom / height, (width - left - right) / width, inches / height)
         ax = figure.add_axes(box)
-        cmap = (_CHANGE if signed else colormaps["cividis"]).resampled(_LEVELS)
+        # One level more where the middle, which is no change, needs one of its own.
+        cmap = _CHANGE.resampled(_LEVELS + 1) if signed else colormaps["cividis"].resampled(_LEVELS)
         ax.imshow(values, cmap=cmap, norm=norm, aspect="auto", extent=(0, max(run.last_step, 1), rows, 0))
         every = -(-len(labels) // _LABELS)
         shown = labels[::every]
@@ -137,8 +137,7 @@ def _map(
         for first, *_ in labels[1:] if rows > len(labels) else ():
             ax.axhline(first, color=COLOURS["paper"], linewidth=1.0)
         ax.set_xlabel("step")
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        numbered(ax.xaxis, 6)
         _scale(figure, norm, cmap, unit, written, (left, height - 0.36, width - left - right))
 
     text = f"Heatmap of {rows} rows against steps: {unit}, from {written(low)} to {written(high)}."

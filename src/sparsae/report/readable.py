@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 UNKNOWN = "–"
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
-def compact(value: float, unit: str = "") -> str:
-    """Three significant digits with an SI prefix: 8175471177728, "FLOP" -> "8.18 TFLOP". NaN: a dash."""
+def compact(value: float, unit: str = "", digits: int = 3) -> str:
+    """So many significant digits with an SI prefix: 8175471177728, "FLOP" -> "8.18 TFLOP". NaN: a dash."""
     if not math.isfinite(value):
         return UNKNOWN
-    rounded = float(f"{value:.3g}")
+    rounded = float(f"{value:.{digits}g}")
     power = 0
     while abs(rounded) >= 1000 and power < len(_PREFIXES) - 1:
         rounded /= 1000
         power += 1
-    return f"{_signed(rounded)} {_PREFIXES[power]}{unit}".strip()
+    return f"{_signed(rounded, digits)} {_PREFIXES[power]}{unit}".strip()
 
 
 def in_bytes(value: float) -> str:
@@ -26,9 +27,19 @@ def in_bytes(value: float) -> str:
     return compact(value, "B")
 
 
-def tick(value: float) -> str:
-    """An axis label: as `compact`, without the space."""
-    return compact(value).replace(" ", "")
+def ticks(values: Sequence[float], signed: bool = False) -> list[str]:
+    """Labels of an axis: as `compact` without the space, with as many digits as tell each value from the next."""
+    step = min((after - before for before, after in pairwise(sorted(set(values)))), default=0.0)
+    digits = 3
+    while digits < 12 and any(abs(float(f"{value:.{digits}g}") - value) > step / 100 for value in values):
+        digits += 1
+    largest = max(map(abs, values), default=0.0)
+    if 1e-6 <= step <= largest < 1000:  # without exponents, which labels would have beside others that have none
+        places = next(n for n in range(9) if n == 8 or all(abs(round(v, n) - v) <= step / 100 for v in values))
+        labels = [f"{value:.{places}f}".replace("-", "−") if value else "0" for value in values]
+    else:
+        labels = [compact(value, digits=digits).replace(" ", "") for value in values]
+    return [f"+{label}" if signed and value > 0 else label for label, value in zip(labels, values, strict=True)]
 
 
 def decimal(value: float, digits: int = 4) -> str:
@@ -88,8 +99,8 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: ".".join(split[shared:]) for name, split in parts.items()}
 
 
-def _signed(value: float) -> str:
-    plain = f"{value:.3g}"
+def _signed(value: float, digits: int = 3) -> str:
+    plain = f"{value:.{digits}g}"
     if "e" in plain:
         mantissa, exponent = plain.split("e")
         plain = f"{mantissa}e{int(exponent)}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from statistics import median
 
@@ -16,16 +17,19 @@ from sparsae.report.headline import facts, headline
 from sparsae.report.readable import UNKNOWN, compact, count, duration, in_bytes, percent, short_names, sparsity_text
 from sparsae.report.state import state
 from sparsae.report.svg import Key
+from sparsae.rules.parts.strategy import GENE
 from sparsae.runs.rows import TopologyRow
 from sparsae.search.rows import LayerRow
 
 
 def title(run: RunData) -> str:
     """Preset, method and, where the method's name does not say it, sparsity."""
-    config, sparsity = run.config, run.config.sparsity.sparsity
+    config, sparsity, (height, width) = run.config, run.config.sparsity.sparsity, run.config.sparsity.block
     kind = f"{sparsity_text(sparsity)} sparse" if sparsity else "dense"
     if sparsity and config.sparsity.quota is not None:
         kind = f"{config.sparsity.quota} sparse"
+    if sparsity and height * width > 1:
+        kind += f" in blocks of {height}×{width}"
     return " · ".join((config.preset, config.method, *([] if config.method.startswith(kind) else [kind])))
 
 
@@ -109,7 +113,7 @@ def _search(run: RunData) -> str:
         "search",
         "Search",
         lead if scores else "",
-        "" if scores else markup.paragraph("No candidate was scored: this method takes what it proposes."),
+        "" if scores else markup.paragraph("No candidate was scored."),
         markup.figures([scores, *(draw.term(run, name) for name in run.terms)]),
         markup.table(
             "Candidates by proposer",
@@ -122,13 +126,16 @@ def _search(run: RunData) -> str:
 
 def _strategy(run: RunData) -> str:
     """The parameters in force: a curve each, or a number where it never moved."""
-    parameters: Mapping[tuple[str, str, str], Callable[[TopologyRow], float]] = {
+    parameters: dict[tuple[str, str, str], Callable[[TopologyRow], float]] = {
         ("lambda", "Candidates (λ)", "an update"): lambda update: update.number("candidates_count"),
         ("mutation-rate", "Mutation rate", "share of connections"): lambda update: update.number("mutation_rate"),
         ("reset-probability", "Reset probability", "share of candidates"): lambda update: update.number(
             "reset_probability"
         ),
     }
+    for gene in dict.fromkeys(key for update in run.updates for key in update.numbers if key.startswith(GENE)):
+        label = gene.removeprefix(GENE).replace("_", " ").capitalize()
+        parameters[gene.replace(".", "-").replace("_", "-"), label, "evolved"] = partial(_number, gene)
     constant, panels = [], []
     for (name, label, unit), value in parameters.items():
         values = {value(update) for update in run.updates if math.isfinite(value(update))}
@@ -140,6 +147,10 @@ def _strategy(run: RunData) -> str:
     if not constant and not panels:
         return ""
     return "<h3>The strategy's own parameters</h3>\n" + markup.facts(constant) + markup.figures(panels)
+
+
+def _number(name: str, update: TopologyRow) -> float:
+    return update.number(name)
 
 
 def _proposers(run: RunData) -> list[list[str]]:
@@ -164,8 +175,9 @@ def _proposers(run: RunData) -> list[list[str]]:
 def movement(run: RunData) -> str:
     """How far the topology moved."""
     lead = (
-        "How far the topology moved: what each update exchanged, how much of the first topology has been dropped, and "
-        "which share of all positions was ever active (the in-time over-parameterization rate, ITOP)."
+        "How far the topology moved: what each update exchanged, which share of the active connections is not of the "
+        "first topology (or of the one before), and which share of all positions was ever active (the in-time "
+        "over-parameterization rate, ITOP). What an update only drops, or only grows, is in the densities above."
     )
     if not run.updates:
         text = "No connection moved." if run.layers else "There are no sparse layers."
@@ -180,7 +192,9 @@ def movement(run: RunData) -> str:
         Key("mean", "warm", "dash"): lambda u: u.age.mean,
         Key("oldest", "ink", "dot"): lambda u: u.age.max,
     }
-    dead = maps.dead_outputs(run)
+    dead, (height, width) = maps.dead_outputs(run), run.config.sparsity.block
+    moved = "Connections exchanged" if height * width == 1 else f"Blocks of {height}×{width} exchanged"
+    exchanges = any(u.swaps for u in run.updates)
     return markup.section(
         "movement",
         "Movement of the topology",
@@ -190,12 +204,14 @@ def movement(run: RunData) -> str:
                 update(
                     run,
                     "swaps",
-                    "Connections exchanged",
+                    moved,
                     "an update",
                     {Key("swaps", "accent"): lambda u: u.swaps},
                     shape="stems",
                     initial=False,
-                ),
+                )
+                if exchanges
+                else None,
                 update(run, "hamming", "Distance", "share of active connections", distances),
                 update(
                     run,
@@ -216,7 +232,7 @@ def movement(run: RunData) -> str:
 def _cost(run: RunData) -> str:
     lead = (
         "Blue bars are parts, grey ones totals. FLOPs are counted analytically; growth gradients are those at inactive "
-        "positions, by which connections are grown; bytes are those of live tensors of the sparse layers."
+        "positions, by which connections are grown; bytes are those of live tensors of the sparse layers, at most."
     )
     totals = run.totals
     if totals is None:
@@ -234,7 +250,9 @@ def _cost(run: RunData) -> str:
         markup.figures(
             [
                 draw.bars("flops", "Training FLOPs", totals.train_flops_by_part, flops, compact),
-                draw.bars("memory", "State of the sparse layers", totals.state_bytes_by_part, state, in_bytes),
+                draw.bars("memory", "State of the sparse layers", totals.state_bytes_by_part, state, in_bytes)
+                if run.layers
+                else None,
                 draw.bars("seconds", "Time", totals.seconds_by_part, {"total": totals.seconds}, duration),
             ]
         ),
@@ -267,7 +285,8 @@ def _sample(run: RunData) -> str:
         text = "This run has no sample; one is drawn when a run finishes."
         return markup.section("sample", "A sample", lead, markup.paragraph(text))
     prompt = escape(run.sample.prompt)
-    texts = {"Student": run.sample.text, "Teacher": run.sample.teacher_text}
+    student = "The model" if run.sample.teacher_text is None else "Student"
+    texts = {student: run.sample.text, "Teacher": run.sample.teacher_text}
     blocks = "".join(
         f'<div class="sample"><h3>{name}</h3><pre><span class="prompt">{prompt}</span>{escape(text)}</pre>'
         f"{'' if text else markup.paragraph('The model ended the text at once.')}</div>"

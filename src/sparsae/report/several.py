@@ -23,7 +23,7 @@ from sparsae.report import markup
 from sparsae.report.data import RunData, or_nan, read_run
 from sparsae.report.looks import Look, keys, looks
 from sparsae.report.readable import UNKNOWN, compact, count, decimal, duration, in_bytes, percent, sparsity_text
-from sparsae.report.svg import COLOURS, Panel, axes, curve, panel
+from sparsae.report.svg import COLOURS, Panel, axes, curve, numbered, panel
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.rows import TopologyRow, TrainRow, perplexity
 
@@ -99,49 +99,53 @@ def _held_out(run: RunData) -> tuple[object, ...] | None:
     return None if state is None else (state["corpus"], *held_out(run.config, OF_SEQUENCES).values())
 
 
+def _is_known(group: Mapping[str, RunData]) -> bool:
+    """Whether it is known what validation and test of a group read."""
+    return all(_held_out(run) is not None for run in group.values())
+
+
 def _remarks(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]]) -> list[str]:
     """What a reader must know before comparing."""
     remarks = []
     for group in groups[1:]:
-        known = all(_held_out(run) is not None for run in group.values())
-        first = next(iter(groups[0]))
         why = (
-            f"validation or test read another text or tokenizer, or other sequences, than that of {first}"
-            if known
-            else f"no checkpoint tells what validation read, so that it cannot be held against {first}"
+            "validation or test read another text or tokenizer, or other sequences"
+            if _is_known(group)
+            else "no checkpoint tells what validation read"
         )
-        remarks.append(f"Losses are not comparable: of {', '.join(group)}, {why}.")
+        whose = f"those of {', '.join(group)} with those of {next(iter(groups[0]))}"
+        remarks.append(f"Losses cannot be compared, {whose}: {why}.")
     for name, run in runs.items():
         if run.totals is None:
             remarks.append(f"{name} has no summary: it is going on or was cut off, at step {count(run.last_step)}.")
         elif run.totals.diverged:
-            remarks.append(f"{name} diverged at step {count(run.totals.diverged.step)}.")
+            remarks.append(f"{name} diverged after step {count(run.totals.diverged.step)}.")
         elif not run.totals.finished:
             remarks.append(f"{name} was stopped at step {count(run.totals.steps)}.")
     return remarks
 
 
 def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]]) -> str:
-    text = {name: _letter(number) for number, group in enumerate(groups) for name in group}
+    text = {name: _text_of(groups, number) for number, group in enumerate(groups) for name in group}
     entries: dict[str, Callable[[str, RunData], str]] = {
         "method": lambda _, run: run.config.method,
         "preset": lambda _, run: run.config.preset,
         "sparsity": lambda _, run: sparsity_text(run.config.sparsity.sparsity),
         "seed": lambda _, run: str(run.config.seed),
-        "steps": lambda _, run: f"{count(run.last_step)} of {count(run.config.training.steps)}",
-        "tokens": lambda _, run: compact(run.train[-1].tokens) if run.train else UNKNOWN,
+        "steps": lambda _, run: f"{count(run.steps)} of {count(run.config.training.steps)}",
+        "tokens": lambda _, run: compact(run.reached.tokens) if run.reached else UNKNOWN,
         "validation perplexity": lambda _, run: (
             decimal(perplexity(run.validation[-1].loss)) if run.validation else UNKNOWN
         ),
         "validation loss": lambda _, run: f"{run.validation[-1].loss:.4f}" if run.validation else UNKNOWN,
         "test loss": lambda _, run: _total(run, lambda t: or_nan(t.test_loss), lambda v: f"{v:.4f}"),
         "parameters": lambda _, run: _total(run, lambda t: t.parameters, count),
-        "active connections": lambda _, run: count(run.train[-1].nnz) if run.train else UNKNOWN,
-        "training FLOPs": lambda _, run: compact(run.train[-1].train_flops) if run.train else UNKNOWN,
+        "active connections": lambda _, run: count(run.reached.nnz) if run.reached and run.layers else UNKNOWN,
+        "training FLOPs": lambda _, run: compact(run.reached.train_flops) if run.reached else UNKNOWN,
         "share of dense FLOPs": lambda _, run: _total(
             run, lambda t: t.train_flops / (t.train_flops_dense_equivalent or math.nan), lambda v: f"{v:.3f}"
         ),
-        "state of sparse layers": lambda _, run: _total(run, lambda t: t.state_bytes_sparse_layers, in_bytes),
+        "state of sparse layers, at most": lambda _, run: _total(run, lambda t: t.state_bytes_sparse_layers, in_bytes),
         "peak memory": lambda _, run: _total(run, lambda t: t.peak_memory_bytes, in_bytes),
         "tokens per second": lambda _, run: _total(run, lambda t: or_nan(t.tokens_per_second), count),
         "FLOP per second": lambda _, run: _total(run, lambda t: or_nan(t.flops_per_second), compact),
@@ -152,7 +156,7 @@ def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
     if len(groups) > 1:
         entries = {"held-out text": lambda name, _: text[name], **entries}
     rows = [[label, *(value(name, run) for name, run in runs.items())] for label, value in entries.items()]
-    return markup.table(f"{len(runs)} runs", ["", *runs], rows)
+    return markup.table(f"{len(runs)} runs", ["what", *runs], rows)
 
 
 def _total(run: RunData, value: Callable[[Any], float], written: Callable[[float], str]) -> str:
@@ -171,7 +175,7 @@ def _differences(runs: Mapping[str, RunData]) -> str:
             rows.append([key, *values])
     if not rows:
         return markup.paragraph("The runs have the same settings.")
-    return markup.table(f"{len(rows)} settings", ["", *runs], rows)
+    return markup.table(f"{len(rows)} settings", ["setting", *runs], rows)
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
@@ -194,14 +198,15 @@ def _losses(groups: Sequence[Mapping[str, RunData]], look: Mapping[str, Look]) -
         }
         name, heading = f"loss-{against.replace('_', '-')}", f"Validation loss by {units[against]}"
         if len(groups) > 1:
-            name, heading = f"{name}-{number + 1}", f"{heading}, held-out text {_letter(number)}"
+            name, heading = f"{name}-{number + 1}", f"{heading}, held-out text {_text_of(groups, number)}"
         return _overlay(lines, look, name, heading, "nats per token", units[against], from_second=True)
 
     return [drawn(number, against) for number in range(len(groups)) for against in units]
 
 
-def _letter(number: int) -> str:
-    return chr(ord("A") + number)
+def _text_of(groups: Sequence[Mapping[str, RunData]], number: int) -> str:
+    """What the held-out text of a group is called."""
+    return chr(ord("A") + number) if _is_known(groups[number]) else "unknown"
 
 
 def _of_training(runs: Mapping[str, RunData], look: Mapping[str, Look]) -> list[Panel | None]:
@@ -224,7 +229,7 @@ def _of_updates(runs: Mapping[str, RunData], look: Mapping[str, Look]) -> list[P
             for key, run in runs.items()
             if run.updates
         }
-        return _overlay(lines, look, name, title, unit, "step")
+        return _overlay(lines, look, name, title, unit, "step", shares=True)
 
     return [
         drawn(
@@ -242,9 +247,13 @@ def _overlay(
     unit: str,
     x: str,
     from_second: bool = False,
+    shares: bool = False,
 ) -> Panel | None:
-    """Lines of several runs; from_second: the scale leaves out what comes before a line's second point."""
-    lines = {key: (xs, ys) for key, (xs, ys) in lines.items() if any(map(math.isfinite, ys))}
+    """Lines of several runs, of two points or more each; None where there is none.
+
+    from_second: the scale leaves out what comes before a line's second point. shares: of one.
+    """
+    lines = {key: (xs, ys) for key, (xs, ys) in lines.items() if sum(map(math.isfinite, ys)) > 1}
     if not lines:
         return None
 
@@ -256,6 +265,8 @@ def _overlay(
             curve(ax, xs, ys, style.colour, linestyle=style.dash, linewidth=1.2, marker=None)
             ax.plot(xs[-1:], ys[-1:], color=COLOURS[style.colour], marker=style.marker, markersize=4)
         ax.set_xlim(left=0)
+        if shares:
+            numbered(ax.yaxis, percent=True)
         later = [v for _, ys in lines.values() for v in ys[1:] if math.isfinite(v)]
         if from_second and later and max(later) > min(later):
             margin = 0.04 * (max(later) - min(later))

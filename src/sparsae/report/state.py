@@ -18,7 +18,8 @@ def state(run: RunData) -> str:
             f"{planned}; totals are known at its end."
         )
     elif totals.diverged:
-        said.append(f"This run diverged at step {count(totals.diverged.step)} of {planned}: {totals.diverged.reason}.")
+        ended = totals.diverged
+        said.append(f"This run diverged after step {count(ended.step)} of {planned}: {ended.reason}.")
     elif not totals.finished:
         said.append(f"This run was stopped at step {count(totals.steps)} of {planned}.")
     if totals and totals.steps_skipped:

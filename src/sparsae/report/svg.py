@@ -18,12 +18,13 @@ from typing import Any, Final, final
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from sparsae.report.readable import tick
+from sparsae.report.readable import ticks
 
 Array = NDArray[np.float64]
 
@@ -141,11 +142,28 @@ def axes(
     ax.set_title(unit, loc="left", x=(0.02 - left) / (width - left - right), pad=7)
     ax.set_xlabel(x)
     ax.grid(axis="y")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    numbered(ax.xaxis, 6)
+    numbered(ax.yaxis, 5)
     return ax
+
+
+def numbered(axis: Axis, most: int | None = None, *, signed: bool = False, percent: bool = False) -> None:
+    """Labels as people read them, at so many round numbers; most None: at those that there are.
+
+    percent: of shares of one.
+    """
+    axis.set_major_formatter(_Ticks(signed, percent))
+    if most is not None:
+        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+
+
+def logarithmic(axis: Axis) -> None:
+    """Labels at 1, 2 and 5 of each power of ten, or, over more than two, at the powers; set once all is drawn."""
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_formatter(NullFormatter())
+    numbered(axis)
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
@@ -172,6 +190,24 @@ def curve(ax: Axes, x: Sequence[float], y: Sequence[float], colour: str, **optio
     if known.sum() > 30 and alone.any():
         marks["markevery"] = alone
     ax.plot(xs, ys, **{"color": COLOURS[colour], **marks, "markeredgewidth": 0.0, **options})
+
+
+@final
+class _Ticks(Formatter):
+    """All labels of an axis at once, since how many digits one wants depends on the others."""
+
+    def __init__(self, signed: bool, percent: bool) -> None:
+        self._signed, self._percent = signed, percent
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """See matplotlib's."""
+        if self._percent:
+            return [f"{label}%" for label in ticks([100.0 * float(value) for value in values], self._signed)]
+        return ticks([float(value) for value in values], self._signed)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """See matplotlib's."""
+        return self.format_ticks([x])[0]
 
 
 def _style() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
 _LATEX |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$"}
-_LATEX |= {"–": "--", "α": r"$\alpha$"}
+_LATEX |= {"–": "--", "<": "$<$", ">": "$>$", "|": r"$\vert$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\to$"}
+_LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "λ": r"$\lambda$", "τ": r"$\tau$", "µ": r"$\mu$", "μ": r"$\mu$"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,14 @@ class Table:
 
 
 def interval_text(interval: Interval | None, signed: bool = False) -> str:
-    """`3.4512 ± 0.0123`."""
+    """`3.4512 ± 0.0123`: four decimals, more where there would be one digit or none left of either."""
     if interval is None:
         return UNKNOWN
-    mean = f"{interval.mean:{'+' if signed else ''}.4f}".replace("-", "−")
-    return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.4f}"
+    half = None if interval.high is None else interval.high - interval.mean
+    smallest = min((size for size in (abs(interval.mean), half) if size), default=1.0)
+    places = min(8, max(4, 1 - math.floor(math.log10(smallest)))) if smallest < 1e-3 else 4
+    mean = f"{interval.mean:{'+' if signed else ''}.{places}f}".replace("-", "−")
+    return mean if half is None else f"{mean} ± {half:.{places}f}"
 
 
 def notes(warnings: Sequence[str]) -> str:

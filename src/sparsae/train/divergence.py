@@ -12,7 +12,7 @@ def diverged(settings: TrainingConfig, reason: str, step: int, train_flops: int)
     lower = " and ".join(f"training.{name} (now {value:g})" for name, value in causes.items() if value)
     clip = "set training.clip" if settings.clip is None else f"training.clip (now {settings.clip:g})"
     return DivergedError(
-        f"training diverged: {reason} at step {step}; lower {lower} or {clip}",
+        f"training diverged: {reason} after step {step}; lower {lower} or {clip}",
         step,
         train_flops,
         reason,

@@ -58,8 +58,7 @@ def forecast(config: Config) -> dict[str, Any]:
     units = sum(layer.topology.count for layer in layers.values())
     teacher_weights = STORAGES[config.teacher.storage].size(nnz, weights) if config.teacher.enabled else 0
     others = sum(p.numel() for p in model.parameters()) - nnz
-    state = estimated_state_bytes(units, nnz, teacher_weights=teacher_weights)
-    state["indices"] = _index_bytes(config, layers)
+    state = estimated_state_bytes(nnz, _index_bytes(config, layers), teacher_weights=teacher_weights)
     schedule = Schedule.of(config.sparsity.schedule, rule.moves)
     if window := _window_bytes(rule, schedule, layers, Horizon(training.steps)):
         state["window"] = window

@@ -16,7 +16,7 @@ from sparsae.core.heads import HeadLayout
 from sparsae.core.schedule import Schedule
 from sparsae.core.topology import Topology
 from sparsae.errors import InputError
-from sparsae.models import attention_heads, build_model, materialize, parameterized, scale_attention
+from sparsae.models import attention_heads, attention_modules, build_model, materialize, parameterized, scale_attention
 from sparsae.nn.choice import Choice, layer_shapes
 from sparsae.nn.conversion import Initializer
 from sparsae.nn.limits import Limits, require_quota
@@ -36,11 +36,11 @@ def require_fit(config: Config) -> None:
     """
     sparsity = config.sparsity
     if sparsity.sparsity == 0 and build_rule(config.topology, config.rules).moves:
-        raise InputError(
-            f"sparsity is 0, so topology.rule '{config.topology.rule}' has nothing to swap: use --method dense"
-        )
+        which = "rules" if config.rules else f"topology.rule '{config.topology.rule}'"
+        raise InputError(f"sparsity is 0, so {which} has nothing to swap: leave it out, or use --method dense alone")
     model = build_model(config.model, config.model.vocab_size or 512, 0, device="meta")
     if config.parameterization.name != "sp":
+        _refuse_scales_of_attention(config, model)
         scale_attention(model, parameterized(config.model, config.parameterization))
     if sparsity.sparsity == 0:
         return
@@ -58,6 +58,19 @@ def require_fit(config: Config) -> None:
     sparsest = {name: min(ends) for name, ends in Schedule.of(sparsity.schedule, True).ends(counts, counts).items()}
     for name, shape in shapes.items():
         limits.require_room(matrix_shape(shape), sparsity.block, sparsest.get(name, counts[name]), heads.get(name))
+
+
+def _refuse_scales_of_attention(config: Config, model: nn.Module) -> None:
+    """Raises InputError where entries of the configuration scale attention, which the parameterization does."""
+    if not config.model.transformers:
+        return
+    plain = build_model(config.model.model_copy(update={"transformers": {}}), 512, 0, device="meta")
+    scales = [[getattr(each, "scaling", None) for each in attention_modules(made)] for made in (model, plain)]
+    if scales[0] != scales[1]:
+        raise InputError(
+            f"model.transformers: parameterization '{config.parameterization.name}' scales attention itself: leave out "
+            "what scales it there, or use sp"
+        )
 
 
 @telling_places

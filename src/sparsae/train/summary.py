@@ -102,11 +102,12 @@ def closing(summary: Summary, run: RunDirectory) -> str:
         saved = "stopped and saved" if summary.steps else "stopped"
         return f"{saved} at step {summary.steps}; continue with: sparsae train --resume {run.path}"
     tested = "" if summary.test_loss is None else f"test {readable_perplexity(perplexity(summary.test_loss))}, "
+    nnz = f"nnz {summary.nnz:,} of target {summary.nnz_target:,} · " if summary.nnz_target else ""
     return (
         f"validation perplexity {readable_perplexity(summary.validation_perplexity)} "
         f"({tested}unigram {readable_perplexity(summary.unigram_perplexity)}, "
         f"at the start {readable_perplexity(summary.untrained_perplexity)}) · "
-        f"nnz {summary.nnz:,} of target {summary.nnz_target:,} · "
+        f"{nnz}"
         f"{summary.train_flops / max(1, summary.train_flops_dense_equivalent):.3f} of dense FLOPs · "
         f"{summary.tokens:,} tokens in {summary.seconds:.0f} s"
     )

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from sparsae.experiments.compare.record import Loss, Row, SummaryRow, TuningRow
 from sparsae.experiments.compare.summary import losses_of
 from sparsae.report.data import RunData
 from sparsae.report.looks import Look, keys
-from sparsae.report.readable import compact, duration, in_short, percent, sparsity_text, tick
-from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
+from sparsae.report.readable import compact, duration, in_short, percent, sparsity_text
+from sparsae.report.svg import COLOURS, Key, Panel, axes, numbered, panel
 from sparsae.runs.rows import TopologyRow
 
 Against = Literal["train_flops", "tokens", "seconds"]
@@ -122,9 +122,7 @@ def differences(
         ax.set_ylim(len(entries) - 0.4, -0.6)
         ax.grid(axis="x")
         ax.set_xlabel(f"nats, difference from {reference} (left is better)")
-        ax.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0")
-        )
+        numbered(ax.xaxis, 5, signed=True)
 
     text = "; ".join(f"{e.method} {difference.mean:+.4f} ({e.verdict})" for e, difference in entries)
     return panel(
@@ -258,8 +256,8 @@ def telemetry(
             ax.plot(x, y, color=COLOURS[style.colour], linestyle=style.dash, marker=style.marker, markersize=3)
         ax.set_xlim(0, 1)
         ax.set_ylim(bottom=0)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
+        numbered(ax.xaxis, percent=True)
+        numbered(ax.yaxis, percent=True)
 
     text = "; ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items())
     heading = f"{title} · {sparsity_text(sparsity)} sparse"
@@ -284,8 +282,7 @@ def layer_densities(runs: Mapping[str, RunData], look: Mapping[str, Look], spars
                 linewidth=1.0,
             )  # fmt: skip
         ax.set_ylim(bottom=0)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v).replace(" ", "")))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
+        numbered(ax.yaxis, percent=True)
 
     text = "; ".join(f"{n}: {', '.join(percent(x.density) for x in t.layers.values())}" for n, t in last.items())
     return panel(

@@ -15,6 +15,7 @@ from sparsae.experiments.compare.plan import LEARNING_RATE
 from sparsae.experiments.compare.record import Results, SummaryRow, TuningRow
 from sparsae.experiments.compare.strategy import strategy_section
 from sparsae.experiments.compare.stuck import stuck_table
+from sparsae.experiments.compare.summary import FEW_UPDATES
 from sparsae.experiments.compare.tables import contrast_table, rank_table, results_table
 from sparsae.experiments.compare.tasks import tasks_section
 from sparsae.report import markup
@@ -66,9 +67,11 @@ def body(results: Results, out: Path) -> str:
     parts = {name: part for name, part in parts.items() if part[1]}
     links = "".join(f'<li><a href="#{name}">{label}</a></li>' for name, (label, _) in parts.items())
     asked, seeds = results.asked, len(results.asked.seeds)
+    compared = {row.method for row in results.rows if not row.beside}
     lead = (
-        f"{len(results.methods)} methods, {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"sparsities {', '.join(sparsity_text(s) for s in asked.sparsities)}; matched on {_MATCHED[asked.match]}; "
+        f"{len(compared)} method{'s' if len(compared) > 1 else ''}, {seeds} seed{'s' if seeds > 1 else ''}, "
+        f"{'sparsities' if len(asked.sparsities) > 1 else 'sparsity'} "
+        f"{', '.join(sparsity_text(s) for s in asked.sparsities)}; matched on {_MATCHED[asked.match]}; "
         f"held against {results.reference}."
     )
     state = "" if results.complete else '<p class="state">This experiment is not complete: runs are missing.</p>'
@@ -87,6 +90,7 @@ def body(results: Results, out: Path) -> str:
 def _headline(results: Results) -> list[Tile]:
     tuning, beside = results.tuning, {row.method for row in results.rows if row.beside}
     rows = list({row.run: row for row in results.rows}.values())  # equal settings are one run
+    few = {row.method for row in results.rows if row.moves and (row.updates or 0) < FEW_UPDATES}
     tiles = []
     for entry in results.conclusions:
         mine = (e for e in results.summary if e.sparsity == entry.sparsity and e.method not in beside)
@@ -94,7 +98,9 @@ def _headline(results: Results) -> list[Tile]:
         known = {method: interval for method, interval in losses.items() if interval}
         best = min(known, key=lambda method: known[method].mean, default=None)
         lowest = f"lowest mean: {best}, {interval_text(known[best])}" if best else ""
-        tiles.append(Tile(f"Best at {sparsity_text(entry.sparsity)} sparsity", entry.winner or "no winner", [lowest]))
+        hardly = entry.winner is not None and entry.winner in few
+        notes = [lowest, "of too few topology updates to be called a moving topology" if hardly else ""]
+        tiles.append(Tile(f"Best at {sparsity_text(entry.sparsity)} sparsity", entry.winner or "no winner", notes))
     trials = list({trial.run: trial for group in tuning for trial in group.trials}.values())
     spent = sum(trial.train_flops or 0 for trial in trials)
     notes = [f"and {len(trials)} trials of tuning" if trials else "nothing was tuned"]
@@ -122,7 +128,7 @@ def _results(results: Results) -> str:
         f"differences but the planned ones{further}; nothing is concluded from the others. Equivalent tokens: how many "
         "times its own tokens the reference would need for the same loss."
     )
-    if any(not row.nnz for row in results.rows):
+    if any(row.nnz == 0 for row in results.rows):
         lead += " A dense model stands at each sparsity with that sparsity's budget."
     return markup.section(
         "results",
@@ -169,12 +175,14 @@ def _curves(results: Results) -> str:
     look, rows = _looks(results), results.rows
     axes: tuple[draw.Against, ...] = ("train_flops", "tokens", "seconds")
     axes = axes[:2] if results.is_stacked else axes
+    several = len(results.asked.sparsities) > 1
     blocks = [
-        markup.figures(draw.loss_curves(rows, look, against, sparsity) for against in axes)
+        (f"<h3>{sparsity_text(sparsity)} sparse</h3>" if several else "")
+        + markup.figures(draw.loss_curves(rows, look, against, sparsity) for against in axes)
         for sparsity in results.asked.sparsities
     ]
     lead = "Means over seeds; the bands reach from the best to the worst seed. The untrained model is beyond the top."
-    return markup.section("curves", "Validation loss on the way", lead, "<h3></h3>".join(blocks))
+    return markup.section("curves", "Validation loss on the way", lead, *blocks)
 
 
 def _equal_loss(results: Results) -> str:
@@ -183,8 +191,8 @@ def _equal_loss(results: Results) -> str:
         return ""
     lead = (
         "The higher one of a method's and the dense model's final loss is where both have been, seed by seed. It is "
-        "read from the validation curves, a few points a run; what ends lower was there at a higher learning rate than "
-        "what ended there."
+        "read from the validation curves, a few points a run. A run that goes on lower passed it while its learning "
+        "rate was still high, so that it needed more than a run that was to end there would have."
     )
     return markup.section("equal-loss", "Time to equal loss", lead, _table(table))
 
@@ -262,7 +270,7 @@ def _tuning(results: Results) -> str:
     lead = (
         f"Every method tries the same values at every sparsity, on seed {asked.tuning.seed}, which is not "
         f"compared; the lowest validation loss decides, and a grid whose best value is at its end is extended by the "
-        f"same ratio. Each trial is {percent(share)} of its method's run, of the same share for all"
+        f"same ratio. Each trial is {percent(share)} of its method's run, the same share for all methods"
         + (", the longest that the budget of tuning carries." if carried and share < asked.tuning.share else ".")
     )
     columns = ["method", "trials", "steps", "FLOPs", "learning rate", "other settings", "beyond the grid", "best"]

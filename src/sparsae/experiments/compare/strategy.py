@@ -9,11 +9,11 @@ from sparsae.experiments.compare.record import Results
 from sparsae.experiments.statistics import Difference, paired_difference
 from sparsae.report import markup
 from sparsae.report.readable import UNKNOWN, sparsity_text
+from sparsae.rules.parts.strategy import GENE
 from sparsae.runs.directory import RunDirectory
 from sparsae.runs.rows import TopologyRow
 
 EVOLVED, PLACEBO, FIXED = "sparsae-evolved", "sparsae-placebo", "sparsae"
-_GENE = "gene."
 _WHAT = {PLACEBO: "its placebo", FIXED: "fixed numbers"}
 
 
@@ -88,11 +88,11 @@ def _genomes(results: Results, runs: Mapping[tuple[str, float], Path]) -> str:
                 rows[f"{method} · {sparsity_text(sparsity)}"] = {
                     key: f"{updates[0].number(key):.3g} → {sum(row.number(key) for row in last) / len(last):.3g}"
                     for key in updates[0].numbers
-                    if key.startswith(_GENE)
+                    if key.startswith(GENE)
                 }
     genes = list(dict.fromkeys(gene for row in rows.values() for gene in row))
     if not genes:
         return ""
     title = "Genomes: the first, and the mean in the last quarter of the updates (first seed)"
     cells = [[name, *(row.get(gene, UNKNOWN) for gene in genes)] for name, row in rows.items()]
-    return markup.table(title, ["run", *(gene.removeprefix(_GENE) for gene in genes)], cells)
+    return markup.table(title, ["run", *(gene.removeprefix(GENE) for gene in genes)], cells)

@@ -147,12 +147,15 @@ def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
             "the best value is at the edge of what was tried, and tuning.extensions or its own bounds did not "
             f"let tuning go on: {', '.join(edges)}"
         )
+    lost: dict[str, list[str]] = {}
     for row in results.rows:
-        where = f"{row.method} at sparsity {row.sparsity:g}, seed {row.seed}"
+        where = f"{row.method} at sparsity {row.sparsity:g}"
         if row.diverged:
-            found.append(f"{where}: diverged")
+            lost.setdefault(where, []).append(str(row.seed))
         elif row.budget_deviation is not None and abs(row.budget_deviation) > 0.02:
-            found.append(f"{where}: spent {row.budget_deviation:+.1%} of its budget of {row.match}")
+            found.append(f"{where}, seed {row.seed}: spent {row.budget_deviation:+.1%} of its budget of {row.match}")
+    for where, seeds_lost in lost.items():
+        found.append(f"{where}: diverged (seed {', '.join(seeds_lost)})")
     found += _of_equal_runs(results.rows, settings)
     found += _of_few_updates(results.rows)
     seeds = {row.seed for row in results.rows}

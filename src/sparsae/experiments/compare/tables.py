@@ -14,7 +14,7 @@ def results_table(results: Results) -> Table:
     seeds = len(asked.seeds)
     columns = [
         "sparsity", "method", "learning rate", *map(_short, tuned_beside(results)), "steps", "tokens", "FLOPs",
-        "updates", "parameters", "state", "loss (nats)", f"difference from {reference}", "p (Holm)",
+        "updates", "parameters", "state", "loss (nats)", f"difference from {reference}", "p",
         "equivalent tokens",
     ]  # fmt: skip
     title = f"{asked.preset}, matched on {asked.match}, {seeds} seed{'s' if seeds > 1 else ''}"
@@ -22,7 +22,8 @@ def results_table(results: Results) -> Table:
     tuned = [_short(setting) for setting in tuned_beside(results)]
     # How a run was, and what it weighs.
     details = ["learning rate", *tuned, "tokens", "updates", "parameters", "state", "equivalent tokens"]
-    title = f"{title}: final {loss}, mean ± half of the 95 % interval; * where p < 0.05."
+    title = f"{title}: final {loss}, mean ± half of the 95 % interval; * where p < 0.05, "
+    title += "adjusted by Holm's method unless the contrast was planned."
     return Table(title, columns, _rows(results), details=details)
 
 
@@ -58,7 +59,7 @@ def contrast_table(results: Results) -> Table:
 
 def rank_table(results: Results) -> Table:
     """How well micro-batches rank candidates, by method and sparsity."""
-    columns = ["sparsity", "method", "updates", "Kendall's tau", "correlation", "accepted", "final loss"]
+    columns = ["sparsity", "method", "updates, all seeds", "Kendall's tau", "correlation", "accepted", "final loss"]
     losses = {(entry.sparsity, entry.method): entry for entry in results.summary}
     rows = []
     for entry in results.ranking or ():
@@ -96,13 +97,21 @@ def _rows(results: Results) -> list[list[str]]:
                 _updates(entry.updates),
                 _compact(entry.parameters),
                 _compact(entry.state_bytes, "B"),
-                interval_text(entry.loss(results.judged_by)),
+                _loss(entry, results),
                 _difference(entry),
                 _p(decisive_p(entry)) + (" planned" if entry.planned else ""),
                 f"{equivalent.ratio:.2f} ×" if equivalent and equivalent.ratio is not None else UNKNOWN,
             ]
         )
     return rows
+
+
+def _loss(entry: SummaryRow, results: Results) -> str:
+    """Of the runs that ended, and how many did not."""
+    found = entry.loss(results.judged_by)
+    if not entry.diverged:
+        return interval_text(found)
+    return f"{interval_text(found)} ({entry.diverged} diverged)" if found else "diverged"
 
 
 def _updates(count: float | None) -> str:

@@ -15,8 +15,8 @@ from sparsae import __version__
 from sparsae.experiments.coordinates.record import Axis, Point, Quantity, Results, Row
 from sparsae.report import markup
 from sparsae.report.looks import keys, looks
-from sparsae.report.readable import percent, sparsity_text, tick
-from sparsae.report.svg import COLOURS, Panel, axes, panel
+from sparsae.report.readable import percent, sparsity_text
+from sparsae.report.svg import COLOURS, Panel, axes, logarithmic, panel
 from sparsae.report.tables import Table
 
 
@@ -111,8 +111,7 @@ def _scales(rows: Sequence[Row], name: str, axis: Axis, at: str) -> Panel | None
         shown = _apart(sorted({_at(point, axis) for row in lines.values() for point in row.points}))
         ax.set_xticks(shown, [f"{value:.2g}" if axis == "density" else f"{value}" for value in shown])
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(lambda value, _: tick(value) if value >= 1e-3 else f"{value:.0e}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic(ax.yaxis)
 
     text = "; ".join(f"{layer} {row.slope:+.2f}" for layer, row in lines.items())
     heading = f"{name}: {quantity}, step {last}, {at}"

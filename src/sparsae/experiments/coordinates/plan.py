@@ -24,6 +24,7 @@ FIXED: Tree = {
     "training": {
         "skip_limit": 0,
         "warmup": 0.0,
+        "schedule": "constant",
         "final_learning_rate": 1.0,
         "clip": None,
         "accumulation": 1,

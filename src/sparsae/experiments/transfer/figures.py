@@ -15,7 +15,7 @@ from sparsae.experiments.transfer.plan import Knob
 from sparsae.experiments.transfer.record import Optimum, Over, Row
 from sparsae.experiments.transfer.results import LABELS, basin_of, by_cell
 from sparsae.report.looks import Look, keys, looks
-from sparsae.report.readable import sparsity_text, tick
+from sparsae.report.readable import in_short, sparsity_text
 from sparsae.report.svg import COLOURS, Key, Panel, axes, panel
 
 
@@ -73,7 +73,7 @@ def optimum_by(optima: Sequence[Optimum], knob: Knob, over: Over) -> Panel | Non
                             markeredgecolor=COLOURS["ink"])  # fmt: skip
         ax.set_yscale("log", base=2)
         ax.set_ylim(*_octaves(ax.get_ylim()))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        ax.yaxis.set_major_formatter(lambda value, _: in_short(value))
         ax.set_xticks(range(len(places)), [sparsity_text(p) if over == "sparsity" else f"{p}" for p in places])
         ax.set_xlim(-0.3, len(places) - 0.7)
 
@@ -115,9 +115,8 @@ def _basins(
                 markeredgecolor=COLOURS["ink"])  # fmt: skip
         ax.set_ylim(*limits)
         every = -(-len(values) // 7)
-        ax.set_xticks(values[::every], [f"{value:.2g}" for value in values[::every]])
+        ax.set_xticks(values[::every], [in_short(value) for value in values[::every]])
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(lambda value, _: tick(value))
 
     text = "; ".join(f"width {e.width}, {sparsity_text(e.sparsity)}: {e.optimum:.3g}, loss {e.loss:.4f}" for e in best)
     return panel(

@@ -9,7 +9,7 @@ from typing import get_args
 from sparsae import __version__
 from sparsae.experiments.transfer import figures as draw
 from sparsae.experiments.transfer.plan import Knob
-from sparsae.experiments.transfer.record import Over, Results
+from sparsae.experiments.transfer.record import MovementRow, Over, Results
 from sparsae.experiments.transfer.results import LABELS, best_table, movement_table, optimum_table
 from sparsae.report import markup
 from sparsae.report.markup import Tile
@@ -50,8 +50,11 @@ def _headline(results: Results) -> list[Tile]:
     tiles = [
         Tile(
             f"{entry.parameterization}: optimum over {entry.over}",
-            f"{'≥ ' if entry.at_least else ''}{entry.factor:.2f} ×",
-            [f"of the {LABELS[entry.knob]}, highest over lowest"],
+            "not known" if entry.at_least and entry.factor < 1.005 else _times(entry),
+            [
+                f"of the {LABELS[entry.knob]}, highest over lowest",
+                "an optimum lies at an edge of what was tried" if entry.at_least else "",
+            ],
         )
         for entry in results.movements
     ]
@@ -59,6 +62,10 @@ def _headline(results: Results) -> list[Tile]:
     flops, seconds = sum(row.train_flops or 0 for row in rows), sum(row.seconds or 0 for row in rows)
     tiles.append(Tile("FLOPs of the runs", compact(flops), [duration(seconds)]))
     return tiles
+
+
+def _times(entry: MovementRow) -> str:
+    return f"{'≥ ' if entry.at_least else ''}{entry.factor:.2f} ×"
 
 
 def _movements(results: Results) -> str:
@@ -110,7 +117,7 @@ def _reading() -> str:
 def _table(table: Table, names: int) -> str:
     """One column of names: the first few together."""
     rows = [[" · ".join(row[:names]), *row[names:]] for row in table.rows]
-    return markup.table(table.title, ["", *table.columns[names:]], rows)
+    return markup.table(table.title, [", ".join(table.columns[:names]), *table.columns[names:]], rows)
 
 
 def _list(values: Sequence[float]) -> str:

@@ -19,13 +19,13 @@ def flops(threads: int, seconds: float) -> float:
     return _best(lambda: native.multiply_add(_ROUNDS, threads), seconds)
 
 
-def bandwidth(threads: int, seconds: float, floats: int = _FLOATS) -> float:
+def bandwidth(threads: int, seconds: float) -> float:
     """Bytes a second of a = b + 3 c, 12 bytes an element (STREAM's triad), the best of repeated runs."""
-    a, b, c = (torch.full((floats,), float(i), dtype=torch.float32, device="cpu") for i in range(3))
+    a, b, c = (torch.full((_FLOATS,), float(i), dtype=torch.float32, device="cpu") for i in range(3))
 
     def move() -> float:
         native.triad(a, b, c, threads)
-        return 12.0 * floats
+        return 12.0 * _FLOATS
 
     move()
     return _best(move, seconds)

@@ -26,7 +26,7 @@ from sparsae.rules.parts.damage import damage_factors, damage_probes
 from sparsae.rules.parts.exchange import Exchange
 from sparsae.rules.parts.rule import Candidate, Decision, NoState, Rule
 from sparsae.rules.parts.shift import shifted
-from sparsae.rules.parts.strategy import Gene, Strategy, StrategyConfig, StrategyState
+from sparsae.rules.parts.strategy import GENE, Gene, Strategy, StrategyConfig, StrategyState
 from sparsae.score import Score
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Evolved(Rule[EvolvedState]):
         return dataclasses.replace(decision, notes=told), dataclasses.replace(state, strategy=strategy, damage=damage)
 
     def telemetry(self, state: EvolvedState, progress: float) -> dict[str, float]:
-        genome = {f"gene.{name}": value for name, value in self.strategy.values(state.strategy).items()}
+        genome = {f"{GENE}{name}": value for name, value in self.strategy.values(state.strategy).items()}
         return self._inner(state.strategy).telemetry(NoState(), progress) | genome
 
     def without_scores(self) -> Rule[EvolvedState]:

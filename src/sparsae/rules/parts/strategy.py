@@ -35,6 +35,7 @@ from sparsae.rules.parts.damage import DamageConfig
 if TYPE_CHECKING:
     import torch
 
+GENE = "gene."  # before its name, among the numbers of an update
 _LARGEST_FITNESS = 3.0
 _RECENT = 2  # times a trial and its reach: with a shorter running mean trials would be held against themselves
 
