@@ -173,6 +173,13 @@ def test_the_summary_pairs_by_seed_and_leaves_diverged_runs_out() -> None:
     assert (concluded.sparsity, concluded.winner) == (0.9, None)  # the better one diverged once
 
 
+def test_a_run_of_another_sparsity_than_it_says_is_told() -> None:
+    rows = [row("static", n, 3.0, nnz=100, nnz_target=100) for n in range(2)]
+    rows += [row("pruner", n, 2.9, nnz=100 + 300 * n, nnz_target=100) for n in range(2)]
+    (said,) = warnings(compare_results(rows), {})
+    assert said.startswith("pruner at sparsity 0.9, seed 1: ended with 400 connections where that sparsity has 100")
+
+
 def test_a_method_that_moved_nothing_is_named_once() -> None:
     idle = {"updates": 0, "steps": 40, "rule": "rigl", "moves": True}
     rows = [row("static", n, 3.0, rule="static", moves=False, updates=0) for n in range(2)]

@@ -77,3 +77,14 @@ def test_merging_is_refused_until_the_base_is_dense(name: str) -> None:
         assert torch.equal(model(**batch).logits, expected)
         merged = densify(model).merge_and_unload()  # type: ignore[operator]
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_is_refused_where_an_output_has_no_connection() -> None:
+    from sparsae.integrations.peft import over_sparse
+
+    torch.manual_seed(0)
+    config = over_sparse(peft.LoraConfig(target_modules=["q_proj"], r=2, use_dora=True))
+    with pytest.raises(InputError, match=r"outputs of a layer of .* have no connection: use LoRA"):
+        peft.get_peft_model(sparsify(ARCHITECTURES["Llama"].build(), 0.95), config)
+    model = peft.get_peft_model(sparsify(ARCHITECTURES["Llama"].build(), 0.5, fan_in=(0.5, 2.0)), config)
+    assert model(**ARCHITECTURES["Llama"].batch(torch.Generator().manual_seed(0))).loss.isfinite()

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from sparsae import Candidate, Decision, InputError, Observation, Periodic, Rule, Sparsifier, SparsifierConfig, Swap
-from sparsae.config.rules import TermConfig
+from sparsae import (
+    Candidate,
+    Decision,
+    InputError,
+    Observation,
+    Periodic,
+    Rule,
+    Sparsifier,
+    SparsifierConfig,
+    Swap,
+    sparsify,
+)
+from sparsae.config.rules import RuleConfig, TermConfig
 from sparsae.core.observation import PastValues
 from sparsae.nn.linear import sparse_layers
-from sparsae.rules import EvolutionConfig, RiglConfig, SetConfig
+from sparsae.registry import RULES
+from sparsae.rules import EvolutionConfig, RiglConfig, SetConfig, build_rule
 from sparsae.score import Term, Trial
 from sparsae.terms.cross_entropy import CrossEntropy, CrossEntropyConfig
 from tests.support.loops import mlp, run_steps, score_of
@@ -70,7 +83,9 @@ WRONG: dict[str, tuple[Ask, str]] = {
     "units outside": (swap(first, lambda t: torch.arange(3) + t.units), "outside the layer"),
     "units below": (swap(first, lambda t: torch.arange(3) - 5), "outside the layer"),
     "other counts": (swap(first, lambda t: free(t, 2)), "its nnz would change"),
-    "a shrinking model": (swap(first, lambda t: free(t, 0), 3), "does not prune"),
+    "a shrinking model": (swap(first, lambda t: free(t, 0), 3), "does not prune .* shrinks"),
+    "a growing model": (swap(lambda t: first(t, 0), free, -3), "does not prune .* enlarges"),
+    "growth alone": (swap(lambda t: first(t, 0), free), "drops 0 units and grows 3.*its nnz would change"),
 }
 
 
@@ -157,6 +172,84 @@ def test_a_rule_that_cannot_be_served_is_refused_at_once(what: str) -> None:
     attributes, message = UNFIT[what]
     with pytest.raises(InputError, match=message):
         made(Guest(**attributes))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state of anything."""
+
+    value: Any
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ((1, 2), "keep numbers, texts and lists"),
+        ({0: 1.0}, "keep numbers, texts and lists"),
+        (np.float32(1.0), "cannot be saved as JSON"),
+        (torch.ones(1), "cannot be saved as JSON"),
+    ],
+    ids=str,
+)
+def test_a_state_that_no_checkpoint_would_give_back_is_refused_at_its_update(value: Any, said: str) -> None:
+    class Remembers(Guest):
+        def initial_state(self) -> Kept:
+            return Kept([math.nan, 1])
+
+        def tell(self, *arguments: Any) -> Any:
+            return Decision(None), Kept(value)
+
+    with pytest.raises(InputError, match=f"rule 'remembers': its state .*{said}"):
+        run_steps(*made(Remembers(swap(first, free))), 3)
+
+
+def test_a_rule_may_make_its_state_what_it_was() -> None:
+    class Remembers(Guest):
+        def initial_state(self) -> Kept:
+            return Kept((1, 2))
+
+        def state_from_dict(self, data: Any) -> Kept:
+            return Kept(tuple(data["value"]))
+
+    run_steps(*made(Remembers(swap(first, free))), 3)
+
+
+def test_a_rule_by_name_may_be_a_frozen_dataclass(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Frozen(Rule):
+        when: Periodic = field(default_factory=lambda: Periodic(2))
+
+        def ask(self, observation: Observation, state: Any, rng: torch.Generator) -> Any:
+            return []
+
+    class FrozenConfig(RuleConfig):
+        """Nothing."""
+
+    monkeypatch.setattr(RULES, "_entries", dict(RULES._entries))
+    RULES.register("frozen", FrozenConfig)(lambda config: Frozen())
+    assert build_rule(FrozenConfig(ramp=3)).ramp == 3
+
+
+def test_a_layer_that_was_made_sparse_later_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    parts = made(SetConfig(every=2))
+    model = parts[0]
+    run_steps(*parts, 2)
+    assert "was made sparse after" not in caplog.text
+    model.append(sparsify(torch.nn.Sequential(torch.nn.Linear(24, 24)), 0.5))
+    run_steps(*parts, 6)
+    assert caplog.text.count("was made sparse after Sparsifier was made (1 such layers)") == 1
+
+
+def test_an_update_is_printed_in_short() -> None:
+    found = []
+    model, optimizer, sparsifier = made(SetConfig(every=2))
+    sparsifier.attach(on_update=found.append)
+    for _ in range(2):
+        model(torch.randn(8, 24)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (update,) = found
+    assert repr(update) == f"Update(step=2, accepted=True, swaps={update.record.swaps})"
 
 
 def test_names_of_rows_are_no_names_of_telemetry() -> None:

@@ -27,6 +27,11 @@ class Swap:
         """Units that are dropped."""
         return sum(units.numel() for units in self.drop.values())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return not any(units.numel() for units in (*self.drop.values(), *self.grow.values()))
+
     def count_changes(self) -> dict[str, int]:
         """Change of each touched layer's number of active units."""
         names = list(dict.fromkeys([*self.drop, *self.grow]))

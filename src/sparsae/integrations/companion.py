@@ -83,6 +83,7 @@ class Companion:
         self._rule, self._heads, self._parameterization = rule, heads, parameterization
         self._on_update, self._loss = on_update, loss
         made = build_rule(self._config.topology, self._config.rules) if rule is None else as_rule(rule)
+        self.moves = made.moves or self._config.schedule.kind != "constant"
         self._batches = _held_out(made, held_out, collate, loss, self._config.seed)
         self._sparsifier: Sparsifier | None = None
         self.records: list[TopologyRow] = []

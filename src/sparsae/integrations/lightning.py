@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -51,7 +52,7 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
     @classmethod
     def of(cls, trainer: Trainer) -> SparsaeCallback:
         """The callback of a trainer. Raises InputError where it has none."""
-        found = next((each for each in trainer.callbacks if isinstance(each, cls)), None)  # type: ignore[attr-defined, unused-ignore]
+        found = next((each for each in _callbacks(trainer) if isinstance(each, cls)), None)
         if found is None:
             raise InputError("the trainer has no SparsaeCallback: give Trainer(callbacks=[SparsaeCallback(...)])")
         return found
@@ -63,6 +64,11 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
         if (strategy := type(trainer.strategy).__name__) in _SPLITTING:
             raise InputError(
                 f"SparsaeCallback: {strategy} splits parameters, whose connections could not move: use one device"
+            )
+        if self._companion.moves and any(isinstance(each, StochasticWeightAveraging) for each in _callbacks(trainer)):
+            raise InputError(
+                "SparsaeCallback: StochasticWeightAveraging averages values by their place, and connections move: give "
+                "SparsaeCallback a teacher, whose average follows them, or leave the topology static"
             )
         refuse_dense(self._sparse(pl_module))
 
@@ -149,6 +155,11 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
             return module.get_submodule(self._part)
         except AttributeError:
             raise InputError(f"SparsaeCallback: {type(module).__name__} has no module '{self._part}'") from None
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined, unused-ignore]
+    return found
 
 
 def _optimizer_of(trainer: Trainer, model: nn.Module) -> torch.optim.Optimizer:

@@ -33,6 +33,18 @@ class SparseLora(lora.Linear):
             )
         super().__init__(base_layer, *arguments, **settings)
 
+    def update_layer(self, adapter_name: str, *arguments: Any, **settings: Any) -> None:
+        """Raises InputError for DoRA where an output has no connection."""
+        super().update_layer(adapter_name, *arguments, **settings)
+        layer = self.get_base_layer()
+        if self.use_dora.get(adapter_name) and isinstance(layer, SparseLinear):
+            lone = layer.topology.grid[0] - layer.topology.rows.unique().numel()
+            if lone:
+                raise InputError(
+                    f"DoRA divides by the norm of each output's weights, and {lone} outputs of a layer of "
+                    f"{layer.out_features} have no connection: use LoRA (use_dora=False), or sparsify with a fan_in"
+                )
+
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         # peft's own takes a sparse layer's after a warning that it does not know the layer.
         return module.in_features, module.out_features

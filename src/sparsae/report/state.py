@@ -22,6 +22,11 @@ def state(run: RunData) -> str:
         said.append(f"This run diverged after step {count(ended.step)} of {planned}: {ended.reason}.")
     elif not totals.finished:
         said.append(f"This run was stopped at step {count(totals.steps)} of {planned}.")
+    if totals and totals.finished and totals.nnz != totals.nnz_target:
+        said.append(
+            f"It ended with {count(totals.nnz)} connections where its sparsity has {count(totals.nnz_target)}: "
+            "its rule did not bring it there."
+        )
     if totals and totals.steps_skipped:
         said.append(f"Steps skipped because a loss or a gradient was not finite: {count(totals.steps_skipped)}.")
     if totals and (source := totals.started_from):

@@ -55,7 +55,8 @@ def _built(config: RuleConfig) -> Rule[Any]:
     rule = RULES[config.rule].build(config)
     if not isinstance(rule, Rule):
         raise InputError(f"rule '{config.rule}': its registered function must return a Rule, not {rule!r}")
-    rule.ramp, rule.ramp_first = config.ramp, config.ramp_first
+    for name in ("ramp", "ramp_first"):
+        object.__setattr__(rule, name, getattr(config, name))  # of a rule that may be a frozen dataclass
     if rule.ramp and not rule.ramp_first and not rule.grows:
         raise InputError(
             f"topology.ramp: rule '{rule.name}' grows no connection: set ramp_first, for the first ones, or ramp 0"

@@ -22,7 +22,7 @@ from sparsae.core.host import on_host
 from sparsae.core.shards import local
 from sparsae.errors import InputError
 from sparsae.nn.arguments import require_arguments
-from sparsae.nn.linear import SparseLinear
+from sparsae.nn.linear import SparseLinear, sparse_layers
 from sparsae.optim import AdamW
 from sparsae.optimizer_state import MOMENTS, parts_of, refuse_unmovable
 from sparsae.rules.parts.rule import Rule
@@ -252,6 +252,20 @@ def refuse_lost(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
         raise InputError(
             f"layer {lost[0]} was replaced in the model since Sparsifier was made (densify, sparsify): make another "
             "Sparsifier, and close() this one"
+        )
+
+
+def tell_added(model: nn.Module, layers: Mapping[str, SparseLinear], told: set[str]) -> None:
+    """Log the layers of the model that are not among these, each once: their connections never move."""
+    known = {id(layer) for layer in layers.values()}
+    added = [name for name, layer in sparse_layers(model).items() if id(layer) not in known and name not in told]
+    if added:
+        told.update(added)
+        log.warning(
+            "layer %s was made sparse after Sparsifier was made (%d such layers): its connections do not move; make "
+            "another Sparsifier, and close() this one",
+            added[0],
+            len(added),
         )
 
 

@@ -22,7 +22,7 @@ from sparsae.kernels.probe import LargestGradients, Probe, SampledGradients, ove
 from sparsae.nn.linear import SparseLinear
 from sparsae.nn.resharding import has_gradient
 from sparsae.rules.parts.rule import Rule
-from sparsae.search.calls import refuse_lost, refuse_tied, trained_layers
+from sparsae.search.calls import refuse_lost, refuse_tied, tell_added, trained_layers
 from sparsae.search.windows import GradientWindows, averaged
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class GradientCapture:
         self.norms: dict[str, float] = {}
         self.views: dict[str, LayerView] | None = None
         self.not_finite: str | None = None
+        self._added = set[str]()  # layers that are known not to be searched
 
     def arm(
         self, rule: Rule[Any], state: Any, steps: range, ends: Mapping[str, tuple[int, int]], *, asks: bool = True
@@ -78,6 +79,7 @@ class GradientCapture:
         step = steps[-1]
         self.trained = trained_layers(self._layers, self._optimizer)
         refuse_lost(self._model, self._layers)
+        tell_added(self._model, self._layers, self._added)
         refuse_tied(self._layers)
         if ends and (other := sorted(set(self.trained) ^ set(ends))):
             raise InputError(

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from sparsae.config.complaints import shown
 from sparsae.config.rules import RuleConfig
 from sparsae.core.observation import Captured, LayerView, PastValues
 from sparsae.errors import InputError
@@ -48,10 +49,21 @@ def refuse_unfit(rule: Rule[Any], has_score: bool) -> None:
             f"rule '{rule.name}' compares candidates by their loss: give Sparsifier a score function (a run has one "
             "where the rule has a micro_batch)"
         )
+    refuse_lossy(rule, rule.initial_state())
+
+
+def refuse_lossy(rule: Rule[Any], state: Any) -> None:
+    """Raise InputError for a rule's state that a checkpoint would not give back as it is."""
     try:
-        json.dumps(saved(rule.initial_state()))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"rule '{rule.name}': its state cannot be saved as JSON: {error}") from None
+        again = rule.state_from_dict(json.loads(json.dumps(saved(state))))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"rule '{rule.name}': its state cannot be saved as JSON and read again: {error}") from None
+    # By their text, in which a list is no tuple, and a number that is none is equal to itself.
+    if repr(again) != repr(state):
+        raise InputError(
+            f"rule '{rule.name}': its state is {shown(again)} after JSON, and was {shown(state)}: keep numbers, texts "
+            "and lists in it, or give the rule a state_from_dict that makes it what it was"
+        )
 
 
 def saved(state: Any) -> Any:
@@ -118,7 +130,8 @@ def _validated(rule: Rule[Any], candidate: Candidate, views: Mapping[str, LayerV
         if not isinstance(units, Tensor) or units.dim() != 1 or units.dtype not in (torch.int32, torch.int64):
             raise InputError(f"rule '{rule.name}': units of {name} must be a vector of int32 or int64 unit numbers")
     if swap.shrinks and not rule.prunes:
-        raise InputError(f"rule '{rule.name}' does not prune (prunes is False), but a swap of it shrinks the model")
+        says = "shrinks" if swap.shrinks > 0 else "enlarges"
+        raise InputError(f"rule '{rule.name}' does not prune (prunes is False), but a swap of it {says} the model")
     if candidate.rejected or keeps_limits(views, swap):
         return candidate
     return dataclasses.replace(candidate, rejected="bounds")

@@ -28,7 +28,7 @@ from sparsae.rules.parts.rule import Candidate, Decision, Rule
 from sparsae.rules.parts.scheduled import on_schedule
 from sparsae.score import Score
 from sparsae.search.capture import GradientCapture
-from sparsae.search.guests import chosen, in_force, named, saved, validated
+from sparsae.search.guests import chosen, in_force, named, refuse_lossy, saved, validated
 from sparsae.search.parallel import DataParallel
 from sparsae.search.past import PastCapture
 from sparsae.search.rows import TopologyRow
@@ -56,6 +56,10 @@ class Update:
     record: TopologyRow
     changes: Mapping[str, Change]
     cost: SearchCost
+
+    def __repr__(self) -> str:
+        """In short: its parts are as long as the model's connections."""
+        return f"Update(step={self.record.step}, accepted={self.accepted}, swaps={self.record.swaps})"
 
     @property
     def row(self) -> dict[str, Any]:
@@ -208,6 +212,7 @@ class TopologySearch:
             )
             with named(self.rule, step):
                 decision, state = self.rule.tell(candidates, scores, current, self.state, observation.progress)
+            refuse_lossy(self.rule, state)
             decision, self.state = chosen(self.rule, decision, candidates), state
         swap = None if decision.chosen is None else candidates[decision.chosen].swap
         swap = self._on_schedule(swap, observation)

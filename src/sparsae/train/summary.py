@@ -103,6 +103,8 @@ def closing(summary: Summary, run: RunDirectory) -> str:
         return f"{saved} at step {summary.steps}; continue with: sparsae train --resume {run.path}"
     tested = "" if summary.test_loss is None else f"test {readable_perplexity(perplexity(summary.test_loss))}, "
     nnz = f"nnz {summary.nnz:,} of target {summary.nnz_target:,} · " if summary.nnz_target else ""
+    if summary.nnz != summary.nnz_target:
+        nnz = f"{nnz}its rule did not bring it there · "
     return (
         f"validation perplexity {readable_perplexity(summary.validation_perplexity)} "
         f"({tested}unigram {readable_perplexity(summary.unigram_perplexity)}, "

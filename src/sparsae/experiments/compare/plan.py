@@ -181,7 +181,8 @@ class ComparisonPlan(BasePlan):
     def _methods_are_known(cls, names: list[str]) -> list[str]:
         for name in names:
             if method_named(name) not in methods():
-                raise ValueError(unknown_name("method", name, methods()))
+                variants = "a variant has its own name, and is compared without being named here"
+                raise ValueError(f"{unknown_name('method', name, methods())} ({variants})")
         return names
 
     @model_validator(mode="after")

@@ -74,6 +74,7 @@ class Row:
     steps: int | None
     parameters: int | None
     nnz: int | None
+    nnz_target: int | None = left_out_field()
     seconds: float | None
     seconds_by_part: Mapping[str, float] | None
     tokens_per_second: float | None

@@ -35,8 +35,8 @@ TIMING = ("seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes"
 # What is copied from the summary of a run.
 _COPIED = (
     "test_loss", "validation_loss", "validation_perplexity", "teacher_validation_loss", "train_flops",
-    "train_flops_by_part", "train_flops_dense_equivalent", "tokens", "steps", "parameters", "nnz", "study_flops",
-    "device", "torch",
+    "train_flops_by_part", "train_flops_dense_equivalent", "tokens", "steps", "parameters", "nnz", "nnz_target",
+    "study_flops", "device", "torch",
 )  # fmt: skip
 _STACKED = (
     "runs trained together, as one batched program that multiplies by dense matrices: it measures their quality, which "

@@ -154,6 +154,11 @@ def warnings(results: Results, settings: Mapping[str, Config]) -> list[str]:
             lost.setdefault(where, []).append(str(row.seed))
         elif row.budget_deviation is not None and abs(row.budget_deviation) > 0.02:
             found.append(f"{where}, seed {row.seed}: spent {row.budget_deviation:+.1%} of its budget of {row.match}")
+        if row.nnz is not None and row.nnz_target is not None and row.nnz != row.nnz_target:
+            found.append(
+                f"{where}, seed {row.seed}: ended with {row.nnz:,} connections where that sparsity has "
+                f"{row.nnz_target:,}: its rule did not prune to it, and it is no method of that sparsity"
+            )
     for where, seeds_lost in lost.items():
         found.append(f"{where}: diverged (seed {', '.join(seeds_lost)})")
     found += _of_equal_runs(results.rows, settings)

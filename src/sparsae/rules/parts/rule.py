@@ -108,7 +108,10 @@ class Rule(ABC, Generic[State]):
         return NoState()  # type: ignore[return-value]
 
     def state_from_dict(self, data: Mapping[str, Any]) -> State:
-        """The state that `dataclasses.asdict` turned into `data`, JSON in between."""
+        """The state that `dataclasses.asdict` turned into `data`, JSON in between: equal to what it was.
+
+        JSON has lists for tuples and text for the keys of mappings: a rule whose state has one makes it anew here.
+        """
         return type(self.initial_state())(**data)
 
     def due(self, step: int, horizon: Horizon) -> bool:
@@ -196,7 +199,7 @@ class Rule(ABC, Generic[State]):
 
         A score is None where none was needed or the candidate is rejected.
         """
-        able = (i for i, c in enumerate(candidates) if c.rejected is None and c.swap.size and not c.is_probe)
+        able = (i for i, c in enumerate(candidates) if c.rejected is None and not c.swap.is_empty and not c.is_probe)
         return Decision(next(able, None)), state
 
     def telemetry(self, state: State, progress: float) -> dict[str, float]:
