@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from sparsae.experiments.statistics import Difference
-from tests.support.published import PAGE, README, between, longer, losses, of_depth, rows_of, told, words_of
+from tests.support.published import (
+    PAGE,
+    README,
+    between,
+    bumped,
+    by_seed_of,
+    longer,
+    losses,
+    of_depth,
+    rows_of,
+    told,
+    words_of,
+)
 
 
 def test_longer_runs_are_told_as_they_were() -> None:
@@ -59,6 +71,30 @@ def test_a_denser_first_block_does_not_last() -> None:
         in page
     )
     assert f"(one seed: {denser - uniform:.3f} worse)" in README.read_text("utf-8")
+
+
+def test_a_bump_is_told_as_it_was() -> None:
+    page, plain, bump = words_of(PAGE), longer("sparsae"), bumped("sparsae")
+    for seed, loss in bump.items():
+        less = " | ".join(f"{loss - longer(other)[seed]:+.3f}" for other in ("static", "rigl"))
+        assert f"| {seed} | {plain[seed]:.3f} | {loss:.3f} | {loss - plain[seed]:+.3f} | {less} |" in page
+    gained, static, rigl = (between(bump, longer(other)) for other in ("sparsae", "static", "rigl"))
+    assert gained.p is not None
+    assert static.p is not None
+    assert rigl.p is not None
+    assert f"with every seed: {told(gained).lstrip('−')} (p = {gained.p:.2f})" in page
+    assert f"one density by {told(static).lstrip('−')} (p = {static.p:.3f})" in page
+    assert f"below RigL by {told(rigl).lstrip('−')} (p = {rigl.p:.2f}), with every seed" in page
+    assert max(bump[seed] - longer(other)[seed] for other in ("sparsae", "static", "rigl") for seed in bump) < 0
+    rows = rows_of("longer-bump")
+    still = by_seed_of(rows, "static-bump")[0]
+    said = f"ends at {still:.3f} with seed 0, {bump[0] - still:.3f} below `sparsae` with it, and"
+    assert f"{said} {longer('static')[0] - still:.3f} below itself without it" in page
+    (bytes_,) = {row["state_bytes"] for row in rows}
+    plain_bytes = rows_of("longer-95")[0]["state_bytes"]
+    assert f"is {bytes_ / plain_bytes:.2f} times" in page
+    assert f"({bytes_ / 1e6:.1f} MB in place of {plain_bytes / 1e6:.1f}, embeddings included)" in page
+    assert f"which are {rows[0]['steps']:,} steps with it" in page
 
 
 def test_other_searches_of_longer_runs_are_told_as_they_were() -> None:

@@ -57,6 +57,12 @@ def longer(method: str) -> dict[int, float]:
     return by_seed_of(rows_of("longer-95", "longer-rigl", "longer-rigl-2"), method)
 
 
+def bumped(method: str) -> dict[int, float]:
+    """As `longer`, `sparsae` with twice the density at first."""
+    rows = rows_of("longer-bump", "longer-bump-2")
+    return by_seed_of(rows, "sparsae-bump") if method == "sparsae" else longer(method)
+
+
 def of_depth(method: str, sparsity: float) -> dict[int, float]:
     """Test losses by seed, of runs whose first block is denser."""
     files = ("depth-95", "parts-95", "density-95", "depth-90")
