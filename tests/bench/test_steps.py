@@ -15,6 +15,7 @@ from sparsae.bench.stock import Stock
 from sparsae.cli import main
 from sparsae.config import Config
 from sparsae.config.load import resolve
+from sparsae.errors import InputError
 from sparsae.evaluate.decoding import open_decoder
 from sparsae.train.model import model_of
 from tests.support.bench import MODEL_OPTIONS, run
@@ -172,8 +173,9 @@ def test_first_steps_of_another_sparsity_are_not_measured(
     assert said in capsys.readouterr().err
 
 
-def test_other_programs_decode_no_further_than_the_context(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bench", "step", "--preset", "demo", "--decode", "40", "--runtimes", "onnxruntime", *MODEL_OPTIONS]
+def test_other_programs_decode_no_further_than_the_context() -> None:
     pytest.importorskip("onnxruntime")
-    assert main(command) == 2
-    assert "--decode: 40 tokens and the first do not fit model.context" in capsys.readouterr().err
+    given = ("demo", "static", SETTINGS, [0.9], ["auto"], 1)  # whose context is 16
+    step.Steps(*given, 15, 1, False, runtimes=["onnxruntime"])
+    with pytest.raises(InputError, match=r"--decode: 16 tokens and the first do not fit model\.context 16"):
+        step.Steps(*given, 16, 1, False, runtimes=["onnxruntime"])

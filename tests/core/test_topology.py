@@ -133,6 +133,13 @@ def test_what_is_no_unit_is_not_active(unit: int) -> None:
         topology.positions(torch.tensor([3, unit]))
 
 
+def test_units_of_either_width_are_found_in_a_layer_of_many() -> None:
+    topology = Topology.from_indices((65536, 65536), torch.tensor([0, 5, 2**32 - 1]))
+    for dtype in (torch.int32, torch.int64):
+        assert topology.contains(torch.tensor([0, 4, 5], dtype=dtype)).tolist() == [True, False, True]
+        assert topology.positions(torch.tensor([5, 0], dtype=dtype)).tolist() == [1, 0]
+
+
 def test_impossible_swaps_are_refused() -> None:
     topology = Topology.from_indices((3, 3), torch.tensor([0, 4]))
     empty = topology.indices[:0]

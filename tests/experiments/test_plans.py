@@ -79,7 +79,13 @@ def sweep(sparsities: list[float], more: str) -> Sweep:
 
 
 @pytest.mark.parametrize(
-    "more", ["topology: {every: 2}", "rules: {'*mlp*': {rule: set}}", "sparsity: {schedule: {kind: bump}}"]
+    "more",
+    [
+        "topology: {every: 2}",
+        "rules: {'*mlp*': {rule: set}}",
+        "sparsity: {schedule: {kind: bump}}",
+        "sparsity: {max_density: 0.9}",
+    ],
 )
 def test_settings_of_connections_are_of_the_sparse_runs_of_a_grid_and_of_nothing_where_there_are_none(
     more: str,

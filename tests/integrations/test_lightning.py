@@ -17,7 +17,7 @@ from tests.integrations.test_transformers import same
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # advice of Lightning's
 
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
@@ -154,9 +154,9 @@ def test_bad_use_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a training without an end has no schedule: give Trainer max_steps"):
         fit(tmp_path, SparsaeCallback(), Classifier(), max_epochs=-1)
 
-    averaging = StochasticWeightAveraging(1e-2)
-    with pytest.raises(InputError, match="StochasticWeightAveraging averages values by their place"):
-        fit(tmp_path, SparsaeCallback(), Classifier(), callbacks=(averaging,))
+    for averaging in (StochasticWeightAveraging(1e-2), EMAWeightAveraging(), WeightAveraging()):
+        with pytest.raises(InputError, match=f"{type(averaging).__name__} averages values by their place"):
+            fit(tmp_path, SparsaeCallback(), Classifier(), callbacks=(averaging,))
 
     class Two(Classifier):
         def configure_optimizers(self) -> Any:

@@ -105,6 +105,30 @@ def test_a_tracker_knows_a_run_that_is_resumed_from_another_of_its_name(
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_tracker_shows_no_step_twice_of_a_run_that_crashed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(name)
+    monkeypatch.setitem(sys.modules, name, client)
+    log = client.log
+
+    def crash(numbers: dict[str, float], step: int) -> None:
+        log(numbers, step)
+        if step == 3 and "train/loss" in numbers:
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(client, "log", crash)
+    often = ("training={steps: 4, batch_size: 2, log_every: 1, checkpoint_every: 100, validation_sequences: 2}",)
+    with pytest.raises(RuntimeError, match="no network"):
+        start(config(tmp_path, *often, f"tracking.{name}=true"), tmp_path / "run", quiet=True)
+    monkeypatch.setattr(client, "log", log)
+    resume(tmp_path / "run", quiet=True)
+    steps = [step for step, numbers in client.rows if "train/loss" in numbers]
+    assert sorted(set(steps)) == [1, 2, 3, 4]
+    assert len(steps) <= 5  # of the last row before a crash nothing is certain
+
+
 @pytest.mark.parametrize("name", ["trackio", "wandb", "tensorboard"])
 def test_a_tracker_that_is_missing_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)

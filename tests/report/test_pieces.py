@@ -75,6 +75,15 @@ def test_labels_of_an_axis_are_the_numbers_where_they_stand(first: int, count: i
     assert len(set(labels)) == len(labels)
 
 
+def test_labels_that_do_not_lie_evenly_have_their_own_digits() -> None:
+    assert ticks([0.001, 0.01, 0.1, 1, 10], linear=False) == ["0.001", "0.01", "0.1", "1", "10"]
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(0.006, 25)
+    logarithmic(axes.yaxis)
+    assert axes.yaxis.get_major_formatter().format_ticks([0.01, 0.1, 1, 10]) == ["0.01", "0.1", "1", "10"]
+
+
 def test_differences_have_their_sign_and_shares_are_percentages() -> None:
     assert ticks([-0.01, 0.0, 0.01], signed=True) == ["−0.01", "0", "+0.01"]
     axis = Figure().add_subplot().yaxis
@@ -97,7 +106,8 @@ def test_a_logarithmic_axis_has_more_than_one_label(low: float, high: float, at_
         (3.45123, 0.01234, "3.4512 ± 0.0123"),
         (-0.00021, 0.00004, "−0.000210 ± 0.000040"),
         (0.0, 0.0, "0.0000 ± 0.0000"),
-        (2.0, 1e-12, "2.00000000 ± 0.00000000"),
+        (2.0, 1e-12, "2.0000 ± 0.0000"),
+        (0.00003, 0.0037, "0.0000 ± 0.0037"),
     ],
 )
 def test_an_interval_has_digits_enough_for_itself(mean: float, half: float, text: str) -> None:

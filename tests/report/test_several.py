@@ -76,9 +76,12 @@ def test_losses_on_other_texts_are_not_put_together(runs: Path, tmp_path: Path) 
     shutil.rmtree(tmp_path / "bare" / "checkpoints")  # which alone know what a run has read
     unknown = read_runs([runs / "one" / "run", tmp_path / "bare"])
     assert [list(group) for group in comparable(unknown)] == [["run"], ["bare"]]
+    page = told([tmp_path / "bare", runs / "short"], tmp_path / "page.html")
+    assert "those of short with those of bare: no checkpoint tells what validation read" in page.text[""]
+    assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["unknown (bare)", "A"]
     page = told([runs / "short", tmp_path / "bare"], tmp_path / "page.html")
     assert "no checkpoint tells what validation read" in page.text[""]
-    assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["A", "unknown"]
+    assert {row[0]: row[1:] for row in page.rows if row}["held-out text"] == ["A", "unknown (bare)"]
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ class Kept:
 def test_a_state_that_no_checkpoint_would_give_back_is_refused_at_its_update(value: Any, said: str) -> None:
     class Remembers(Guest):
         def initial_state(self) -> Kept:
-            return Kept([math.nan, 1])
+            return Kept([math.nan, np.float64(0.5), {"a": True}])
 
         def tell(self, *arguments: Any) -> Any:
             return Decision(None), Kept(value)

@@ -157,7 +157,7 @@ class Steps:
                 raise InputError("--sparsity: 0 is the dense model, which is measured anyway: give more than 0")
             require_fit(config)
             require_one_density(config)
-            if self.runtimes and self.decode + 1 >= config.model.context:
+            if self.runtimes and self.decode + 1 > config.model.context:
                 raise InputError(
                     f"--decode: {self.decode} tokens and the first do not fit model.context {config.model.context}, "
                     "beyond which --runtimes do not decode: give fewer"

@@ -100,10 +100,10 @@ def _rich(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], na
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, show_header=any(columns), title_justify="left")
+    table = Table(title=Text(title), show_header=any(columns), title_justify="left")
     for index, column in enumerate(columns):
         numeric = index >= names and any(columns)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))
     return table

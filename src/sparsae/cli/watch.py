@@ -88,7 +88,7 @@ def _line(data: RunData | None, goes_on: bool) -> str:
     if data is None:
         return "no metrics yet"
     steps = data.config.training.steps
-    parts = [f"step {count(data.last_step)} of {count(steps)}"]
+    parts = [f"step {count(data.steps)} of {count(steps)}"]
     if data.train:
         row = data.train[-1]
         parts += [f"loss {decimal(row.cross_entropy, 4)}", f"{compact(row.tokens_per_second)} tokens/s"]

@@ -126,7 +126,7 @@ class Topology:
 
     def _narrow(self, units: Tensor) -> Tensor:
         """Numbers of units in the type of `indices`; of what is no unit's number, that of one."""
-        return units.clamp(0, max(0, self.units - 1)).to(self.indices.dtype)
+        return units.long().clamp(0, max(0, self.units - 1)).to(self.indices.dtype)
 
     def sample_inactive(self, n: int, rng: torch.Generator) -> Tensor:
         """n inactive units, drawn uniformly without replacement, sorted.

@@ -47,7 +47,7 @@ SAID: Mapping[str, str] = {
 
 
 # What says nothing of a model whose connections all exist: left out there.
-OF_SPARSE = ("topology", "rules", "sparsity.schedule")
+OF_SPARSE = ("topology", "rules", "sparsity.schedule", "sparsity.max_density")
 
 
 @dataclass(frozen=True)

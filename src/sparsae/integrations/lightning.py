@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -26,6 +26,12 @@ from sparsae.nn.linear import sparse_layers
 
 # Strategies that split parameters.
 _SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+# Those that average parameters; the second, and EMAWeightAveraging with it, is not in every version.
+_AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)
+)
 
 
 class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused-ignore]  # where Lightning is not installed
@@ -65,10 +71,11 @@ class SparsaeCallback(CompanionCallback, Callback):  # type: ignore[misc, unused
             raise InputError(
                 f"SparsaeCallback: {strategy} splits parameters, whose connections could not move: use one device"
             )
-        if self._companion.moves and any(isinstance(each, StochasticWeightAveraging) for each in _callbacks(trainer)):
+        averaging = next((each for each in _callbacks(trainer) if isinstance(each, _AVERAGING)), None)
+        if self._companion.moves and averaging is not None:
             raise InputError(
-                "SparsaeCallback: StochasticWeightAveraging averages values by their place, and connections move: give "
-                "SparsaeCallback a teacher, whose average follows them, or leave the topology static"
+                f"SparsaeCallback: {type(averaging).__name__} averages values by their place, and connections move: "
+                "give SparsaeCallback a teacher, whose average follows them, or leave the topology static"
             )
         refuse_dense(self._sparse(pl_module))
 

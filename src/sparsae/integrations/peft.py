@@ -38,11 +38,12 @@ class SparseLora(lora.Linear):
         super().update_layer(adapter_name, *arguments, **settings)
         layer = self.get_base_layer()
         if self.use_dora.get(adapter_name) and isinstance(layer, SparseLinear):
-            lone = layer.topology.grid[0] - layer.topology.rows.unique().numel()
+            lone = layer.out_features - layer.topology.rows.unique().numel() * layer.unit[0]
             if lone:
                 raise InputError(
                     f"DoRA divides by the norm of each output's weights, and {lone} outputs of a layer of "
-                    f"{layer.out_features} have no connection: use LoRA (use_dora=False), or sparsify with a fan_in"
+                    f"{layer.out_features} have no connection: use LoRA (use_dora=False), or sparsify so that each has "
+                    "one (fan_in)"
                 )
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:

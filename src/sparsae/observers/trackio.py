@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsae.observers import OBSERVERS, Observer
-from sparsae.observers.parts.tracking import identity_of, numbers_of, package, started
+from sparsae.observers.parts.tracking import identity_of, numbers_of, package, started, told_before
 from sparsae.runs.rows import Row
 
 
@@ -17,6 +17,8 @@ class Trackio(Observer):
         # It knows a run by its name, which those of other folders may have too.
         self._tracker = started("trackio", run, name=f"{run.name}-{identity_of(run)[:8]}")
 
+        self._told = told_before(run)
+
     @classmethod
     def require(cls) -> None:
         """See `Observer`."""
@@ -24,7 +26,8 @@ class Trackio(Observer):
 
     def observe(self, row: Row) -> None:
         """See `Observer`."""
-        self._tracker.log(numbers_of(row), step=row.step)
+        if (row.kind, row.step) not in self._told:
+            self._tracker.log(numbers_of(row), step=row.step)
 
     def end(self) -> None:
         """See `Observer`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsae.observers import OBSERVERS, Observer
-from sparsae.observers.parts.tracking import identity_of, numbers_of, package, started
+from sparsae.observers.parts.tracking import identity_of, numbers_of, package, started, told_before
 from sparsae.runs.rows import Row
 
 
@@ -16,6 +16,8 @@ class WeightsAndBiases(Observer):
     def __init__(self, run: Path) -> None:
         self._tracker = started("wandb", run, dir=str(run), id=identity_of(run))
 
+        self._told = told_before(run)
+
     @classmethod
     def require(cls) -> None:
         """See `Observer`."""
@@ -23,7 +25,8 @@ class WeightsAndBiases(Observer):
 
     def observe(self, row: Row) -> None:
         """See `Observer`."""
-        self._tracker.log(numbers_of(row), step=row.step)
+        if (row.kind, row.step) not in self._told:
+            self._tracker.log(numbers_of(row), step=row.step)
 
     def end(self) -> None:
         """See `Observer`."""

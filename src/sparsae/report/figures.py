@@ -159,7 +159,7 @@ def scores(run: RunData) -> Panel | None:
         ax.margins(y=0.12)
         if threshold:
             ax.set_yscale("symlog", linthresh=threshold)
-            numbered(ax.yaxis)
+            numbered(ax.yaxis, linear=False)
 
     keys = [Key("accepted", "accent", "●"), Key("not taken", "muted", "○")]
     if any(c.rejected is not None for u in shown for c in u.candidates):

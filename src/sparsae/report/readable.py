@@ -27,8 +27,13 @@ def in_bytes(value: float) -> str:
     return compact(value, "B")
 
 
-def ticks(values: Sequence[float], signed: bool = False) -> list[str]:
-    """Labels of an axis: as `compact` without the space, with as many digits as tell each value from the next."""
+def ticks(values: Sequence[float], *, signed: bool = False, linear: bool = True) -> list[str]:
+    """Labels of an axis: as `compact` without the space, with as many digits as tell each value from the next.
+
+    linear: whether values lie evenly, so that all have the digits of the smallest step.
+    """
+    if not linear:
+        return [compact(value).replace(" ", "") for value in values]
     step = min((after - before for before, after in pairwise(sorted(set(values)))), default=0.0)
     digits = 3
     while digits < 12 and any(abs(float(f"{value:.{digits}g}") - value) > step / 100 for value in values):

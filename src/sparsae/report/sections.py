@@ -134,7 +134,7 @@ def _strategy(run: RunData) -> str:
         ),
     }
     for gene in dict.fromkeys(key for update in run.updates for key in update.numbers if key.startswith(GENE)):
-        label = gene.removeprefix(GENE).replace("_", " ").capitalize()
+        label = gene.removeprefix(GENE).replace("_", " ").replace(".", ", ").capitalize()
         parameters[gene.replace(".", "-").replace("_", "-"), label, "evolved"] = partial(_number, gene)
     constant, panels = [], []
     for (name, label, unit), value in parameters.items():

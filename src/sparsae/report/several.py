@@ -110,7 +110,7 @@ def _remarks(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
     for group in groups[1:]:
         why = (
             "validation or test read another text or tokenizer, or other sequences"
-            if _is_known(group)
+            if _is_known(groups[0]) and _is_known(group)
             else "no checkpoint tells what validation read"
         )
         whose = f"those of {', '.join(group)} with those of {next(iter(groups[0]))}"
@@ -145,7 +145,9 @@ def _numbers(runs: Mapping[str, RunData], groups: Sequence[Mapping[str, RunData]
         "share of dense FLOPs": lambda _, run: _total(
             run, lambda t: t.train_flops / (t.train_flops_dense_equivalent or math.nan), lambda v: f"{v:.3f}"
         ),
-        "state of sparse layers, at most": lambda _, run: _total(run, lambda t: t.state_bytes_sparse_layers, in_bytes),
+        "state of sparse layers, at most": lambda _, run: _total(
+            run, lambda t: t.state_bytes_sparse_layers or math.nan, in_bytes
+        ),
         "peak memory": lambda _, run: _total(run, lambda t: t.peak_memory_bytes, in_bytes),
         "tokens per second": lambda _, run: _total(run, lambda t: or_nan(t.tokens_per_second), count),
         "FLOP per second": lambda _, run: _total(run, lambda t: or_nan(t.flops_per_second), compact),
@@ -205,8 +207,9 @@ def _losses(groups: Sequence[Mapping[str, RunData]], look: Mapping[str, Look]) -
 
 
 def _text_of(groups: Sequence[Mapping[str, RunData]], number: int) -> str:
-    """What the held-out text of a group is called."""
-    return chr(ord("A") + number) if _is_known(groups[number]) else "unknown"
+    """What the held-out text of a group is called: a letter where it is known."""
+    before = sum(map(_is_known, groups[:number]))
+    return chr(ord("A") + before) if _is_known(groups[number]) else f"unknown ({', '.join(groups[number])})"
 
 
 def _of_training(runs: Mapping[str, RunData], look: Mapping[str, Look]) -> list[Panel | None]:

@@ -147,12 +147,14 @@ def axes(
     return ax
 
 
-def numbered(axis: Axis, most: int | None = None, *, signed: bool = False, percent: bool = False) -> None:
+def numbered(
+    axis: Axis, most: int | None = None, *, signed: bool = False, percent: bool = False, linear: bool = True
+) -> None:
     """Labels as people read them, at so many round numbers; most None: at those that there are.
 
-    percent: of shares of one.
+    percent: of shares of one. linear: whether the axis is.
     """
-    axis.set_major_formatter(_Ticks(signed, percent))
+    axis.set_major_formatter(_Ticks(signed, percent, linear))
     if most is not None:
         axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
 
@@ -163,7 +165,7 @@ def logarithmic(axis: Axis) -> None:
     subs = (1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_minor_formatter(NullFormatter())
-    numbered(axis)
+    numbered(axis, linear=False)
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Array, Array]:
@@ -196,14 +198,17 @@ def curve(ax: Axes, x: Sequence[float], y: Sequence[float], colour: str, **optio
 class _Ticks(Formatter):
     """All labels of an axis at once, since how many digits one wants depends on the others."""
 
-    def __init__(self, signed: bool, percent: bool) -> None:
-        self._signed, self._percent = signed, percent
+    def __init__(self, signed: bool, percent: bool, linear: bool) -> None:
+        self._signed, self._percent, self._linear = signed, percent, linear
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
         """See matplotlib's."""
-        if self._percent:
-            return [f"{label}%" for label in ticks([100.0 * float(value) for value in values], self._signed)]
-        return ticks([float(value) for value in values], self._signed)
+        labels = ticks(
+            [float(value) * (100.0 if self._percent else 1.0) for value in values],
+            signed=self._signed,
+            linear=self._linear,
+        )
+        return [f"{label}%" for label in labels] if self._percent else labels
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """See matplotlib's."""

@@ -64,8 +64,9 @@ def interval_text(interval: Interval | None, signed: bool = False) -> str:
     if interval is None:
         return UNKNOWN
     half = None if interval.high is None else interval.high - interval.mean
-    smallest = min((size for size in (abs(interval.mean), half) if size), default=1.0)
-    places = min(8, max(4, 1 - math.floor(math.log10(smallest)))) if smallest < 1e-3 else 4
+    # By the uncertainty, or by what is known for certain.
+    size = half or abs(interval.mean)
+    places = max(4, 1 - math.floor(math.log10(size))) if 1e-8 < size < 1e-3 else 4
     mean = f"{interval.mean:{'+' if signed else ''}.{places}f}".replace("-", "−")
     return mean if half is None else f"{mean} ± {half:.{places}f}"
 

@@ -256,9 +256,10 @@ def refuse_lost(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
 
 
 def tell_added(model: nn.Module, layers: Mapping[str, SparseLinear], told: set[str]) -> None:
-    """Log the layers of the model that are not among these, each once: their connections never move."""
+    """Log the layers that train and are not among these, each once: their connections never move."""
     known = {id(layer) for layer in layers.values()}
-    added = [name for name, layer in sparse_layers(model).items() if id(layer) not in known and name not in told]
+    others = {name: layer for name, layer in sparse_layers(model).items() if id(layer) not in known}
+    added = [name for name, layer in others.items() if layer.values.requires_grad and name not in told]
     if added:
         told.update(added)
         log.warning(

@@ -56,14 +56,27 @@ def refuse_lossy(rule: Rule[Any], state: Any) -> None:
     """Raise InputError for a rule's state that a checkpoint would not give back as it is."""
     try:
         again = rule.state_from_dict(json.loads(json.dumps(saved(state))))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise InputError(f"rule '{rule.name}': its state cannot be saved as JSON and read again: {error}") from None
-    # By their text, in which a list is no tuple, and a number that is none is equal to itself.
-    if repr(again) != repr(state):
+    if not _is_same(again, state):
         raise InputError(
             f"rule '{rule.name}': its state is {shown(again)} after JSON, and was {shown(state)}: keep numbers, texts "
             "and lists in it, or give the rule a state_from_dict that makes it what it was"
         )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two states are equal: a list is no tuple, and a number that is none is equal to itself."""
+    if dataclasses.is_dataclass(one):
+        names = [field.name for field in dataclasses.fields(one)]
+        return type(one) is type(other) and all(_is_same(getattr(one, n), getattr(other, n)) for n in names)
+    if isinstance(one, Mapping):
+        return (
+            isinstance(other, Mapping) and one.keys() == other.keys() and all(_is_same(one[k], other[k]) for k in one)
+        )
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_is_same, one, other))
+    return bool(one == other or (one != one and other != other))
 
 
 def saved(state: Any) -> Any:

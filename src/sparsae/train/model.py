@@ -36,7 +36,7 @@ def require_fit(config: Config) -> None:
     """
     sparsity = config.sparsity
     if sparsity.sparsity == 0 and build_rule(config.topology, config.rules).moves:
-        which = "rules" if config.rules else f"topology.rule '{config.topology.rule}'"
+        which = "what rules give" if config.rules else f"topology.rule '{config.topology.rule}'"
         raise InputError(f"sparsity is 0, so {which} has nothing to swap: leave it out, or use --method dense alone")
     model = build_model(config.model, config.model.vocab_size or 512, 0, device="meta")
     if config.parameterization.name != "sp":

@@ -90,7 +90,7 @@ def body(results: Results, out: Path) -> str:
 def _headline(results: Results) -> list[Tile]:
     tuning, beside = results.tuning, {row.method for row in results.rows if row.beside}
     rows = list({row.run: row for row in results.rows}.values())  # equal settings are one run
-    few = {row.method for row in results.rows if row.moves and (row.updates or 0) < FEW_UPDATES}
+    few = {(row.method, row.sparsity) for row in results.rows if row.moves and (row.updates or 0) < FEW_UPDATES}
     tiles = []
     for entry in results.conclusions:
         mine = (e for e in results.summary if e.sparsity == entry.sparsity and e.method not in beside)
@@ -98,7 +98,7 @@ def _headline(results: Results) -> list[Tile]:
         known = {method: interval for method, interval in losses.items() if interval}
         best = min(known, key=lambda method: known[method].mean, default=None)
         lowest = f"lowest mean: {best}, {interval_text(known[best])}" if best else ""
-        hardly = entry.winner is not None and entry.winner in few
+        hardly = (entry.winner, entry.sparsity) in few
         notes = [lowest, "of too few topology updates to be called a moving topology" if hardly else ""]
         tiles.append(Tile(f"Best at {sparsity_text(entry.sparsity)} sparsity", entry.winner or "no winner", notes))
     trials = list({trial.run: trial for group in tuning for trial in group.trials}.values())

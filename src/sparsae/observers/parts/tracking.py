@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsae.errors import InputError
 from sparsae.runs.directory import RunDirectory
+from sparsae.runs.metrics import read_rows
 from sparsae.runs.rows import Row
 
 
@@ -28,6 +29,16 @@ def identity_of(run: Path) -> str:
     manifest = RunDirectory(run).manifest()
     assert manifest is not None
     return manifest.run
+
+
+def told_before(run: Path) -> frozenset[tuple[str, int]]:
+    """Kind and step of the rows that a run had told when it was stopped, but for the last, of which it is not certain.
+
+    Those after its last checkpoint are measured again, and are the same again.
+    """
+    file = RunDirectory(run).metrics
+    rows = [(row.kind, row.step) for row in read_rows(file, (Row,))] if file.exists() else []
+    return frozenset(rows[:-1])
 
 
 def started(module: str, run: Path, **own: str) -> ModuleType:
