@@ -8,6 +8,7 @@ from tests.support.published import (
     README,
     between,
     bumped,
+    by_seed,
     by_seed_of,
     longer,
     losses,
@@ -87,9 +88,12 @@ def test_a_bump_is_told_as_it_was() -> None:
     assert f"below RigL by {told(rigl).lstrip('−')} (p = {rigl.p:.2f}), with every seed" in page
     assert max(bump[seed] - longer(other)[seed] for other in ("sparsae", "static", "rigl") for seed in bump) < 0
     rows = rows_of("longer-bump")
-    still = by_seed_of(rows, "static-bump")[0]
-    said = f"ends at {still:.3f} with seed 0, {bump[0] - still:.3f} below `sparsae` with it, and"
-    assert f"{said} {longer('static')[0] - still:.3f} below itself without it" in page
+    still = by_seed_of(rows_of("longer-bump", "longer-bump-3"), "static-bump")
+    ends = "{:.3f}, {:.3f} and {:.3f}".format(*still.values())
+    without = told(between(still, longer("static"))).lstrip("−")
+    assert f"ends at {ends}, by {without} below itself without it" in page
+    level = f"{told(between(bump, still))}: {by_seed(bump, still)}".replace("−", "-")
+    assert f"level with it ({level})" in page
     (bytes_,) = {row["state_bytes"] for row in rows}
     plain_bytes = rows_of("longer-95")[0]["state_bytes"]
     assert f"is {bytes_ / plain_bytes:.2f} times" in page
