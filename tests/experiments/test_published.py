@@ -82,7 +82,7 @@ def test_the_table_of_the_readme_is_that_of_the_rows() -> None:
         ("5M", 0.95, lambda method: losses(method, 0.95), ("rigl", "static", "set")),
         ("5M", 0.98, lambda method: by_seed_of(rows_of("six-98"), method, 0.98), ("rigl", "static")),
         ("28M", 0.95, longer, ("rigl", "static")),
-        (f"28M, [twice the density at first]({BUMP})", 0.95, bumped, ("rigl", "static")),
+        (f"28M, `sparsae` alone with [twice the density at first]({BUMP})", 0.95, bumped, ("rigl", "static")),
     ):
         own, others_of = of("sparsae"), [of(other) for other in others]
         cells = [told(between(own, other)) for other in others_of] + [""] * (3 - len(others))
