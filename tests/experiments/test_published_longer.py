@@ -97,6 +97,7 @@ def test_a_bump_is_told_as_it_was() -> None:
     (bytes_,) = {row["state_bytes"] for row in rows}
     plain_bytes = rows_of("longer-95")[0]["state_bytes"]
     assert f"is {bytes_ / plain_bytes:.2f} times" in page
+    assert f"for {bytes_ / plain_bytes:.1f} times the model's state while" in words_of(README)
     assert f"({bytes_ / 1e6:.1f} MB in place of {plain_bytes / 1e6:.1f}, embeddings included)" in page
     assert f"which are {rows[0]['steps']:,} steps with it" in page
 
